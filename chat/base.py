@@ -1,0 +1,72 @@
+"""Talk to a model: a full checkpoint, an adapter or a chain of them, merged in memory.
+
+python chat/base.py --checkpoint_dir $dir/final
+python chat/base.py --checkpoint_dir $dir/final --prompt "What is the capital of France?"
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litlora.cli import run
+from litlora.errors import UserError
+from litlora.paths import checkpoint_dir
+from litlora.settings import Chat
+
+if TYPE_CHECKING:
+    from litlora.conversation import Conversation
+
+
+def main(settings: Chat) -> None:
+    directory = checkpoint_dir(settings.checkpoint_dir)
+    base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
+    if settings.prompt is not None and not settings.prompt.strip():
+        raise UserError("--prompt: is empty; ask something")
+
+    from litlora.conversation import Conversation
+    from litlora.load import load, pick_device
+    from litlora.prompts import STYLES
+
+    loaded = load(
+        directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=pick_device(settings.accelerator)
+    )
+    style = STYLES[settings.prompt_style] if settings.prompt_style else loaded.prompt_style or STYLES["plain"]
+    conversation = Conversation(loaded.model, loaded.tokenizer, style, settings)
+    if settings.prompt is not None:
+        for piece in conversation.ask(settings.prompt):
+            print(piece, end="", flush=True)
+        print()
+        return
+    reason = "chosen by you" if settings.prompt_style else "as it was taught" if loaded.prompt_style else "it names none"
+    print(f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends")
+    while True:
+        try:
+            question = input(">>> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends)")
+            continue
+        if question == "/clear":
+            conversation.clear()
+        elif question:
+            answer(conversation, question)
+
+
+def answer(conversation: "Conversation", question: str) -> None:
+    """Stream one answer to the terminal."""
+    try:
+        for piece in conversation.ask(question):
+            print(piece, end="", flush=True)
+        if conversation.notice:
+            print(f"\n({conversation.notice})", end="")
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    except UserError as error:
+        print(f"({error})", end="", file=sys.stderr)
+    print()
+
+
+if __name__ == "__main__":
+    run(main, Chat)

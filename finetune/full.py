@@ -1,0 +1,42 @@
+"""Fine-tune every weight; the result, OUT_DIR/final/lit_model.pth, is a full model in the base's dtype.
+
+python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
+"""
+
+from litlora.cli import run
+from litlora.data.records import read_records
+from litlora.paths import RUN_NAMES, checkpoint_dir, output_dir
+from litlora.settings import FinetuneFull
+
+
+def main(settings: FinetuneFull) -> None:
+    base = checkpoint_dir(settings.checkpoint_dir)
+    out_dir = settings.out_dir or f"out/full/{settings.data.name}"
+    run_dir = output_dir(out_dir, overwrite=settings.overwrite, names=RUN_NAMES, inputs=[base])
+    records = read_records(settings.data)
+
+    import torch
+    from torch import Tensor
+
+    from litlora.checkpoint import full_meta
+    from litlora.finetune import Method, finetune
+    from litlora.model import GPT
+
+    dtypes: dict[str, torch.dtype] = {}
+
+    def prepare(model: GPT) -> None:
+        for name, parameter in model.named_parameters():
+            dtypes[name] = parameter.dtype
+            # fp32: in bf16 a small step is rounded away, and Adam's second moment cannot decay. A copy: the file stays as it is.
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.requires_grad_()
+
+    def tensors(model: GPT) -> dict[str, Tensor]:
+        return {name: parameter.detach().to(dtypes[name]) for name, parameter in model.named_parameters()}
+
+    method = Method(prepare=prepare, tensors=tensors, meta=lambda base, directory: full_meta(), stores="the full model")
+    finetune(settings, method, records, run_dir)
+
+
+if __name__ == "__main__":
+    run(main, FinetuneFull)

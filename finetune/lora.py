@@ -1,0 +1,34 @@
+"""Fine-tune with LoRA; the result, OUT_DIR/final/lit_model.pth, holds the adapter only.
+
+python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
+"""
+
+import dataclasses
+
+from litlora.cli import run
+from litlora.data.records import read_records
+from litlora.paths import RUN_NAMES, checkpoint_dir, output_dir
+from litlora.settings import FinetuneLoRA
+
+
+def main(settings: FinetuneLoRA) -> None:
+    base = checkpoint_dir(settings.checkpoint_dir)
+    out_dir = settings.out_dir or f"out/lora/{settings.data.name}"
+    run_dir = output_dir(out_dir, overwrite=settings.overwrite, names=RUN_NAMES, inputs=[base])
+    records = read_records(settings.data)
+
+    from litlora.checkpoint import adapter_meta
+    from litlora.finetune import Method, finetune
+    from litlora.lora import add_lora, lora_tensors
+
+    method = Method(
+        prepare=lambda model: add_lora(model, settings.lora),
+        tensors=lora_tensors,
+        meta=lambda base, directory: adapter_meta(dataclasses.asdict(settings.lora), base, directory),
+        stores="the adapter only",
+    )
+    finetune(settings, method, records, run_dir)
+
+
+if __name__ == "__main__":
+    run(main, FinetuneLoRA)

@@ -1,0 +1,318 @@
+"""The checkpoint layout: reading, writing, fingerprints, and the chain from an adapter down to its base.
+
+A checkpoint directory holds `lit_model.pth`, `model_config.yaml`, the tokenizer's files, `prompt_style.yaml` and, if a run
+made it, `hyperparameters.yaml`. `lit_model.pth` is one dict: "model" maps names to tensors, "litlora" describes them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from litlora.config import CONFIG_FILE, ModelConfig
+from litlora.errors import BaseMismatchError, CheckpointError
+from litlora.paths import HYPERPARAMETERS_FILE, WEIGHTS_FILE, checkpoint_dir
+from litlora.prompts import STYLE_FILE, PromptStyle
+from litlora.tokenizer import SIDECAR_FILES
+
+FORMAT = 1
+"""Version of the layout, stored in every file; a newer one is refused."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its tensors are memory-mapped, so nothing is read before it is used."""
+
+    directory: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    """The "litlora" entry: format, kind, and for an adapter "lora" and "base"."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.meta["kind"] == "adapter"
+
+    @property
+    def file(self) -> Path:
+        return self.directory / WEIGHTS_FILE
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights. An adapter's covers its settings and its base's fingerprint as well."""
+        if not self.is_adapter:
+            return fingerprint(self.tensors)
+        facts = {"lora": self.meta["lora"], "base": self.meta["base"]["fingerprint"]}
+        return fingerprint(self.tensors, json.dumps(facts, sort_keys=True))
+
+    def answers_to(self, wanted: str) -> bool:
+        """Whether these weights are those of that fingerprint: their own, or that of the chain they were merged from."""
+        # Merged weights answer to their chain's fingerprint only while nobody has touched them.
+        return wanted == self.fingerprint or self.meta.get("merged") == {"chain": wanted, "result": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A model as the layout stores it: full weights, and the adapters to merge into them, innermost first."""
+
+    base: Checkpoint
+    adapters: list[Checkpoint]
+    config: ModelConfig
+
+    @property
+    def top(self) -> Checkpoint:
+        """What the user named: the outermost adapter, or the base itself."""
+        return self.adapters[-1] if self.adapters else self.base
+
+
+# ---- reading
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint directory, or the `lit_model.pth` in one. Raises CheckpointError for anything but a sound file."""
+    directory = checkpoint_dir(path.parent if path.name == WEIGHTS_FILE else path)
+    file = directory / WEIGHTS_FILE
+    content = _load(file)
+    if not isinstance(content, dict) or not isinstance(content.get("litlora"), dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f'{file}: not written by litlora: it lacks the entries "model" and "litlora"')
+    tensors, meta = content["model"], content["litlora"]
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: has format {meta.get('format')!r}; this version of litlora reads format {FORMAT}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f'{file}: the entry {name!r} of "model" is not a tensor')
+    if meta.get("kind") == "adapter":
+        _check_adapter(file, tensors, meta)
+    elif meta.get("kind") != "full":
+        raise CheckpointError(f"{file}: kind is {meta.get('kind')!r}; it must be full or adapter")
+    return Checkpoint(directory, tensors, meta)
+
+
+def _load(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file}: refused: it holds Python objects beyond tensors and plain values, which could run code") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError and others for broken files
+        size = file.stat().st_size
+        reason = " ".join(str(error).split())[:200] if zipfile.is_zipfile(file) else "it is cut short, or no torch file"
+        raise CheckpointError(f"{file}: broken ({size:,} bytes): {reason}; copy or make it again") from None
+
+
+def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    kinds = {"lora": {"rank": int, "alpha": float}, "base": {"path": str, "absolute_path": str, "fingerprint": str}}
+    for entry, fields in kinds.items():
+        for field, kind in fields.items():
+            value = meta[entry].get(field) if isinstance(meta.get(entry), dict) else None
+            if type(value) is not kind:
+                raise CheckpointError(f"{file}: an adapter must describe itself, but its {entry}.{field} is {value!r}")
+    lora = meta["lora"]
+    if lora["rank"] < 1 or not math.isfinite(lora["alpha"]):
+        raise CheckpointError(f"{file}: rank {lora['rank']} and alpha {lora['alpha']} make no adapter")
+    for module in adapter_modules(tensors):
+        A, B = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
+        if A is None or B is None:
+            raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
+        if A.ndim != 2 or B.ndim != 2 or A.size(0) != lora["rank"] or B.size(1) != lora["rank"]:
+            raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {lora['rank']}")
+    if odd := sorted(name for name in tensors if not name.endswith((".lora_A", ".lora_B"))):
+        raise CheckpointError(f"{file}: {odd[0]} is not part of an adapter")
+    if not tensors:
+        raise CheckpointError(f"{file}: the adapter is empty")
+
+
+def adapter_modules(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of the layers that an adapter's tensors belong to."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+
+
+def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bool = False) -> Chain:
+    """Follow a checkpoint down to its base and check every link.
+
+    `base_dir` stands in for a base that is not where its adapter says: for the first link whose fingerprint it matches,
+    else for the last. Raises CheckpointError for a missing link or a cycle, BaseMismatchError for a base that is not the
+    one trained on, each showing the chain.
+    """
+    stand_in = open_checkpoint(base_dir) if base_dir is not None else None
+    current, adapters, seen = open_checkpoint(path), [], []
+    while current.is_adapter:
+        seen.append(current.directory)
+        adapters.append(current)
+        if stand_in is not None and stand_in.answers_to(current.meta["base"]["fingerprint"]):
+            base, stand_in = stand_in, None
+        else:
+            base = _recorded_base(current, seen, required=stand_in is None)
+            if stand_in is not None and (base is None or not base.is_adapter):
+                base, stand_in = stand_in, None
+        if any(base.directory.resolve() == other.resolve() for other in seen):
+            raise CheckpointError(f"{_show([*seen, base.directory])}: the chain of adapters runs in a circle")
+        if not allow_base_mismatch:
+            _check_base(current, base)
+        current = base
+    if stand_in is not None:
+        raise CheckpointError(f"{path}: is no adapter, so --base_checkpoint_dir {base_dir} has no use")
+    return Chain(current, adapters[::-1], ModelConfig.load(current.directory / CONFIG_FILE))
+
+
+def _recorded_base(adapter: Checkpoint, seen: list[Path], *, required: bool) -> Checkpoint | None:
+    """The base where its adapter says it is: beside the adapter first, then at its place of old."""
+    recorded = adapter.meta["base"]
+    places = [Path(os.path.normpath(adapter.directory.absolute() / recorded["path"])), Path(recorded["absolute_path"])]
+    for place in places:
+        if (place / WEIGHTS_FILE).is_file():
+            return open_checkpoint(_short(place))
+    if required:
+        chain = _show([*seen, _short(places[0])])
+        raise CheckpointError(f"{chain}: the last is no checkpoint directory; name the base with --base_checkpoint_dir")
+    return None
+
+
+def _check_base(adapter: Checkpoint, base: Checkpoint) -> None:
+    if not base.answers_to(adapter.meta["base"]["fingerprint"]):
+        raise BaseMismatchError(
+            f"{base.directory}: not the base that {adapter.directory} was trained on (fingerprint {base.fingerprint}, "
+            f"not {adapter.meta['base']['fingerprint']}); name the right one, or go on with --allow_base_mismatch"
+        )
+    here, there = adapter.directory / CONFIG_FILE, base.directory / CONFIG_FILE
+    if here.is_file() and (ours := ModelConfig.load(here).to_dict()) != (theirs := ModelConfig.load(there).to_dict()):
+        field = next(name for name in ours if ours[name] != theirs[name])
+        raise BaseMismatchError(
+            f"{there}: {field} is {theirs[field]}, but {adapter.directory} was trained with {ours[field]}; "
+            "name the right base, or go on with --allow_base_mismatch"
+        )
+
+
+def _show(directories: list[Path]) -> str:
+    return " -> ".join(map(str, directories))
+
+
+def _short(path: Path) -> Path:
+    """A path as a person would type it: relative if it lies below the current directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def fingerprint(tensors: dict[str, Tensor], facts: str = "") -> str:
+    """16 hex digits over names, shapes, dtypes, 4 KiB of every tensor's bytes at fixed places, and `facts`.
+
+    Reads milliseconds' worth of a file of any size: 8 pieces of 512 bytes spread evenly from the first byte to the last.
+    """
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        pieces, size = 8, 512
+        if data.numel() <= pieces * size:
+            digest.update(data.numpy().tobytes())
+        else:
+            for piece in range(pieces):
+                start = piece * (data.numel() - size) // (pieces - 1)
+                digest.update(data[start : start + size].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- writing
+
+
+def full_meta(**more: Any) -> dict[str, Any]:
+    """The "litlora" entry of a full checkpoint."""
+    return {"format": FORMAT, "kind": "full", **more}
+
+
+def adapter_meta(lora: dict[str, Any], base: Checkpoint, directory: Path) -> dict[str, Any]:
+    """The "litlora" entry of an adapter that will lie in `directory`, trained on `base`."""
+    place = base.directory.absolute()
+    return {
+        "format": FORMAT,
+        "kind": "adapter",
+        "lora": lora,
+        "base": {
+            "path": os.path.relpath(place, directory.absolute()),  # relative, so that moving the whole tree keeps working
+            "absolute_path": str(place),  # and this, so that moving the adapter alone does
+            "fingerprint": base.fingerprint,
+        },
+    }
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    config: ModelConfig,
+    *,
+    sidecars_from: Path,
+    prompt_style: PromptStyle | None = None,
+    hyperparameters: str | None = None,
+) -> None:
+    """Write a whole checkpoint directory, in place of whatever is there; it appears complete or not at all.
+
+    The tokenizer's files are copied from `sidecars_from`, and so is the prompt style unless one is given.
+    `hyperparameters` is the YAML text of the run's settings.
+    """
+    with replacing_directory(directory) as staging:
+        tensors = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
+        with (staging / WEIGHTS_FILE).open("wb") as file:
+            torch.save({"model": tensors, "litlora": meta}, file)
+        (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        for name in (*SIDECAR_FILES, STYLE_FILE):
+            if (sidecars_from / name).is_file():
+                shutil.copyfile(sidecars_from / name, staging / name)
+        if prompt_style is not None:
+            (staging / STYLE_FILE).write_text(yaml.safe_dump({"style": prompt_style.name}), encoding="utf-8")
+        if hyperparameters is not None:
+            (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """torch.save writes the whole storage behind a view; a view gets one of its own."""
+    return tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def replacing_directory(directory: Path) -> Iterator[Path]:
+    """A fresh directory to fill that takes the name `directory` when the block ends well, and vanishes when it does not.
+
+    Every file is on the disk before the name changes, so that a crash leaves the old directory or the new one.
+    """
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for file in staging.iterdir():
+            _sync(file)
+        _sync(staging)
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+            directory.rename(old)
+            staging.rename(directory)
+            shutil.rmtree(old)
+        else:
+            staging.rename(directory)
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

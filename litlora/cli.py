@@ -1,0 +1,118 @@
+"""The edge of every command: arguments in, one line on a mistake, exit status out. Torch-free.
+
+A command is a function of one settings dataclass; `run` parses the dataclass with jsonargparse and calls the function.
+Heavy imports belong inside the function, so that `--help` and a typo answer at once.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+from argparse import ArgumentError
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from litlora.errors import UserError
+from litlora.settings import DataSource
+
+Settings = TypeVar("Settings")
+
+
+def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> None:
+    """Parse `sys.argv` into `settings_class` and call the command; a UserError becomes one line and exit status 2.
+
+    With LITLORA_DEBUG=1 in the environment a mistake shows its traceback as well.
+    """
+    try:
+        command(parse(settings_class, sys.argv[1:]))
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    if os.environ.get("LITLORA_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
+    """The settings that a command line asks for. Raises UserError in one line; `--help` and `--print_config` exit."""
+    parser = _make_parser(settings_class)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except UserError:
+        raise
+    except Exception as error:  # ArgumentError, and whatever else jsonargparse meets in a strange --config file
+        raise UserError(_explain(error, parser, argv)) from error
+    return settings_class(**{field.name: getattr(values, field.name) for field in dataclasses.fields(settings_class)})
+
+
+def dump(settings: Any) -> str:
+    """Settings as YAML that `--config` of the same command takes back."""
+    return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def _make_parser(settings_class: type) -> ArgumentParser:
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, subclasses_enabled=[DataSource], import_path_allowlist=[DataSource.__module__]
+    )
+    parser = ArgumentParser(exit_on_error=False, description=settings_class.__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml.")
+    parser.add_class_arguments(settings_class, as_group=False)
+    flags = [field.name for field in dataclasses.fields(settings_class) if field.type is bool]
+    for action in parser._actions:
+        if action.dest in flags:
+            action.nargs, action.const = "?", True  # `--overwrite` alone means true
+    return parser
+
+
+def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:
+    """jsonargparse's message, of several lines, as one that names the option or the file."""
+    text = " ".join(str(error).split())
+    if "--config" in argv[:-1] and ("config" in text or "Group" in text or not isinstance(error, ArgumentError)):
+        return f"--config {argv[argv.index('--config') + 1]}: {text}"
+    if found := re.search(r"unrecognized arguments: (\S+)", text):
+        return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], parser)}; see --help"
+    if found := re.search(r'"data": Expected a dot import path string: (.+)', text):
+        return f"--data {found[1]}: no such data source; there are {', '.join(sorted(_data_sources()))}"
+    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)': ", r"\1: ", text)
+    text = re.sub(r'Parser key "([\w.]+)": ?', r"--\1: ", text)
+    text = re.sub(r"--(\w+): (\w+): --(\w+): ", r"--\1.\3: ", text)  # --data: Alpaca: --source: -> --data.source:
+    text = re.sub(r"^argument (--[\w.]+): ", r"\1: ", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ", r"expected \1, got ", text)
+    text = re.sub(r"Expected an? (?:typing\.)?(.+?)\. Got value: ", r"expected \1, got ", text)
+    return f"{text}; see --help"
+
+
+def _did_you_mean(option: str, parser: ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    known += [f"--data.{field.name}" for source in _data_sources().values() for field in dataclasses.fields(source)]
+    close = difflib.get_close_matches(option, known, n=1)
+    return f", did you mean {close[0]}" if close else ""
+
+
+def _data_sources() -> dict[str, type[DataSource]]:
+    return {source.__name__: source for source in DataSource.__subclasses__()}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to mappings; a data source also says which one it is."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"class_path": type(value).__name__, "init_args": fields} if isinstance(value, DataSource) else fields

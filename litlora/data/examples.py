@@ -1,0 +1,59 @@
+"""Records to examples: token ids, and where the answer begins. Done once, before the first step. Torch-free."""
+
+import random
+from dataclasses import dataclass
+
+from litlora.data.records import Record
+from litlora.errors import DataError
+from litlora.prompts import PromptStyle
+from litlora.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Prompt and answer as token ids; the answer ends with the end-of-text token."""
+
+    ids: list[int]
+    prompt_length: int
+    """The first so many ids are the prompt's."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A tokenised data set, and what had to be done to it."""
+
+    examples: list[Example]
+    num_cut: int
+    """Examples whose answer lost its end to max_seq_length."""
+    num_left_out: int
+    """Examples whose prompt alone fills max_seq_length."""
+
+
+def tokenize(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> Examples:
+    """Encode every record; the end-of-text token is always there, also when a long answer is cut.
+
+    Prompt and answer are encoded apart, as chat meets them. Raises DataError if nothing is left.
+    """
+    prompts = tokenizer.encode_batch([style.render(record.instruction, record.input) for record in records], begin=True)
+    answers = tokenizer.encode_batch([record.output for record in records])
+    examples, num_cut, num_left_out = [], 0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        room = max_seq_length - len(prompt) - 1  # for the answer, beside its end-of-text
+        if room < min(1, len(answer)):
+            num_left_out += 1
+            continue
+        num_cut += len(answer) > room
+        examples.append(Example([*prompt, *answer[:room], tokenizer.eos_id], len(prompt)))
+    if not examples:
+        raise DataError(
+            f"no example is left: every prompt fills --train.max_seq_length {max_seq_length} by itself, the first at {records[0].place}"
+        )
+    return Examples(examples, num_cut, num_left_out)
+
+
+def split(records: list[Record], val_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training, validation), drawn by the seed; with a fraction above 0, each has at least one record if there are two."""
+    num_val = min(len(records) - 1, max(1, round(len(records) * val_fraction))) if val_fraction else 0
+    chosen = set(random.Random(seed).sample(range(len(records)), num_val))
+    train = [record for index, record in enumerate(records) if index not in chosen]
+    return train, [records[index] for index in sorted(chosen)]

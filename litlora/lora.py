@@ -1,0 +1,204 @@
+"""LoRA on any `nn.Module`: wrap linear layers, train, merge, unmerge, unwrap.
+
+h = W x + b + (alpha / r) · B A x, with A (r, in) and B (out, r) (Hu et al. 2021, arXiv:2106.09685).
+
+    add_lora(model, config)      wraps the layers that config.targets names and freezes everything else
+    merge_lora(model)            folds every update into its W, in place; outputs stay the same up to rounding
+    unmerge_lora(model)          puts back the very bits of every W
+    unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litlora.errors import UserError
+from litlora.settings import PRESETS, LoRAConfig
+
+_SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+OUTPUT_HEAD = "lm_head"
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its low-rank update. The wrapped layer is frozen and keeps its dtype."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        """A is Kaiming-uniform with a = √5, B zero: a fresh adapter changes nothing. `dtype` is that of A and B."""
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.rank, self.alpha = rank, alpha
+        self.scale = alpha / rank
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+        self._base_weight: Tensor | None = None  # W's own tensor, while the update is folded in
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into W."""
+        return self._base_weight is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight W + (alpha / r) · B A, (out, in).
+
+        Code that reads a layer's weight and skips its forward, as `nn.TransformerEncoderLayer` does in eval mode, thus
+        still meets the update.
+        """
+        return self.linear.weight if self.merged else merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (..., in) -> (..., out)
+        if self.merged:
+            return y
+        # The update is computed in the activations' dtype, as everything around it; its weights stay in their own.
+        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scale  # (..., in) -> (..., r)
+        return y + F.linear(z, self.lora_B.to(x.dtype))
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """Fold the update into W, once however often it is called; returns the wrapped layer, for `set_submodule`."""
+        if not self.merged:
+            base = self.linear.weight
+            merged = merged_weight(base, self.lora_A, self.lora_B, self.scale)
+            self.linear.weight = nn.Parameter(merged, requires_grad=False)
+            self._base_weight = base
+        return self.linear
+
+    def unmerge(self) -> None:
+        """Put back W as it was: the same tensor, so the same bits."""
+        if self.merged:
+            self.linear.weight = self._base_weight
+            self._base_weight = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """W + scale · B A in fp32 or better, rounded once to W's dtype: (out, in)."""
+    exact = torch.promote_types(weight.dtype, torch.float32)  # fp32: a sum in bf16 would round twice
+    return torch.addmm(weight.to(exact), lora_B.to(exact), lora_A.to(exact), alpha=scale).to(weight.dtype)
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Wrap the linear layers that `config.targets` names and freeze everything else; returns their names.
+
+    Raises UserError if a target matches nothing, names a layer whose forward is not its own, or is too small for the rank.
+    """
+    names = select_layers(model, config.targets)
+    attach_lora(model, names, config, dtype)
+    return names
+
+
+def attach_lora(model: nn.Module, names: list[str], config: LoRAConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Wrap the linear layers of these exact names and freeze everything else."""
+    for name in names:
+        linear = model.get_submodule(name)
+        if config.rank > (most := min(linear.in_features, linear.out_features)):
+            raise UserError(
+                f"--lora.rank {config.rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
+            )
+    model.requires_grad_(False)
+    wrapped: dict[nn.Module, LoRALinear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # one layer under two names stays one layer
+        if name in names or module in wrapped:
+            if module not in wrapped:
+                wrapped[module] = LoRALinear(module, config.rank, config.alpha, config.dropout, dtype)
+            model.set_submodule(name, wrapped[module])
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every adapter of a model into its W, in place."""
+    for layer in _lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take every adapter of a model out of its W again, to the bit."""
+    for layer in _lora_layers(model).values():
+        layer.unmerge()
+
+
+def unwrap_lora(model: nn.Module) -> None:
+    """Replace every LoRALinear by the plain layer in it: merged if it was merged, else without its adapter."""
+    for name, layer in _lora_layers(model).items():
+        model.set_submodule(name, layer.linear)
+
+
+def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The A and B of every adapter of a model, by their names in it."""
+    return {
+        f"{name}.{part}": getattr(layer, part).detach() for name, layer in _lora_layers(model).items() for part in ("lora_A", "lora_B")
+    }
+
+
+def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The names of the linear layers that targets mean, in the model's order.
+
+    A target is a preset, a layer's name or the end of one (`q_proj`, `self_attn.q_proj`), or a regular expression that
+    matches a whole name. Raises UserError for a target that matches no linear layer and for a layer that cannot be adapted.
+    """
+    if _lora_layers(model):
+        raise UserError("the model already has an adapter; merge it or unwrap it first")
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    asked = [targets] if isinstance(targets, str) else targets
+    matches = {target: [name for name in linears if _matches(name, target)] for target in asked}
+    if missed := [target for target, found in matches.items() if not found]:
+        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
+        raise UserError(f"--lora.targets {', '.join(missed)}: no linear layer of that name; presets: {', '.join(PRESETS)}; layers: {there}")
+    selected = [name for name in linears if any(name in found for found in matches.values())]
+    refused = {name: reason for name in selected if (reason := _why_not(modules, name))}
+    if refused:
+        able = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in selected if name not in refused))
+        name, reason = next(iter(refused.items()))
+        raise UserError(f"--lora.targets: {name} cannot be adapted: {reason}; " + (f"name others, here {able}" if able else "name others"))
+    return selected
+
+
+def _matches(name: str, target: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    if target == "all-linear":
+        return leaf != OUTPUT_HEAD
+    if target in _SUFFIXES:
+        return leaf in _SUFFIXES[target]
+    if name == target or name.endswith("." + target):
+        return True
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise UserError(f"--lora.targets {target}: neither a layer's name nor a regular expression ({error})") from None
+
+
+def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:
+    """Why an adapter on this layer would do nothing or the wrong thing; None if it can be adapted."""
+    layer, parent = modules[name], modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.MultiheadAttention):
+        return "MultiheadAttention reads its weight and never calls it"
+    if type(layer).forward is not nn.Linear.forward:
+        return f"its class {type(layer).__name__} computes something else than W x + b"
+    if hasattr(layer, "parametrizations"):
+        return "its weight is parametrized, so it cannot be replaced by a merged one"
+    return None
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LoRALinear)}

@@ -1,0 +1,250 @@
+"""Every setting of every command, once: its name, default, unit and help text. Torch-free.
+
+The docstring under a field is its `--help` text. A command takes one of the dataclasses in the last part of this file.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+from litlora.errors import UserError
+
+QUICKSTART = "checkpoints/litlora/quickstart"
+PRESETS = ("qv", "attention", "all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adaptation (Hu et al. 2021): h = W x + b + (alpha / rank) · B A x."""
+
+    rank: int = 8
+    """Rank of the update: A is (rank, in), B is (out, rank)."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs zeroed in training; W's own input is left alone."""
+    targets: str | list[str] = "all-linear"
+    """Layers to adapt: qv, attention, all-linear (all but the output head), or a list of layer names (q_proj, layers.0.mlp.up_proj)
+    and regular expressions that match a whole name."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"--lora.rank {self.rank}: must be at least 1")
+        check(math.isfinite(self.alpha) and self.alpha != 0, f"--lora.alpha {self.alpha}: must be a finite number other than 0")
+        check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
+        check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource(ABC):
+    """Where the training examples come from."""
+
+    val_fraction: float = 0.05
+    """Share of the examples kept out of training to measure the validation loss; 0 for none."""
+    split_seed: int = 42
+    """Which examples are kept out."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The data's part in the default out_dir."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.val_fraction < 1, f"--data.val_fraction {self.val_fraction}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alpaca(DataSource):
+    """Stanford Alpaca's 52,002 instructions, or the small sample of the same form that comes with litlora."""
+
+    source: Literal["auto", "full", "sample"] = "auto"
+    """auto: the downloaded file, else download it, else the sample; full: never the sample; sample: always the sample."""
+    download_dir: str = "data/alpaca"
+    """Where the full file is kept."""
+    url: str = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+    """Where the full file comes from."""
+
+    @property
+    def name(self) -> str:
+        return "alpaca"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSON(DataSource):
+    """Your own records with instruction, output and, if you like, input."""
+
+    path: str
+    """A .json or .jsonl file, or a directory of them."""
+
+    @property
+    def name(self) -> str:
+        return "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 4
+    """Passes over the training examples."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever the epochs; the learning rate's schedule ends there."""
+    global_batch_size: int = 16
+    """Examples an optimizer step learns from, over all devices."""
+    micro_batch_size: int = 4
+    """Examples a device computes at a time."""
+    max_seq_length: int = 2048
+    """Longest example in tokens; a longer one loses the end of its answer, never its end-of-text. At most the model's context."""
+    mask_prompt: bool = True
+    """Learn the answers only; false: learn the prompts too."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int | float = 0.05
+    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of matrices; vectors are never decayed."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    log_interval: int = 10
+    """Steps between two logged lines and rows of metrics.csv."""
+    eval_interval: int = 0
+    """Steps between two validations; 0: only at the end."""
+    save_interval: int = 200
+    """Steps between two early checkpoints; 0 for none."""
+    keep_checkpoints: int = 2
+    """Early checkpoints kept: the newest."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size", "micro_batch_size", "log_interval", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"--train.{name} {getattr(self, name)}: must be at least 1")
+        for name in ("eval_interval", "save_interval", "warmup_steps", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            check(math.isfinite(value) and value >= 0, f"--train.{name} {value}: must be 0 or more, and finite")
+        check(self.max_steps is None or self.max_steps >= 1, f"--train.max_steps {self.max_steps}: must be at least 1")
+        check(self.max_seq_length >= 2, f"--train.max_seq_length {self.max_seq_length}: must be at least 2")
+        check(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"--train.learning_rate {self.learning_rate}: must be a positive, finite number",
+        )
+        check(
+            isinstance(self.warmup_steps, int) or self.warmup_steps < 1,
+            f"--train.warmup_steps {self.warmup_steps}: must be a whole number of steps, or a share below 1",
+        )
+        check(0 <= self.min_lr_ratio <= 1, f"--train.min_lr_ratio {self.min_lr_ratio}: must be from 0 to 1")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"--train.{name} {getattr(self, name)}: must be at least 0 and below 1")
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+# ---- one dataclass a command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """What the fine-tuning commands share."""
+
+    checkpoint_dir: str = QUICKSTART
+    """The model to start from: any checkpoint directory, an adapter's too."""
+    data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
+    """Training data: Alpaca, or JSON with --data.path FILE_OR_DIR. --data.help NAME lists a source's settings."""
+    out_dir: str | None = None
+    """Where the results go; default out/METHOD/DATA."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+    prompt_style: Literal["alpaca", "plain"] | None = None
+    """How the instructions are put to the model, stored with the result, where chat finds it; default: as the model was taught
+    before, else alpaca."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 1337
+    """Seed of everything random: the adapter's initial weights, the order of the examples, dropout."""
+    devices: int = 1
+    """How many devices train together."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto takes the fastest there is."""
+    base_checkpoint_dir: str | None = None
+    """If checkpoint_dir is an adapter: its base, when it no longer lies where the adapter says."""
+    allow_base_mismatch: bool = False
+    """If checkpoint_dir is an adapter: use a base whose weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneLoRA(Finetune):
+    """Fine-tune with LoRA. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFull(Finetune):
+    """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk to a model: full, an adapter on its base, or a chain of adapters (merged in memory)."""
+
+    checkpoint_dir: str = "out/lora/alpaca/final"
+    """Any checkpoint directory."""
+    prompt: str | None = None
+    """Answer this once and exit."""
+    prompt_style: Literal["alpaca", "plain"] | None = None
+    """How questions are put; default: as the model was taught."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; higher is more random."""
+    top_k: int | None = 50
+    """Sample among the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int | None = None
+    """Seed of the sampling; default: another answer each time."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto takes the fastest there is."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it no longer lies where the adapter says."""
+    allow_base_mismatch: bool = False
+    """Use a base whose weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
+        check(math.isfinite(self.temperature) and self.temperature >= 0, f"--temperature {self.temperature}: must be 0 or more, and finite")
+        check(self.top_k is None or self.top_k >= 1, f"--top_k {self.top_k}: must be at least 1")
+        check(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLoRA:
+    """Merge an adapter into its base: writes a full checkpoint that can be trained further."""
+
+    lora_path: str
+    """The adapter: a lit_model.pth, or the directory that holds it."""
+    out_dir: str
+    """Directory to write."""
+    checkpoint_dir: str | None = None
+    """The base; default: the one the adapter was trained on. May itself be an adapter (a chain)."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+    allow_base_mismatch: bool = False
+    """Merge into a base whose weights are not those that the adapter was trained on."""

@@ -1,0 +1,135 @@
+"""Text to token ids and back, over the `tokenizers` library; special ids; decoding a stream piece by piece. Torch-free."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+SIDECAR_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What travels with a model besides its weights; every command copies those that the base has."""
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Reads `tokenizer.json` and, where present, `tokenizer_config.json` and `generation_config.json`.
+
+        Raises CheckpointError for a missing or broken file and where no end-of-text token can be found.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        settings = _read_json(directory / "tokenizer_config.json")
+        self.eos_id = self._end_of_text(settings, path)
+        """The token that ends an answer, as training teaches it."""
+        stop = _read_json(directory / "generation_config.json").get("eos_token_id", [])
+        self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [stop])])
+        """Tokens that end generation."""
+        self._prefix = self._begin_of_text(settings)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, text: str, *, begin: bool = False) -> list[int]:
+        """Token ids of a text; `begin` puts the begin-of-text token in front, if this tokenizer uses one."""
+        return self.encode_batch([text], begin=begin)[0]
+
+    def encode_batch(self, texts: list[str], *, begin: bool = False) -> list[list[int]]:
+        """`encode` for many texts, on all cores."""
+        prefix = self._prefix if begin else []
+        return [prefix + encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _end_of_text(self, settings: dict[str, Any], path: Path) -> int:
+        name = _token_text(settings.get("eos_token"))
+        if name is not None:
+            if (found := self._backend.token_to_id(name)) is None:
+                raise CheckpointError(f"{path}: lacks the token {name!r} that tokenizer_config.json names as eos_token")
+            return found
+        known = [found for name in END_OF_TEXT_NAMES if (found := self._backend.token_to_id(name)) is not None]
+        if len(known) != 1:
+            what = "several tokens could be" if known else "no token is known as"
+            raise CheckpointError(f"{path}: {what} the end of a text; name it as eos_token in a tokenizer_config.json beside it")
+        return known[0]
+
+    def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
+        """What the tokenizer itself puts in front of an empty text, less an end-of-text; else what its settings ask for."""
+        ids = [token for token in self._backend.encode("", add_special_tokens=True).ids if token != self.eos_id]
+        name = _token_text(settings.get("bos_token"))
+        if not ids and settings.get("add_bos_token") and name is not None and (found := self._backend.token_to_id(name)) is not None:
+            ids = [found]
+        return ids
+
+
+class TextStream:
+    """Turns a stream of token ids into text, whole characters only: a character may be spread over several tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # where the context of the decoding begins: some decoders treat the first token specially
+        self._shown = 0  # tokens whose text has been returned
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        self._ids.append(token)
+        before, now = self._texts()
+        if now.endswith("\ufffd") and len(self._ids) - self._shown < 16:  # an invalid byte must not hold back text for ever
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What is left at the end of the stream."""
+        before, now = self._texts()
+        self._start = self._shown = len(self._ids)
+        return now[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(self._ids[self._start :])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _token_text(token: Any) -> str | None:
+    """A token in tokenizer_config.json is its text, or an object with the text under "content"."""
+    return token.get("content") if isinstance(token, dict) else token
