@@ -72,6 +72,11 @@ class Chain:
     config: ModelConfig
 
     @property
+    def directories(self) -> list[Path]:
+        """Where the links lie, the base's directory first."""
+        return [link.directory for link in (self.base, *self.adapters)]
+
+    @property
     def top(self) -> Checkpoint:
         """What the user named: the outermost adapter, or the base itself."""
         return self.adapters[-1] if self.adapters else self.base

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from litlora.errors import UserError
-from litlora.settings import DataSource
+from litlora.settings import Alpaca, DataSource
 
 Settings = TypeVar("Settings")
 
@@ -51,7 +51,7 @@ def _fail(message: str) -> NoReturn:
 
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and `--print_config` exit."""
-    parser = _make_parser(settings_class)
+    parser = _make_parser(settings_class, argv)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except UserError:
@@ -66,13 +66,16 @@ def dump(settings: Any) -> str:
     return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
 
 
-def _make_parser(settings_class: type) -> ArgumentParser:
+def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, subclasses_enabled=[DataSource], import_path_allowlist=[DataSource.__module__]
     )
     parser = ArgumentParser(exit_on_error=False, description=settings_class.__doc__)
     parser.add_argument("--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml.")
     parser.add_class_arguments(settings_class, as_group=False)
+    if "--data" in argv or "--data=Alpaca" in argv:
+        # A source that is asked for has its own defaults; jsonargparse would keep those of a default of the same class.
+        parser.set_defaults(data=Alpaca())
     flags = [field.name for field in dataclasses.fields(settings_class) if field.type is bool]
     for action in parser._actions:
         if action.dest in flags:
@@ -83,12 +86,13 @@ def _make_parser(settings_class: type) -> ArgumentParser:
 def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:
     """jsonargparse's message, of several lines, as one that names the option or the file."""
     text = " ".join(str(error).split())
-    if "--config" in argv[:-1] and ("config" in text or "Group" in text or not isinstance(error, ArgumentError)):
+    if "--config" in argv[:-1] and (not isinstance(error, ArgumentError) or re.search("config|Group|Option", text)):
         return f"--config {argv[argv.index('--config') + 1]}: {text}"
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], parser)}; see --help"
     if found := re.search(r'"data": Expected a dot import path string: (.+)', text):
         return f"--data {found[1]}: no such data source; there are {', '.join(sorted(_data_sources()))}"
+    text = re.sub(r"Option '(\S+)' is not accepted", r"no such setting as \1", text)
     text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)': ", r"\1: ", text)
     text = re.sub(r'Parser key "([\w.]+)": ?', r"--\1: ", text)
     text = re.sub(r"--(\w+): (\w+): --(\w+): ", r"--\1.\3: ", text)  # --data: Alpaca: --source: -> --data.source:

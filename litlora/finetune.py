@@ -19,7 +19,7 @@ from litlora.load import Loaded, load, pick_device
 from litlora.log import Metrics, duration
 from litlora.loss import SupervisedLoss
 from litlora.model import GPT
-from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE
+from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import STYLES
 from litlora.settings import Finetune
 from litlora.train import Summary, fit
@@ -49,6 +49,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
 
     base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
     loaded = load(Path(settings.checkpoint_dir), base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=fabric.device)
+    keep_inputs(run_dir, loaded.chain.directories)
     base, model = loaded.chain.top, loaded.model
     style = STYLES[settings.prompt_style] if settings.prompt_style else loaded.prompt_style or STYLES["alpaca"]
     method.prepare(model)

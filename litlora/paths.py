@@ -1,6 +1,6 @@
 """The names in a checkpoint directory, and the checks of paths that come before torch is imported."""
 
-import os
+import tempfile
 from pathlib import Path
 
 from litlora.config import CONFIG_FILE
@@ -33,14 +33,11 @@ def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: li
     """The path, if results may be written there. Raises UserError, and changes nothing, if
 
     - it holds something and `overwrite` is off, or something that matches none of `names` (which we would not have written),
-    - it is, holds or lies in what one of `inputs` names: writing there would destroy what is read, or
+    - it is or holds one of `inputs`, or
     - it is a file or cannot be written.
     """
     directory = Path(path)
-    for source in inputs:
-        ours, theirs = directory.resolve(), source.resolve()
-        if theirs.is_relative_to(ours) or ours.is_relative_to(theirs):
-            raise UserError(f"--out_dir {directory}: overlaps {source}, which is read; name another directory")
+    keep_inputs(directory, inputs)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out_dir {directory}: is a file; name a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
@@ -49,6 +46,16 @@ def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: li
     if foreign := [name for name in there if not any(Path(name).match(pattern) for pattern in names)]:
         raise UserError(f"--out_dir {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
     above = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {directory}: cannot be written, as {above} is not a directory open to you")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".litlora-", dir=above):  # permissions alone do not tell: a disk may be read-only
+            pass
+    except OSError as error:
+        raise UserError(f"--out_dir {directory}: cannot be written: {above}: {error.strerror}") from None
     return directory
+
+
+def keep_inputs(out_dir: Path, inputs: list[Path]) -> None:
+    """Raise UserError if `out_dir` is or holds a directory that is read: replacing it would destroy that."""
+    for source in inputs:
+        if source.resolve().is_relative_to(out_dir.resolve()):
+            raise UserError(f"--out_dir {out_dir}: holds {source}, which is read; name another directory")

@@ -162,7 +162,8 @@ class Finetune:
     checkpoint_dir: str = QUICKSTART
     """The model to start from: any checkpoint directory, an adapter's too."""
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
-    """Training data: Alpaca, or JSON with --data.path FILE_OR_DIR. --data.help NAME lists a source's settings."""
+    """Training data: Alpaca, or JSON with --data.path FILE_OR_DIR; default: Alpaca's built-in sample, without a download.
+    --data.help NAME lists a source's settings."""
     out_dir: str | None = None
     """Where the results go; default out/METHOD/DATA."""
     overwrite: bool = False

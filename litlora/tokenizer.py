@@ -20,7 +20,8 @@ SIDECAR_FILES = (
     "chat_template.json",
 )
 """What travels with a model besides its weights; every command copies those that the base has."""
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""Special tokens known to end a text, for tokenizers that come without their settings. (Ends of a turn are not among them.)"""
 
 
 class Tokenizer:
@@ -74,7 +75,8 @@ class Tokenizer:
             if (found := self._backend.token_to_id(name)) is None:
                 raise CheckpointError(f"{path}: lacks the token {name!r} that tokenizer_config.json names as eos_token")
             return found
-        known = [found for name in END_OF_TEXT_NAMES if (found := self._backend.token_to_id(name)) is not None]
+        special = {token.content: id for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        known = [special[name] for name in END_OF_TEXT_NAMES if name in special]
         if len(known) != 1:
             what = "several tokens could be" if known else "no token is known as"
             raise CheckpointError(f"{path}: {what} the end of a text; name it as eos_token in a tokenizer_config.json beside it")

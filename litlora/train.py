@@ -82,44 +82,51 @@ def fit(
     loss = val_loss = None
     logged = _Interval()
 
-    for epoch, micro_batches in _steps(plan, total_steps):
-        learning_rate = lr_at(step, total_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        with clock:
-            done = _optimizer_step(fabric, objective, optimizer, train, micro_batches, config, check_gradients=step == 0)
-        step += 1
-        tokens += done.num_tokens
-        logged.add(done, clock.seconds)
-        progress.step()
+    try:
+        for epoch, micro_batches in _steps(plan, total_steps):
+            learning_rate = lr_at(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            with clock:
+                done = _optimizer_step(fabric, objective, optimizer, train, micro_batches, config, check_gradients=step == 0)
+            step += 1
+            tokens += done.num_tokens
+            logged.add(done, clock.seconds)
+            progress.step()
 
-        if step % config.log_interval == 0 or step == total_steps or step == 1:
-            loss, tokens_per_second = logged.loss(fabric), logged.tokens_per_second(clock.seconds)
-            progress.report(step, loss=loss, learning_rate=learning_rate, tokens_per_second=tokens_per_second)
-            if metrics is not None:
-                metrics.write(
-                    step=step,
-                    epoch=epoch,
-                    loss=loss,
-                    learning_rate=learning_rate,
-                    grad_norm=done.grad_norm,
-                    tokens=tokens,
-                    tokens_per_second=tokens_per_second,
-                    seconds=clock.seconds,
-                )
-            logged = _Interval(clock.seconds)
-        last = step == total_steps
-        if val and (last or (config.eval_interval and step % config.eval_interval == 0)):
-            val_loss = evaluate(fabric, objective, val, config)
-            progress.say(f"step {step}/{total_steps} | validation loss {val_loss:.4f}")
-            if metrics is not None:
-                metrics.write(step=step, epoch=epoch, val_loss=val_loss, tokens=tokens, seconds=clock.seconds)
-        if config.save_interval and step % config.save_interval == 0 and not last:
+            if step % config.log_interval == 0 or step == total_steps or step == 1:
+                loss, tokens_per_second = logged.loss(fabric), logged.tokens_per_second(clock.seconds)
+                progress.report(step, loss=loss, learning_rate=learning_rate, tokens_per_second=tokens_per_second)
+                if metrics is not None:
+                    metrics.write(
+                        step=step,
+                        epoch=epoch,
+                        loss=loss,
+                        learning_rate=learning_rate,
+                        grad_norm=done.grad_norm,
+                        tokens=tokens,
+                        tokens_per_second=tokens_per_second,
+                        seconds=clock.seconds,
+                    )
+                logged = _Interval(clock.seconds)
+            last = step == total_steps
+            if val and (last or (config.eval_interval and step % config.eval_interval == 0)):
+                val_loss = evaluate(fabric, objective, val, config)
+                progress.say(f"step {step}/{total_steps} | validation loss {val_loss:.4f}")
+                if metrics is not None:
+                    metrics.write(step=step, epoch=epoch, val_loss=val_loss, tokens=tokens, seconds=clock.seconds)
+            if config.save_interval and step % config.save_interval == 0 and not last:
+                save(run_dir / f"step-{step:06}")
+                if fabric.is_global_zero:
+                    for old in sorted(run_dir.glob("step-*"))[: -config.keep_checkpoints]:
+                        shutil.rmtree(old)
+    except KeyboardInterrupt:
+        if step:
             save(run_dir / f"step-{step:06}")
-            if fabric.is_global_zero:
-                for old in sorted(run_dir.glob("step-*"))[: -config.keep_checkpoints]:
-                    shutil.rmtree(old)
-    progress.close()
+            progress.say(f"stopped after step {step} of {total_steps}; the weights so far are in {run_dir / f'step-{step:06}'}")
+        raise
+    finally:
+        progress.close()
     return Summary(step, clock.seconds, tokens, loss, val_loss, peak_memory(fabric.device))
 
 

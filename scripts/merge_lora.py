@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litlora.cli import run
 from litlora.errors import CheckpointError
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import MergeLoRA
 
 
@@ -24,12 +24,13 @@ def main(settings: MergeLoRA) -> None:
     if not open_checkpoint(adapter_dir).is_adapter:
         raise CheckpointError(f"{adapter_dir}: is a full model already; --lora_path needs an adapter")
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    keep_inputs(out_dir, chain.directories)
     tensors, config = merge_chain(chain)
     # The merge answers for the chain it was made from: an adapter trained on the chain fits it too.
     merged = {"chain": chain.top.fingerprint, "result": fingerprint(tensors)}
     write_checkpoint(out_dir, tensors, full_meta(merged=merged), config, sidecars_from=adapter_dir)
     result = out_dir / WEIGHTS_FILE
-    print(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
+    print(f"merged: {' + '.join(map(str, chain.directories))}")
     print(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
     print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
 

@@ -1,0 +1,120 @@
+"""Fixtures: tiny real checkpoints, and the real data and tokenizer where they are at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from litlora.checkpoint import full_meta, write_checkpoint
+from litlora.config import ModelConfig
+from litlora.model import GPT
+
+REPO = Path(__file__).parent.parent
+SHARED = REPO.parent / "shared"
+QUICKSTART = REPO / "checkpoints/litlora/quickstart"
+
+TEXT = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction: ### Input: ### Response: paired with an input that provides further context",
+    "the quick brown fox jumps over the lazy dog; one two three four five six seven eight nine ten",
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    facts = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    return ModelConfig(**{**facts, **changes})
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer of about 300 tokens, with <|endoftext|>."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(TEXT, trainer)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return directory
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path, tokenizer_dir) -> Callable[..., Path]:
+    """make_checkpoint("name", seed=0, dtype=torch.float32, **config changes) -> a full checkpoint directory of random weights."""
+
+    def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
+        torch.manual_seed(seed)
+        config = tiny_config(**changes)
+        model = GPT(config).to(dtype)
+        write_checkpoint(tmp_path / name, dict(model.named_parameters()), full_meta(), config, sidecars_from=tokenizer_dir)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def base(make_checkpoint) -> Path:
+    return make_checkpoint("base")
+
+
+@pytest.fixture
+def alpaca_file(tmp_path) -> Path:
+    """A small file of records of very different lengths."""
+    records = [
+        {"instruction": f"Repeat {'the fox ' * (n % 5)}{n}.", "input": f"number {n}" if n % 3 else "", "output": f"{n} " * (1 + n % 7)}
+        for n in range(40)
+    ]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def command(*words: object, cwd: Path = REPO, input: str = "", timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python FOLDER/NAME.py ...` of this repository as a user does."""
+    script, *arguments = map(str, words)
+    return subprocess.run(
+        [sys.executable, str(REPO / script), *arguments],
+        cwd=cwd,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+    )
+
+
+def succeeds(*words: object, **options) -> subprocess.CompletedProcess:
+    done = command(*words, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fails(*words: object, **options) -> str:
+    """The one line of a user's mistake: status 2, nothing but `error: ...` on stderr."""
+    done = command(*words, **options)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr

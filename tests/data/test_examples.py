@@ -1,0 +1,72 @@
+"""Examples: prompt and answer apart, the end of the text always there."""
+
+import pytest
+from conftest import SHARED
+
+from litlora.data.examples import split, tokenize
+from litlora.data.records import Record, read_records
+from litlora.errors import DataError
+from litlora.prompts import STYLES
+from litlora.settings import JSON
+from litlora.tokenizer import Tokenizer
+
+STYLE = STYLES["alpaca"]
+
+
+def record(instruction="Count.", input="", output="one two three"):
+    return Record(instruction, input, output, place="x.json, record 0")
+
+
+def test_an_example_is_prompt_answer_and_end(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    (example,) = tokenize([record(input="to three")], tokenizer, STYLE, 500).examples
+    assert tokenizer.decode(example.ids[: example.prompt_length]) == STYLE.render("Count.", "to three")
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == "one two three"
+    assert example.ids[-1] == tokenizer.eos_id
+
+
+def test_the_end_is_learned_also_when_the_answer_is_cut(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    long = record(output="seven " * 200)
+    whole = tokenize([record(), long], tokenizer, STYLE, 1000)
+    assert whole.num_cut == 0
+    limit = whole.examples[0].prompt_length + 10
+    cut = tokenize([record(output="one"), long], tokenizer, STYLE, limit)
+    assert (cut.num_cut, cut.num_left_out) == (1, 0)
+    assert all(example.ids[-1] == tokenizer.eos_id and len(example.ids) <= limit for example in cut.examples)
+    assert cut.examples[1].ids[:-1] == whole.examples[1].ids[: limit - 1]
+
+
+def test_a_prompt_that_fills_the_length_is_left_out_and_counted(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    done = tokenize([record(), record(instruction="Count. " * 100)], tokenizer, STYLE, 120)
+    assert (len(done.examples), done.num_left_out) == (1, 1)
+    with pytest.raises(DataError, match="no example is left.*max_seq_length 20.*x.json, record 0"):
+        tokenize([record()], tokenizer, STYLE, 20)
+
+
+def test_an_empty_answer_teaches_the_end(tokenizer_dir):
+    (example,) = tokenize([record(output="")], Tokenizer(tokenizer_dir), STYLE, 500).examples
+    assert len(example.ids) == example.prompt_length + 1
+
+
+def test_the_real_data_keeps_every_end(tmp_path):
+    path, file = SHARED / "data/alpaca_zh_demo.json", SHARED / "tokenizers/gpt_neox_20b_tokenizer.json"
+    if not (path.is_file() and file.is_file()):
+        pytest.skip(f"{path} or {file} is not at hand")
+    (tmp_path / "tokenizer.json").symlink_to(file)
+    tokenizer = Tokenizer(tmp_path)
+    done = tokenize(read_records(JSON(path=str(path))).records, tokenizer, STYLE, 256)
+    assert len(done.examples) + done.num_left_out == 1000
+    assert done.num_cut > 100, "Chinese takes many tokens here; the cut must be exercised"
+    assert all(example.ids[-1] == tokenizer.eos_id and example.prompt_length < len(example.ids) <= 256 for example in done.examples)
+
+
+def test_the_split_is_seeded_whole_and_disjoint():
+    records = [record(instruction=str(n)) for n in range(101)]
+    train, val = split(records, 0.1, seed=3)
+    assert len(val) == 10 and sorted([*train, *val], key=lambda r: int(r.instruction)) == records
+    assert (train, val) == split(records, 0.1, seed=3) != split(records, 0.1, seed=4)
+    assert split(records, 0.0, seed=3) == (records, [])
+    assert [len(part) for part in split(records[:2], 0.01, seed=3)] == [1, 1]
+    assert [len(part) for part in split(records[:1], 0.5, seed=3)] == [1, 0]

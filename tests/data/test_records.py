@@ -1,0 +1,135 @@
+"""Reading records: real files, strange files, downloads from a local server."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from conftest import SHARED
+
+from litlora.data.records import SAMPLE_FILE, read_records
+from litlora.errors import DataError
+from litlora.settings import JSON, Alpaca
+
+RECORD = {"instruction": "Say hi.", "output": "Hi."}
+
+
+def read(path):
+    return read_records(JSON(path=str(path))).records
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json"])
+def test_the_real_files_are_read_whole(name):
+    path = SHARED / "data" / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not at hand")
+    expected = json.loads(path.read_text())
+    assert [(r.instruction, r.input, r.output) for r in read(path)] == [(r["instruction"], r["input"], r["output"]) for r in expected]
+
+
+def test_json_jsonl_and_directories_agree(tmp_path):
+    records = [{**RECORD, "input": f"line\u2028{n}", "extra": 1} for n in range(3)]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n", encoding="utf-8")
+    (tmp_path / "readme.txt").write_text("not data")
+    once = [r.input for r in read(tmp_path / "a.json")]
+    assert once == [r.input for r in read(tmp_path / "b.jsonl")] == [r["input"] for r in records]
+    assert [r.input for r in read(tmp_path)] == once * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.json", "", r"x\.json: not valid JSON"),
+        ("x.json", "[", r"x\.json: not valid JSON"),
+        ("x.json", "{}", "must hold a JSON list"),
+        ("x.json", "[]", "holds no record"),
+        ("x.jsonl", "\n\n", "holds no record"),
+        ("x.json", json.dumps([RECORD, 5]), r"x\.json, record 1: must be an object"),
+        ("x.json", json.dumps([RECORD, {"prompt": "a", "output": "b"}]), r'x\.json, record 1: has no "instruction"; it has \'prompt\''),
+        ("x.json", json.dumps([{"instruction": "a"}]), r'record 0: has no "output"'),
+        ("x.json", json.dumps([{"instruction": "a", "output": None}]), r'"output" must be text, not NoneType'),
+        ("x.json", json.dumps([{"instruction": ["a"], "output": "b"}]), r'"instruction" must be text, not list'),
+        ("x.json", '[{"instruction": "\\ud800", "output": "b"}]', "lone surrogate"),
+        ("x.jsonl", json.dumps(RECORD) + "\n{oops}\n", r"x\.jsonl, line 2: not valid JSON"),
+        ("x.json", "[" * 100_000, "nested too deeply|not valid JSON"),
+        ("x.json", b"\xff\xfe\x00", r"x\.json: not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_names_itself_and_the_place(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=says):
+        read(tmp_path / name)
+
+
+def test_missing_places_are_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such file"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no .json or .jsonl file"):
+        read(tmp_path)
+
+
+# ---- Alpaca: the full file, the download, the sample
+
+
+class Server:
+    """A web server on this machine that answers every request the same way."""
+
+    def __init__(self, status: int, content: bytes) -> None:
+        outer = self
+        self.requests = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests += 1
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/alpaca_data.json"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_the_full_file_is_downloaded_once(tmp_path):
+    with Server(200, json.dumps([RECORD] * 3).encode()) as server:
+        source = Alpaca(url=server.url, download_dir=str(tmp_path / "data"))
+        for _ in range(2):
+            found = read_records(source)
+            assert len(found.records) == 3 and found.source.source == "full" and found.notice is None
+        assert server.requests == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["alpaca_data.json"]
+
+
+@pytest.mark.parametrize(("status", "content"), [(404, b"gone"), (200, b"<html>"), (200, b'{"not": "a list"}')])
+def test_auto_falls_back_to_the_sample_and_says_so(tmp_path, status, content):
+    with Server(status, content) as server:
+        found = read_records(Alpaca(source="auto", url=server.url, download_dir=str(tmp_path / "data")))
+        assert found.source.source == "sample"
+        assert "built-in sample, not the full Alpaca data" in found.notice and server.url in found.notice
+        assert len(found.records) == len(json.loads(SAMPLE_FILE.read_text()))
+        with pytest.raises(DataError, match="could not be downloaded.*--data.source sample"):
+            read_records(Alpaca(source="full", url=server.url, download_dir=str(tmp_path / "data")))
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.json", "nonsense", "http://"])
+def test_an_unreachable_address_is_no_crash(tmp_path, url):
+    assert read_records(Alpaca(source="auto", url=url, download_dir=str(tmp_path))).source.source == "sample"
+
+
+def test_sample_never_asks_the_network(tmp_path):
+    with Server(200, b"[]") as server:
+        assert read_records(Alpaca(source="sample", url=server.url, download_dir=str(tmp_path))).records
+        assert server.requests == 0

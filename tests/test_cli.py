@@ -1,0 +1,132 @@
+"""The edge of the commands: quick, one line for a mistake, settings that come back."""
+
+import os
+import sys
+
+import pytest
+from conftest import REPO, command, fails, succeeds
+
+from litlora.cli import _make_parser, dump, parse
+from litlora.errors import UserError
+from litlora.settings import JSON, Alpaca, Chat, FinetuneFull, FinetuneLoRA, LoRAConfig, MergeLoRA, TrainConfig
+
+COMMANDS = sorted(
+    str(path.relative_to(REPO)) for folder in ("finetune", "chat", "scripts") for path in (REPO / folder).glob("*.py")
+    if "litlora.cli" in path.read_text()
+)  # fmt: skip
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """An environment in which importing torch or Fabric is an error."""
+    for name in ("torch", "lightning_fabric", "lightning", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a heavy import')")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def test_there_are_commands():
+    assert {"finetune/lora.py", "finetune/full.py", "chat/base.py", "scripts/merge_lora.py"} <= set(COMMANDS)
+    assert not {path.rpartition("/")[2].removesuffix(".py") for path in COMMANDS} & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_and_a_typo_answer_without_torch(script, without_torch):
+    done = succeeds(script, "--help", **without_torch)
+    assert "usage:" in done.stdout and done.stderr == ""
+    assert "no such option" in fails(script, "--no_such_option", "3", **without_torch)
+
+
+@pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py", "chat/base.py"])
+def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
+    said = fails(script, "--checkpoint_dir", tmp_path / "nowhere", **without_torch)
+    assert "nowhere: no such directory" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--lora.rank", "x"], "--lora.rank: expected int, got x"),
+        (["--lora.rank", "nan"], "--lora.rank: expected int"),
+        (["--lora.rank", "0"], "--lora.rank 0: must be at least 1"),
+        (["--lora.alpha", "x"], "--lora.alpha: expected float, got x"),
+        (["--lora.alpha", "nan"], "--lora.alpha"),
+        (["--lora.alpha", ".nan"], "--lora.alpha nan: must be a finite number"),
+        (["--train.learning_rate", "fast"], "--train.learning_rate: expected float, got fast"),
+        (["--train.learning_rate", ".inf"], "--train.learning_rate inf: must be"),
+        (["--train.warmup_steps", "soon"], "--train.warmup_steps: expected int, float, got soon"),
+        (["--train.epochs", "1.5"], "--train.epochs: expected int, got 1.5"),
+        (["--data", "Dolly"], "--data Dolly: no such data source; there are Alpaca, JSON"),
+        (["--data", "os.path"], "--data"),
+        (["--data", "JSON"], "--data: JSON: the following arguments are required: path"),
+        (["--data.source", "some"], "--data.source: expected Literal['auto', 'full', 'sample'], got some"),
+        (["--lora.rnk", "4"], "did you mean --lora.rank"),
+        (["--trian.epochs=4"], "did you mean --train.epochs"),
+        (["--checkpoint_dir"], "--checkpoint_dir: expected one argument"),
+        (["--accelerator", "tpu"], "--accelerator"),
+        (["--devices", "0"], "--devices 0"),
+        (["stray"], "stray: no such option"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_names_the_option(words, says):
+    with pytest.raises(UserError) as raised:
+        parse(FinetuneLoRA, words)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["lora: 5", "lora: [", "lora: {rank: 0}", "lora: {rnk: 3}", "nonsense: 1", "- 1", "seed: !!python/name:os.system"]
+)
+def test_a_bad_config_file_is_named(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert "\n" not in fails("finetune/lora.py", "--config", file).strip()
+    with pytest.raises(UserError, match=r"run\.yaml|--lora\.rank 0"):
+        parse(FinetuneLoRA, ["--config", str(file)])
+
+
+def test_flags_need_no_value():
+    assert parse(FinetuneLoRA, ["--overwrite", "--seed", "3"]).overwrite
+    assert not parse(FinetuneLoRA, ["--overwrite", "false"]).overwrite
+    assert parse(MergeLoRA, ["--lora_path", "a", "--out_dir", "b", "--overwrite"]).overwrite
+
+
+def test_data_sources_are_named_shortly():
+    assert parse(FinetuneLoRA, []).data == Alpaca(source="sample"), "with nothing given, nothing is downloaded"
+    assert parse(FinetuneLoRA, ["--data", "Alpaca"]).data == Alpaca(source="auto")
+    assert parse(FinetuneLoRA, ["--data", "JSON", "--data.path", "x"]).data == JSON(path="x")
+    assert parse(FinetuneFull, []).train.learning_rate < parse(FinetuneLoRA, []).train.learning_rate
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FinetuneLoRA(),
+        FinetuneLoRA(
+            data=JSON(path="näme.json", val_fraction=0.0),
+            lora=LoRAConfig(rank=3, alpha=0.5, targets=["q_proj", ".*v_proj"]),
+            train=TrainConfig(warmup_steps=7, max_steps=9, learning_rate=3e-5),
+            overwrite=True,
+        ),
+        Chat(prompt="it's: {odd}", top_k=None, seed=0),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_settings_come_back_from_their_yaml(tmp_path, settings):
+    file = tmp_path / "hyperparameters.yaml"
+    file.write_text(dump(settings))
+    assert parse(type(settings), ["--config", str(file)]) == settings
+
+
+def test_every_setting_has_a_help_text():
+    for settings in (FinetuneLoRA, FinetuneFull, Chat, MergeLoRA):
+        assert all(len(action.help or "") > 10 for action in _make_parser(settings, [])._actions), settings
+    for source in ("Alpaca", "JSON"):
+        shown = succeeds("finetune/lora.py", "--data.help", source).stdout
+        assert shown.count("(type: ") + shown.count("(required, type: ") == shown.count("\n  --data.") >= 3
+
+
+def test_debugging_shows_the_traceback():
+    done = command("finetune/lora.py", "--checkpoint_dir", "nowhere", LITLORA_DEBUG="1")
+    assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: nowhere")
