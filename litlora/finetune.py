@@ -113,7 +113,7 @@ def _examples(
     if train.num_cut:
         say(f"data: {train.num_cut:,} examples are longer than {limit:,} tokens: their answers were cut, each keeps its end-of-text")
     if train.num_left_out:
-        say(f"data: {train.num_left_out:,} examples left out: their prompts alone fill {limit:,} tokens")
+        say(f"data: {train.num_left_out:,} examples left out: their prompts alone fill {limit:,} tokens, or they are empty")
     return train.examples, val
 
 

@@ -42,15 +42,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def report(self, step: int, *, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        """Show the figures of the last few steps; tokens are real ones, no padding."""
+    def report(self, step: int, *, loss: float, learning_rate: float, tokens: int, tokens_per_second: float) -> None:
+        """Show the figures of the steps since the last report; tokens are real ones, no padding."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s")
         elif self._enabled:
             left = (time.perf_counter() - self._started) / step * (self._total - step)
             self.say(
                 f"step {step}/{self._total} | loss {loss:.4f} | lr {learning_rate:.2e} | "
-                f"{tokens_per_second:,.0f} tokens/s | {duration(left)} left"
+                f"{tokens} tokens at {tokens_per_second:.0f}/s | {duration(left)} left"
             )
 
     def say(self, line: str) -> None:

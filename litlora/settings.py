@@ -131,6 +131,10 @@ class TrainConfig:
         for name in ("eval_interval", "save_interval", "warmup_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"--train.{name} {value}: must be 0 or more, and finite")
+        check(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"--train.global_batch_size {self.global_batch_size}: must be a multiple of --train.micro_batch_size {self.micro_batch_size}",
+        )
         check(self.max_steps is None or self.max_steps >= 1, f"--train.max_steps {self.max_steps}: must be at least 1")
         check(self.max_seq_length >= 2, f"--train.max_seq_length {self.max_seq_length}: must be at least 2")
         check(
@@ -185,6 +189,11 @@ class Finetune:
 
     def __post_init__(self) -> None:
         check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
+        check(
+            self.train.global_batch_size % (self.train.micro_batch_size * self.devices) == 0,
+            f"--train.global_batch_size {self.train.global_batch_size}: must be a multiple of --train.micro_batch_size "
+            f"{self.train.micro_batch_size} times --devices {self.devices}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,11 +57,6 @@ def fit(
     learned, and UserError if the loss stops being finite or a trainable weight takes no part in it.
     """
     lengths = [len(example.ids) for example in train]
-    if config.global_batch_size % (config.micro_batch_size * fabric.world_size):
-        raise UserError(
-            f"--train.global_batch_size {config.global_batch_size}: must be a multiple of --train.micro_batch_size "
-            f"{config.micro_batch_size}" + (f" times --devices {fabric.world_size}" if fabric.world_size > 1 else "")
-        )
 
     def plan(epoch: int) -> list[Step]:
         return plan_epoch(
@@ -91,12 +86,12 @@ def fit(
                 done = _optimizer_step(fabric, objective, optimizer, train, micro_batches, config, check_gradients=step == 0)
             step += 1
             tokens += done.num_tokens
-            logged.add(done, clock.seconds)
+            logged.add(done)
             progress.step()
 
             if step % config.log_interval == 0 or step == total_steps or step == 1:
                 loss, tokens_per_second = logged.loss(fabric), logged.tokens_per_second(clock.seconds)
-                progress.report(step, loss=loss, learning_rate=learning_rate, tokens_per_second=tokens_per_second)
+                progress.report(step, loss=loss, learning_rate=learning_rate, tokens=logged.tokens, tokens_per_second=tokens_per_second)
                 if metrics is not None:
                     metrics.write(
                         step=step,
@@ -269,15 +264,16 @@ class _Interval:
     def __init__(self, started: float = 0.0) -> None:
         self._started = started
         self._loss: Tensor | float = 0.0
-        self._supervised = self._tokens = 0
+        self._supervised = 0
+        self.tokens = 0
 
-    def add(self, done: _StepResult, now: float) -> None:
+    def add(self, done: _StepResult) -> None:
         self._loss = self._loss + done.loss
         self._supervised += done.num_supervised
-        self._tokens += done.num_tokens
+        self.tokens += done.num_tokens
 
     def loss(self, fabric: Fabric) -> float:
         return float(fabric.all_reduce(self._loss, reduce_op="sum")) / self._supervised
 
     def tokens_per_second(self, now: float) -> float:
-        return self._tokens / (now - self._started)
+        return self.tokens / (now - self._started)

@@ -64,6 +64,8 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--checkpoint_dir"], "--checkpoint_dir: expected one argument"),
         (["--accelerator", "tpu"], "--accelerator"),
         (["--devices", "0"], "--devices 0"),
+        (["--devices", "3"], "times --devices 3"),
+        (["--train.global_batch_size", "10"], "--train.global_batch_size 10: must be a multiple of --train.micro_batch_size 4"),
         (["stray"], "stray: no such option"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

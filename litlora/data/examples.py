@@ -26,7 +26,7 @@ class Examples:
     num_cut: int
     """Examples whose answer lost its end to max_seq_length."""
     num_left_out: int
-    """Examples whose prompt alone fills max_seq_length."""
+    """Examples whose prompt alone fills max_seq_length, and empty ones."""
 
 
 def tokenize(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int) -> Examples:
@@ -39,14 +39,15 @@ def tokenize(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, ma
     examples, num_cut, num_left_out = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         room = max_seq_length - len(prompt) - 1  # for the answer, beside its end-of-text
-        if room < min(1, len(answer)):
+        if room < min(1, len(answer)) or not (prompt or answer):  # a lone end-of-text is predicted from nothing
             num_left_out += 1
             continue
         num_cut += len(answer) > room
         examples.append(Example([*prompt, *answer[:room], tokenizer.eos_id], len(prompt)))
     if not examples:
         raise DataError(
-            f"no example is left: every prompt fills --train.max_seq_length {max_seq_length} by itself, the first at {records[0].place}"
+            f"no example is left: every prompt fills {max_seq_length} tokens by itself (--train.max_seq_length or the model's context), "
+            f"or is empty; the first is {records[0].place}"
         )
     return Examples(examples, num_cut, num_left_out)
 

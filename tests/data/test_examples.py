@@ -41,7 +41,7 @@ def test_a_prompt_that_fills_the_length_is_left_out_and_counted(tokenizer_dir):
     tokenizer = Tokenizer(tokenizer_dir)
     done = tokenize([record(), record(instruction="Count. " * 100)], tokenizer, STYLE, 120)
     assert (len(done.examples), done.num_left_out) == (1, 1)
-    with pytest.raises(DataError, match="no example is left.*max_seq_length 20.*x.json, record 0"):
+    with pytest.raises(DataError, match="no example is left.*20 tokens.*x.json, record 0"):
         tokenize([record()], tokenizer, STYLE, 20)
 
 
