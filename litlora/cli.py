@@ -45,7 +45,8 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
 def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # with several devices, one process speaks for all
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -139,7 +139,7 @@ def evaluate(fabric: Fabric, objective: nn.Module, examples: list[Example], conf
     with evaluating(objective):
         for (micro,) in steps[fabric.global_rank :: fabric.world_size]:
             batch = _to_device(collate([examples[index] for index in micro], mask_prompt=config.mask_prompt), fabric)
-            total += objective(batch.input_ids, batch.labels).double().cpu()
+            total += objective(batch.input_ids, batch.labels).cpu().double()
     count = sum(num_supervised(example, config.mask_prompt) for example in examples)
     return float(fabric.all_reduce(total, reduce_op="sum")) / max(1, count)
 

@@ -1,6 +1,7 @@
 """The loop: every token weighs the same, only what is marked trains, what is written can be trusted."""
 
 import csv
+from array import array
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def examples(count=14, seed=0):
     made = []
     for _ in range(count):
         prompt, answer = number(1, 20), number(1, 13)
-        made.append(Example([number(1, 400) for _ in range(prompt + answer)], prompt))
+        made.append(Example(array("i", [number(1, 400) for _ in range(prompt + answer)]), prompt))
     return made
 
 
@@ -148,7 +149,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 
 def test_every_label_masked_is_an_error(tmp_path):
     with pytest.raises(DataError, match="every label is masked"):
-        train(GPT(tiny_config()), [Example([5], 0)] * 4, tmp_path)
+        train(GPT(tiny_config()), [Example(array("i", [5]), 0)] * 4, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):

@@ -62,7 +62,7 @@ def collate(examples: Sequence[Example], *, mask_prompt: bool, pad_id: int = 0) 
     input_ids = torch.full((len(examples), T), pad_id, dtype=torch.int64)
     labels = torch.full((len(examples), T), IGNORE, dtype=torch.int64)
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
+        ids = torch.frombuffer(example.ids, dtype=torch.int32)
         input_ids[row, : len(ids)] = ids
         learned = example.prompt_length if mask_prompt else 0
         labels[row, learned : len(ids)] = ids[learned:]

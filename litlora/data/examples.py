@@ -1,6 +1,7 @@
 """Records to examples: token ids, and where the answer begins. Done once, before the first step. Torch-free."""
 
 import random
+from array import array
 from dataclasses import dataclass
 
 from litlora.data.records import Record
@@ -13,7 +14,8 @@ from litlora.tokenizer import Tokenizer
 class Example:
     """Prompt and answer as token ids; the answer ends with the end-of-text token."""
 
-    ids: list[int]
+    ids: array
+    """32-bit integers: a list would take nine times the memory."""
     prompt_length: int
     """The first so many ids are the prompt's."""
 
@@ -43,7 +45,7 @@ def tokenize(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, ma
             num_left_out += 1
             continue
         num_cut += len(answer) > room
-        examples.append(Example([*prompt, *answer[:room], tokenizer.eos_id], len(prompt)))
+        examples.append(Example(array("i", [*prompt, *answer[:room], tokenizer.eos_id]), len(prompt)))
     if not examples:
         raise DataError(
             f"no example is left: every prompt fills {max_seq_length} tokens by itself (--train.max_seq_length or the model's context), "

@@ -1,6 +1,7 @@
 """Batches: everything once, little padding, the longest first."""
 
 import random
+from array import array
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_padding_of_the_sample_is_below_5_percent(tokenizer_dir):
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_collate_pads_and_labels(mask_prompt):
-    examples = [Example([5, 6, 7, 8], 2), Example([9, 1], 0), Example([3, 4, 2], 3 - 1)]
+    examples = [Example(array("i", ids), prompt) for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))]
     batch = collate(examples, mask_prompt=mask_prompt)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [3, 4, 2, 0]]
     x = IGNORE

@@ -20,8 +20,8 @@ def record(instruction="Count.", input="", output="one two three"):
 def test_an_example_is_prompt_answer_and_end(tokenizer_dir):
     tokenizer = Tokenizer(tokenizer_dir)
     (example,) = tokenize([record(input="to three")], tokenizer, STYLE, 500).examples
-    assert tokenizer.decode(example.ids[: example.prompt_length]) == STYLE.render("Count.", "to three")
-    assert tokenizer.decode(example.ids[example.prompt_length :]) == "one two three"
+    assert tokenizer.decode(list(example.ids[: example.prompt_length])) == STYLE.render("Count.", "to three")
+    assert tokenizer.decode(list(example.ids[example.prompt_length :])) == "one two three"
     assert example.ids[-1] == tokenizer.eos_id
 
 
