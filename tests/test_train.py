@@ -103,7 +103,8 @@ def test_validation_weighs_every_token_the_same(micro_batch_size):
     model, data = GPT(tiny_config()), examples()
     add_lora(model, LoRAConfig(rank=2, dropout=0.5))
     objective = SupervisedLoss(model).train()
-    got = evaluate(Fabric(accelerator="cpu", devices=1), objective, data, TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=42))
+    config = TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=42)
+    got = evaluate(Fabric(accelerator="cpu", devices=1), objective, data, config)
     assert objective.training, "the mode must be put back"
     assert got == pytest.approx(mean_loss(model.eval(), data).item(), rel=1e-5)
 
