@@ -30,6 +30,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, f"--lora.rank {self.rank}: must be at least 1")
+        object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
         check(math.isfinite(self.alpha) and self.alpha != 0, f"--lora.alpha {self.alpha}: must be a finite number other than 0")
         check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")

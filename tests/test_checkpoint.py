@@ -20,7 +20,7 @@ from litlora.paths import CHECKPOINT_NAMES, output_dir
 from litlora.prompts import STYLES
 
 
-def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16.0, rank=2):
+def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16, rank=2):
     """An adapter with random A and B, as a run would leave it."""
     torch.manual_seed(seed)
     config = LoRAConfig(rank=rank, alpha=alpha, targets=targets)
