@@ -1,0 +1,9 @@
+"""Names and layouts of other formats, both directions.
+
+    families.py     Hugging Face's `config.json` -> ModelConfig and back, one entry a model family. Torch-free.
+    layout.py       Hugging Face's module names and fused tensors <-> ours: `layout(model_type, config)` gives a Layout, and
+                    `Layout.to_ours("transformer.h.3.attn.c_attn")` a Rule that says which of our modules the rows of that
+                    module belong to (`rule.ours`), how to take its rows apart (`rule.split`) and how to put them together
+                    (`rule.join`). `Layout.to_theirs("model.layers.3.self_attn.q_proj")` gives the same Rule from our side.
+    huggingface.py  model folders: opened in place, memory-mapped; written complete
+"""
