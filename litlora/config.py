@@ -179,7 +179,7 @@ class ModelConfig(_Facts):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise CheckpointError(f"{self.rotary_dim} of head_dim {self.head_dim} are rotated; rotary embeddings need an even number of them")
+            raise CheckpointError(f"{self.rotary_dim} of {self.head_dim} head dimensions are rotated; rotary embeddings need an even one")
         moe = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
         if None in moe and moe != [None] * 3:
             raise CheckpointError("num_experts, num_experts_per_tok and moe_intermediate_size belong together")
@@ -191,10 +191,8 @@ class ModelConfig(_Facts):
             raise CheckpointError("shared_norm needs parallel_residual")
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
             for name in ("short_factor", "long_factor"):
-                if len(getattr(self.rope_scaling, name)) != self.rotary_dim // 2:
-                    raise CheckpointError(
-                        f"rope_scaling: {name} has {len(getattr(self.rope_scaling, name))} numbers; {self.rotary_dim // 2} frequencies need one each"
-                    )
+                if (count := len(getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
+                    raise CheckpointError(f"rope_scaling: {name} has {count} numbers; there are {self.rotary_dim // 2} frequencies")
 
     @property
     def rotary_dim(self) -> int:

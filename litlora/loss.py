@@ -1,5 +1,7 @@
 """Summed cross-entropy over the supervised tokens, with logits at no other position."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,10 +30,10 @@ class SupervisedLoss(nn.Module):
         hidden = self.model.model(input_ids)[:, :-1]  # (B, T-1, C)
         targets = labels[:, 1:]
         supervised = targets != IGNORE
-        return summed_cross_entropy(hidden[supervised], targets[supervised], self.model.lm_head)  # (N, C), (N,)
+        return summed_cross_entropy(hidden[supervised], targets[supervised], self.model.logits)  # (N, C), (N,)
 
 
-def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Σ -log p(target) for hidden (N, C) and targets (N,), in chunks: at most CHUNK rows of logits exist at a time.
 
     With several chunks, the backward computes each chunk's logits once more instead of keeping them.
@@ -42,7 +44,7 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: nn.Module) -> Te
     return torch.stack([checkpoint(_chunk_loss, rows, labels, head, use_reentrant=False) for rows, labels in pieces]).sum()
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     logits = head(hidden)
     # fp32: exponentials and their sum lose too much in bf16
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")

@@ -4,13 +4,14 @@ Module names are Hugging Face Llama's, so that such a file loads without renamin
 know. Shapes: B batch, T tokens, C hidden_size, H heads, G key/value heads, D head_dim, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litlora.config import ModelConfig
+from litlora.config import ModelConfig, RopeScaling
 from litlora.errors import CheckpointError
 
 ACTIVATIONS = {
@@ -19,6 +20,10 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines (T, R) of the positions at hand, for the R rotated dimensions of a head."""
 
 
 class KVCache:
@@ -44,60 +49,138 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions (Su et al. 2021, arXiv:2104.09864)."""
+    """Causal grouped-query self-attention; positions by rotation (Su et al. 2021, arXiv:2104.09864), if the layer has them."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.grouped = q_size != kv_size
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.window = config.window(layer)
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
+        self.clip = config.clip_qkv
+        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.grouped = H != G
+        self.q_proj = nn.Linear(config.hidden_size, H * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
+        output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
+        self.o_proj = nn.Linear(H * self.head_dim, config.hidden_size, bias=output_bias)
+        self.norm_all_heads = config.qk_norm == "all_heads"
+        self.q_norm = make_head_norm(config, H)
+        self.k_norm = make_head_norm(config, G)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, H·D) -> (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        if self.norm_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in (q, k, v))  # (B, T, H·D) -> (B, T, H, D)
+        if self.q_norm is not None and not self.norm_all_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D); k and v (B, G, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # One new token may look at everything that is held; without a mask and without a past, the triangle is SDPA's own.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.grouped)
+            if T == 1 and self.window is not None:
+                k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        if self.softcap is None:
+            # One new token may look at everything that is held; without a mask and without a past, the triangle is SDPA's own.
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale, enable_gqa=self.grouped
+            )
+        else:
+            y = capped_attention(q, k, v, mask, self.scale, self.softcap)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     """The feed-forward half of a block: gated (Shazeer 2020, arXiv:2002.05202) or plain."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias) if config.mlp == "gated" else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.mlp == "gated" else None
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.act(self.up_proj(x)) if self.gate_proj is None else self.act(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(inner)
 
 
+class Router(nn.Module):
+    """Scores of each token: x W^T. A module of its own kind, as an adapter on all linear layers does not mean it."""
+
+    def __init__(self, hidden_size: int, num_scores: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_scores, hidden_size))
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through the experts that score highest, and through the shared one if there is one (arXiv:2401.04088)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_picked = config.num_experts_per_tok
+        self.norm_shares = config.norm_topk_prob
+        self.gate = Router(config.hidden_size, config.num_experts)
+        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = Router(config.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.size(-1))  # (B, T, C) -> (N, C)
+        scores = self.gate(tokens).softmax(dim=-1, dtype=torch.float32)  # fp32: the shares decide who is picked
+        shares, picked = scores.topk(self.num_picked)  # (N, num_picked)
+        if self.norm_shares:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        y = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = torch.where(picked == number)
+            # In training an expert that nobody picked computes nothing on no rows, so that its gradient is zero, not absent.
+            if len(rows) or torch.is_grad_enabled():
+                y = y.index_add(0, rows, (expert(tokens[rows]) * shares[rows, places, None]).to(y.dtype))
+        if self.shared_expert is not None:
+            y = y + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+        return y.view_as(x)
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each added to the stream; norms on their input, their output or both."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        self.norm_position, self.parallel, self.shared_norm = config.norm_position, config.parallel_residual, config.shared_norm
+        # The names are those of the families: where only inputs are normalised, the MLP's norm is post_attention_layernorm.
+        self.input_layernorm = nn.Identity() if self.norm_position == "after" else make_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = nn.Identity() if self.shared_norm else make_norm(config)
+        if self.norm_position != "before":
+            self.pre_feedforward_layernorm = make_norm(config) if self.norm_position == "both" else nn.Identity()
+            self.post_feedforward_layernorm = make_norm(config)
+        sparse = config.num_experts is not None and layer not in config.dense_layers
+        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, rope, mask, cache)
+        if self.parallel:
+            return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
+        if self.norm_position == "before":
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Decoder(nn.Module):
@@ -107,27 +190,43 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.positions == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self._rope: tuple[Tensor, Tensor] | None = None  # filled on first use: computed, so no part of any checkpoint
+        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        self._windows = windows
+        self._thetas = [
+            None
+            if learned or layer in config.layers_without_rope
+            else config.rope_local_base_freq
+            if window is not None and config.rope_local_base_freq is not None
+            else config.rope_theta
+            for layer, window in enumerate(windows)
+        ]
+        """Each layer's rotary base; None where nothing is rotated."""
+        self._tables: dict[float, RotaryTable] = {}  # filled on first use: computed, so no part of any checkpoint
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        cos, sin = (part[start : start + T].to(x.dtype) for part in self._rotary(start + T, x.device))
-        mask = None
-        if start and T > 1:  # several new tokens behind a past: each sees the past and its own triangle
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        for block in self.layers:
-            x = block(x, cos, sin, mask, cache)
+        if self.config.scale_embeddings:
+            x = x * x.new_tensor(self.config.hidden_size**0.5)  # rounded to the embedding's dtype, as in training
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(torch.arange(start, start + T, device=x.device))
+        masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
+        ropes = {theta: self._rotary(theta, start, T, x) for theta in set(self._thetas) if theta is not None}
+        for block, window, theta in zip(self.layers, self._windows, self._thetas, strict=True):
+            x = block(x, ropes.get(theta), masks[window], cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
-    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._rope is None or self._rope[0].size(0) < length or self._rope[0].device != device:
-            self._rope = rotary_table(length, self.config.head_dim, self.config.rope_theta, device)
-        return self._rope
+    def _rotary(self, theta: float, start: int, T: int, like: Tensor) -> Rope:
+        if theta not in self._tables:
+            scaling = self.config.rope_scaling if theta == self.config.rope_theta else None
+            self._tables[theta] = RotaryTable(self.config.rotary_dim, theta, scaling, self.config.max_position_embeddings)
+        return self._tables[theta].rows(start, T, like)
 
 
 class GPT(nn.Module):
@@ -137,12 +236,18 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.lm_head(self.model(input_ids, cache))
+        return self.logits(self.model(input_ids, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> "GPT":
@@ -166,21 +271,140 @@ class GPT(nn.Module):
         return model
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The normalisation that the architecture asks for, over the last dimension."""
-    return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](config.hidden_size, eps=config.norm_eps)
+class RMSNormPlusOne(nn.Module):
+    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). Stored as it is: 1 + weight would round in bf16."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, D) of position · theta^(-2i/D), each angle twice: for both halves of a head."""
+class HeadNorms(nn.Module):
+    """A LayerNorm for each head: (..., H, D) -> (..., H, D)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(head_dim, eps, bias=False) for _ in range(num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([norm(head) for norm, head in zip(self.norms, x.unbind(-2), strict=True)], dim=-2)
+
+
+def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
+    """The normalisation that the architecture asks for, over the last dimension; of hidden_size unless another is given."""
+    size = size or config.hidden_size
+    if config.norm == "layernorm_plain":
+        return nn.LayerNorm(size, config.norm_eps, elementwise_affine=False)
+    return {"rmsnorm": nn.RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}[config.norm](size, config.norm_eps)
+
+
+def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
+    """The normalisation of queries or keys, if there is one."""
+    if config.qk_norm == "none":
+        return None
+    if config.qk_norm == "each_head":
+        return HeadNorms(num_heads, config.head_dim, config.norm_eps)
+    return make_norm(config, config.head_dim if config.qk_norm == "head" else num_heads * config.head_dim)
+
+
+def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of start + T tokens each of the last T sees, (T, start + T); None where attention needs no mask to know.
+
+    Without a past and within the window it is SDPA's own triangle; a single token sees all that attention hands it.
+    """
+    if T == 1 or (start == 0 and (window is None or T <= window)):
+        return None
+    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    return mask if window is None else mask.triu(start - window + 1)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    """Attention whose scores are cap · tanh(scores / cap) (Gemma 2); shapes and mask as for SDPA."""
+    k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))  # (B, G, S, D) -> (B, H, S, D)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
+    T = q.size(2)
+    if mask is None and T > 1:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+class RotaryTable:
+    """Cosines and sines of position · frequency, kept for the longest sequence so far."""
+
+    def __init__(self, dim: int, theta: float, scaling: RopeScaling | None, max_positions: int) -> None:
+        self.dim, self.theta, self.scaling, self.max_positions = dim, theta, scaling, max_positions
+        self._regime: int | None = None
+        self._rows: Rope | None = None
+
+    def rows(self, start: int, T: int, like: Tensor) -> Rope:
+        """cos, sin (T, dim) of the positions start to start + T - 1, in the dtype and on the device of `like`."""
+        length = start + T
+        regime = self._regime_of(length)
+        if self._rows is None or regime != self._regime or self._rows[0].size(0) < length or self._rows[0].device != like.device:
+            self._regime = regime
+            self._rows = self._compute(length, like.device)
+        cos, sin = self._rows
+        return cos[start:length].to(like.dtype), sin[start:length].to(like.dtype)
+
+    def _regime_of(self, length: int) -> int:
+        """Lengths of one regime share their frequencies: two scalings make them depend on how long the sequence is."""
+        kind = self.scaling.rope_type if self.scaling is not None else None
+        if kind == "dynamic":
+            return max(length, self.max_positions)
+        return int(kind == "longrope" and length > self.scaling.original_max_position_embeddings)
+
+    def _compute(self, length: int, device: torch.device) -> Rope:
+        frequencies, factor = rotary_frequencies(self.dim, self.theta, self.scaling, self.max_positions, length)
+        rows = -(-length // 256) * 256  # some in advance: generation asks for one more at a time
+        angles = torch.outer(torch.arange(rows, dtype=torch.float32, device=device), frequencies.to(device)).repeat(1, 2)
+        return angles.cos() * factor, angles.sin() * factor
+
+
+def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling | None, max_positions: int, length: int) -> tuple[Tensor, float]:
+    """The angle between two positions for each rotated pair, theta^(-2i/dim) as scaled, (dim / 2,); and a factor for cos and sin.
+
+    `length` is that of the sequence. linear: Chen et al. 2023, arXiv:2306.15595; dynamic: NTK-aware, growing with the
+    length; yarn: Peng et al. 2023, arXiv:2309.00071; longrope: Ding et al. 2024, arXiv:2402.13753; llama3: Llama 3.1.
+    """
+    kind = scaling.rope_type if scaling is not None else None
+    if kind == "dynamic" and length > max_positions:
+        theta *= (scaling.factor * length / max_positions - (scaling.factor - 1)) ** (dim / (dim - 2))
     # fp32: a bf16 angle is off by whole turns at long range
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    if kind == "llama3":  # waves that turn often within the old context stay, those that hardly turn are stretched
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / scaling.factor, 1.0
+    if kind == "yarn":  # the same idea, with a ramp over the pair's number instead of its turns
+
+        def pair_that_turns(times: float) -> float:
+            return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        keep = 1 - ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / scaling.factor, scaling.attention_factor
+    if kind == "longrope":
+        divisors = scaling.long_factor if length > scaling.original_max_position_embeddings else scaling.short_factor
+        return frequencies / torch.tensor(divisors), scaling.attention_factor
+    return frequencies, 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its angle (T, D)."""
+    """Rotate each pair (x_i, x_{i+R/2}) of the first R dimensions of x (B, H, T, D) by its angle (T, R)."""
+    if cos.size(-1) < x.size(-1):
+        rotated, rest = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], dim=-1)
+        return torch.cat((rotate(rotated, cos, sin), rest), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
