@@ -4,11 +4,12 @@ import dataclasses
 
 from torch import Tensor
 
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.lora import OUTPUT_HEAD, merged_weight
+from litlora.lora import OUTPUT_HEAD, layer_scale, merged_weight, stored_config
 
+HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -24,22 +25,28 @@ def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
 
 
 def merge_adapter(base: dict[str, Tensor], config: ModelConfig, adapter: Checkpoint) -> tuple[dict[str, Tensor], ModelConfig]:
-    """W + (alpha / rank) · B A for every layer of the adapter, each rounded once to W's dtype.
+    """W + s · B A for every layer of the adapter, each rounded once to W's dtype; tensors that it holds whole replace the base's.
 
-    An update of a tied output head unties it: the result has a head of its own, and a config that says so.
-    Raises CheckpointError for a layer that the base lacks or whose shape differs.
+    An update of a tied output head, or of the embedding that it is tied to, unties them: the result has a head of its own,
+    and a config that says so. Raises CheckpointError for a layer that the base lacks or whose shape differs.
     """
     merged = dict(base)
-    scale = adapter.meta["lora"]["alpha"] / adapter.meta["lora"]["rank"]
-    for module in adapter_modules(adapter.tensors):
+    lora, modules, whole = stored_config(adapter.meta["lora"]), adapter_modules(adapter.tensors), whole_tensors(adapter.tensors)
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} & {*(f"{module}.weight" for module in modules), *whole}:
+        merged[HEAD], config = base[EMBEDDING], dataclasses.replace(config, tie_word_embeddings=False)
+    for name, tensor in whole.items():
+        if name not in merged:
+            raise CheckpointError(f"{adapter.file}: replaces {name}, which the base does not have")
+        if merged[name].shape != tensor.shape:
+            raise CheckpointError(f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {tuple(merged[name].shape)}")
+        merged[name] = tensor.to(merged[name].dtype)
+    for module in modules:
         name = f"{module}.weight"
-        weight = base.get(name)
-        if weight is None and module == OUTPUT_HEAD and config.tie_word_embeddings:
-            weight, config = base[EMBEDDING], dataclasses.replace(config, tie_word_embeddings=False)
+        weight = merged.get(name)
         A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
         if weight is None:
             raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
         if weight.shape != (B.size(0), A.size(1)):
             raise CheckpointError(f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {tuple(weight.shape)}")
-        merged[name] = merged_weight(weight, A, B, scale)
+        merged[name] = merged_weight(weight, A, B, layer_scale(lora, module))
     return merged, config

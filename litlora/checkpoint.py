@@ -6,14 +6,13 @@ made it, `hyperparameters.yaml`. `lit_model.pth` is one dict: "model" maps names
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ import yaml
 from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig
-from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.paths import HYPERPARAMETERS_FILE, WEIGHTS_FILE, checkpoint_dir
+from litlora.convert.peft import base_of, is_peft, read_peft
+from litlora.errors import BaseMismatchError, CheckpointError, UserError
+from litlora.lora import layer_rank, stored_config
+from litlora.paths import HYPERPARAMETERS_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
-from litlora.tokenizer import SIDECAR_FILES
+from litlora.tokenizer import find_sidecars
 
 FORMAT = 1
 """Version of the layout, stored in every file; a newer one is refused."""
@@ -70,24 +71,32 @@ class Chain:
     base: Checkpoint
     adapters: list[Checkpoint]
     config: ModelConfig
-
-    @property
-    def directories(self) -> list[Path]:
-        """Where the links lie, the base's directory first."""
-        return [link.directory for link in (self.base, *self.adapters)]
+    notices: list[str] = field(default_factory=list)
+    """What could not be verified, a line each; every command says it."""
 
     @property
     def top(self) -> Checkpoint:
         """What the user named: the outermost adapter, or the base itself."""
         return self.adapters[-1] if self.adapters else self.base
 
+    @property
+    def directories(self) -> list[Path]:
+        """From the outermost adapter down to the base: where the files beside the weights are looked for."""
+        return [link.directory for link in (*self.adapters[::-1], self.base)]
+
 
 # ---- reading
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint directory, or the `lit_model.pth` in one. Raises CheckpointError for anything but a sound file."""
-    directory = checkpoint_dir(path.parent if path.name == WEIGHTS_FILE else path)
+def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Path, ...] = ()) -> Checkpoint:
+    """Open a checkpoint directory, or the weights' file in one. Raises CheckpointError for anything but a sound file.
+
+    An adapter of another format can only be read beside its base: `base_dir`, or the one that it names. `above` are the
+    adapters that led here.
+    """
+    directory = checkpoint_dir(path)
+    if is_peft(directory):
+        return _open_peft(directory, base_dir, above)
     file = directory / WEIGHTS_FILE
     content = _load(file)
     if not isinstance(content, dict) or not isinstance(content.get("litlora"), dict) or not isinstance(content.get("model"), dict):
@@ -103,6 +112,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     elif meta.get("kind") != "full":
         raise CheckpointError(f"{file}: kind is {meta.get('kind')!r}; it must be full or adapter")
     return Checkpoint(directory, tensors, meta)
+
+
+def _open_peft(directory: Path, base_dir: Path | None, above: tuple[Path, ...]) -> Checkpoint:
+    name, place = base_of(directory)
+    if base_dir is None and place is None:
+        what = f"its base {name!r} is no directory here" if name else "it does not name its base"
+        raise CheckpointError(f"{directory}: {what}; name the directory of the base with --base_checkpoint_dir")
+    base = _foreign_base(directory, base_dir or place, above)
+    tensors, lora = read_peft(directory, base.config, base.base.tensors)
+    return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory))
+
+
+def _foreign_base(directory: Path, base_dir: Path, above: tuple[Path, ...]) -> Chain:
+    """The base of an adapter whose own files do not tell the architecture."""
+    above = (*above, directory)
+    if any(base_dir.resolve() == other.resolve() for other in above):
+        raise CheckpointError(f"{_show([*above, base_dir])}: the chain of adapters runs in a circle")
+    return resolve(base_dir, above=above)
+
+
+def _foreign_meta(directory: Path, lora: dict[str, Any], base_dir: Path) -> dict[str, Any]:
+    """The "litlora" entry of an adapter of another format: nothing in it identifies the base."""
+    place = base_dir.absolute()
+    base = {"path": os.path.relpath(place, directory.absolute()), "absolute_path": str(place), "fingerprint": None}
+    return {"format": FORMAT, "kind": "adapter", "lora": lora, "base": base}
 
 
 def _load(file: Path) -> Any:
@@ -121,65 +155,80 @@ def _load(file: Path) -> Any:
 def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     kinds = {"lora": {"rank": int, "alpha": float}, "base": {"path": str, "absolute_path": str, "fingerprint": str}}
     for entry, fields in kinds.items():
-        for field, kind in fields.items():
-            value = meta[entry].get(field) if isinstance(meta.get(entry), dict) else None
+        for name, kind in fields.items():
+            value = meta[entry].get(name) if isinstance(meta.get(entry), dict) else None
             if type(value) is not kind:
-                raise CheckpointError(f"{file}: an adapter must describe itself, but its {entry}.{field} is {value!r}")
+                raise CheckpointError(f"{file}: an adapter must describe itself, but its {entry}.{name} is {value!r}")
     lora = meta["lora"]
-    if lora["rank"] < 1 or not math.isfinite(lora["alpha"]):
-        raise CheckpointError(f"{file}: rank {lora['rank']} and alpha {lora['alpha']} make no adapter")
+    try:
+        config = stored_config(lora)
+    except (UserError, TypeError) as error:
+        raise CheckpointError(f"{file}: rank {lora['rank']} and alpha {lora['alpha']} make no adapter: {error}") from None
     for module in adapter_modules(tensors):
         A, B = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
         if A is None or B is None:
             raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
-        if A.ndim != 2 or B.ndim != 2 or A.size(0) != lora["rank"] or B.size(1) != lora["rank"]:
-            raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {lora['rank']}")
-    if odd := sorted(name for name in tensors if not name.endswith((".lora_A", ".lora_B"))):
+        rank = layer_rank(config, module)
+        if A.ndim != 2 or B.ndim != 2 or A.size(0) != rank or B.size(1) != rank:
+            raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}")
+    whole = [f".{name}." for name in config.modules_to_save]
+    if odd := sorted(name for name in whole_tensors(tensors) if not any(part in f".{name}" for part in whole)):
         raise CheckpointError(f"{file}: {odd[0]} is not part of an adapter")
     if not tensors:
         raise CheckpointError(f"{file}: the adapter is empty")
 
 
 def adapter_modules(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the layers that an adapter's tensors belong to."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    """The names of the layers that an adapter updates."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith((".lora_A", ".lora_B"))))
 
 
-def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bool = False) -> Chain:
+def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter that replace the base's of the same name."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith((".lora_A", ".lora_B"))}
+
+
+def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bool = False, above: tuple[Path, ...] = ()) -> Chain:
     """Follow a checkpoint down to its base and check every link.
 
     `base_dir` stands in for a base that is not where its adapter says: for the first link whose fingerprint it matches,
     else for the last. Raises CheckpointError for a missing link or a cycle, BaseMismatchError for a base that is not the
-    one trained on, each showing the chain.
+    one trained on, each showing the chain. `above` are adapters that led to this one.
     """
     stand_in = open_checkpoint(base_dir) if base_dir is not None else None
-    current, adapters, seen = open_checkpoint(path), [], []
+    current, adapters, seen, notices = open_checkpoint(path, base_dir=base_dir, above=above), [], list(above), []
     while current.is_adapter:
         seen.append(current.directory)
         adapters.append(current)
-        if stand_in is not None and stand_in.answers_to(current.meta["base"]["fingerprint"]):
+        foreign = current.meta["base"]["fingerprint"] is None  # another format's: whatever base is named is taken
+        if stand_in is not None and (foreign or stand_in.answers_to(current.meta["base"]["fingerprint"])):
             base, stand_in = stand_in, None
         else:
-            base = _recorded_base(current, seen, required=stand_in is None)
+            base = _recorded_base(current, seen, base_dir, required=stand_in is None)
             if stand_in is not None and (base is None or not base.is_adapter):
                 base, stand_in = stand_in, None
         if any(base.directory.resolve() == other.resolve() for other in seen):
             raise CheckpointError(f"{_show([*seen, base.directory])}: the chain of adapters runs in a circle")
-        if not allow_base_mismatch:
+        if foreign:
+            notices.append(
+                f"{current.directory}: this format does not tell which weights it was trained on, so {base.directory} "
+                "is taken as its base by shape alone"
+            )
+        elif not allow_base_mismatch:
             _check_base(current, base)
         current = base
     if stand_in is not None:
         raise CheckpointError(f"{path}: is no adapter, so --base_checkpoint_dir {base_dir} has no use")
-    return Chain(current, adapters[::-1], ModelConfig.load(current.directory / CONFIG_FILE))
+    return Chain(current, adapters[::-1], ModelConfig.load(current.directory / CONFIG_FILE), notices)
 
 
-def _recorded_base(adapter: Checkpoint, seen: list[Path], *, required: bool) -> Checkpoint | None:
+def _recorded_base(adapter: Checkpoint, seen: list[Path], base_dir: Path | None, *, required: bool) -> Checkpoint | None:
     """The base where its adapter says it is: beside the adapter first, then at its place of old."""
     recorded = adapter.meta["base"]
     places = [Path(os.path.normpath(adapter.directory.absolute() / recorded["path"])), Path(recorded["absolute_path"])]
     for place in places:
-        if (place / WEIGHTS_FILE).is_file():
-            return open_checkpoint(_short(place))
+        if is_checkpoint(place):
+            return open_checkpoint(_short(place), base_dir=base_dir, above=tuple(seen))
     if required:
         chain = _show([*seen, _short(places[0])])
         raise CheckpointError(f"{chain}: the last is no checkpoint directory; name the base with --base_checkpoint_dir")
@@ -259,13 +308,14 @@ def write_checkpoint(
     meta: dict[str, Any],
     config: ModelConfig,
     *,
-    sidecars_from: Path,
+    sidecars_from: Path | list[Path],
     prompt_style: PromptStyle | None = None,
     hyperparameters: str | None = None,
 ) -> None:
     """Write a whole checkpoint directory, in place of whatever is there; it appears complete or not at all.
 
-    The tokenizer's files are copied from `sidecars_from`, and so is the prompt style unless one is given.
+    The tokenizer's files are copied from `sidecars_from` (of several directories, from the first that has them), and so is
+    the prompt style unless one is given.
     `hyperparameters` is the YAML text of the run's settings.
     """
     with replacing_directory(directory) as staging:
@@ -273,9 +323,10 @@ def write_checkpoint(
         with (staging / WEIGHTS_FILE).open("wb") as file:
             torch.save({"model": tensors, "litlora": meta}, file)
         (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        for name in (*SIDECAR_FILES, STYLE_FILE):
-            if (sidecars_from / name).is_file():
-                shutil.copyfile(sidecars_from / name, staging / name)
+        sources = [sidecars_from] if isinstance(sidecars_from, Path) else sidecars_from
+        styles = [directory / STYLE_FILE for directory in sources if (directory / STYLE_FILE).is_file()]
+        for file in (*find_sidecars(sources), *styles[:1]):
+            shutil.copyfile(file, staging / file.name)
         if prompt_style is not None:
             (staging / STYLE_FILE).write_text(yaml.safe_dump({"style": prompt_style.name}), encoding="utf-8")
         if hyperparameters is not None:

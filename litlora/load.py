@@ -1,16 +1,17 @@
 """From a checkpoint directory to a model and its tokenizer, adapters merged in memory or live."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litlora.adapters import merge_chain
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, resolve
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError
-from litlora.lora import LoRAConfig, LoRALinear, attach_lora
+from litlora.lora import OUTPUT_HEAD, attach_lora, layer_scale, merged_weight, stored_config
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style
 from litlora.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def load(
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
-    tokenizer = Tokenizer(top.directory)
+    tokenizer = Tokenizer(chain.directories)
     live_adapter = top if live and top.is_adapter else None
     inner = Chain(chain.base, chain.adapters[:-1], chain.config) if live_adapter else chain
     tensors, config = merge_chain(inner)
@@ -51,7 +52,7 @@ def load(
         attach_adapter(model, live_adapter)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{top.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    return Loaded(model.to(device).eval(), tokenizer, load_style(top.directory), chain)
+    return Loaded(model.to(device).eval(), tokenizer, next(filter(None, map(load_style, chain.directories)), None), chain)
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> GPT:
@@ -64,16 +65,41 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> 
 
 def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
     """Put an adapter's A and B on the model as live LoRALinear layers."""
-    lora = adapter.meta["lora"]
+    lora, modules = stored_config(adapter.meta["lora"]), adapter_modules(adapter.tensors)
+    linears = [name for name in modules if not name.rpartition(".")[2].startswith("embed_")]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     try:
-        attach_lora(model, adapter_modules(adapter.tensors), LoRAConfig(rank=lora["rank"], alpha=lora["alpha"]))
-    except (AttributeError, UserError) as error:
-        raise CheckpointError(f"{adapter.file}: does not fit its base: {error}") from None
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            with torch.no_grad():
+        if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & {
+            *modules,
+            *(name.rpartition(".")[0] for name in whole_tensors(adapter.tensors)),
+        }:
+            _untie(model)
+        for name, tensor in whole_tensors(adapter.tensors).items():
+            _replace(model, name, tensor, like=parameters[name])
+        for name in set(modules) - set(linears):  # looked up, not multiplied: a live update would gain nothing
+            A, B, weight = adapter.tensors[f"{name}.lora_A"], adapter.tensors[f"{name}.lora_B"], parameters[f"{name}.weight"]
+            _replace(model, f"{name}.weight", merged_weight(weight, A, B, layer_scale(lora, name)), like=weight)
+        attach_lora(model, linears, lora)
+        with torch.no_grad():
+            for name in linears:
+                module = model.get_submodule(name)
                 module.lora_A.copy_(adapter.tensors[f"{name}.lora_A"])
                 module.lora_B.copy_(adapter.tensors[f"{name}.lora_B"])
+    except (AttributeError, KeyError, RuntimeError, UserError) as error:
+        raise CheckpointError(f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}") from None
+
+
+def _untie(model: GPT) -> None:
+    """Give the output head a weight of its own."""
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
+
+
+def _replace(model: GPT, name: str, tensor: Tensor, *, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise UserError(f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)}")
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(like.dtype), requires_grad=False))
 
 
 def pick_device(accelerator: str) -> torch.device:

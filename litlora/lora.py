@@ -1,6 +1,7 @@
 """LoRA on any `nn.Module`: wrap linear layers, train, merge, unmerge, unwrap.
 
-h = W x + b + (alpha / r) · B A x, with A (r, in) and B (out, r) (Hu et al. 2021, arXiv:2106.09685).
+h = W x + b + s · B A x, with A (r, in), B (out, r) and s = alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / √r
+where the settings ask for it (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
 
     add_lora(model, config)      wraps the layers that config.targets names and freezes everything else
     merge_lora(model)            folds every update into its W, in place; outputs stay the same up to rounding
@@ -8,8 +9,10 @@ h = W x + b + (alpha / r) · B A x, with A (r, in) and B (out, r) (Hu et al. 202
     unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
 """
 
+import dataclasses
 import math
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +28,21 @@ OUTPUT_HEAD = "lm_head"
 class LoRALinear(nn.Module):
     """A linear layer and its low-rank update. The wrapped layer is frozen and keeps its dtype."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rslora: bool = False,
+    ) -> None:
         """A is Kaiming-uniform with a = √5, B zero: a fresh adapter changes nothing. `dtype` is that of A and B."""
         super().__init__()
         self.linear = linear.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
-        self.scale = alpha / rank
+        self.scale = scale_of(alpha, rank, rslora=rslora)
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
@@ -45,7 +57,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight W + (alpha / r) · B A, (out, in).
+        """The effective weight W + s · B A, (out, in).
 
         Code that reads a layer's weight and skips its forward, as `nn.TransformerEncoderLayer` does in eval mode, thus
         still meets the update.
@@ -92,6 +104,38 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
 
 
+def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
+    """The factor in front of B A."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def layer_rank(config: LoRAConfig, name: str) -> int:
+    """The rank of the update of one layer."""
+    return _by_pattern(config.rank_pattern, name, config.rank)
+
+
+def layer_alpha(config: LoRAConfig, name: str) -> float:
+    """The alpha of the update of one layer."""
+    return _by_pattern(config.alpha_pattern, name, config.alpha)
+
+
+def layer_scale(config: LoRAConfig, name: str) -> float:
+    """The factor in front of B A of one layer."""
+    return scale_of(layer_alpha(config, name), layer_rank(config, name), rslora=config.rslora)
+
+
+def stored_config(lora: dict[str, Any]) -> LoRAConfig:
+    """The settings of an adapter, from the "lora" entry of its file. Raises UserError for a value that is out of range."""
+    known = {field.name for field in dataclasses.fields(LoRAConfig)}
+    return LoRAConfig(**{name: value for name, value in lora.items() if name in known})
+
+
+def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    if name in pattern:  # an imported adapter may name every layer: no search then
+        return pattern[name]
+    return next((value for target, value in pattern.items() if _matches(name, target)), default)
+
+
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """W + scale · B A in fp32 or better, rounded once to W's dtype: (out, in)."""
     exact = torch.promote_types(weight.dtype, torch.float32)  # fp32: a sum in bf16 would round twice
@@ -104,24 +148,31 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     Raises UserError if a target matches nothing, names a layer whose forward is not its own, or is too small for the rank.
     """
     names = select_layers(model, config.targets)
+    for option, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if missed := [target for target in pattern if not any(_matches(name, target) for name in names)]:
+            raise UserError(f"--lora.{option} {', '.join(missed)}: matches none of the layers that --lora.targets chooses")
+    for name in names:
+        linear, rank = model.get_submodule(name), layer_rank(config, name)
+        if rank > (most := min(linear.in_features, linear.out_features)):
+            raise UserError(
+                f"--lora.rank {rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
+            )
+    whole = select_whole(model, config.modules_to_save, names)
     attach_lora(model, names, config, dtype)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
     return names
 
 
 def attach_lora(model: nn.Module, names: list[str], config: LoRAConfig, dtype: torch.dtype = torch.float32) -> None:
     """Wrap the linear layers of these exact names and freeze everything else."""
-    for name in names:
-        linear = model.get_submodule(name)
-        if config.rank > (most := min(linear.in_features, linear.out_features)):
-            raise UserError(
-                f"--lora.rank {config.rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
-            )
     model.requires_grad_(False)
     wrapped: dict[nn.Module, LoRALinear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):  # one layer under two names stays one layer
         if name in names or module in wrapped:
             if module not in wrapped:
-                wrapped[module] = LoRALinear(module, config.rank, config.alpha, config.dropout, dtype)
+                rank, alpha = layer_rank(config, name), layer_alpha(config, name)
+                wrapped[module] = LoRALinear(module, rank, alpha, config.dropout, dtype, rslora=config.rslora)
             model.set_submodule(name, wrapped[module])
 
 
@@ -144,10 +195,32 @@ def unwrap_lora(model: nn.Module) -> None:
 
 
 def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The A and B of every adapter of a model, by their names in it."""
-    return {
+    """The A and B of every adapter of a model and whatever trains beside them, by their names in it."""
+    adapters = {
         f"{name}.{part}": getattr(layer, part).detach() for name, layer in _lora_layers(model).items() for part in ("lora_A", "lora_B")
     }
+    return adapters | {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in adapters}
+
+
+def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
+    """The modules that modules_to_save means: names or ends of names. Raises UserError for one that cannot train whole."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for target in modules_to_save:
+        names = [name for name in modules if name == target or name.endswith("." + target)]
+        if not names:
+            raise UserError(f"--lora.modules_to_save {target}: no module of that name")
+        for name in names:
+            inside = [layer for layer in adapted if layer == name or layer.startswith(name + ".")]
+            if inside:
+                raise UserError(f"--lora.modules_to_save {target}: {inside[0]} has an adapter; leave it out of one of the two")
+            weights = {id(parameter) for parameter in modules[name].parameters()}
+            shared = [other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in weights]
+            if not weights or any(not other.startswith(name + ".") for other in shared):
+                why = "has no weights" if not weights else "shares its weight with another module"
+                raise UserError(f"--lora.modules_to_save {target}: {name} {why}, so it cannot be trained by itself")
+        found += names
+    return found
 
 
 def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:

@@ -16,14 +16,23 @@ RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*")
 """What a fine-tuning run writes into its directory, as glob patterns."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
+CHECKPOINT_MARKS = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_config.json")
+"""A directory with one of these is a checkpoint: ours, litgpt's or PEFT's."""
+WEIGHTS_FILES = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_model.safetensors", "adapter_model.bin")
+"""Files that may be named in place of the directory that holds them."""
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds weights in a layout that we read."""
+    return any((directory / name).is_file() for name in CHECKPOINT_MARKS)
 
 
 def checkpoint_dir(path: str | Path) -> Path:
-    """The path, if it is a directory with a `lit_model.pth`. Raises CheckpointError otherwise. Opens nothing."""
-    directory = Path(path)
+    """The path, if it is a checkpoint directory, or the directory of a weights' file. Raises CheckpointError. Opens nothing."""
+    directory = Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
-    if not (directory / WEIGHTS_FILE).is_file():
+    if not is_checkpoint(directory):
         hint = f"; did you mean {directory / FINAL}?" if (directory / FINAL / WEIGHTS_FILE).is_file() else ""
         raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
     return directory

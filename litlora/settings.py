@@ -27,6 +27,14 @@ class LoRAConfig:
     targets: str | list[str] = "all-linear"
     """Layers to adapt: qv, attention, all-linear (all but the output head), or a list of layer names (q_proj, layers.0.mlp.up_proj)
     and regular expressions that match a whole name."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023): a high rank then learns as fast as a low one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: {target: rank}, where a target is written as in targets; the first that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some layers: {target: alpha}, likewise."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained whole beside the adapter and stored with it: names, or ends of them (lm_head, embed_tokens, norm)."""
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, f"--lora.rank {self.rank}: must be at least 1")
@@ -34,11 +42,10 @@ class LoRAConfig:
         check(math.isfinite(self.alpha) and self.alpha != 0, f"--lora.alpha {self.alpha}: must be a finite number other than 0")
         check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A."""
-        return self.alpha / self.rank
+        for target, rank in self.rank_pattern.items():
+            check(rank >= 1, f"--lora.rank_pattern {target}: {rank}: must be at least 1")
+        for target, alpha in self.alpha_pattern.items():
+            check(math.isfinite(alpha) and alpha != 0, f"--lora.alpha_pattern {target}: {alpha}: must be a finite number other than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,21 +20,38 @@ SIDECAR_FILES = (
     "chat_template.json",
 )
 """What travels with a model besides its weights; every command copies those that the base has."""
+TOKENIZER_NAMES = (TOKENIZER_FILE, "tokenizer.model")
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Special tokens known to end a text, for tokenizers that come without their settings. (Ends of a turn are not among them.)"""
+
+
+def find_sidecars(directories: list[Path]) -> list[Path]:
+    """The files that travel with a model, each from the first directory that has it.
+
+    Those of the tokenizer all come from the first directory that has a tokenizer: an adapter's folder may bring its own.
+    """
+    home = next((place for place in directories if any((place / name).is_file() for name in TOKENIZER_NAMES)), None)
+    found = []
+    for name in SIDECAR_FILES:
+        places = directories if name == "generation_config.json" else [home] if home else []
+        found += [place / name for place in places if (place / name).is_file()][:1]
+    return found
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directories: Path | list[Path]) -> None:
         """Reads `tokenizer.json` and, where present, `tokenizer_config.json` and `generation_config.json`.
 
-        Raises CheckpointError for a missing or broken file and where no end-of-text token can be found.
+        Of several directories, those of a chain, each file comes from the first that has it (`find_sidecars`). Raises
+        CheckpointError for a missing or broken file and where no end-of-text token can be found.
         """
         from tokenizers import Tokenizer as Backend
 
-        path = directory / TOKENIZER_FILE
+        directories = [directories] if isinstance(directories, Path) else directories
+        files = {file.name: file for file in find_sidecars(directories)}
+        path = files.get(TOKENIZER_FILE, directories[0] / TOKENIZER_FILE)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
         try:
@@ -43,10 +60,10 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        settings = _read_json(directory / "tokenizer_config.json")
+        settings = _read_json(files.get("tokenizer_config.json"))
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        stop = _read_json(directory / "generation_config.json").get("eos_token_id", [])
+        stop = _read_json(files.get("generation_config.json")).get("eos_token_id", [])
         self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [stop])])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings)
@@ -119,8 +136,10 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(self._ids[self._start :])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path | None) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
+    if path is None:
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
