@@ -7,9 +7,7 @@ made it, `hyperparameters.yaml`. `lit_model.pth` is one dict: "model" maps names
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,9 +20,13 @@ import yaml
 from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig
+from litlora.convert.files import open_torch
+from litlora.convert.folder import is_model_folder
+from litlora.convert.huggingface import open_folder
 from litlora.convert.peft import base_of, is_peft, read_peft
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.lora import layer_rank, stored_config
+from litlora.model import GPT
 from litlora.paths import HYPERPARAMETERS_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
 from litlora.tokenizer import find_sidecars
@@ -41,14 +43,14 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
     """The "litlora" entry: format, kind, and for an adapter "lora" and "base"."""
+    file: Path
+    """The file that an error about the weights should name."""
+    config: ModelConfig | None = None
+    """The architecture, of full weights."""
 
     @property
     def is_adapter(self) -> bool:
         return self.meta["kind"] == "adapter"
-
-    @property
-    def file(self) -> Path:
-        return self.directory / WEIGHTS_FILE
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,7 +100,9 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
     if is_peft(directory):
         return _open_peft(directory, base_dir, above)
     file = directory / WEIGHTS_FILE
-    content = _load(file)
+    if not file.is_file() and is_model_folder(directory):
+        return _open_huggingface(directory)
+    content = open_torch(file)
     if not isinstance(content, dict) or not isinstance(content.get("litlora"), dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f'{file}: not written by litlora: it lacks the entries "model" and "litlora"')
     tensors, meta = content["model"], content["litlora"]
@@ -109,9 +113,21 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
             raise CheckpointError(f'{file}: the entry {name!r} of "model" is not a tensor')
     if meta.get("kind") == "adapter":
         _check_adapter(file, tensors, meta)
-    elif meta.get("kind") != "full":
+        return Checkpoint(directory, tensors, meta, file)
+    if meta.get("kind") != "full":
         raise CheckpointError(f"{file}: kind is {meta.get('kind')!r}; it must be full or adapter")
-    return Checkpoint(directory, tensors, meta)
+    return Checkpoint(directory, tensors, meta, file, ModelConfig.load(directory / CONFIG_FILE))
+
+
+def _open_huggingface(directory: Path) -> Checkpoint:
+    tensors, config, file = open_folder(directory)
+    with torch.device("meta"):
+        model = GPT(config)
+    try:
+        model.check_fit(tensors)  # here, as a folder from elsewhere may also be merged or converted without being loaded
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return Checkpoint(directory, tensors, full_meta(), file, config)
 
 
 def _open_peft(directory: Path, base_dir: Path | None, above: tuple[Path, ...]) -> Checkpoint:
@@ -121,7 +137,7 @@ def _open_peft(directory: Path, base_dir: Path | None, above: tuple[Path, ...]) 
         raise CheckpointError(f"{directory}: {what}; name the directory of the base with --base_checkpoint_dir")
     base = _foreign_base(directory, base_dir or place, above)
     tensors, lora = read_peft(directory, base.config, base.base.tensors)
-    return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory))
+    return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory), directory)
 
 
 def _foreign_base(directory: Path, base_dir: Path, above: tuple[Path, ...]) -> Chain:
@@ -137,19 +153,6 @@ def _foreign_meta(directory: Path, lora: dict[str, Any], base_dir: Path) -> dict
     place = base_dir.absolute()
     base = {"path": os.path.relpath(place, directory.absolute()), "absolute_path": str(place), "fingerprint": None}
     return {"format": FORMAT, "kind": "adapter", "lora": lora, "base": base}
-
-
-def _load(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{file}: refused: it holds Python objects beyond tensors and plain values, which could run code") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError and others for broken files
-        size = file.stat().st_size
-        reason = " ".join(str(error).split())[:200] if zipfile.is_zipfile(file) else "it is cut short, or no torch file"
-        raise CheckpointError(f"{file}: broken ({size:,} bytes): {reason}; copy or make it again") from None
 
 
 def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -219,7 +222,7 @@ def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bo
         current = base
     if stand_in is not None:
         raise CheckpointError(f"{path}: is no adapter, so --base_checkpoint_dir {base_dir} has no use")
-    return Chain(current, adapters[::-1], ModelConfig.load(current.directory / CONFIG_FILE), notices)
+    return Chain(current, adapters[::-1], current.config, notices)
 
 
 def _recorded_base(adapter: Checkpoint, seen: list[Path], base_dir: Path | None, *, required: bool) -> Checkpoint | None:
@@ -242,10 +245,12 @@ def _check_base(adapter: Checkpoint, base: Checkpoint) -> None:
             f"not {adapter.meta['base']['fingerprint']}); name the right one, or go on with --allow_base_mismatch"
         )
     here, there = adapter.directory / CONFIG_FILE, base.directory / CONFIG_FILE
-    if here.is_file() and (ours := ModelConfig.load(here).to_dict()) != (theirs := ModelConfig.load(there).to_dict()):
-        field = next(name for name in ours if ours[name] != theirs[name])
+    config = base.config or (ModelConfig.load(there) if there.is_file() else None)
+    if here.is_file() and config is not None and (trained := ModelConfig.load(here)) != config:
+        ours, theirs = trained.to_dict(), config.to_dict()
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise BaseMismatchError(
-            f"{there}: {field} is {theirs[field]}, but {adapter.directory} was trained with {ours[field]}; "
+            f"{base.directory}: {name} is {theirs.get(name)}, but {adapter.directory} was trained with {ours.get(name)}; "
             "name the right base, or go on with --allow_base_mismatch"
         )
 

@@ -249,6 +249,17 @@ class GPT(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless names and shapes are exactly those of this model's weights."""
+        expected = {name: parameter.shape for name, parameter in self.named_parameters()}  # a tied head is not named twice
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise CheckpointError(f"weight(s) missing: {shorten(missing)}")
+        if unexpected := sorted(tensors.keys() - expected.keys()):
+            raise CheckpointError(f"weight(s) that the architecture does not have: {shorten(unexpected)}")
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
+                raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)}; the architecture needs {tuple(shape)}")
+
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> "GPT":
         """A model that holds these very tensors: built on the meta device, so nothing is initialised or copied.
@@ -257,14 +268,7 @@ class GPT(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config)
-        expected = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head is not named twice
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise CheckpointError(f"weight(s) missing: {shorten(missing)}")
-        if unexpected := sorted(tensors.keys() - expected.keys()):
-            raise CheckpointError(f"weight(s) that the architecture does not have: {shorten(unexpected)}")
-        for name, shape in expected.items():
-            if tensors[name].shape != shape:
-                raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)}; the architecture needs {tuple(shape)}")
+        model.check_fit(tensors)
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight

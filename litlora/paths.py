@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 
 from litlora.config import CONFIG_FILE
+from litlora.convert.families import HF_CONFIG_FILE
+from litlora.convert.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.errors import CheckpointError, UserError
 from litlora.prompts import STYLE_FILE
 from litlora.tokenizer import SIDECAR_FILES
@@ -16,15 +18,17 @@ RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*")
 """What a fine-tuning run writes into its directory, as glob patterns."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
+PEFT_NAMES = ("adapter_config.json", "adapter_model.safetensors", *SIDECAR_FILES)
+"""What a PEFT folder that we write holds."""
 CHECKPOINT_MARKS = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_config.json")
 """A directory with one of these is a checkpoint: ours, litgpt's or PEFT's."""
-WEIGHTS_FILES = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS_FILES = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_model.safetensors", "adapter_model.bin", *SINGLE_FILES)
 """Files that may be named in place of the directory that holds them."""
 
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory holds weights in a layout that we read."""
-    return any((directory / name).is_file() for name in CHECKPOINT_MARKS)
+    return any((directory / name).is_file() for name in CHECKPOINT_MARKS) or is_model_folder(directory)
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -32,10 +36,13 @@ def checkpoint_dir(path: str | Path) -> Path:
     directory = Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
-    if not is_checkpoint(directory):
-        hint = f"; did you mean {directory / FINAL}?" if (directory / FINAL / WEIGHTS_FILE).is_file() else ""
-        raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
-    return directory
+    if any((directory / name).is_file() for name in CHECKPOINT_MARKS):
+        return directory
+    if (directory / HF_CONFIG_FILE).is_file():
+        weight_files(directory)  # names what is missing
+        return directory
+    hint = f"; did you mean {directory / FINAL}?" if (directory / FINAL / WEIGHTS_FILE).is_file() else ""
+    raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
 
 
 def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path]) -> Path:

@@ -18,6 +18,7 @@ SIDECAR_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "config.json",
 )
 """What travels with a model besides its weights; every command copies those that the base has."""
 TOKENIZER_NAMES = (TOKENIZER_FILE, "tokenizer.model")
@@ -33,7 +34,7 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     home = next((place for place in directories if any((place / name).is_file() for name in TOKENIZER_NAMES)), None)
     found = []
     for name in SIDECAR_FILES:
-        places = directories if name == "generation_config.json" else [home] if home else []
+        places = directories if name in ("generation_config.json", "config.json") else [home] if home else []
         found += [place / name for place in places if (place / name).is_file()][:1]
     return found
 

@@ -5,5 +5,7 @@
                     `Layout.to_ours("transformer.h.3.attn.c_attn")` a Rule that says which of our modules the rows of that
                     module belong to (`rule.ours`), how to take its rows apart (`rule.split`) and how to put them together
                     (`rule.join`). `Layout.to_theirs("model.layers.3.self_attn.q_proj")` gives the same Rule from our side.
-    huggingface.py  model folders: opened in place, memory-mapped; written complete
+    folder.py       which files of a Hugging Face folder hold its weights. Torch-free.
+    files.py        files of tensors, opened memory-mapped
+    huggingface.py  model folders: opened in place; written complete
 """

@@ -1,0 +1,64 @@
+"""Which files of a Hugging Face folder hold its weights. Torch-free, so that a missing shard is named at once."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from litlora.convert.families import HF_CONFIG_FILE
+from litlora.errors import CheckpointError
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_SUFFIX = ".index.json"
+
+
+def is_model_folder(directory: Path) -> bool:
+    """Whether a directory has a config.json and weights beside it. Opens nothing."""
+    return (directory / HF_CONFIG_FILE).is_file() and any(_names(directory))
+
+
+def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
+    """(the file that tells what there is, {shard: the names that an index says it holds}).
+
+    Safetensors come first where there are both kinds. Raises CheckpointError for a missing shard.
+    """
+    name = next(iter(_names(directory)), None)
+    if name is None:
+        raise CheckpointError(f"{directory}: has a {HF_CONFIG_FILE} but no weights (*.safetensors or pytorch_model*.bin); copy them too")
+    file = directory / name
+    if name.endswith(INDEX_SUFFIX):
+        return file, _indexed(file)
+    counted = re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", name)
+    if counted is None:
+        return file, {file: set()}
+    stem, count, suffix = counted[1], counted[2], counted[3]
+    shards = [directory / f"{stem}-{number:0{len(count)}}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: missing, though {name} says that there are {int(count)} shards; copy the folder again")
+    return directory, {shard: set() for shard in shards}
+
+
+def _names(directory: Path) -> Iterator[str]:
+    """The names of the file that leads to the weights, the best first: an index, a single file, a shard without an index."""
+    for single in SINGLE_FILES:
+        stem, _, suffix = single.rpartition(".")
+        patterns = (single + INDEX_SUFFIX, single, f"{stem}-*-of-*.{suffix}")
+        yield from (path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
+
+
+def _indexed(file: Path) -> dict[Path, set[str]]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = {name: Path(shard).name for name, shard in weight_map.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a usable index: {type(error).__name__} {error}") from None
+    shards: dict[Path, set[str]] = {}
+    for name, shard in names.items():
+        if weight_map[name] != shard:
+            raise CheckpointError(f"{file}: {weight_map[name]!r} is not the name of a file in this folder")
+        shards.setdefault(file.parent / shard, set()).add(name)
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: missing, though {file.name} lists it; copy the folder again")
+    return shards
