@@ -25,19 +25,20 @@ def main(settings: Chat) -> None:
 
     from litlora.conversation import Conversation
     from litlora.load import load, pick_device
-    from litlora.prompts import STYLES
+    from litlora.prompts import choose_style
 
     loaded = load(
         directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=pick_device(settings.accelerator)
     )
-    style = STYLES[settings.prompt_style] if settings.prompt_style else loaded.prompt_style or STYLES["plain"]
+    style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
+    for notice in loaded.chain.notices:
+        print(f"note: {notice}", file=sys.stderr)
     conversation = Conversation(loaded.model, loaded.tokenizer, style, settings)
     if settings.prompt is not None:
         for piece in conversation.ask(settings.prompt):
             print(piece, end="", flush=True)
         print()
         return
-    reason = "chosen by you" if settings.prompt_style else "as it was taught" if loaded.prompt_style else "it names none"
     print(f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends")
     while True:
         try:

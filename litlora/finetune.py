@@ -20,7 +20,7 @@ from litlora.log import Metrics, duration
 from litlora.loss import SupervisedLoss
 from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import STYLES
+from litlora.prompts import choose_style
 from litlora.settings import Finetune
 from litlora.train import Summary, fit
 
@@ -51,12 +51,14 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
     loaded = load(Path(settings.checkpoint_dir), base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=fabric.device)
     keep_inputs(run_dir, loaded.chain.directories)
     base, model = loaded.chain.top, loaded.model
-    style = STYLES[settings.prompt_style] if settings.prompt_style else loaded.prompt_style or STYLES["alpaca"]
+    style, _ = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="alpaca")
     method.prepare(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     say(f"base: {base.directory}, {everything - (trainable if trainable < everything else 0):,} parameters; {trainable:,} train")
 
+    for notice in loaded.chain.notices:
+        say(f"note: {notice}")
     if found.notice:
         say(f"data: {found.notice}")
     train, val = _examples(settings, found, loaded, style, say)
@@ -75,7 +77,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
                 method.tensors(model),
                 method.meta(base, directory),
                 model.config,
-                sidecars_from=base.directory,
+                sidecars_from=loaded.chain.directories,
                 prompt_style=style,
                 hyperparameters=hyperparameters,
             )

@@ -13,8 +13,8 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError
 from litlora.lora import OUTPUT_HEAD, attach_lora, layer_scale, merged_weight, stored_config
 from litlora.model import GPT
-from litlora.prompts import PromptStyle, load_style
-from litlora.tokenizer import Tokenizer
+from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.tokenizer import Tokenizer, find_sidecars
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Loaded:
     tokenizer: Tokenizer
     prompt_style: PromptStyle | None
     """How the model was taught to be asked, if its directory says."""
+    template: PromptStyle | None
+    """The model's own chat template, if it has one."""
     chain: Chain
 
 
@@ -52,7 +54,10 @@ def load(
         attach_adapter(model, live_adapter)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{top.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
-    return Loaded(model.to(device).eval(), tokenizer, next(filter(None, map(load_style, chain.directories)), None), chain)
+    found = load_template({file.name: file for file in find_sidecars(chain.directories)})
+    template = found.style if found is not None else None
+    taught = next((style for directory in chain.directories if (style := load_style(directory, template))), None)
+    return Loaded(model.to(device).eval(), tokenizer, taught, template, chain)
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> GPT:

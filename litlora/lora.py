@@ -160,7 +160,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     whole = select_whole(model, config.modules_to_save, names)
     attach_lora(model, names, config, dtype)
     for name in whole:
-        model.get_submodule(name).requires_grad_(True)
+        for parameter in model.get_submodule(name).parameters():
+            parameter.data = parameter.data.clone()  # the base's own tensor may be asked for its fingerprint later
+            parameter.requires_grad_(True)
     return names
 
 

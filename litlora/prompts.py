@@ -1,18 +1,29 @@
 """Prompt styles: how a question is put to the model, in training and in chat alike. Torch-free.
 
-A style turns one exchange into text; the answer follows the prompt directly and ends with the end-of-text token.
-`prompt_style.yaml` in a checkpoint directory says which style the model was taught with.
+A style turns one exchange into text; the answer follows the prompt directly and ends with the end-of-text token. The style
+`template` is the model's own chat template, a jinja2 program, rendered as `transformers` renders it. `prompt_style.yaml`
+in a checkpoint directory says which style the model was taught with.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, UserError
+from litlora.tokenizer import read_json, token_text
 
 STYLE_FILE = "prompt_style.yaml"
+TEMPLATE = "template"
+"""The name of the style that is the model's chat template."""
+
+Message = dict[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,13 @@ class PromptStyle:
     name: str
     render: Callable[[str, str], str]
     """(instruction, input or "") -> the prompt."""
+    template: "ChatTemplate | None" = None
+    """For the style `template`: what renders whole conversations. Its text has the begin-of-text token, if there is one."""
+
+    def exchange(self, instruction: str, input: str, output: str) -> tuple[str, str]:
+        """(prompt, answer); a template's answer has the mark that ends a turn behind it."""
+        prompt = self.render(instruction, input)
+        return prompt, output if self.template is None else self.template.answer(instruction, input, output)
 
 
 def _alpaca(instruction: str, input: str) -> str:
@@ -46,8 +64,8 @@ def _plain(instruction: str, input: str) -> str:
 STYLES = {style.name: style for style in (PromptStyle("alpaca", _alpaca), PromptStyle("plain", _plain))}
 
 
-def load_style(directory: Path) -> PromptStyle | None:
-    """The style that a checkpoint directory names; None if it names none."""
+def load_style(directory: Path, template: PromptStyle | None) -> PromptStyle | None:
+    """The style that a checkpoint directory names; None if it names none. `template` is its chat template, if it has one."""
     path = directory / STYLE_FILE
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -56,6 +74,155 @@ def load_style(directory: Path) -> PromptStyle | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     name = value.get("style") if isinstance(value, dict) else None
+    if name == TEMPLATE:
+        if template is None:
+            raise CheckpointError(f"{path}: the style is the model's chat template, but there is none beside it")
+        return template
     if not isinstance(name, str) or name not in STYLES:
-        raise CheckpointError(f"{path}: style {name!r} is not known; there are {', '.join(STYLES)}")
+        raise CheckpointError(f"{path}: style {name!r} is not known; there are {', '.join((*STYLES, TEMPLATE))}")
     return STYLES[name]
+
+
+def choose_style(named: str | None, taught: PromptStyle | None, template: PromptStyle | None, default: str) -> tuple[PromptStyle, str]:
+    """The style to use, and why: the one named, else the one taught, else the chat template, else the default."""
+    if named == TEMPLATE and template is None:
+        raise UserError("--prompt_style template: the model has no chat template (chat_template.jinja, or one in tokenizer_config.json)")
+    if named is not None:
+        return template if named == TEMPLATE else STYLES[named], "chosen by you"
+    if taught is not None:
+        return taught, "as it was taught"
+    return (template, "the model's own") if template is not None else (STYLES[default], "it names none")
+
+
+class ChatTemplate:
+    """A model's chat template; compiled when it is first used."""
+
+    def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
+        """`path` is where the source was found; `special_tokens` are what a template may name: bos_token, eos_token, ..."""
+        self.path = path
+        self._source = source
+        self._special_tokens = special_tokens
+
+    @property
+    def style(self) -> PromptStyle:
+        """The template as a prompt style: the instruction and its input are one message of the user's."""
+        return PromptStyle(TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self)
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Raises CheckpointError if the template is broken, UserError if it refuses the messages."""
+        from jinja2.exceptions import SecurityError, TemplateError
+
+        try:
+            return self._compiled.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            )
+        except SecurityError as error:
+            raise CheckpointError(f"{self.path}: the chat template does what is forbidden: {error}") from None
+        except TemplateError as error:
+            raise UserError(f"{self.path}: the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program: any error of Python's can come of it
+            raise CheckpointError(f"{self.path}: the chat template fails: {type(error).__name__}: {error}") from None
+
+    def answer(self, instruction: str, input: str, output: str) -> str:
+        """What follows the prompt when the model answers `output`, up to and with what the template puts behind it.
+
+        Raises CheckpointError if the answered conversation does not show the answer.
+        """
+        question = _user(instruction, input)
+        prompt = self.render([question])
+        finished = self.render([question, {"role": "assistant", "content": output}], add_generation_prompt=False)
+        if finished.startswith(prompt):
+            return finished[len(prompt) :]
+        # Some templates open the answer with a thought when they ask, and leave that out afterwards.
+        shown = output.strip()
+        if not shown:
+            return self.ending
+        if (start := finished.rfind(shown)) < 0:
+            raise CheckpointError(f"{self.path}: the chat template leaves out the answer {shown[:40]!r}")
+        return output + finished[start + len(shown) :]
+
+    @cached_property
+    def ending(self) -> str:
+        """What the template puts behind an answer."""
+        return self.answer("?", "", "ANSWER").rpartition("ANSWER")[2]
+
+    @cached_property
+    def _compiled(self) -> Any:
+        from jinja2 import TemplateSyntaxError, nodes
+        from jinja2.exceptions import SecurityError, TemplateError
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.utils import Namespace
+
+        class Generation(Extension):
+            """{% generation %} marks what the model says; the text is the same."""
+
+            tags = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                line = next(parser.stream).lineno
+                return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+        class PlainNamespace(Namespace):
+            """No names with an underscore in front: they are the way out of the sandbox."""
+
+            def __init__(*args: Any, **kwargs: Any) -> None:
+                self, *rest = args
+                values = dict(*rest, **kwargs)
+                for name in values:
+                    _check_name(name)
+                Namespace.__init__(self, values)
+
+            def __setitem__(self, name: str, value: Any) -> None:
+                _check_name(name)
+                Namespace.__setitem__(self, name, value)
+
+        def _check_name(name: str) -> None:
+            if name.startswith("_"):
+                raise SecurityError(f"{name} as a name in a namespace")
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        environment.globals["namespace"] = PlainNamespace
+        try:
+            return environment.from_string(self._source)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"{self.path}: the chat template is broken at its line {error.lineno}: {error}") from None
+
+
+def load_template(files: dict[str, Path]) -> ChatTemplate | None:
+    """The chat template among a model's files (by name): `chat_template.jinja`, else the one in `tokenizer_config.json`."""
+    config_path = files.get("tokenizer_config.json")
+    settings = read_json(config_path)
+    special = special_tokens(read_json(files.get("special_tokens_map.json")) | settings)
+    if (path := files.get("chat_template.jinja")) is not None:
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), path, special)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as text: {error}") from None
+    for path in (config_path, files.get("chat_template.json")):
+        found = read_json(path).get("chat_template")
+        if isinstance(found, list):  # several, each with a name
+            found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        if isinstance(found, str):
+            return ChatTemplate(found, path, special)
+    return None
+
+
+def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json names, as a template may: {"eos_token": "</s>", ...}."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    found = {name: token_text(settings.get(name)) for name in names}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _user(instruction: str, input: str) -> Message:
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}

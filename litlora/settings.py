@@ -11,6 +11,7 @@ from typing import Literal
 from litlora.errors import UserError
 
 QUICKSTART = "checkpoints/litlora/quickstart"
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 PRESETS = ("qv", "attention", "all-linear")
 
 
@@ -180,9 +181,9 @@ class Finetune:
     """Where the results go; default out/METHOD/DATA."""
     overwrite: bool = False
     """Replace what out_dir holds; without this a directory that holds something is refused."""
-    prompt_style: Literal["alpaca", "plain"] | None = None
+    prompt_style: Literal["alpaca", "plain", "template"] | None = None
     """How the instructions are put to the model, stored with the result, where chat finds it; default: as the model was taught
-    before, else alpaca."""
+    before, else by its own chat template (template), else alpaca."""
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples, dropout."""
@@ -226,8 +227,8 @@ class Chat:
     """Any checkpoint directory."""
     prompt: str | None = None
     """Answer this once and exit."""
-    prompt_style: Literal["alpaca", "plain"] | None = None
-    """How questions are put; default: as the model was taught."""
+    prompt_style: Literal["alpaca", "plain", "template"] | None = None
+    """How questions are put; default: as the model was taught, else by its own chat template (template), else plain."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     temperature: float = 0.8
@@ -266,3 +267,84 @@ class MergeLoRA:
     """Replace what out_dir holds; without this a directory that holds something is refused."""
     allow_base_mismatch: bool = False
     """Merge into a base whose weights are not those that the adapter was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPEFT:
+    """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging Face base."""
+
+    lora_path: str
+    """The adapter: a lit_model.pth, or the directory that holds it."""
+    out_dir: str
+    """Directory to write."""
+    checkpoint_dir: str | None = None
+    """The base; default: the one the adapter was trained on."""
+    base_model: str | None = None
+    """What the folder calls its base: a name on the hub or a directory; default: the base's own directory."""
+    model_type: str | None = None
+    """The Hugging Face family that the folder is for, such as llama or phi3, which names and fuses the layers; default: that of
+    the base, if that is a Hugging Face folder, else the plainest family that can express the architecture."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+    allow_base_mismatch: bool = False
+    """Take a base whose weights are not those that the adapter was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertHF:
+    """Write a Hugging Face model folder as a checkpoint directory of ours. Nothing needs this: such folders work as they are."""
+
+    checkpoint_dir: str
+    """The folder: config.json with *.safetensors or pytorch_model*.bin."""
+    out_dir: str
+    """Directory to write."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertLit:
+    """Write any checkpoint as a complete Hugging Face folder, which transformers loads as it is. Adapters are merged on the way."""
+
+    checkpoint_dir: str
+    """Any checkpoint directory: full, an adapter or a chain of them."""
+    out_dir: str
+    """Folder to write."""
+    max_shard_size: str = "5GB"
+    """Largest weights' file, in bytes, MB or GB."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it no longer lies where the adapter says."""
+    allow_base_mismatch: bool = False
+    """Use a base whose weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2:].upper()
+        ok = self.max_shard_size.isascii() and (self.max_shard_size.isdecimal() or (number.isdecimal() and unit in SIZE_UNITS))
+        check(ok and self.max_shard_bytes >= 1, f"--max_shard_size {self.max_shard_size}: must be a size such as 500MB or 5GB")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The size as a number."""
+        unit = SIZE_UNITS.get(self.max_shard_size[-2:].upper())
+        return int(self.max_shard_size[:-2]) * unit if unit else int(self.max_shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Fetch a model from the Hugging Face hub; an interrupted download goes on where it stopped."""
+
+    repo_id: str
+    """Its name there: OWNER/NAME."""
+    out_dir: str | None = None
+    """Where it goes; default checkpoints/REPO_ID."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+    access_token: str | None = None
+    """For models that need a login; default: HF_TOKEN in the environment, or what `hf auth login` stored."""
+
+    def __post_init__(self) -> None:
+        parts = self.repo_id.split("/")
+        ok = len(parts) in (1, 2) and all(part and part not in (".", "..") and part.isprintable() for part in parts)
+        check(ok and "\\" not in self.repo_id, f"--repo_id {self.repo_id}: must be OWNER/NAME, as in EleutherAI/pythia-70m")

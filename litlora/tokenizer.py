@@ -61,10 +61,10 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        settings = _read_json(files.get("tokenizer_config.json"))
+        settings = read_json(files.get("tokenizer_config.json"))
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        stop = _read_json(files.get("generation_config.json")).get("eos_token_id", [])
+        stop = read_json(files.get("generation_config.json")).get("eos_token_id", [])
         self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [stop])])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings)
@@ -87,8 +87,17 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
+    def turn_end(self, ending: str) -> int | None:
+        """The token that ends a turn whose text ends like this: the first special one in it."""
+        added = self._backend.get_added_tokens_decoder()
+        return next((token for token in self.encode(ending) if token in added), None)
+
+    def token(self, index: int) -> str:
+        """The name of a token."""
+        return self._backend.id_to_token(index)
+
     def _end_of_text(self, settings: dict[str, Any], path: Path) -> int:
-        name = _token_text(settings.get("eos_token"))
+        name = token_text(settings.get("eos_token"))
         if name is not None:
             if (found := self._backend.token_to_id(name)) is None:
                 raise CheckpointError(f"{path}: lacks the token {name!r} that tokenizer_config.json names as eos_token")
@@ -103,7 +112,7 @@ class Tokenizer:
     def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
         """What the tokenizer itself puts in front of an empty text, less an end-of-text; else what its settings ask for."""
         ids = [token for token in self._backend.encode("", add_special_tokens=True).ids if token != self.eos_id]
-        name = _token_text(settings.get("bos_token"))
+        name = token_text(settings.get("bos_token"))
         if not ids and settings.get("add_bos_token") and name is not None and (found := self._backend.token_to_id(name)) is not None:
             ids = [found]
         return ids
@@ -137,7 +146,7 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(self._ids[self._start :])
 
 
-def _read_json(path: Path | None) -> dict[str, Any]:
+def read_json(path: Path | None) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     if path is None:
         return {}
@@ -152,6 +161,6 @@ def _read_json(path: Path | None) -> dict[str, Any]:
     return value
 
 
-def _token_text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """A token in tokenizer_config.json is its text, or an object with the text under "content"."""
     return token.get("content") if isinstance(token, dict) else token

@@ -28,7 +28,9 @@ def main(settings: MergeLoRA) -> None:
     tensors, config = merge_chain(chain)
     # The merge answers for the chain it was made from: an adapter trained on the chain fits it too.
     merged = {"chain": chain.top.fingerprint, "result": fingerprint(tensors)}
-    write_checkpoint(out_dir, tensors, full_meta(merged=merged), config, sidecars_from=adapter_dir)
+    write_checkpoint(out_dir, tensors, full_meta(merged=merged), config, sidecars_from=chain.directories)
+    for notice in chain.notices:
+        print(f"note: {notice}")
     result = out_dir / WEIGHTS_FILE
     print(f"merged: {' + '.join(map(str, chain.directories))}")
     print(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
+from litlora.convert.files import open_tensors
 from litlora.convert.layout import Layout, Rule
 from litlora.convert.layout import layout as layout_of
 from litlora.errors import CheckpointError
@@ -183,18 +183,7 @@ def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     file = next((directory / name for name in WEIGHTS_FILES if (directory / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{directory}: has {CONFIG_FILE}, but neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}")
-    try:
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: broken: {error}; copy or make it again") from None
-    except Exception as error:  # torch raises many kinds for a broken file
-        raise CheckpointError(f"{file}: broken or no plain tensor file: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file}: must hold a mapping of names to tensors")
-    return file, tensors
+    return file, open_tensors(file)
 
 
 def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
@@ -212,25 +201,24 @@ def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
 
 
 def to_peft(
-    tensors: dict[str, Tensor], lora: LoRAConfig, layout: Layout, base: Mapping[str, Tensor], base_name: str
+    tensors: dict[str, Tensor], lora: LoRAConfig, model_type: str, model: ModelConfig, base: Mapping[str, Tensor], base_name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a PEFT folder for this adapter holds: the tensors by PEFT's keys, and adapter_config.json.
 
-    `base` gives the tensors beside which the adapter stands, for what PEFT wants whole; `base_name` is what the folder will
-    call its base. Raises CheckpointError for a tensor that the base's Hugging Face model has no place for.
+    `model_type` is the Hugging Face family that the folder is for. `model` and `base` describe the base, whose tensors stand
+    in for what PEFT wants whole; `base_name` is what the folder will call it. Raises CheckpointError for a tensor that the
+    Hugging Face model has no place for.
     """
     adapted = {name.rpartition(".")[0] for name in tensors if name.endswith(".lora_A")}
     whole = {name: tensor for name, tensor in tensors.items() if not name.endswith((".lora_A", ".lora_B"))}
     written: dict[str, Tensor] = {}
     ranks, alphas, saved, embeddings, biases = {}, {}, [], [], False
     left = adapted | whole.keys()
-    groups = _groups(layout, base)
-    for theirs, (rule, ours) in groups.items():
+    groups = _groups(layout_of(model_type, model), base)
+    for theirs, (rule, _) in groups.items():
         module, _, leaf = theirs.rpartition(".")
         members = rule.ours if leaf == "weight" else ()
         if any(name in adapted for name in members):
-            if any(name in whole for name in ours):
-                raise CheckpointError(f"{theirs} is both adapted and replaced, which PEFT cannot express; merge the adapter instead")
             rank, scale, A, B = _join(rule, tensors, lora, base)
             ranks[module], alphas[module] = rank, _plain(scale * (math.sqrt(rank) if lora.rslora else rank))
             if members[0].rpartition(".")[2].startswith("embed_"):
@@ -242,9 +230,9 @@ def to_peft(
     for theirs, (rule, ours) in groups.items():
         if any(name in whole for name in ours):
             module, _, leaf = theirs.rpartition(".")
-            if module in ranks:  # of an adapted layer PEFT takes the bias along, and nothing else
+            if module in ranks:
                 written[f"{PREFIX}{module}.base_layer.{leaf}"] = _whole(rule, ours, whole, base)
-                biases = True
+                biases |= leaf == "bias"
             elif module not in saved:  # of any other module PEFT wants every tensor
                 saved.append(module)
                 for name, (_, parts) in groups.items():

@@ -36,16 +36,22 @@ def tokenize(records: list[Record], tokenizer: Tokenizer, style: PromptStyle, ma
 
     Prompt and answer are encoded apart, as chat meets them. Raises DataError if nothing is left.
     """
-    prompts = tokenizer.encode_batch([style.render(record.instruction, record.input) for record in records], begin=True)
-    answers = tokenizer.encode_batch([record.output for record in records])
+    exchanges = [style.exchange(record.instruction, record.input, record.output) for record in records]
+    # A chat template writes the begin-of-text token itself, and ends a turn with a token of its own.
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in exchanges], begin=style.template is None)
+    answers = tokenizer.encode_batch([answer for _, answer in exchanges])
+    end = tokenizer.turn_end(style.template.ending) if style.template is not None else None
     examples, num_cut, num_left_out = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
+        end_id = tokenizer.eos_id
+        if end is not None and end in answer:  # what follows the mark, a newline perhaps, is no part of the answer
+            answer, end_id = answer[: len(answer) - 1 - answer[::-1].index(end)], end
         room = max_seq_length - len(prompt) - 1  # for the answer, beside its end-of-text
         if room < min(1, len(answer)) or not (prompt or answer):  # a lone end-of-text is predicted from nothing
             num_left_out += 1
             continue
         num_cut += len(answer) > room
-        examples.append(Example(array("i", [*prompt, *answer[:room], tokenizer.eos_id]), len(prompt)))
+        examples.append(Example(array("i", [*prompt, *answer[:room], end_id]), len(prompt)))
     if not examples:
         raise DataError(
             f"no example is left: every prompt fills {max_seq_length} tokens by itself (--train.max_seq_length or the model's context), "

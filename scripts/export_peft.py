@@ -1,0 +1,62 @@
+"""Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $dir/peft
+"""
+
+import shutil
+
+from litlora.cli import run
+from litlora.errors import CheckpointError
+from litlora.paths import PEFT_NAMES, checkpoint_dir, output_dir
+from litlora.settings import ExportPEFT
+
+
+def main(settings: ExportPEFT) -> None:
+    adapter_dir = checkpoint_dir(settings.lora_path)
+    base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
+    inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
+
+    from litlora.checkpoint import replacing_directory, resolve
+    from litlora.convert.families import HF_CONFIG_FILE, load_config, write_config
+    from litlora.convert.peft import to_peft, write_peft
+    from litlora.lora import stored_config
+    from litlora.tokenizer import find_sidecars
+
+    chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    if not chain.adapters:
+        raise CheckpointError(f"{adapter_dir}: is a full model; --lora_path needs an adapter")
+    if len(chain.adapters) > 1:
+        inner = chain.adapters[-2].directory
+        raise CheckpointError(
+            f"{adapter_dir}: its base {inner} is an adapter itself, and a PEFT folder names a full model; "
+            f"merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
+        )
+    for notice in chain.notices:
+        print(f"note: {notice}")
+    base = chain.base
+    is_folder = (base.directory / HF_CONFIG_FILE).is_file()
+    model_type = load_config(base.directory)[0] if is_folder else write_config(chain.config, settings.model_type)["model_type"]
+    tensors, config = to_peft(
+        chain.top.tensors,
+        stored_config(chain.top.meta["lora"]),
+        model_type,
+        chain.config,
+        base.tensors,
+        base_name=settings.base_model or str(base.directory.resolve()),
+    )
+    with replacing_directory(out_dir) as staging:
+        write_peft(staging, tensors, config)
+        for file in find_sidecars([adapter_dir]):
+            shutil.copyfile(file, staging / file.name)
+    result = out_dir / "adapter_model.safetensors"
+    print(
+        f"result: {result} ({result.stat().st_size:,} bytes: for {model_type}, rank {config['r']}, {', '.join(config['target_modules'])})"
+    )
+    if not settings.base_model and not is_folder:
+        print(f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model")
+    print(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+
+
+if __name__ == "__main__":
+    run(main, ExportPEFT)
