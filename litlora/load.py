@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.adapters import merge_chain
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, resolve, whole_tensors
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, check_finite, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError
 from litlora.lora import OUTPUT_HEAD, attach_lora, layer_scale, merged_weight, stored_config
@@ -57,7 +57,9 @@ def load(
     found = load_template({file.name: file for file in find_sidecars(chain.directories)})
     template = found.style if found is not None else None
     taught = next((style for directory in chain.directories if (style := load_style(directory, template))), None)
-    return Loaded(model.to(device).eval(), tokenizer, taught, template, chain)
+    model = model.to(device).eval()
+    check_finite(dict(model.named_parameters()), top.file)
+    return Loaded(model, tokenizer, taught, template, chain)
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> GPT:

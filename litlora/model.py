@@ -5,11 +5,13 @@ know. Shapes: B batch, T tokens, C hidden_size, H heads, G key/value heads, D he
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from litlora.config import ModelConfig, RopeScaling
 from litlora.errors import CheckpointError
@@ -249,6 +251,12 @@ class GPT(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> "GPT":
+        """The model on the meta device: names and shapes only."""
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
+
     def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of this model's weights."""
         expected = {name: parameter.shape for name, parameter in self.named_parameters()}  # a tied head is not named twice
@@ -266,13 +274,21 @@ class GPT(nn.Module):
 
         Tied heads are stored once, under the embedding's name. Raises CheckpointError unless names and shapes fit exactly.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.without_weights(config)
         model.check_fit(tensors)
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+
+class _SkipInit(TorchFunctionMode):
+    """Initialises nothing: on the meta device there is nothing to fill, yet the first random number costs a second of imports."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 class RMSNormPlusOne(nn.Module):

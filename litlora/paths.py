@@ -20,6 +20,8 @@ CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE,
 """What a checkpoint directory holds."""
 PEFT_NAMES = ("adapter_config.json", "adapter_model.safetensors", *SIDECAR_FILES)
 """What a PEFT folder that we write holds."""
+HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
+"""What a Hugging Face folder that we write holds."""
 CHECKPOINT_MARKS = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_config.json")
 """A directory with one of these is a checkpoint: ours, litgpt's or PEFT's."""
 WEIGHTS_FILES = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_model.safetensors", "adapter_model.bin", *SINGLE_FILES)

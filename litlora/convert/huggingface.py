@@ -4,19 +4,23 @@ A folder is a `config.json` with one or many `*.safetensors` or `pytorch_model*.
 """
 
 import json
+import shutil
+from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
-from litlora.convert.families import HF_CONFIG_FILE, load_config
+from litlora.convert.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
 from litlora.convert.files import open_tensors
 from litlora.convert.folder import weight_files
 from litlora.convert.layout import layout
 from litlora.errors import CheckpointError
+from litlora.tokenizer import Tokenizer, find_sidecars, read_json
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -57,6 +61,38 @@ def _without_tied_head(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
 
 
+def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int) -> str:
+    """Write a complete folder: config.json, tokenizer, chat template, generation config and weights; returns a line about it.
+
+    What travels with a model comes from `sources`, as `find_sidecars` finds it. A config.json among it is used if it
+    describes this model, up to the vocabulary's size and whether the head is tied; else one is written from `config`.
+    """
+    files = {file.name: file for file in find_sidecars(sources)}
+    tokenizer = Tokenizer(sources)
+    for file in files.values():
+        shutil.copyfile(file, directory / file.name)
+    original = read_json(files.get(HF_CONFIG_FILE))
+    values = adapt_config(original, config) if original else None
+    origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
+    if values is None:
+        values = {**write_config(config), "eos_token_id": tokenizer.eos_id}
+    [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
+    values["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / HF_CONFIG_FILE, values)
+    if "generation_config.json" not in files:
+        write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
+    settings = read_json(files.get("tokenizer_config.json"))
+    if "tokenizer_class" not in settings:  # else AutoTokenizer takes the class that goes with the architecture
+        settings = {"eos_token": tokenizer.token(tokenizer.eos_id), **settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(directory / "tokenizer_config.json", settings)
+    write_weights(directory, tensors, config, values["model_type"], max_shard_size)
+    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_weights(directory: Path, tensors: dict[str, Tensor], config: ModelConfig, model_type: str, max_shard_size: int) -> None:
     """Write our tensors as `model.safetensors`, or as shards of at most `max_shard_size` bytes (or one tensor) with an index.
 
@@ -81,4 +117,4 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], config: ModelConf
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "model.safetensors.index.json", index)

@@ -1,0 +1,34 @@
+"""Write a Hugging Face model folder as a checkpoint directory of ours. Nothing needs this: such folders work as they are.
+
+python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id --out_dir checkpoints/$repo_id-lit
+"""
+
+from pathlib import Path
+
+from litlora.cli import run
+from litlora.convert.folder import is_model_folder
+from litlora.errors import CheckpointError
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
+from litlora.settings import ConvertHF
+
+
+def main(settings: ConvertHF) -> None:
+    directory = checkpoint_dir(settings.checkpoint_dir)
+    if (directory / WEIGHTS_FILE).is_file() or not is_model_folder(directory):
+        raise CheckpointError(f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights")
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory])
+
+    from litlora.checkpoint import check_finite, full_meta, open_checkpoint, write_checkpoint
+    from litlora.tokenizer import Tokenizer
+
+    source = open_checkpoint(directory)
+    check_finite(source.tensors, source.file)
+    Tokenizer(directory)  # a checkpoint directory needs one
+    write_checkpoint(out_dir, source.tensors, full_meta(), source.config, sidecars_from=directory)
+    result = Path(out_dir) / WEIGHTS_FILE
+    print(f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})")
+    print(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
+
+
+if __name__ == "__main__":
+    run(main, ConvertHF)

@@ -1,0 +1,40 @@
+"""Write any checkpoint as a complete Hugging Face folder: config, tokenizer, chat template, generation config, safetensors.
+
+python scripts/convert_lit_checkpoint.py --checkpoint_dir $dir/final --out_dir $dir/hf
+
+An adapter or a chain is merged on the way. `AutoModelForCausalLM.from_pretrained($dir/hf)` and `AutoTokenizer` load it with
+nothing added.
+"""
+
+from pathlib import Path
+
+from litlora.cli import run
+from litlora.paths import HF_NAMES, checkpoint_dir, output_dir
+from litlora.settings import ConvertLit
+
+
+def main(settings: ConvertLit) -> None:
+    directory = checkpoint_dir(settings.checkpoint_dir)
+    base_dir = checkpoint_dir(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
+    inputs = [directory, base_dir] if base_dir else [directory]
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
+
+    from litlora.adapters import merge_chain
+    from litlora.checkpoint import check_finite, replacing_directory, resolve
+    from litlora.convert.huggingface import write_folder
+
+    chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    for notice in chain.notices:
+        print(f"note: {notice}")
+    tensors, config = merge_chain(chain)
+    check_finite(tensors, chain.base.file)
+    with replacing_directory(out_dir) as staging:
+        what = write_folder(staging, tensors, config, chain.directories, settings.max_shard_bytes)
+    if chain.adapters:
+        print(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
+    size = sum(file.stat().st_size for file in Path(out_dir).glob("*.safetensors"))
+    print(f"result: {out_dir} ({size:,} bytes of weights: {what})")
+
+
+if __name__ == "__main__":
+    run(main, ConvertLit)
