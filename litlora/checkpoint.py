@@ -20,10 +20,10 @@ import yaml
 from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig
+from litlora.convert import litgpt, peft
 from litlora.convert.files import open_torch
 from litlora.convert.folder import is_model_folder
 from litlora.convert.huggingface import open_folder
-from litlora.convert.peft import base_of, is_peft, read_peft
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.lora import layer_rank, stored_config
 from litlora.model import GPT
@@ -97,12 +97,17 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
     adapters that led here.
     """
     directory = checkpoint_dir(path)
-    if is_peft(directory):
-        return _open_peft(directory, base_dir, above)
+    for kind in (peft, litgpt):
+        if kind.adapter_file(directory) is not None:
+            return _open_foreign(directory, base_dir, above, kind)
     file = directory / WEIGHTS_FILE
     if not file.is_file() and is_model_folder(directory):
-        return _open_huggingface(directory)
+        tensors, config, weights = open_folder(directory)
+        return _fitting(Checkpoint(directory, tensors, full_meta(), weights, config))
     content = open_torch(file)
+    if litgpt.is_litgpt(directory) and not (isinstance(content, dict) and "litlora" in content):
+        config = litgpt.load_config(directory)
+        return _fitting(Checkpoint(directory, litgpt.read_full(file, content, config), full_meta(), file, config))
     if not isinstance(content, dict) or not isinstance(content.get("litlora"), dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f'{file}: not written by litlora: it lacks the entries "model" and "litlora"')
     tensors, meta = content["model"], content["litlora"]
@@ -119,31 +124,27 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
     return Checkpoint(directory, tensors, meta, file, ModelConfig.load(directory / CONFIG_FILE))
 
 
-def _open_huggingface(directory: Path) -> Checkpoint:
-    tensors, config, file = open_folder(directory)
+def _fitting(found: Checkpoint) -> Checkpoint:
+    """The full checkpoint of another format, if it fits its architecture: it may be merged or converted without being loaded."""
     try:
-        GPT.without_weights(config).check_fit(tensors)  # here: it may be merged or converted without ever being loaded
+        GPT.without_weights(found.config).check_fit(found.tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    return Checkpoint(directory, tensors, full_meta(), file, config)
+        raise CheckpointError(f"{found.file}: {error}") from None
+    return found
 
 
-def _open_peft(directory: Path, base_dir: Path | None, above: tuple[Path, ...]) -> Checkpoint:
-    name, place = base_of(directory)
+def _open_foreign(directory: Path, base_dir: Path | None, above: tuple[Path, ...], kind: Any) -> Checkpoint:
+    """An adapter of another format, read by the module `kind`: its own files do not tell the architecture, its base does."""
+    name, place = kind.base_of(directory)
     if base_dir is None and place is None:
         what = f"its base {name!r} is no directory here" if name else "it does not name its base"
         raise CheckpointError(f"{directory}: {what}; name the directory of the base with --base_checkpoint_dir")
-    base = _foreign_base(directory, base_dir or place, above)
-    tensors, lora = read_peft(directory, base.config, base.base.tensors)
-    return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory), directory)
-
-
-def _foreign_base(directory: Path, base_dir: Path, above: tuple[Path, ...]) -> Chain:
-    """The base of an adapter whose own files do not tell the architecture."""
-    above = (*above, directory)
-    if any(base_dir.resolve() == other.resolve() for other in above):
-        raise CheckpointError(f"{_show([*above, base_dir])}: the chain of adapters runs in a circle")
-    return resolve(base_dir, above=above)
+    below, above = base_dir or _short(place), (*above, directory)
+    if any(below.resolve() == other.resolve() for other in above):
+        raise CheckpointError(f"{_show([*above, below])}: the chain of adapters runs in a circle")
+    base = resolve(below, above=above)
+    tensors, lora = kind.read_adapter(directory, base.config, base.base.tensors)
+    return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory), kind.adapter_file(directory))
 
 
 def _foreign_meta(directory: Path, lora: dict[str, Any], base_dir: Path) -> dict[str, Any]:

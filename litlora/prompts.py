@@ -73,6 +73,9 @@ def load_style(directory: Path, template: PromptStyle | None) -> PromptStyle | N
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if isinstance(value, dict) and str(value.get("class_path")).startswith("litgpt."):
+        # litgpt's own; of its many styles, which it names by class, we have one
+        return STYLES["alpaca"] if value["class_path"] == "litgpt.prompts.Alpaca" else None
     name = value.get("style") if isinstance(value, dict) else None
     if name == TEMPLATE:
         if template is None:

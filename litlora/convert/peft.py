@@ -53,9 +53,14 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialise that also change the base's weights."""
 
 
-def is_peft(directory: Path) -> bool:
-    """Whether this is a PEFT adapter's folder."""
-    return (directory / CONFIG_FILE).is_file()
+def adapter_file(directory: Path) -> Path | None:
+    """The file of the weights in a PEFT adapter's folder; None if it is no such folder."""
+    if not (directory / CONFIG_FILE).is_file():
+        return None
+    file = next((directory / name for name in WEIGHTS_FILES if (directory / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{directory}: has {CONFIG_FILE}, but neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}")
+    return file
 
 
 # ---- reading
@@ -68,14 +73,15 @@ def base_of(directory: Path) -> tuple[str, Path | None]:
     return name, next((place for place in places if place.is_dir()), None)
 
 
-def read_peft(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoRAConfig]:
+def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoRAConfig]:
     """The tensors of a PEFT folder under our names, and their settings; `model` and `base` describe its base.
 
     Raises CheckpointError for whatever cannot be expressed here, by name, and for every tensor that has no place.
     """
     config = _read_config(directory)
     _refuse_variants(directory / CONFIG_FILE, config)
-    file, stored = _read_tensors(directory)
+    file = adapter_file(directory)
+    stored = open_tensors(file)
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in stored.items():
@@ -177,13 +183,6 @@ def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
         )
     if odd := sorted(name for name, value in config.items() if value and name not in _READ | _WITHOUT_EFFECT):
         raise CheckpointError(f"{path}: {odd[0]} ({config[odd[0]]!r}) is not supported: only plain LoRA and rsLoRA are")
-
-
-def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
-    file = next((directory / name for name in WEIGHTS_FILES if (directory / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{directory}: has {CONFIG_FILE}, but neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}")
-    return file, open_tensors(file)
 
 
 def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
