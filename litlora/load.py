@@ -52,8 +52,8 @@ def load(
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{top.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    if notice := tokenizer.fit(config.vocab_size):
+        chain.notices.append(notice)
     found = load_template({file.name: file for file in find_sidecars(chain.directories)})
     template = found.style if found is not None else None
     taught = next((style for directory in chain.directories if (style := load_style(directory, template))), None)

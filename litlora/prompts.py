@@ -64,7 +64,7 @@ def _plain(instruction: str, input: str) -> str:
 STYLES = {style.name: style for style in (PromptStyle("alpaca", _alpaca), PromptStyle("plain", _plain))}
 
 
-def load_style(directory: Path, template: PromptStyle | None) -> PromptStyle | None:
+def load_style(directory: Path, template: PromptStyle | None = None) -> PromptStyle | None:
     """The style that a checkpoint directory names; None if it names none. `template` is its chat template, if it has one."""
     path = directory / STYLE_FILE
     try:

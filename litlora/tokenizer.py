@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 SIDECAR_FILES = (
@@ -53,6 +53,11 @@ class Tokenizer:
         directories = [directories] if isinstance(directories, Path) else directories
         files = {file.name: file for file in find_sidecars(directories)}
         path = files.get(TOKENIZER_FILE, directories[0] / TOKENIZER_FILE)
+        if not path.is_file() and "tokenizer.model" in files:
+            raise CheckpointError(
+                f"{files['tokenizer.model']}: a SentencePiece model alone is not read; make a tokenizer.json of it: pip install "
+                'transformers sentencepiece protobuf, then AutoTokenizer.from_pretrained("DIR").save_pretrained("DIR")'
+            )
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
         try:
@@ -68,6 +73,20 @@ class Tokenizer:
         self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [stop])])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings)
+        self._path = path
+        self._limit: int | None = None
+
+    def fit(self, num_rows: int) -> str | None:
+        """Check against an embedding of so many rows; what is to be said if some tokens have none.
+
+        Fewer tokens than rows are normal: embeddings are padded. Tokens without a row are an error only where a text has one.
+        """
+        if self.vocab_size <= num_rows:
+            return None
+        if self.eos_id >= num_rows:
+            raise CheckpointError(f"{self._path}: the end-of-text token is number {self.eos_id}, the model's embedding has {num_rows} rows")
+        self._limit = num_rows
+        return f"{self._path}: {self.vocab_size - num_rows} of its {self.vocab_size} tokens have no row in the embedding and cannot be used"
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +100,13 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], *, begin: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
         prefix = self._prefix if begin else []
-        return [prefix + encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        batch = [prefix + encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._limit is not None and (largest := max(map(max, filter(None, batch)), default=-1)) >= self._limit:
+            raise UserError(
+                f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but the model's embedding has "
+                f"{self._limit} rows; use the tokenizer that the model was trained with, or leave the token out"
+            )
+        return batch
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -110,8 +135,11 @@ class Tokenizer:
         return known[0]
 
     def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
-        """What the tokenizer itself puts in front of an empty text, less an end-of-text; else what its settings ask for."""
-        ids = [token for token in self._backend.encode("", add_special_tokens=True).ids if token != self.eos_id]
+        """What the tokenizer itself puts in front of a text; else what its settings ask for."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a", add_special_tokens=True).ids
+        starts = (start for start in range(len(full)) if plain and full[start : start + len(plain)] == plain)
+        ids = full[: next(starts, 0)]  # what comes behind is not wanted: an end-of-text, mostly
         name = token_text(settings.get("bos_token"))
         if not ids and settings.get("add_bos_token") and name is not None and (found := self._backend.token_to_id(name)) is not None:
             ids = [found]

@@ -187,7 +187,9 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     tensors: dict[str, Tensor] = {}
     layout = _layout(model)
     for module, pair in pairs.items():
-        rule = layout.to_ours(module.replace(".attn.attn", ".attn.qkv"))  # only the rows of the base were in another order
+        if module.endswith(".attn.attn"):
+            raise CheckpointError(f"{file}: {module} was adapted by a litgpt of before 0.5, whose order of rows differs; merge it there")
+        rule = layout.to_ours(module)
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
         adapted = [name for name in rule.ours if len(rule.ours) == 1 or run[_SWITCHES[name.rpartition(".")[2]]]]
