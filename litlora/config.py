@@ -179,7 +179,7 @@ class ModelConfig(_Facts):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise CheckpointError(f"{self.rotary_dim} of {self.head_dim} head dimensions are rotated; rotary embeddings need an even one")
+            raise CheckpointError(f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an even number")
         moe = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
         if None in moe and moe != [None] * 3:
             raise CheckpointError("num_experts, num_experts_per_tok and moe_intermediate_size belong together")

@@ -221,6 +221,8 @@ def _standard(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": config.rope_theta,
         "rope_scaling": _scaling_settings(config),
+        # no facts of the architecture, but some families' own defaults lie outside a smaller vocabulary
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
     }
 
 
@@ -457,12 +459,13 @@ def _gemma2(c: Source, caps: tuple[float | None, float | None] = (50.0, 30.0), *
 
 
 def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    scalar = config.query_pre_attn_scalar or config.head_dim
     return {
         "hidden_activation": "gelu_pytorch_tanh" if config.hidden_act == "gelu_tanh" else config.hidden_act,
         "sliding_window": config.sliding_window,
         "layer_types": _layer_types(config),
         "attention_bias": config.attention_bias,
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # transformers wants a whole number
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
