@@ -593,6 +593,7 @@ def _falcon(c: Source) -> dict[str, Any]:
     c.only("alibi", False, False)
     new, parallel = bool(c.get("new_decoder_architecture", False)), bool(c.get("parallel_attn", True))
     act = {"activation": "activation", "default_activation": "gelu"}
+    c = Source({"max_position_embeddings": 2048, **c.values})  # the released files do not say
     fields = _common(c, eps="layer_norm_epsilon", default_eps=1e-5, tied=True, **act)
     heads, bias = fields["num_attention_heads"], bool(c.get("bias", False))
     norms = c.get("num_ln_in_parallel_attn") or (2 if new else 1)

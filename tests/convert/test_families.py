@@ -200,6 +200,20 @@ def test_names_of_before_2025_mean_the_same():
     )
 
 
+def test_released_files_say_less_than_others():
+    """Falcon's give no context, Gemma's say gelu and mean its tanh form, GPT-2's do not say that the head is tied."""
+    falcon = {"alibi": False, "architectures": ["FalconForCausalLM"], "bias": False, "hidden_size": 4544, "model_type": "falcon"}
+    falcon |= {"multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32}
+    config = read_config({**falcon, "parallel_attn": True, "vocab_size": 65024})[1]
+    assert (config.max_position_embeddings, config.num_key_value_heads, config.head_dim) == (2048, 1, 64)
+    assert config.tie_word_embeddings and config.shared_norm and config.intermediate_size == 4 * 4544
+    gemma = llama(model_type="gemma", architectures=["GemmaForCausalLM"], hidden_act="gelu", hidden_activation=None, head_dim=8)
+    assert read_config(gemma)[1].hidden_act == "gelu_tanh" and read_config(gemma)[1].tie_word_embeddings
+    gpt2 = {**GPT2, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+    config = read_config({**gpt2, "activation_function": "gelu_new"})[1]
+    assert config.tie_word_embeddings and config.intermediate_size == 3072 and config.max_position_embeddings == 1024
+
+
 def test_a_stale_config_is_not_used():
     """The base's config.json serves a model made from it, but for what belongs to the vocabulary."""
     config = read_config(LLAMA)[1]

@@ -1,0 +1,22 @@
+"""Fetch a model from the Hugging Face hub; it is then used as it is. An interrupted download goes on where it stopped.
+
+python scripts/download.py --repo_id EleutherAI/pythia-70m
+"""
+
+from pathlib import Path
+
+from litlora.cli import run
+from litlora.hub import check_directory, download
+from litlora.settings import Download
+
+
+def main(settings: Download) -> None:
+    directory = Path(settings.out_dir or f"checkpoints/{settings.repo_id}")
+    check_directory(directory)
+    download(settings.repo_id, directory, revision=settings.revision, token=settings.access_token, say=print)
+    print(f"result: {directory}")
+    print(f"next: python finetune/lora.py --checkpoint_dir {directory}")
+
+
+if __name__ == "__main__":
+    run(main, Download)

@@ -1,0 +1,169 @@
+"""Downloads, from a server on this machine that answers as the hub does."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import fails, succeeds
+
+from litlora.hub import wanted_files
+
+COMMIT = "0123456789" * 4
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "max_position_embeddings": 64,
+}
+WEIGHTS = bytes(range(256)) * 50_000
+"""Larger than the pieces of 10 MB in which the library writes."""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories of one commit; gated ones need a token. `break_after`: a file's transfer ends after so many bytes, once."""
+
+    repositories: dict[str, dict[str, bytes]] = {}
+    break_after: dict[str, int] = {}
+    ranges: list[str | None] = []
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0].strip("/")
+        if path.startswith("api/models/"):
+            repo_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            if repo_id not in self.repositories:
+                return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            if revision not in ("", "main", COMMIT):
+                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            siblings = [{"rfilename": name} for name in self.repositories[repo_id]]
+            return self.answer(200, json.dumps({"id": repo_id, "sha": COMMIT, "siblings": siblings}).encode())
+        repo_id, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        if "gated" in repo_id and not self.headers.get("Authorization"):
+            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        data = self.repositories.get(repo_id, {}).get(name)
+        if data is None:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
+        start = int(asked.removeprefix("bytes=").split("-")[0]) if (asked := self.headers.get("Range")) else 0
+        if self.command == "GET":
+            self.ranges.append(asked)
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        most = self.break_after.pop(name, None) if self.command == "GET" else None
+        return self.answer(206 if start else 200, data[start:], headers, most)
+
+    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None, most: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:most])
+        self.close_connection = True
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """environment, and the server's class: what a command needs to meet this hub."""
+    pytest.importorskip("huggingface_hub")
+    files = {
+        "config.json": json.dumps(LLAMA).encode(),
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "model.safetensors": WEIGHTS,
+        "pytorch_model.bin": b"not wanted",
+        "README.md": b"not wanted",
+    }
+    Hub.repositories = {"someone/llama": files, "someone/gated": files}
+    Hub.repositories["someone/mamba"] = {**files, "config.json": b'{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}'}
+    Hub.repositories["someone/data"] = {"README.md": b"no model"}
+    Hub.break_after, Hub.ranges = {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def get(directory: Path, repo_id: str, *words: object) -> list[object]:
+    return ["scripts/download.py", "--repo_id", repo_id, "--out_dir", directory, *words]
+
+
+def test_what_a_checkpoint_needs_is_fetched_and_no_more(hub, tmp_path):
+    out = succeeds(*get(tmp_path / "model", "someone/llama"), **hub).stdout
+    assert {file.name for file in (tmp_path / "model").iterdir() if file.is_file()} == {
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    }
+    assert (tmp_path / "model/model.safetensors").read_bytes() == WEIGHTS
+    assert "next: python finetune/lora.py" in out
+    before = len(Hub.ranges)
+    succeeds(*get(tmp_path / "model", "someone/llama"), **hub)
+    assert len(Hub.ranges) == before  # nothing is fetched twice
+
+
+def test_a_broken_connection_is_resumed(hub, tmp_path):
+    Hub.break_after["model.safetensors"] = 11_000_000
+    words = get(tmp_path / "model", "someone/llama")
+    succeeds(*words, **hub)  # the library itself asks for the rest
+    assert (tmp_path / "model/model.safetensors").read_bytes() == WEIGHTS
+    assert any(asked and asked.startswith("bytes=") and asked != "bytes=0-" for asked in Hub.ranges)
+
+
+def test_a_gated_model_says_what_to_do(hub, tmp_path):
+    message = fails(*get(tmp_path / "model", "someone/gated"), **hub)
+    assert f"{hub['HF_ENDPOINT']}/someone/gated" in message and "--access_token" in message
+    succeeds(*get(tmp_path / "model", "someone/gated", "--access_token", "hf_x"), **hub)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "words", "message"),
+    [
+        ("someone/nothing", [], "no such model"),
+        ("someone/llama", ["--revision", "v9"], "--revision v9"),
+        ("someone/data", [], "nothing to use"),
+        ("someone/mamba", [], "state-space layers.*weights were not fetched"),
+    ],
+)
+def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path):
+    import re
+
+    assert re.search(message, fails(*get(tmp_path / "model", repo_id, *words), **hub))
+    assert not (tmp_path / "model/model.safetensors").exists()
+
+
+def test_an_unreachable_hub_is_one_line(hub, tmp_path):
+    message = fails(*get(tmp_path / "model", "someone/llama"), **{**hub, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "goes on where it stopped" in message
+
+
+@pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
+def test_a_name_that_is_none_is_refused(repo_id, tmp_path):
+    assert "--repo_id" in fails("scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model")
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/thesis.txt").write_text("mine")
+    assert "thesis.txt" in fails("scripts/download.py", "--repo_id", "a/b", "--out_dir", tmp_path / "model")
+
+
+def test_safetensors_are_preferred_and_the_index_comes_first():
+    shards = [f"{stem}-0000{n}-of-00002.{kind}" for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")) for n in (1, 2)]
+    names = ["README.md", "consolidated.safetensors", *shards, "model.safetensors.index.json", "config.json", "onnx/model.onnx"]
+    assert wanted_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
+    assert wanted_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
+    assert wanted_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ]
