@@ -83,8 +83,13 @@ class Chain:
 
     @property
     def directories(self) -> list[Path]:
-        """From the outermost adapter down to the base: where the files beside the weights are looked for."""
-        return [link.directory for link in (*self.adapters[::-1], self.base)]
+        """Where the links lie, the base's directory first."""
+        return [link.directory for link in (self.base, *self.adapters)]
+
+    @property
+    def sources(self) -> list[Path]:
+        """The same, outermost first: where the files beside the weights are looked for."""
+        return self.directories[::-1]
 
 
 # ---- reading
@@ -138,7 +143,7 @@ def _open_foreign(directory: Path, base_dir: Path | None, above: tuple[Path, ...
     name, place = kind.base_of(directory)
     if base_dir is None and place is None:
         what = f"its base {name!r} is no directory here" if name else "it does not name its base"
-        raise CheckpointError(f"{directory}: {what}; name the directory of the base with --base_checkpoint_dir")
+        raise CheckpointError(f"{directory}: {what}; name its directory with --base_checkpoint_dir (in scripts: --checkpoint_dir)")
     below, above = base_dir or _short(place), (*above, directory)
     if any(below.resolve() == other.resolve() for other in above):
         raise CheckpointError(f"{_show([*above, below])}: the chain of adapters runs in a circle")

@@ -77,7 +77,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
                 method.tensors(model),
                 method.meta(base, directory),
                 model.config,
-                sidecars_from=loaded.chain.directories,
+                sidecars_from=loaded.chain.sources,
                 prompt_style=style,
                 hyperparameters=hyperparameters,
             )

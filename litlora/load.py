@@ -45,7 +45,7 @@ def load(
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
-    tokenizer = Tokenizer(chain.directories)
+    tokenizer = Tokenizer(chain.sources)
     live_adapter = top if live and top.is_adapter else None
     inner = Chain(chain.base, chain.adapters[:-1], chain.config) if live_adapter else chain
     tensors, config = merge_chain(inner)
@@ -54,9 +54,9 @@ def load(
         attach_adapter(model, live_adapter)
     if notice := tokenizer.fit(config.vocab_size):
         chain.notices.append(notice)
-    found = load_template({file.name: file for file in find_sidecars(chain.directories)})
+    found = load_template({file.name: file for file in find_sidecars(chain.sources)})
     template = found.style if found is not None else None
-    taught = next((style for directory in chain.directories if (style := load_style(directory, template))), None)
+    taught = next((style for directory in chain.sources if (style := load_style(directory, template))), None)
     model = model.to(device).eval()
     check_finite(dict(model.named_parameters()), top.file)
     return Loaded(model, tokenizer, taught, template, chain)

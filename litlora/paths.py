@@ -18,7 +18,7 @@ RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*")
 """What a fine-tuning run writes into its directory, as glob patterns."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
-PEFT_NAMES = ("adapter_config.json", "adapter_model.safetensors", *SIDECAR_FILES)
+PEFT_NAMES = ("adapter_config.json", "adapter_model.safetensors", *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE))
 """What a PEFT folder that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""

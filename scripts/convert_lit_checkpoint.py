@@ -29,7 +29,7 @@ def main(settings: ConvertLit) -> None:
     tensors, config = merge_chain(chain)
     check_finite(tensors, chain.base.file)
     with replacing_directory(out_dir) as staging:
-        what = write_folder(staging, tensors, config, chain.directories, settings.max_shard_bytes)
+        what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes)
     if chain.adapters:
         print(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
     size = sum(file.stat().st_size for file in Path(out_dir).glob("*.safetensors"))

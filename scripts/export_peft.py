@@ -48,7 +48,8 @@ def main(settings: ExportPEFT) -> None:
     with replacing_directory(out_dir) as staging:
         write_peft(staging, tensors, config)
         for file in find_sidecars([adapter_dir]):
-            shutil.copyfile(file, staging / file.name)
+            if file.name in PEFT_NAMES:
+                shutil.copyfile(file, staging / file.name)
     result = out_dir / "adapter_model.safetensors"
     print(
         f"result: {result} ({result.stat().st_size:,} bytes: for {model_type}, rank {config['r']}, {', '.join(config['target_modules'])})"
