@@ -368,7 +368,8 @@ class RotaryTable:
         regime = self._regime_of(length)
         if self._rows is None or regime != self._regime or self._rows[0].size(0) < length or self._rows[0].device != like.device:
             self._regime = regime
-            self._rows = self._compute(length, like.device)
+            with torch.inference_mode(False):  # kept beyond this call: what generation computed must serve training too
+                self._rows = self._compute(length, like.device)
         cos, sin = self._rows
         return cos[start:length].to(like.dtype), sin[start:length].to(like.dtype)
 

@@ -116,6 +116,13 @@ def test_every_covered_family_is_tested(folder):
     assert {load_config(folder(name)[0])[0] for name in FAMILIES} == set(COVERED)
 
 
+def test_a_model_that_has_generated_can_be_trained():
+    ours = GPT(read_config(LLAMA)[1])
+    with torch.inference_mode():
+        ours(torch.tensor([[1, 2, 3]]))
+    ours(torch.tensor([[1, 2]])).sum().backward()
+
+
 def test_gradients_reach_every_expert():
     """Also one that no token picked: an adapter on it must not look idle."""
     model = make_model("mixtral")
