@@ -57,7 +57,9 @@ def test_an_adapter_describes_itself_and_holds_nothing_else(tmp_path, base):
     directory = write_adapter(tmp_path / "adapter", base)
     content = torch.load(directory / "lit_model.pth", weights_only=True)
     assert content["litlora"]["kind"] == "adapter"
-    assert content["litlora"]["lora"] == {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear"}
+    described = {"rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear", "rslora": False}
+    described |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}
+    assert content["litlora"]["lora"] == described
     assert content["litlora"]["base"]["path"] == "../base"
     assert content["litlora"]["base"]["fingerprint"] == open_checkpoint(base).fingerprint
     assert {name.rpartition(".")[2] for name in content["model"]} == {"lora_A", "lora_B"}
