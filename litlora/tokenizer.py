@@ -117,6 +117,11 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return next((token for token in self.encode(ending) if token in added), None)
 
+    @property
+    def begin_text(self) -> str:
+        """The begin-of-text token by name; empty if this tokenizer uses none."""
+        return "".join(map(self.token, self._prefix))
+
     def token(self, index: int) -> str:
         """The name of a token."""
         return self._backend.id_to_token(index)

@@ -20,6 +20,7 @@ from litlora.convert.files import open_tensors
 from litlora.convert.folder import weight_files
 from litlora.convert.layout import layout
 from litlora.errors import CheckpointError
+from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
 from litlora.tokenizer import Tokenizer, find_sidecars, read_json
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -65,12 +66,18 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
     """Write a complete folder: config.json, tokenizer, chat template, generation config and weights; returns a line about it.
 
     What travels with a model comes from `sources`, as `find_sidecars` finds it. A config.json among it is used if it
-    describes this model, up to the vocabulary's size and whether the head is tied; else one is written from `config`.
+    describes this model, up to the vocabulary's size and whether the head is tied; else one is written from `config`. A
+    model without a chat template gets one that asks as it was taught.
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
-    for file in files.values():
+    styles = [place / STYLE_FILE for place in sources if (place / STYLE_FILE).is_file()]
+    for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
+    template = load_template(files)
+    taught = load_style(directory, template.style if template is not None else None)
+    if taught is not None and template is None:
+        (directory / "chat_template.jinja").write_text(template_of(taught, tokenizer), encoding="utf-8")
     original = read_json(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
@@ -86,7 +93,20 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
         settings = {"eos_token": tokenizer.token(tokenizer.eos_id), **settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         write_json(directory / "tokenizer_config.json", settings)
     write_weights(directory, tensors, config, values["model_type"], max_shard_size)
-    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}"
+    unlike = f"; it was taught with the style {taught.name}, its chat template is another" if taught and template and not taught.template else ""
+    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{unlike}"
+
+
+def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
+    """A chat template that puts each question as a style does, and ends each answer as training does."""
+    before, after = style.render("\0", "").split("\0")
+    end = json.dumps(tokenizer.token(tokenizer.eos_id))
+    return (
+        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
+        f"{{{{ {json.dumps(tokenizer.begin_text + before)} + message['content'] + {json.dumps(after)} }}}}"
+        f"{{%- elif message['role'] == 'assistant' -%}}{{{{ message['content'] + {end} }}}}"
+        "{%- else -%}{{ raise_exception('this model knows the roles user and assistant only') }}{%- endif -%}{%- endfor -%}"
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

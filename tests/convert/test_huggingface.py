@@ -95,7 +95,7 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
     assert open_checkpoint(directory).fingerprint == before
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fine_tune_merge_and_export_from_a_folder(family, make_folder, tmp_path, alpaca_file):
     """The whole way through the commands; transformers then gives the logits of the merged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,6 +158,33 @@ def test_a_model_of_our_own_is_written_as_one_of_theirs(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("hello you").input_ids == ours.tokenizer.encode("hello you")
     assert tokenizer.eos_token_id == ours.tokenizer.eos_id == model.generation_config.eos_token_id[0]
+
+
+@pytest.mark.parametrize("style", ["alpaca", "plain"])
+@pytest.mark.parametrize("begin", ["", "<|begin|>"])
+def test_a_model_without_a_chat_template_gets_one_that_asks_as_it_was_taught(style, begin, base, tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    if begin:
+        backend = Backend.from_file(str(base / "tokenizer.json"))
+        backend.add_special_tokens([begin])
+        backend.save(str(base / "tokenizer.json"))
+        settings = {"eos_token": "<|endoftext|>", "bos_token": begin, "add_bos_token": True}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "prompt_style.yaml").write_text(f"style: {style}\n")
+    source = open_checkpoint(base)
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", source.tensors, source.config, [base], 10**9)
+    ours = load(tmp_path / "out")
+    assert ours.prompt_style.name == style
+    question, answer = 'What is "{{ 1 }}"?\n\u4f60', "It is {% x %}."
+    turns = [("user", question), ("assistant", answer), ("user", question)]
+    asked = ours.tokenizer.encode(ours.prompt_style.render(question, ""), begin=True)
+    expected = [*asked, *ours.tokenizer.encode(answer), ours.tokenizer.eos_id, *asked]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False)
+    assert found == expected
 
 
 def test_a_config_that_no_longer_describes_the_model_is_replaced(make_folder, tmp_path):
