@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -340,7 +341,7 @@ def write_checkpoint(
     `hyperparameters` is the YAML text of the run's settings.
     """
     with replacing_directory(directory) as staging:
-        tensors = {name: _own_storage(tensor.detach()) for name, tensor in tensors.items()}
+        tensors = _own_storages({name: tensor.detach() for name, tensor in tensors.items()})
         with (staging / WEIGHTS_FILE).open("wb") as file:
             torch.save({"model": tensors, "litlora": meta}, file)
         (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
@@ -354,9 +355,17 @@ def write_checkpoint(
             (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
-    """torch.save writes the whole storage behind a view; a view gets one of its own."""
-    return tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _own_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch.save writes the whole storage behind a view: views that do not make up all of it get storages of their own."""
+    saved = Counter()
+    for tensor in tensors.values():
+        saved[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+
+    def fits(tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        return tensor.is_contiguous() and saved[storage.data_ptr()] == storage.nbytes()
+
+    return {name: tensor if fits(tensor) else tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 @contextmanager

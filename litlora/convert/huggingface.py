@@ -4,6 +4,7 @@ A folder is a `config.json` with one or many `*.safetensors` or `pytorch_model*.
 """
 
 import json
+import os
 import shutil
 from collections import Counter
 from itertools import islice
@@ -93,8 +94,9 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
         settings = {"eos_token": tokenizer.token(tokenizer.eos_id), **settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         write_json(directory / "tokenizer_config.json", settings)
     write_weights(directory, tensors, config, values["model_type"], max_shard_size)
-    unlike = f"; it was taught with the style {taught.name}, its chat template is another" if taught and template and not taught.template else ""
-    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{unlike}"
+    other = taught is not None and template is not None and taught.template is None
+    hint = f"; taught with the style {taught.name}, but its chat template is another" if other else ""
+    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 
 def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
@@ -129,11 +131,14 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], config: ModelConf
         shards[-1].append(name)
         filled += size
     stream = names.write(tensors)
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = 0o666 & ~umask
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        content = {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))}
-        save_file(content, directory / file, metadata={"format": "pt"})
+        save_file({name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))}, directory / file, {"format": "pt"})
+        (directory / file).chmod(mode)  # the library lets nobody else read what it writes
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
