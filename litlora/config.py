@@ -203,6 +203,14 @@ class ModelConfig(_Facts):
         """Tokens that a layer sees, the current one included; None for all."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
+        """Base and scaling of a layer's rotary frequencies; None where nothing is rotated."""
+        if self.positions == "learned" or layer in self.layers_without_rope:
+            return None
+        if self.window(layer) is not None and self.rope_local_base_freq is not None:
+            return self.rope_local_base_freq, None
+        return self.rope_theta, self.rope_scaling
+
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
         """Read a `model_config.yaml`. Raises CheckpointError with the file's path in front."""

@@ -192,43 +192,30 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = config.positions == "learned"
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.embed_positions = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        self._windows = windows
-        self._thetas = [
-            None
-            if learned or layer in config.layers_without_rope
-            else config.rope_local_base_freq
-            if window is not None and config.rope_local_base_freq is not None
-            else config.rope_theta
-            for layer, window in enumerate(windows)
-        ]
-        """Each layer's rotary base; None where nothing is rotated."""
-        self._tables: dict[float, RotaryTable] = {}  # filled on first use: computed, so no part of any checkpoint
+        self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
+        # filled on first use: computed, so no part of any checkpoint
+        self._tables = {rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings) for rope in self._ropes if rope}
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if self.config.scale_embeddings:
-            x = x * x.new_tensor(self.config.hidden_size**0.5)  # rounded to the embedding's dtype, as in training
+            x = x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))  # rounded to the embedding's dtype, as in training
         if self.embed_positions is not None:
             x = x + self.embed_positions(torch.arange(start, start + T, device=x.device))
         masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
-        ropes = {theta: self._rotary(theta, start, T, x) for theta in set(self._thetas) if theta is not None}
-        for block, window, theta in zip(self.layers, self._windows, self._thetas, strict=True):
-            x = block(x, ropes.get(theta), masks[window], cache)
+        rotations = {rope: table.rows(start, T, x) for rope, table in self._tables.items()}
+        for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
+            x = block(x, rotations.get(rope), masks[window], cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
-
-    def _rotary(self, theta: float, start: int, T: int, like: Tensor) -> Rope:
-        if theta not in self._tables:
-            scaling = self.config.rope_scaling if theta == self.config.rope_theta else None
-            self._tables[theta] = RotaryTable(self.config.rotary_dim, theta, scaling, self.config.max_position_embeddings)
-        return self._tables[theta].rows(start, T, like)
 
 
 class GPT(nn.Module):

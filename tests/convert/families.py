@@ -63,6 +63,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "gemma3-one-base": (
+        "Gemma3TextConfig",
+        {**GROUPED, "head_dim": 16, "sliding_window": 6, "rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "phi": ("PhiConfig", {**GROUPED, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "phi3": ("Phi3Config", {**GROUPED, "sliding_window": 9}),
     "phi4-mini": (
