@@ -1,9 +1,7 @@
 """PEFT adapters both ways: what real PEFT computes and what we compute are the same, whatever the adapter's settings."""
 
 import copy
-import json
-import subprocess
-import sys
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,24 @@ import torch
 
 from litlora.adapters import merge_chain
 from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
-from litlora.convert.families import read_config
-from litlora.convert.layout import layout
+from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.settings import ExportPEFT
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 # PEFT and transformers warn about each other, and about what these tests do on purpose.
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = {"intermediate_size": 48, "num_key_value_heads": 2}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, **LLAMA),
     "llama_tied": lambda: transformers.LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True),
@@ -33,6 +36,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=48),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4),
     "phi3": lambda: transformers.Phi3Config(**SIZES, **LLAMA, pad_token_id=0),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, **LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SIZES, **LLAMA, **MOE, shared_expert_intermediate_size=24),
 }
 LLAMA_CASES = {
     "r_not_alpha": {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"]},
@@ -62,13 +67,14 @@ CASES |= {
         "gpt2",
         {"r": 4, "target_modules": ["c_attn", "wte"], "rank_pattern": {"h.1.attn.c_attn": 6}, "fan_in_fan_out": True},
     ),
+    "qwen2_moe": ("qwen2_moe", {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "o_proj"]}),
     "phi3": ("phi3", {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
 }
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Callable[[str], tuple[Any, Path]]:
-    """name -> a random model of transformers, and the directory of the same weights."""
+    """name -> a random model of transformers, and its folder."""
     made: dict[str, tuple[Any, Path]] = {}
 
     def make(name: str) -> tuple[Any, Path]:
@@ -76,11 +82,8 @@ def bases(tmp_path_factory) -> Callable[[str], tuple[Any, Path]]:
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
             directory = tmp_path_factory.mktemp(name)
-            model.save_pretrained(directory / "hf")
-            model_type, config = read_config(json.loads((directory / "hf" / "config.json").read_text()))
-            tensors = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight" or not config.tie_word_embeddings}
-            write_checkpoint(directory / "ours", layout(model_type, config).read(tensors), full_meta(), config, sidecars_from=directory)
-            made[name] = model, directory / "ours"
+            model.save_pretrained(directory)
+            made[name] = model, directory
         return made[name]
 
     return make
@@ -120,9 +123,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return getattr(result, "logits", result)
 
 
-def export(adapter: Path, out_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts/export_peft.py", "--lora_path", adapter, "--out_dir", out_dir, *more]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+def export(adapter: Path, out_dir: Path, **settings: Any) -> None:
+    """scripts/export_peft.py, without a process of its own."""
+    spec = importlib.util.spec_from_file_location("export_peft", ROOT / "scripts/export_peft.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
 
 
 def save(model: Any, directory: Path, base_dir: Path) -> Path:
@@ -141,8 +147,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_here_and_back(case, bases, tmp
     assert (wanted - logits(base)).abs().max() > 0.01  # the adapter does something
     assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
     assert (logits(ours(directory, live=True)) - wanted).abs().max() < 1e-5
-    result = export(directory, tmp_path / "again", "--model_type", base.config.model_type)
-    assert result.returncode == 0, result.stderr
+    export(directory, tmp_path / "again")
     assert (logits(theirs(base, tmp_path / "again")) - wanted).abs().max() < 1e-5
 
 
@@ -165,24 +170,59 @@ OWN_CASES = {
     "gpt2": ("gpt2", LoRAConfig(rank=3, alpha=7.0)),
     "gpt2-qv": ("gpt2", LoRAConfig(rank=3, alpha=7.0, targets="qv")),
     "phi3": ("phi3", LoRAConfig(rank=3, alpha=7.0, rank_pattern={"k_proj": 4, "gate_proj": 2})),
+    "mixtral": ("mixtral", LoRAConfig(rank=3, alpha=7.0)),
+    "qwen2_moe": ("qwen2_moe", LoRAConfig(rank=3, alpha=7.0, rslora=True, targets="attention", rank_pattern={"o_proj": 5})),
 }
+
+
+def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.Module:
+    """An adapter of our own with random weights, and the model that has it."""
+    chain = resolve(base_dir)
+    model = build(chain.config, chain.base.tensors, chain.base)
+    add_lora(model, settings)
+    randomize(model)
+    meta = adapter_meta(vars(settings), chain.base, directory)
+    write_checkpoint(directory, lora_tensors(model), meta, chain.config, sidecars_from=base_dir)
+    return model
 
 
 @pytest.mark.parametrize("case", OWN_CASES)
 def test_an_adapter_made_here_gives_the_same_logits_in_peft(case, bases, tmp_path):
     name, settings = OWN_CASES[case]
     base, base_dir = bases(name)
-    chain = resolve(base_dir)
-    model = build(chain.config, chain.base.tensors, chain.base)
-    add_lora(model, settings)
-    randomize(model)
-    meta = adapter_meta(vars(settings), chain.base, tmp_path / "own")
-    write_checkpoint(tmp_path / "own", lora_tensors(model), meta, chain.config, sidecars_from=base_dir)
+    model = make_own(tmp_path / "own", base_dir, settings)
     wanted = logits(model.eval())
     assert (wanted - logits(base)).abs().max() > 0.01
     assert (logits(ours(tmp_path / "own")) - wanted).abs().max() < 1e-5
     assert (logits(ours(tmp_path / "own", live=True)) - wanted).abs().max() < 1e-5
-    result = export(tmp_path / "own", tmp_path / "peft", "--model_type", base.config.model_type)
-    assert result.returncode == 0, result.stderr
+    export(tmp_path / "own", tmp_path / "peft")
     assert (logits(theirs(base, tmp_path / "peft")) - wanted).abs().max() < 1e-5
     assert (logits(ours(tmp_path / "peft", base_dir)) - wanted).abs().max() < 1e-5  # and back again
+
+
+def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, capsys):
+    base, folder = bases("phi3")
+    chain = resolve(folder)
+    write_checkpoint(tmp_path / "ours", chain.base.tensors, full_meta(), chain.config, sidecars_from=tmp_path)
+    model = theirs(base, r=4, target_modules=["qkv_proj", "gate_up_proj"])
+    directory = save(model, tmp_path / "peft", tmp_path / "ours")
+    assert (logits(ours(directory)) - logits(model)).abs().max() < 1e-5
+    export(directory, tmp_path / "again", model_type="phi3")
+    assert "is no Hugging Face folder" in capsys.readouterr().out
+    assert (logits(theirs(base, tmp_path / "again")) - logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("mixtral", LoRAConfig(rslora=True), "without rsLoRA"),
+        ("mixtral", LoRAConfig(rank_pattern={"q_proj": 2}), "all ranks and alphas are the same"),
+        ("mixtral", LoRAConfig(targets=[r".*experts\.0\..*"]), "has no adapter, but other experts have"),
+        ("qwen2_moe", LoRAConfig(targets=["shared_expert.up_proj"]), "would take its adapter for one of an expert's"),
+    ],
+)
+def test_what_peft_would_read_wrongly_is_not_written(name, settings, message, bases, tmp_path):
+    make_own(tmp_path / "own", bases(name)[1], settings)
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / "own", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()

@@ -242,6 +242,8 @@ def to_peft(
         raise CheckpointError(f"{', '.join(sorted(left))}: the Hugging Face model of this architecture has no place for it")
 
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas))
+    if model.num_experts is not None:
+        _check_experts(adapted, base, uniform=not lora.rslora and {*ranks.values()} == {rank} and {*alphas.values()} == {alpha})
     return {name: tensor.contiguous() for name, tensor in written.items()}, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -265,6 +267,20 @@ def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     """Write the two files of a PEFT folder."""
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / WEIGHTS_FILES[0], metadata={"format": "pt"})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bool) -> None:
+    """Refuse what PEFT misreads: it joins the experts' adapters by the last part of their names, all of them or none."""
+    mlps = {name for name in adapted if ".mlp." in name}
+    experts = {name.removesuffix(".weight") for name in base if ".mlp.experts." in name}
+    if beside := sorted(mlps - experts):
+        raise CheckpointError(f"{beside[0]}: PEFT would take its adapter for one of an expert's; adapt attention or experts only")
+    if mlps and mlps != experts:
+        raise CheckpointError(f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have; PEFT needs one for all or none")
+    if mlps and not uniform:
+        raise CheckpointError(
+            f"{sorted(mlps)[0]}: PEFT reads an expert's adapter wrongly unless all ranks and alphas are the same, without rsLoRA"
+        )
 
 
 def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
