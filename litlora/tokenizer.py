@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from litlora.errors import CheckpointError, UserError
+from litlora.sentencepiece import read_sentencepiece
 
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 SIDECAR_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
     "generation_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -21,7 +23,7 @@ SIDECAR_FILES = (
     "config.json",
 )
 """What travels with a model besides its weights; every command copies those that the base has."""
-TOKENIZER_NAMES = (TOKENIZER_FILE, "tokenizer.model")
+TOKENIZER_NAMES = (TOKENIZER_FILE, SENTENCEPIECE_FILE)
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Special tokens known to end a text, for tokenizers that come without their settings. (Ends of a turn are not among them.)"""
 
@@ -43,7 +45,8 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory."""
 
     def __init__(self, directories: Path | list[Path]) -> None:
-        """Reads `tokenizer.json` and, where present, `tokenizer_config.json` and `generation_config.json`.
+        """Reads `tokenizer.json`, else a SentencePiece `tokenizer.model`; and, where present, `tokenizer_config.json` and
+        `generation_config.json`.
 
         Of several directories, those of a chain, each file comes from the first that has it (`find_sidecars`). Raises
         CheckpointError for a missing or broken file and where no end-of-text token can be found.
@@ -52,21 +55,19 @@ class Tokenizer:
 
         directories = [directories] if isinstance(directories, Path) else directories
         files = {file.name: file for file in find_sidecars(directories)}
-        path = files.get(TOKENIZER_FILE, directories[0] / TOKENIZER_FILE)
-        if not path.is_file() and "tokenizer.model" in files:
-            raise CheckpointError(
-                f"{files['tokenizer.model']}: a SentencePiece model alone is not read; make a tokenizer.json of it: pip install "
-                'transformers sentencepiece protobuf, then AutoTokenizer.from_pretrained("DIR").save_pretrained("DIR")'
-            )
+        settings = read_json(files.get("tokenizer_config.json"))
+        path = files.get(TOKENIZER_FILE) or files.get(SENTENCEPIECE_FILE) or directories[0] / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
+        if path.name == SENTENCEPIECE_FILE:
+            self._backend = read_sentencepiece(path, add_bos_token=settings.get("add_bos_token") is not False)
+        else:
+            try:
+                self._backend = Backend.from_file(str(path))
+            except Exception as error:  # the library raises bare Exception
+                raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        settings = read_json(files.get("tokenizer_config.json"))
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
         stop = read_json(files.get("generation_config.json")).get("eos_token_id", [])

@@ -154,7 +154,25 @@ def test_a_token_without_a_row_in_the_embedding_is_an_error_only_where_it_is_use
         tokenizer.fit(2)
 
 
-def test_a_sentencepiece_model_alone_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    with pytest.raises(CheckpointError, match="pip install transformers sentencepiece"):
+@pytest.mark.parametrize("name", ["bpe", "bpe_user", "unigram", "unigram_spaces"])
+def test_a_sentencepiece_model_alone_gives_its_own_ids(name, tmp_path):
+    files = Path(__file__).parent / "sentencepiece_files"
+    (tmp_path / "tokenizer.model").write_bytes((files / f"{name}.model").read_bytes())
+    expected = json.loads((files / f"{name}.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eos_id == 2
+    for text, ids, decoded in zip(expected["texts"], expected["ids"], expected["decoded"], strict=True):
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.encode(text, begin=True) == [1, *ids], text
+        assert tokenizer.decode(ids) == decoded, text
+    assert tokenizer.encode("</s>") == [2]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    assert Tokenizer(tmp_path).encode("the", begin=True) == tokenizer.encode("the")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-7], lambda data: b"", lambda data: b"\xff" * 40, lambda data: b"{}" + data])
+def test_a_broken_sentencepiece_model_is_named(change, tmp_path):
+    data = (Path(__file__).parent / "sentencepiece_files/bpe.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(change(data))
+    with pytest.raises(CheckpointError, match="tokenizer.model: .*SentencePiece model"):
         Tokenizer(tmp_path)
