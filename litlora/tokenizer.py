@@ -70,8 +70,8 @@ class Tokenizer:
         self._backend.no_padding()
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        stop = read_json(files.get("generation_config.json")).get("eos_token_id", [])
-        self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [stop])])
+        stop = read_json(files.get("generation_config.json")).get("eos_token_id")
+        self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [] if stop is None else [stop])])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings)
         self._path = path
