@@ -56,7 +56,10 @@ def test_a_peft_adapter_is_taken_wherever_one_of_ours_is(base, alpaca_file, tmp_
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in chain.top.tensors.items())
 
     assert "is an adapter itself" in fails("scripts/export_peft.py", "--lora_path", tmp_path / "run/final", "--out_dir", tmp_path / "out")
-    succeeds("scripts/export_peft.py", "--lora_path", adapter, "--out_dir", tmp_path / "out", "--base_model", "someone/model")
+    export = ("scripts/export_peft.py", "--lora_path", adapter, "--out_dir", tmp_path / "out")
+    assert "no such family; there are" in fails(*export, "--model_type", "nonsense")
+    assert "is a full model" in fails("scripts/export_peft.py", "--lora_path", base, "--out_dir", tmp_path / "out")
+    succeeds(*export, "--base_model", "someone/model")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/model"
     ours, theirs = load_file(tmp_path / "out/adapter_model.safetensors"), load_file(adapter / "adapter_model.safetensors")
