@@ -15,6 +15,8 @@ import yaml
 from litlora.errors import CheckpointError
 
 CONFIG_FILE = "model_config.yaml"
+LARGEST = 2**28
+"""No size or count of a real model is larger; products of two still fit into 64 bits."""
 
 
 class _Facts:
@@ -174,6 +176,10 @@ class ModelConfig(_Facts):
             value = getattr(self, field.name)
             if type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
                 raise CheckpointError(f"{field.name} is {value!r}; it must be positive")
+            if type(value) is int and value > LARGEST:
+                raise CheckpointError(f"{field.name} is {value}; no model is that large")
+        if self.partial_rotary_factor > 1:
+            raise CheckpointError(f"partial_rotary_factor is {self.partial_rotary_factor}; it is a share, 1 at most")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"

@@ -8,4 +8,6 @@
     folder.py       which files of a Hugging Face folder hold its weights. Torch-free.
     files.py        files of tensors, opened memory-mapped
     huggingface.py  model folders: opened in place; written complete
+    peft.py         PEFT adapter folders, read and written
+    litgpt.py       litgpt's directories and adapters, read
 """

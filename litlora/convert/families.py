@@ -15,6 +15,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 
 HF_CONFIG_FILE = "config.json"
+MOST_LAYERS = 10_000
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -72,6 +73,14 @@ class Source:
                 return self.values[name]
         raise CheckpointError(f"{names[0]} missing")
 
+    @property
+    def layers(self) -> range:
+        """The numbers of the layers; bounded, as lists are made of them."""
+        count = self.need("num_hidden_layers", "n_layer")
+        if type(count) is not int or not 0 < count <= MOST_LAYERS:
+            raise CheckpointError(f"num_hidden_layers is {count!r}; it must be a whole number from 1 to {MOST_LAYERS}")
+        return range(count)
+
     def only(self, name: str, allowed: Any, default: Any) -> None:
         """Refuse a setting that changes what the model computes and is not implemented."""
         if (value := self.get(name, default)) != allowed:
@@ -96,9 +105,9 @@ class Family:
 
 def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of a config.json. Raises CheckpointError for what is not covered, naming what is missing."""
-    kind, architectures = values.get("model_type"), values.get("architectures") or []
-    named = architectures[0] if architectures else None
-    if kind not in FAMILIES or (named is not None and named != FAMILIES[kind].architecture):
+    kind, architectures = values.get("model_type"), values.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    if not isinstance(kind, str) or kind not in FAMILIES or (named is not None and named != FAMILIES[kind].architecture):
         what = MISSING.get(named)
         covered = ", ".join(family.architecture for family in FAMILIES.values())
         raise CheckpointError(
@@ -114,7 +123,7 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
         if values.get("use_bidirectional_attention"):
             source.only("use_bidirectional_attention", False, False)
         return kind, ModelConfig(**FAMILIES[kind].read(source))
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:  # values of strange types
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:  # values of strange types
         raise CheckpointError(f"not a usable configuration: {error}") from None
 
 
@@ -193,7 +202,7 @@ def _common(
         "vocab_size": c.need("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": c.get("intermediate_size"),
-        "num_hidden_layers": c.need("num_hidden_layers", "n_layer"),
+        "num_hidden_layers": len(c.layers),
         "num_attention_heads": heads,
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
         "head_dim": dim,
@@ -298,7 +307,7 @@ def _scaling_settings(config: ModelConfig) -> dict[str, Any] | None:
 
 def _windows(c: Source, window: int | None, slides: Callable[[int], bool]) -> dict[str, Any]:
     """The fields of sliding windows: from `layer_types` if it is there, else by the family's own rule."""
-    layers = range(c.need("num_hidden_layers"))
+    layers = c.layers
     kinds = c.get("layer_types") or ["sliding_attention" if slides(layer) else "full_attention" for layer in layers]
     if strange := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
         raise CheckpointError(f"layer_types: {', '.join(strange)} is not implemented")
@@ -326,7 +335,7 @@ def _optional_window(config: ModelConfig) -> dict[str, Any]:
 def _experts(c: Source) -> dict[str, Any]:
     """The fields of Qwen's experts: every decoder_sparse_step-th layer has them, but those listed."""
     step, plain = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
-    dense = tuple(layer for layer in range(c.need("num_hidden_layers")) if layer in plain or (layer + 1) % step)
+    dense = tuple(layer for layer in c.layers if layer in plain or (layer + 1) % step)
     return {
         "num_experts": c.need("num_experts", "num_local_experts"),
         "num_experts_per_tok": c.need("num_experts_per_tok"),
@@ -473,7 +482,7 @@ def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
 
 def _gemma3(c: Source) -> dict[str, Any]:
     by_kind, pattern = c.get("rope_parameters") or {}, c.get("sliding_window_pattern", 6)
-    layers = range(c.need("num_hidden_layers"))
+    layers = c.layers
     kinds = c.get("layer_types") or ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in layers]
     local = by_kind.get("sliding_attention") or {}
     if local.get("rope_type", "default") != "default":
@@ -671,7 +680,7 @@ def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _smollm3(c: Source) -> dict[str, Any]:
-    layers, interval = range(c.need("num_hidden_layers")), c.get("no_rope_layer_interval", 4)
+    layers, interval = c.layers, c.get("no_rope_layer_interval", 4)
     rotated = c.get("no_rope_layers") or [(layer + 1) % interval for layer in layers]  # in spite of the name: 1 has rope
     if len(rotated) < len(layers):
         raise CheckpointError(f"no_rope_layers has {len(rotated)} entries; there are {len(layers)} layers")

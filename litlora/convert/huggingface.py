@@ -51,6 +51,9 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
             ours = _without_tied_head(ours)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    for count in ("num_hidden_layers", "num_experts"):
+        if (getattr(config, count) or 0) > len(ours):  # before a model of that many parts is built to compare with
+            raise CheckpointError(f"{file}: holds {len(ours)} weights; {HF_CONFIG_FILE} says {count} {getattr(config, count)}")
     return ours, config, file
 
 
