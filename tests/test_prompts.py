@@ -216,11 +216,11 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
     record = Record("Name it.", "the fox", "quick brown", place="x")
     (example,) = tokenize([record], loaded.tokenizer, style, 200).examples
     prompt = style.template.render([{"role": "user", "content": "Name it.\n\nthe fox"}])
-    assert example.ids[: example.prompt_length] == loaded.tokenizer.encode(prompt)
+    assert list(example.ids[: example.prompt_length]) == loaded.tokenizer.encode(prompt)
     finished = style.template.render(
         [{"role": "user", "content": "Name it.\n\nthe fox"}, {"role": "assistant", "content": "quick brown"}], add_generation_prompt=False
     )
-    assert example.ids == loaded.tokenizer.encode(finished.removesuffix("\n"))
+    assert list(example.ids) == loaded.tokenizer.encode(finished.removesuffix("\n"))
     assert loaded.tokenizer.token(example.ids[-1]) == "<|im_end|>" != loaded.tokenizer.token(loaded.tokenizer.eos_id)
     (cut,) = tokenize([Record("Name it.", "", "quick brown " * 40, place="x")], loaded.tokenizer, style, 60).examples
     assert len(cut.ids) == 60 and cut.ids[-1] == example.ids[-1]
