@@ -167,6 +167,7 @@ def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] 
 
     A fine-tune may change what belongs to the vocabulary: the rows of the embedding, and whether the head is tied to it.
     """
+    values = {name: value for name, value in values.items() if name != "auto_map"}  # names code beside the base, which stays there
     adapted = {**values, "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
     try:
         return adapted if read_config(adapted)[1] == config else None

@@ -229,6 +229,7 @@ def test_a_stale_config_is_not_used():
     """The base's config.json serves a model made from it, but for what belongs to the vocabulary."""
     config = read_config(LLAMA)[1]
     assert adapt_config(LLAMA, config) == {**LLAMA, "tie_word_embeddings": False}
+    assert "auto_map" not in adapt_config({**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, config)
     grown = read_config(llama(vocab_size=100, tie_word_embeddings=True))[1]
     assert adapt_config(LLAMA, grown) == {**LLAMA, "vocab_size": 100, "tie_word_embeddings": True}
     assert adapt_config(LLAMA, read_config(llama(intermediate_size=64))[1]) is None
