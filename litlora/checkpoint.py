@@ -148,7 +148,7 @@ def _open_foreign(directory: Path, base_dir: Path | None, above: tuple[Path, ...
     below, above = base_dir or _short(place), (*above, directory)
     if any(below.resolve() == other.resolve() for other in above):
         raise CheckpointError(f"{_show([*above, below])}: the chain of adapters runs in a circle")
-    base = resolve(below, above=above)
+    base = resolve(below, above=above, allow_base_mismatch=True)  # for its shapes only; whoever resolves this link checks it
     tensors, lora = kind.read_adapter(directory, base.config, base.base.tensors)
     return Checkpoint(directory, tensors, _foreign_meta(directory, asdict(lora), base.top.directory), kind.adapter_file(directory))
 

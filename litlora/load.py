@@ -90,6 +90,8 @@ def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
         with torch.no_grad():
             for name in linears:
                 module = model.get_submodule(name)
+                if module.lora_B.size(0) != adapter.tensors[f"{name}.lora_B"].size(0):  # copying would stretch a single row
+                    raise UserError(f"{name} has {module.lora_B.size(0)} outputs")
                 module.lora_A.copy_(adapter.tensors[f"{name}.lora_A"])
                 module.lora_B.copy_(adapter.tensors[f"{name}.lora_B"])
     except (AttributeError, KeyError, RuntimeError, UserError) as error:
@@ -104,7 +106,7 @@ def _untie(model: GPT) -> None:
 
 def _replace(model: GPT, name: str, tensor: Tensor, *, like: Tensor) -> None:
     if tensor.shape != like.shape:
-        raise UserError(f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)}")
+        raise UserError(f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a vocabulary)")
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(like.dtype), requires_grad=False))
 

@@ -226,3 +226,21 @@ def test_what_peft_would_read_wrongly_is_not_written(name, settings, message, ba
     with pytest.raises(CheckpointError, match=message):
         export(tmp_path / "own", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_an_adapter_may_resize_the_vocabulary(name, bases, tmp_path):
+    base, base_dir = bases(name)
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(104, mean_resizing=False)
+    model = theirs(resized, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    merged = ours(save(model, tmp_path / "peft", base_dir))
+    assert merged.config.vocab_size == 104
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+def test_a_tie_that_only_peft_keeps_is_refused(bases, tmp_path):
+    base, base_dir = bases("llama_tied")
+    model = theirs(base, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(CheckpointError, match="ensure_weight_tying is not supported"):
+        resolve(save(model, tmp_path / "peft", base_dir))

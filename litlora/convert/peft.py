@@ -84,6 +84,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     stored = open_tensors(file)
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    untrained: list[str] = []
     for key, tensor in stored.items():
         name = key.removeprefix(PREFIX)
         if found := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name):
@@ -92,8 +93,16 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
             pairs.setdefault(found[1], {})[part] = value
         elif ".lora_" in name or ".token_adapter." in name:
             raise CheckpointError(f"{file}: {key} is not supported: only LoRA's A and B and tensors saved whole are")
+        elif ".original_module." in name:
+            untrained.append(name)
         else:
-            whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if name in whole and not torch.equal(whole[name], tensor):
+                raise CheckpointError(f"{file}: holds {name} twice, and not the same")
+            whole[name] = tensor
+    # Beside a module that was trained whole PEFT may store what it was before, which has no effect.
+    if odd := [name for name in untrained if name.replace(".original_module.", ".") not in whole]:
+        raise CheckpointError(f"{file}: {odd[0]} is what a module was before training, but the trained one is not there")
 
     layout = layout_of(_family([*pairs, *whole]), model)
     bare = not any(name.startswith(layout.prefix) for name in (*pairs, *whole))  # made for the decoder without its head
