@@ -99,7 +99,7 @@ class JSON(DataSource):
 class TrainConfig:
     """The training loop."""
 
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training examples."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, whatever the epochs; the learning rate's schedule ends there."""
