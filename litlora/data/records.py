@@ -138,12 +138,12 @@ def _record(value: Any, place: str) -> Record:
 def _download(url: str, file: Path) -> None:
     """Fetch a JSON list into `file`, which appears complete or not at all. Raises OSError."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             content = response.read()
         if not isinstance(json.loads(content), list):
             raise OSError("the answer is no JSON list")
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, file)
     except ValueError as error:  # a malformed address, or an answer that is no JSON
