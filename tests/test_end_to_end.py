@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import pty
 import re
 import select
@@ -212,6 +213,11 @@ def test_ctrl_c_in_training_saves_what_there_is(tmp_path):
 # ---- bad input: one line, status 2, nothing lost
 
 
+class _Payload:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
 @pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py"])
 def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     out = tmp_path / "out"
@@ -236,6 +242,8 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     shutil.copy(QUICKSTART / "tokenizer.json", broken)
     (broken / "lit_model.pth").write_bytes((QUICKSTART / "lit_model.pth").read_bytes()[:100_000])
     assert "lit_model.pth: broken (100,000 bytes)" in said("--checkpoint_dir", broken)
+    (broken / "lit_model.pth").write_bytes(pickle.dumps(_Payload()))
+    assert "could run code" in said("--checkpoint_dir", broken)
     assert "multiple of --train.micro_batch_size" in said("--train.micro_batch_size", 3)
 
 

@@ -1,6 +1,7 @@
 """Files of tensors, opened memory-mapped: nothing is read before it is used. Whatever is wrong with a file is named."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def open_torch(file: Path) -> Any:
     The torch files of before 2020 are no zip archives and cannot be mapped; they are read.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a strange pickle before it refuses it; one line is enough
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise CheckpointError(f"{file}: refused: it holds Python objects beyond tensors and plain values, which could run code") from None
     except OSError as error:
