@@ -107,6 +107,11 @@ def fit(
             last = step == total_steps
             if val and (last or (config.eval_interval and step % config.eval_interval == 0)):
                 val_loss = evaluate(fabric, objective, val, config)
+                if not math.isfinite(val_loss):
+                    raise UserError(
+                        f"the validation loss is {val_loss} after step {step}: the weights are spoilt, so the result is not saved; "
+                        "lower --train.learning_rate"
+                    )
                 progress.say(f"step {step}/{total_steps} | validation loss {val_loss:.4f}")
                 if metrics is not None:
                     metrics.write(step=step, epoch=epoch, val_loss=val_loss, tokens=tokens, seconds=clock.seconds)

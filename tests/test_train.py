@@ -164,6 +164,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def test_spoilt_weights_are_found_by_the_validation_and_not_saved(tmp_path):
+    saved = []
+    with pytest.raises(UserError, match="the validation loss is (nan|inf) after step 1.*--train.learning_rate"):
+        train(GPT(tiny_config()), examples(4), tmp_path, val=examples(3), save=saved.append, micro_batch_size=4, global_batch_size=4,
+              learning_rate=1e30)  # fmt: skip
+    assert not saved
+
+
 def test_a_trainable_weight_without_effect_is_an_error(tmp_path):
     model = GPT(tiny_config())
     model.idle = torch.nn.Linear(2, 2)
