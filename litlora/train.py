@@ -18,6 +18,7 @@ from litlora.data.batches import Batch, Step, collate, num_supervised, plan_epoc
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
 from litlora.log import Metrics, Progress
+from litlora.loss import IGNORE
 from litlora.optim import lr_at, make_optimizer
 from litlora.settings import TrainConfig
 
@@ -202,7 +203,7 @@ def _optimizer_step(
         # A rank without work in the last round computes another's batch with every label masked: the gradients are summed together.
         micro = micro_batches[position] if position < len(micro_batches) else micro_batches[0]
         batch = _to_device(collate([examples[index] for index in micro], mask_prompt=config.mask_prompt), fabric)
-        labels = batch.labels if position < len(micro_batches) else torch.full_like(batch.labels, -100)
+        labels = batch.labels if position < len(micro_batches) else torch.full_like(batch.labels, IGNORE)
         with fabric.no_backward_sync(objective, enabled=turn < rounds - 1):
             loss = objective(batch.input_ids, labels)
             # The loss is a sum: divide once, by all tokens of the step. Ranks are averaged, so undo their number.
@@ -231,7 +232,7 @@ def _check_gradients(objective: nn.Module) -> None:
     """An adapter that does nothing must be impossible: everything trainable takes part in the loss."""
     idle = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
-        raise UserError(f"{idle[0]} and {len(idle) - 1} other trainable weights take no part in the loss: training would not change them")
+        raise UserError(f"{idle[0]} and {len(idle) - 1} other trainable weights take no part in the loss, so training cannot change them")
 
 
 def _steps(plan: Callable[[int], list[Step]], total_steps: int) -> Iterator[tuple[int, Step]]:
