@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, check_finite, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError

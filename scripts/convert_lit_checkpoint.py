@@ -19,7 +19,7 @@ def main(settings: ConvertLit) -> None:
     inputs = [directory, base_dir] if base_dir else [directory]
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
 
-    from litlora.adapters import merge_chain
+    from litlora.adapters.merge import merge_chain
     from litlora.checkpoint import check_finite, replacing_directory, resolve
     from litlora.convert.huggingface import write_folder
 

@@ -15,7 +15,7 @@ def main(settings: MergeLoRA) -> None:
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs)
 
-    from litlora.adapters import merge_chain
+    from litlora.adapters.merge import merge_chain
     from litlora.checkpoint import fingerprint, full_meta, open_checkpoint, resolve, write_checkpoint
 
     if not open_checkpoint(adapter_dir, base_dir=base_dir).is_adapter:

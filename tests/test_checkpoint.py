@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import tiny_config
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, fingerprint, full_meta, open_checkpoint, resolve, write_checkpoint
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load

@@ -9,7 +9,7 @@ import torch
 from conftest import fails, succeeds
 from safetensors.torch import load_file, save_file
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.load import load
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build

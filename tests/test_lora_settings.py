@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
 from litlora.errors import CheckpointError, UserError
 from litlora.load import attach_adapter, build, load

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from litlora.adapters import merge_chain
+from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
 from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build

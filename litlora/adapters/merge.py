@@ -1,4 +1,4 @@
-"""Adapter algebra: pure functions over tensors and opened checkpoints."""
+"""Merging: the weights that an adapter, or a chain of them, stands for."""
 
 import dataclasses
 
