@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,6 +24,7 @@ from litlora.convert import litgpt, peft
 from litlora.convert.files import open_torch
 from litlora.convert.folder import is_model_folder
 from litlora.convert.huggingface import open_folder
+from litlora.convert.torch_file import LazyTensor, TorchFile
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.lora import layer_rank, stored_config
 from litlora.model import GPT
@@ -326,24 +326,30 @@ def adapter_meta(lora: dict[str, Any], base: Checkpoint, directory: Path) -> dic
 
 def write_checkpoint(
     directory: Path,
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
+    tensors: Mapping[str, Tensor | LazyTensor],
+    meta: dict[str, Any] | Callable[[dict[str, Tensor]], dict[str, Any]],
     config: ModelConfig,
     *,
     sidecars_from: Path | list[Path],
     prompt_style: PromptStyle | None = None,
     hyperparameters: str | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a whole checkpoint directory, in place of whatever is there; it appears complete or not at all.
 
+    The weights are written a block at a time, whether they are mapped, lie on a GPU or are computed as they are asked for.
+    `meta` is the "litlora" entry, or makes it from the tensors as written.
     The tokenizer's files are copied from `sidecars_from` (of several directories, from the first that has them), and so is
     the prompt style unless one is given.
-    `hyperparameters` is the YAML text of the run's settings.
+    `hyperparameters` is the YAML text of the run's settings. `check` looks at the complete directory before it gets its name;
+    if it raises, nothing is left of it.
     """
     with replacing_directory(directory) as staging:
-        tensors = _own_storages({name: tensor.detach() for name, tensor in tensors.items()})
-        with (staging / WEIGHTS_FILE).open("wb") as file:
-            torch.save({"model": tensors, "litlora": meta}, file)
+        with TorchFile(staging / WEIGHTS_FILE) as file:
+            written = {name: file.add(tensor) for name, tensor in tensors.items()}
+            if callable(meta):
+                meta = meta({name: file.read(tensor) for name, tensor in written.items()})
+            file.finish({"model": written, "litlora": meta})
         (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sources = [sidecars_from] if isinstance(sidecars_from, Path) else sidecars_from
         styles = [directory / STYLE_FILE for directory in sources if (directory / STYLE_FILE).is_file()]
@@ -353,19 +359,8 @@ def write_checkpoint(
             (staging / STYLE_FILE).write_text(yaml.safe_dump({"style": prompt_style.name}), encoding="utf-8")
         if hyperparameters is not None:
             (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
-
-
-def _own_storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torch.save writes the whole storage behind a view: views that do not make up all of it get storages of their own."""
-    saved = Counter()
-    for tensor in tensors.values():
-        saved[tensor.untyped_storage().data_ptr()] += tensor.nbytes
-
-    def fits(tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()
-        return tensor.is_contiguous() and saved[storage.data_ptr()] == storage.nbytes()
-
-    return {name: tensor if fits(tensor) else tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        if check is not None:
+            check(staging)
 
 
 @contextmanager

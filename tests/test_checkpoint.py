@@ -308,7 +308,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, base, tokenizer_dir, mon
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("litlora.checkpoint.torch.save", full_disk)
+    monkeypatch.setattr("litlora.convert.torch_file.TorchFile.finish", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(base, {}, full_meta(), tiny_config(), sidecars_from=tokenizer_dir)
     assert (base / "lit_model.pth").read_bytes() == before
