@@ -21,7 +21,7 @@ from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.convert import litgpt, peft
-from litlora.convert.files import open_torch
+from litlora.convert.files import open_torch, sync
 from litlora.convert.folder import is_model_folder
 from litlora.convert.huggingface import open_folder
 from litlora.convert.torch_file import LazyTensor, TorchFile
@@ -377,8 +377,8 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
     try:
         yield staging
         for file in staging.iterdir():
-            _sync(file)
-        _sync(staging)
+            sync(file)
+        sync(staging)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             directory.rename(old)
@@ -386,14 +386,6 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             staging.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,9 +6,10 @@
                     module belong to (`rule.ours`), how to take its rows apart (`rule.split`) and how to put them together
                     (`rule.join`). `Layout.to_theirs("model.layers.3.self_attn.q_proj")` gives the same Rule from our side.
     folder.py       which files of a Hugging Face folder hold its weights. Torch-free.
-    files.py        files of tensors, opened memory-mapped
+    files.py        files of tensors: opened memory-mapped, written one tensor at a time
     torch_file.py   torch files, written one tensor at a time
     huggingface.py  model folders: opened in place; written complete
     peft.py         PEFT adapter folders, read and written
     litgpt.py       litgpt's directories and adapters, read
+    lora_files.py   LoRA files of ComfyUI, kohya and PEFT for whatever model: read into plain updates and written back
 """

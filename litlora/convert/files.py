@@ -1,8 +1,15 @@
-"""Files of tensors, opened memory-mapped: nothing is read before it is used. Whatever is wrong with a file is named."""
+"""Files of tensors: opened memory-mapped, so that nothing is read before it is used, and written one tensor at a time.
 
+Whatever is wrong with a file is named.
+"""
+
+import json
+import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litlora.errors import CheckpointError
+
+# ---- reading
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
@@ -52,3 +61,91 @@ def open_torch(file: Path) -> Any:
         size = file.stat().st_size
         reason = " ".join(str(error).split())[:200] if zipfile.is_zipfile(file) else "it is cut short, or no torch file"
         raise CheckpointError(f"{file}: broken ({size:,} bytes): {reason}; copy or make it again") from None
+
+
+# ---- writing
+
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class SafetensorsWriter:
+    """A safetensors file written tensor by tensor, so that only one of them need be in memory.
+
+    The header stands first and is known last: room for `names`, every name that may be added, is left for it and what
+    remains is filled with spaces, as the format allows. A tensor must begin at a multiple of its item's size, so those of a
+    larger item come first.
+    """
+
+    def __init__(self, file: Path, names: Iterable[str]) -> None:
+        self._room = -(-sum(len(json.dumps(name)) + 256 for name in names) // 8) * 8 + 64  # an entry with 8 sizes takes less than 256
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._file = file.open("wb")
+        self._file.seek(8 + self._room)
+        self._offset = 0
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            header = json.dumps(self._header).encode()
+            assert len(header) <= self._room
+            self._file.seek(0)
+            self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to the disk."""
+        assert name not in self._header and self._offset % tensor.itemsize == 0
+        end = self._offset + tensor.nbytes
+        shape, dtype = list(tensor.shape), _SAFETENSORS_NAMES[tensor.dtype]
+        self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self._offset, end]}
+        self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._offset = end
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file."""
+    with SafetensorsWriter(file, tensors) as writer:
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+            writer.add(name, tensor)
+
+
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """A path to write that takes the name `file` when the block ends well, its bytes on the disk, and vanishes when it does not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        yield staging
+        sync(staging)
+        staging.replace(file)
+        sync(file.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

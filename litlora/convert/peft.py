@@ -68,7 +68,7 @@ def adapter_file(directory: Path) -> Path | None:
 
 def base_of(directory: Path) -> tuple[str, Path | None]:
     """What a PEFT folder calls its base, and the directory of that name if there is one."""
-    name = _read_config(directory).get("base_model_name_or_path") or ""
+    name = read_config(directory).get("base_model_name_or_path") or ""
     places = [Path(name), directory / name] if name else []
     return name, next((place for place in places if place.is_dir()), None)
 
@@ -78,8 +78,8 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
 
     Raises CheckpointError for whatever cannot be expressed here, by name, and for every tensor that has no place.
     """
-    config = _read_config(directory)
-    _refuse_variants(directory / CONFIG_FILE, config)
+    config = read_config(directory)
+    refuse_variants(directory / CONFIG_FILE, config)
     file = adapter_file(directory)
     stored = open_tensors(file)
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -118,7 +118,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
         A, B = pair["A"], pair["B"]
-        rank = _by_pattern(config["rank_pattern"], module, lora.rank)
+        rank = by_pattern(config["rank_pattern"], module, lora.rank)
         if A.ndim != 2 or B.ndim != 2 or A.size(0) != rank or B.size(1) != rank:
             raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}")
         rule = rule_of(module)
@@ -127,7 +127,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
             continue
         for ours, rows in zip(rule.ours, rule.split(B), strict=True):
             tensors[f"{ours}.lora_A"], tensors[f"{ours}.lora_B"] = A, rows
-            ranks[ours], alphas[ours] = rank, float(_by_pattern(config["alpha_pattern"], module, lora.alpha))
+            ranks[ours], alphas[ours] = rank, float(by_pattern(config["alpha_pattern"], module, lora.alpha))
     replaced = []
     for name, tensor in whole.items():
         module, _, leaf = name.rpartition(".")
@@ -161,7 +161,7 @@ def _family(modules: list[str]) -> str:
     return next((family for pattern, family in _FAMILIES for name in modules if re.search(pattern, name)), "llama")
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults for what it leaves out."""
     path = directory / CONFIG_FILE
     try:
@@ -182,7 +182,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
+def refuse_variants(path: Path, config: dict[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path}: peft_type {kind} is not supported; LORA is")
     if str(how := config["init_lora_weights"]).lower().startswith(_CHANGES_BASE):
@@ -194,7 +194,7 @@ def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: {odd[0]} ({config[odd[0]]!r}) is not supported: only plain LoRA and rsLoRA are")
 
 
-def _by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
+def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: a key is a regular expression for the end of a module's name; the first that matches counts."""
     for key, value in pattern.items():
         try:
