@@ -15,26 +15,16 @@ def main(settings: FinetuneFull) -> None:
     run_dir = output_dir(out_dir, overwrite=settings.overwrite, names=RUN_NAMES, inputs=[base])
     records = read_records(settings.data)
 
-    import torch
-    from torch import Tensor
-
     from litlora.checkpoint import full_meta
     from litlora.finetune import Method, finetune
-    from litlora.model import GPT
 
-    dtypes: dict[str, torch.dtype] = {}
-
-    def prepare(model: GPT) -> None:
-        for name, parameter in model.named_parameters():
-            dtypes[name] = parameter.dtype
-            # fp32: in bf16 a small step is rounded away, and Adam's second moment cannot decay. A copy: the file stays as it is.
-            parameter.data = parameter.data.to(torch.float32, copy=True)
-            parameter.requires_grad_()
-
-    def tensors(model: GPT) -> dict[str, Tensor]:
-        return {name: parameter.detach().to(dtypes[name]) for name, parameter in model.named_parameters()}
-
-    method = Method(prepare=prepare, tensors=tensors, meta=lambda base, directory: full_meta(), stores="the full model")
+    method = Method(
+        prepare=lambda model: model.requires_grad_(),
+        trains_base=True,
+        tensors=lambda model: dict(model.named_parameters()),
+        meta=lambda base, directory: full_meta(),
+        stores="the full model",
+    )
     finetune(settings, method, records, run_dir)
 
 

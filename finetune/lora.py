@@ -23,6 +23,7 @@ def main(settings: FinetuneLoRA) -> None:
 
     method = Method(
         prepare=lambda model: add_lora(model, settings.lora),
+        trains_base=False,
         tensors=lora_tensors,
         meta=lambda base, directory: adapter_meta(dataclasses.asdict(settings.lora), base, directory),
         stores="the adapter only",

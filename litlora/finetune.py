@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from litlora.log import Metrics, duration
 from litlora.loss import SupervisedLoss
 from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, keep_inputs
+from litlora.precision import Precision, Within, bf16_speedup, cast, decide, stored_dtype
 from litlora.prompts import choose_style
 from litlora.settings import Finetune
 from litlora.train import Summary, fit
@@ -31,8 +33,10 @@ class Method:
 
     prepare: Callable[[GPT], None]
     """Marks what trains with requires_grad."""
+    trains_base: bool
+    """Whether the base's own weights change, so that they need fp32 and memory apart from the file's."""
     tensors: Callable[[GPT], dict[str, Tensor]]
-    """What a checkpoint stores."""
+    """What a checkpoint stores; a weight of the base's in the base's dtype."""
     meta: Callable[[Checkpoint, Path], dict[str, Any]]
     """(base, directory to be written) -> the "litlora" entry of the checkpoint there."""
     stores: str
@@ -52,18 +56,28 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
     keep_inputs(run_dir, loaded.chain.directories)
     base, model = loaded.chain.top, loaded.model
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="alpaca")
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    precision = _precision(settings.precision, fabric, model, trains_base=method.trains_base)
+    num_rounded = cast(model, precision.dtype, copy=method.trains_base)
     method.prepare(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     say(f"base: {base.directory}, {everything - (trainable if trainable < everything else 0):,} parameters; {trainable:,} train")
-
+    say(f"precision: {precision.name} ({precision.reason})")
+    if num_rounded:
+        say(
+            f"note: {precision.name} rounds {num_rounded:,} of the base's tensors in memory; "
+            + ("the result keeps their dtype" if method.trains_base else "chat and merging use them as they are stored")
+        )
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+        say("note: weights of the base train in bf16, which loses updates below 1/256 of a weight; --precision bf16-mixed keeps them")
     for notice in loaded.chain.notices:
         say(f"note: {notice}")
     if found.notice:
         say(f"data: {found.notice}")
     say(f"prompt style: {style.name} ({reason})")
     train, val = _examples(settings, found, loaded, style, say)
-    settings = dataclasses.replace(settings, data=found.source, prompt_style=style.name, out_dir=str(run_dir))
+    settings = dataclasses.replace(settings, data=found.source, prompt_style=style.name, out_dir=str(run_dir), precision=precision.name)
     hyperparameters = (f"# data: {found.notice}\n" if found.notice else "") + dump(settings)
     metrics = None
     if fabric.is_global_zero:
@@ -75,7 +89,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
         if fabric.is_global_zero:
             write_checkpoint(
                 directory,
-                method.tensors(model),
+                {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in method.tensors(model).items()},
                 method.meta(base, directory),
                 model.config,
                 sidecars_from=loaded.chain.sources,
@@ -84,12 +98,20 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
             )
         fabric.barrier()
 
-    objective = SupervisedLoss(model)
+    objective = Within(SupervisedLoss(model), lambda: precision.computing(fabric.device))
     summary = fit(fabric, objective, train, val, settings.train, seed=settings.seed, run_dir=run_dir, save=save, metrics=metrics)
     save(run_dir / FINAL)
     if metrics is not None:
         metrics.close()
         print(_closing_words(summary, found, run_dir, method))
+
+
+def _precision(asked: str, fabric: Fabric, model: GPT, *, trains_base: bool) -> Precision:
+    """What rank 0 decides: a measurement may differ from one process to the next."""
+    decision = None
+    if fabric.is_global_zero:
+        decision = decide(asked, stored_dtype(model), lambda: bf16_speedup(fabric.device), trains_base=trains_base)
+    return fabric.broadcast(decision)
 
 
 def _examples(

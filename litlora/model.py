@@ -263,7 +263,8 @@ class GPT(nn.Module):
         """
         model = cls.without_weights(config)
         model.check_fit(tensors)
-        model.load_state_dict(dict(tensors), strict=False, assign=True)
+        # Detached: a tensor that is a Parameter would become the model's own, and change with its dtype and device.
+        model.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model

@@ -191,6 +191,10 @@ class Finetune:
     """How many devices train together."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto takes the fastest there is."""
+    precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed"] = "auto"
+    """What weights are held in and multiplied in: fp32; bf16 (A and B stay in fp32); or fp32 multiplied in bf16. auto never rounds a
+    base: one stored in bf16 trains with bf16 (bf16-true; bf16-mixed if all weights train) where a short measurement finds that
+    faster than fp32, any other in 32-true."""
     base_checkpoint_dir: str | None = None
     """If checkpoint_dir is an adapter: its base, when it no longer lies where the adapter says."""
     allow_base_mismatch: bool = False
