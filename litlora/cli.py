@@ -6,6 +6,7 @@ Heavy imports belong inside the function, so that `--help` and a typo answer at 
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -53,6 +54,7 @@ def _fail(message: str) -> NoReturn:
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and `--print_config` exit."""
     parser = _make_parser(settings_class, argv)
+    argv = _join_lists(settings_class, argv)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except UserError:
@@ -82,6 +84,29 @@ def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
         if action.dest in flags:
             action.nargs, action.const = "?", True  # `--overwrite` alone means true
     return parser
+
+
+def _join_lists(settings_class: type, argv: list[str]) -> list[str]:
+    """`--paths a b` as jsonargparse takes a list: `--paths=["a", "b"]`; said twice, the option takes both."""
+    lists = {f"--{field.name}": field.type for field in dataclasses.fields(settings_class) if field.type in (list[str], list[float])}
+    found: dict[str, list[str]] = {}
+    rest, current = [], None
+    for word in argv:
+        option, _, value = word.partition("=")
+        if option in lists:
+            current = found.setdefault(option, [])
+            current += [value] if value else []
+        elif current is not None and not word.startswith("--"):
+            current.append(word)
+        else:
+            current = None
+            rest.append(word)
+    for option, words in found.items():
+        if len(words) == 1 and words[0].startswith("["):
+            rest.append(f"{option}={words[0]}")
+        else:
+            rest.append(f"{option}=[{', '.join(json.dumps(word) if lists[option] == list[str] else word for word in words)}]")
+    return rest
 
 
 def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:

@@ -261,16 +261,45 @@ class Chat:
 class MergeLoRA:
     """Merge an adapter into its base: writes a full checkpoint that can be trained further."""
 
-    lora_path: str
-    """The adapter: a lit_model.pth, or the directory that holds it."""
+    lora_path: list[str]
+    """The adapter: a lit_model.pth, or the directory that holds it. Several, trained on the same base, are added up."""
     out_dir: str
     """Directory to write."""
     checkpoint_dir: str | None = None
     """The base; default: the one the adapter was trained on. May itself be an adapter (a chain)."""
+    weights: list[float] = field(default_factory=list)
+    """The factor of each adapter, in the order of lora_path; default: 1 each."""
+    strength: float = 1.0
+    """A factor of all of them: 0 gives the base's weights to the bit, 1 what was trained, -1 its opposite. If the base is an adapter
+    itself, that one is merged as it is."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Number format of the result; default: the base's, tensor by tensor."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """nearest: to the nearest number; stochastic: up or down at random so that the mean is right, for updates that are small beside
+    what bf16 or fp16 can tell apart."""
+    seed: int = 1337
+    """Of the stochastic rounding."""
+    verify: bool = True
+    """Compare what was written with the base and its live adapters before it gets its name, if the model fits in memory."""
     overwrite: bool = False
     """Replace what out_dir holds; without this a directory that holds something is refused."""
     allow_base_mismatch: bool = False
     """Merge into a base whose weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check(len(self.lora_path) > 0, "--lora_path is empty: name an adapter")
+        check(
+            len(self.weights) in (0, len(self.lora_path)),
+            f"--weights {' '.join(map(str, self.weights))}: {len(self.weights)} for {len(self.lora_path)} adapter(s); give one for each",
+        )
+        for name, value in (("strength", self.strength), *(("weights", weight) for weight in self.weights)):
+            check(math.isfinite(value), f"--{name} {value}: must be a finite number")
+        twice = [path for path in self.lora_path if self.lora_path.count(path) > 1]
+        check(not twice, f"--lora_path {twice[0] if twice else ''}: named twice; give it a weight instead")
+        check(
+            self.rounding == "nearest" or self.dtype != "fp32",
+            "--rounding stochastic: is for bf16 and fp16, not for --dtype fp32; leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from litlora.paths import CHECKPOINT_NAMES, output_dir
 from litlora.prompts import STYLES
 
 
-def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16, rank=2):
+def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16, rank=2, **more):
     """An adapter with random A and B, as a run would leave it."""
     torch.manual_seed(seed)
-    config = LoRAConfig(rank=rank, alpha=alpha, targets=targets)
+    config = LoRAConfig(rank=rank, alpha=alpha, targets=targets, **more)
     loaded = load(base_dir)
     add_lora(loaded.model, config)
     tensors = {name: torch.randn_like(t) * 0.1 for name, t in lora_tensors(loaded.model).items()}

@@ -132,3 +132,23 @@ def test_every_setting_has_a_help_text():
 def test_debugging_shows_the_traceback():
     done = command("finetune/lora.py", "--checkpoint_dir", "nowhere", LITLORA_DEBUG="1")
     assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: nowhere")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora_path", "a b", "-c", "--out_dir", "o", "--weights", "0.5", "-1e-1"],
+        ["--lora_path=a b", "--weights=0.5", "--lora_path", "-c", "--weights", "-1e-1", "--out_dir", "o"],
+        ["--lora_path", "[a b, -c]", "--weights=[0.5, -1e-1]", "--out_dir", "o"],
+    ],
+)
+def test_a_list_is_its_words_one_after_the_other(words):
+    settings = parse(MergeLoRA, words)
+    assert (settings.lora_path, settings.weights, settings.out_dir) == (["a b", "-c"], [0.5, -0.1], "o")
+
+
+def test_a_list_of_something_else_is_one_line():
+    with pytest.raises(UserError, match="--weights.* expected float"):
+        parse(MergeLoRA, ["--lora_path", "a", "--weights", "heavy", "--out_dir", "o"])
+    with pytest.raises(UserError, match="lora_path"):
+        parse(MergeLoRA, ["--lora_path", "--out_dir", "o"])

@@ -1,16 +1,135 @@
-"""Merging: the weights that an adapter, or a chain of them, stands for."""
+"""Merging: the weights that an adapter, a chain of them or a weighted sum of several stands for, a block of rows at a time."""
 
 import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, whole_tensors
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
-from litlora.errors import CheckpointError
+from litlora.convert.torch_file import LazyTensor, row_blocks, rows_at_a_time
+from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.lora import OUTPUT_HEAD, layer_scale, merged_weight, stored_config
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """factor · B A, with A (r, in) and B (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class Whole:
+    """factor · (T - W), for a tensor T that an adapter holds in W's place."""
+
+    tensor: Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class MergedTensor(LazyTensor):
+    """One tensor of a merged model, computed while it is written: W, and what the links of a chain add to it.
+
+    A link's updates are added in fp32 and rounded once: to W's own dtype wherever another link follows, as that one was trained
+    on the rounded sum, and to `dtype` at the end.
+    """
+
+    name: str
+    start: Tensor
+    """W: the base's tensor, or one that an adapter put in its place."""
+    own: torch.dtype
+    """W's dtype in the base."""
+    dtype: torch.dtype
+    """That of the result."""
+    links: tuple[tuple[LowRank | Whole, ...], ...] = ()
+    """The updates of each link of the chain, innermost first."""
+    seed: int | None = None
+    """Round up or down at random, so that the mean is right (see `rounded`); None: to the nearest."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.start.shape
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is a tensor that lies in a file as it is."""
+        return not self.links and self.start.dtype == self.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        if self.is_stored:
+            yield from row_blocks(self.start)
+            return
+        generator = None
+        if self.seed is not None:  # a tensor's own, so that it does not depend on what else there is
+            digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+        for rows in self.row_slices():
+            block = rounded(self.exact(rows), self.dtype, generator)
+            if not torch.isfinite(block).all():
+                raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
+            yield block
+
+    def row_slices(self) -> Iterator[slice]:
+        """The rows that are computed at a time."""
+        step = rows_at_a_time(self.shape, torch.float32.itemsize)
+        return (slice(first, first + step) for first in range(0, self.shape[0], step))
+
+    def before(self, rows: slice) -> Tensor:
+        """These rows of what the last link was trained on, in W's own dtype."""
+        if not self.links:
+            return self.start[rows]
+        return dataclasses.replace(self, links=self.links[:-1]).exact(rows).to(self.own)
+
+    def exact(self, rows: slice) -> Tensor:
+        """These rows before the last rounding, in fp32 or better."""
+        before = self.before(rows)
+        W = total = before.to(torch.promote_types(before.dtype, torch.float32))
+        for update in self.links[-1] if self.links else ():
+            if isinstance(update, LowRank):
+                total = merged_weight(total, update.A, update.B[rows], update.factor)
+            else:
+                total = total + update.factor * (update.tensor[rows].to(W.dtype) - W)
+        return total
+
+    def tensor(self) -> Tensor:
+        """All of it, in memory; a tensor without an update is the base's own, still memory-mapped."""
+        if self.is_stored:
+            return self.start
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for rows, block in zip(self.row_slices(), self.blocks(), strict=True):
+            whole[rows] = block
+        return whole
+
+
+Plan = dict[str, MergedTensor]
+"""The tensors of a merged model by name: nothing is computed before it is asked for."""
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """A tensor in another dtype, rounded to the nearest value, ties to even.
+
+    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, the nearer the likelier, so that the mean
+    is the exact value: updates smaller than the distance between two such numbers survive in the mean of many weights.
+    """
+    nearest = exact.to(dtype)
+    if generator is None or dtype.itemsize != 2:
+        return nearest
+    # Neighbours in magnitude are neighbours as integers, subnormal numbers and zero included.
+    error = exact.abs() - nearest.to(exact.dtype).abs()
+    neighbour = (nearest.view(torch.int16) + error.sign().to(torch.int16)).view(dtype)
+    chance = error / (neighbour.to(exact.dtype).abs() - nearest.to(exact.dtype).abs())  # beyond the largest number: 0
+    taken = torch.rand(exact.shape, generator=generator) < chance  # where the error is 0: 0 / 0, and so not
+    return torch.where(taken, neighbour, nearest)
 
 
 def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
@@ -18,44 +137,114 @@ def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
 
     Tensors without an update are the base's own, still memory-mapped.
     """
-    tensors, config = chain.base.tensors, chain.config
+    plan, config = plan_merge(chain)
+    return {name: tensor.tensor() for name, tensor in plan.items()}, config
+
+
+def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
+    """The same, with nothing computed yet."""
+    plan = {name: MergedTensor(name, tensor, tensor.dtype, tensor.dtype) for name, tensor in chain.base.tensors.items()}
+    config = chain.config
     for adapter in chain.adapters:
-        tensors, config = merge_adapter(tensors, config, adapter)
-    return tensors, config
+        plan, config = add_adapters(plan, config, [(adapter, 1.0)])
+    return plan, config
 
 
-def merge_adapter(base: dict[str, Tensor], config: ModelConfig, adapter: Checkpoint) -> tuple[dict[str, Tensor], ModelConfig]:
-    """W + s · B A for every layer of the adapter, each rounded once to W's dtype; tensors that it holds whole replace the base's.
+def plan_sum(
+    paths: list[Path], weights: list[float], *, base_dir: Path | None = None, allow_base_mismatch: bool = False
+) -> tuple[Plan, ModelConfig, list[Chain]]:
+    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which may be a chain itself.
 
-    An update of a tied output head, or of the embedding that it is tied to, unties them: the result has a head of its own,
-    and a config that says so. A whole embedding of more or fewer rows changes the vocabulary's size with it. Raises
+    Raises CheckpointError for a path that is no adapter, BaseMismatchError for adapters of different bases.
+    """
+    chains: list[Chain] = []
+    for path in paths:
+        below = chains[0].directories[:-1] if chains else []
+        if path.resolve() in (place.resolve() for place in below):
+            raise BaseMismatchError(f"{path}: is what {paths[0]} was trained on; adapters that are added up must share their base")
+        # The first one's base is what the others must have been trained on.
+        wanted = below[-1] if base_dir is None and below else base_dir
+        if not open_checkpoint(path, base_dir=wanted).is_adapter:
+            raise CheckpointError(f"{path}: is a full model already; --lora_path needs an adapter")
+        chain = resolve(path, base_dir=wanted, allow_base_mismatch=allow_base_mismatch)
+        if below and [place.resolve() for place in chain.directories[:-1]] != [place.resolve() for place in below]:
+            raise BaseMismatchError(
+                f"{path}: was trained on {chain.directories[-2]}, but {paths[0]} on {below[-1]}; adapters that are added up must "
+                "share their base"
+            )
+        chains.append(chain)
+    inner = dataclasses.replace(chains[0], adapters=chains[0].adapters[:-1])
+    plan, config = plan_merge(inner)
+    plan, config = add_adapters(plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)])
+    return plan, config, chains
+
+
+def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoint, float]]) -> tuple[Plan, ModelConfig]:
+    """A plan with one more link: W + Σ weight · update over adapters that were trained on this very model.
+
+    An update is s · B A, or T - W for a tensor T that an adapter holds whole. An update of a tied output head, or of the
+    embedding that it is tied to, unties them: the result has a head of its own, and a config that says so. A whole embedding of
+    more or fewer rows changes the vocabulary's size with it. An adapter of weight 0 changes nothing at all. Raises
     CheckpointError for a layer that the base lacks or whose shape differs.
     """
-    merged = dict(base)
-    lora, modules, whole = stored_config(adapter.meta["lora"]), adapter_modules(adapter.tensors), whole_tensors(adapter.tensors)
-    touched = {HEAD, EMBEDDING} & {*(f"{module}.weight" for module in modules), *whole}
-    num_rows = whole[EMBEDDING].size(0) if EMBEDDING in whole else config.vocab_size
+    adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0]
+    updates: dict[str, list[LowRank | Whole]] = {}
+    merged, sole = dict(plan), len(adapters) == 1 and adapters[0][1] == 1
+    num_rows = config.vocab_size
+    for adapter, _ in adapters:
+        found = whole_tensors(adapter.tensors).get(EMBEDDING)
+        if found is not None and found.size(0) != config.vocab_size:
+            if not sole:
+                raise CheckpointError(
+                    f"{adapter.file}: changes the vocabulary from {config.vocab_size} to {found.size(0)} rows; such an adapter can "
+                    "only be merged alone and at strength 1"
+                )
+            num_rows = found.size(0)
+    touched = {f"{name}.weight" for adapter, _ in adapters for name in adapter_modules(adapter.tensors)}
+    touched = {HEAD, EMBEDDING} & touched.union(*(whole_tensors(adapter.tensors) for adapter, _ in adapters))
     # An embedding that was resized keeps its tie: a head of the old size would not fit it.
     if config.tie_word_embeddings and touched and not (touched == {EMBEDDING} and num_rows != config.vocab_size):
-        merged[HEAD], config = base[EMBEDDING], dataclasses.replace(config, tie_word_embeddings=False)
-    for name, tensor in whole.items():
-        if name not in merged:
-            raise CheckpointError(f"{adapter.file}: replaces {name}, which the base does not have")
-        resized = name in (HEAD, EMBEDDING) and tensor.shape == (num_rows, config.hidden_size)
-        if merged[name].shape != tensor.shape and not resized:
-            raise CheckpointError(f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {tuple(merged[name].shape)}")
-        merged[name] = tensor.to(merged[name].dtype)
+        merged[HEAD] = dataclasses.replace(plan[EMBEDDING], name=HEAD)
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    for adapter, weight in adapters:
+        for name, tensor in whole_tensors(adapter.tensors).items():
+            if name not in merged:
+                raise CheckpointError(f"{adapter.file}: replaces {name}, which the base does not have")
+            shape = tuple(merged[name].shape)
+            resized = name in (HEAD, EMBEDDING) and tensor.shape == (num_rows, config.hidden_size)
+            if shape != tensor.shape and not resized:
+                raise CheckpointError(f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {shape}")
+            if sole:
+                merged[name] = dataclasses.replace(merged[name], start=tensor, links=())
+            else:
+                updates.setdefault(name, []).append(Whole(tensor, weight))
     if num_rows != config.vocab_size:
-        if HEAD in merged and merged[HEAD].size(0) != num_rows:
-            raise CheckpointError(f"{adapter.file}: has an embedding of {num_rows} rows, but no output head to go with it")
+        if HEAD in merged and merged[HEAD].shape[0] != num_rows:
+            raise CheckpointError(f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head to go with it")
         config = dataclasses.replace(config, vocab_size=num_rows)
-    for module in modules:
-        name = f"{module}.weight"
-        weight = merged.get(name)
-        A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
-        if weight is None:
-            raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
-        if weight.shape != (B.size(0), A.size(1)):
-            raise CheckpointError(f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {tuple(weight.shape)}")
-        merged[name] = merged_weight(weight, A, B, layer_scale(lora, module))
+    for adapter, weight in adapters:
+        lora = stored_config(adapter.meta["lora"])
+        for module in adapter_modules(adapter.tensors):
+            name = f"{module}.weight"
+            A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
+            if name not in merged:
+                raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
+            shape = tuple(merged[name].shape)
+            if shape != (B.size(0), A.size(1)):
+                raise CheckpointError(f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {shape}")
+            updates.setdefault(name, []).append(LowRank(A, B, weight * layer_scale(lora, module)))
+    for name, added in updates.items():
+        merged[name] = dataclasses.replace(merged[name], links=(*merged[name].links, tuple(added)))
     return merged, config
+
+
+def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None) -> Plan:
+    """The same tensors in `dtype` (None: each in its own), rounded at random if there is a seed."""
+    return {
+        name: dataclasses.replace(tensor, dtype=dtype if dtype is not None and tensor.own.is_floating_point else tensor.own, seed=seed)
+        for name, tensor in plan.items()
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,225 @@
+"""Is a merged model the model that was tested? Its file beside the base with its adapters live, on real tokens and number by number."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from litlora.adapters.merge import LowRank, MergedTensor, Plan
+from litlora.checkpoint import open_checkpoint
+from litlora.config import ModelConfig
+from litlora.convert.torch_file import row_blocks
+from litlora.errors import CheckpointError
+from litlora.lora import LoRALinear
+from litlora.model import GPT
+from litlora.tokenizer import Tokenizer
+
+PROBE = """\
+The merged model must be the model that was tested. Question: what is the capital of France, and how many people live there?
+Answer: Paris; about 2.1 million. 17 + 25 = 42. def add(a, b): return a + b. Der Fuchs springt über den Hund. ¿Qué hora es? 你好。
+"""
+PROBE_TOKENS = 96
+NOISE = 64
+"""Live and merged logits may differ by this many roundings of their own size (root of the mean square; see `tolerance`)."""
+MUCH = 0.2
+"""From this share of an update on, losing it to rounding is worth a word."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a comparison of live and merged found."""
+
+    tokens: int
+    max_difference: float
+    """Of two logits."""
+    rms_difference: float
+    rms_logit: float
+    """Of the live logits around their mean, a position at a time."""
+    kl: float
+    """Of the merged predictions from the live ones, nats a token."""
+    agreement: float
+    """Share of positions at which both put the same token first."""
+    lost: float
+    """What rounding took of all updates: |W' - (W + ΔW)| / |ΔW|, Frobenius norms over all updated layers."""
+    worst: tuple[str, float] | None
+    """The layer that lost the largest share, and the share; None if no layer was updated."""
+
+    def lines(self) -> list[str]:
+        rounding = "no weight was updated"
+        if self.worst is not None:
+            rounding = f"rounding took {self.lost:.2%} of the update; most in {self.worst[0]}: {self.worst[1]:.2%}"
+            if self.lost > MUCH:
+                rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"
+        return [
+            f"verified on {self.tokens} tokens, merged beside live: largest difference of two logits {self.max_difference:.2g} "
+            f"(they spread by {self.rms_logit:.2g}), KL {self.kl:.1e} nats, same first choice {self.agreement:.1%}",
+            rounding,
+        ]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference of live and merged logits that is due to rounding, relative to how far logits spread.
+
+    A weight that is rounded to `dtype` is off by up to u = eps / 2 of itself (bf16: 2^-9, fp16: 2^-12, fp32: 2^-25), so that each
+    layer's output is off by about u of its size, at random. Dozens of layers add up to a few u; NOISE leaves an order of magnitude.
+    Both models compute in fp32, whose own roundings set the limit for fp32.
+    """
+    return NOISE * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
+
+
+def bytes_needed(plan: Plan) -> int:
+    """Memory for the base and the merged model side by side."""
+    return sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
+
+
+def bytes_available() -> int:
+    """Memory that can be had without swapping; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no group, or one without a limit
+        return free
+
+
+def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | None]:
+    """Token ids (1, T) of a text that most tokenizers cut into many kinds of tokens, and a notice if there was no tokenizer."""
+    limit = min(PROBE_TOKENS, config.max_position_embeddings)
+    try:
+        ids, notice = Tokenizer(sources).encode(PROBE), None
+    except CheckpointError as error:
+        ids = torch.linspace(0, config.vocab_size - 1, limit).long().tolist()
+        notice = f"the probe's tokens are spread over the vocabulary, as no text can be encoded: {error}"
+    ids = [i for i in ids if i < config.vocab_size][:limit]
+    return torch.tensor([ids]), notice
+
+
+@torch.inference_mode()
+def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Report:
+    """Compare the checkpoint in `directory` with what the plan says that it is.
+
+    Every number of it must be the exact sum rounded once, and its logits those of the base with live adapters, up to
+    `tolerance`. Raises CheckpointError where they are not.
+    """
+    written = open_checkpoint(directory)
+    lost, worst = _check_weights(plan, written.tensors, written.file)
+    live = _logits(live_model(plan, config), ids)
+    merged = _logits(GPT.from_tensors(written.config, written.tensors), ids)
+    spread = (live - live.mean(dim=-1, keepdim=True)).square().mean().sqrt().item()
+    difference = merged - live
+    log_p, log_q = live.log_softmax(dim=-1), merged.log_softmax(dim=-1)
+    report = Report(
+        tokens=ids.numel(),
+        max_difference=difference.abs().max().item(),
+        rms_difference=difference.square().mean().sqrt().item(),
+        rms_logit=spread,
+        kl=max(0.0, (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()),
+        agreement=(live.argmax(dim=-1) == merged.argmax(dim=-1)).float().mean().item(),
+        lost=lost,
+        worst=worst,
+    )
+    limit = max(tolerance(tensor.dtype) for tensor in plan.values()) * spread
+    if not report.rms_difference <= limit:  # a NaN is no agreement
+        raise CheckpointError(
+            f"{written.file}: not kept: the merged model is not the live one: their logits differ by {report.rms_difference:.2g} in the "
+            f"root of the mean square, where rounding explains {limit:.2g} (KL {report.kl:.1e}, same first choice {report.agreement:.1%})"
+        )
+    return report
+
+
+def live_model(plan: Plan, config: ModelConfig) -> GPT:
+    """The model before its last merge, adapters live, all other weights as exact as they can be."""
+    tensors, updates = {}, {}
+    linears = {name for name, module in GPT.without_weights(config).named_modules() if isinstance(module, nn.Linear)}
+    for name, tensor in plan.items():
+        module = name.rpartition(".")[0]
+        if tensor.links and module in linears and all(isinstance(update, LowRank) for update in tensor.links[-1]):
+            updates[module] = tensor.links[-1]
+            tensors[name] = _filled(tensor, tensor.before)
+        else:
+            tensors[name] = _filled(tensor, tensor.exact) if tensor.links else tensor.start
+    model = GPT.from_tensors(config, tensors)
+    for module, added in updates.items():
+        linear = model.get_submodule(module)
+        rank = sum(update.A.size(0) for update in added)
+        layer = LoRALinear(linear, rank, float(rank))  # a scale of 1: each factor goes into its B
+        layer.lora_A = nn.Parameter(torch.cat([update.A.float() for update in added]))
+        layer.lora_B = nn.Parameter(torch.cat([update.B.float() * update.factor for update in added], dim=1))
+        model.set_submodule(module, layer)
+    return model
+
+
+def _filled(tensor: MergedTensor, part: Callable[[slice], Tensor]) -> Tensor:
+    return torch.cat([part(rows) for rows in tensor.row_slices()])
+
+
+def _logits(model: GPT, ids: Tensor) -> Tensor:
+    with _computing_in_fp32(model):
+        return model.eval()(ids)[0].double()  # (1, T, V) -> (T, V)
+
+
+@contextmanager
+def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Each layer's weights become fp32 while it computes: the model as it is stored, without the roundings of its activations."""
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter)
+
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_weights(plan: Plan, written: dict[str, Tensor], file: Path) -> tuple[float, tuple[str, float] | None]:
+    """What rounding took of the updates, in all and of the layer that lost most; CheckpointError for what rounding does not explain."""
+    if plan.keys() != written.keys():
+        raise CheckpointError(f"{file}: not kept: holds other tensors than were merged")
+    losses, updates, shares = 0.0, 0.0, {}
+    for name, tensor in plan.items():
+        found = written[name]
+        fits = found.shape == tensor.shape and found.dtype == tensor.dtype
+        if fits and tensor.is_stored:
+            same = (
+                a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True)
+            )
+            fits = tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found)
+        elif fits:
+            lost = update = 0.0
+            for rows in tensor.row_slices():
+                exact, before, block = tensor.exact(rows), tensor.before(rows), found[rows]
+                error = block.to(exact.dtype) - exact
+                fits = fits and bool((error.abs() <= _rounding_error(exact, tensor)).all())
+                lost += error.double().square().sum().item()
+                update += (exact - before).double().square().sum().item() if tensor.links else 0.0
+            if update:
+                shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
+                losses, updates = losses + lost, updates + update
+        if not fits:
+            raise CheckpointError(f"{file}: not kept: {name} is not the sum that was to be written; try again, or check the disk")
+    return (losses / updates) ** 0.5 if updates else 0.0, max(shares.items(), key=lambda item: item[1], default=None)
+
+
+def _rounding_error(exact: Tensor, tensor: MergedTensor) -> Tensor:
+    """How far a rounded number may be from the exact one: half the distance of two numbers, the whole if rounded at random."""
+    info = torch.finfo(tensor.dtype)
+    steps = 0.5 if tensor.seed is None else 1.0
+    # Below the smallest normal number the distance stays the same. A little more: these bounds are rounded themselves.
+    return exact.abs().clamp(min=info.smallest_normal) * (steps * info.eps * (1 + 2**-10))

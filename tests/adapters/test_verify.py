@@ -1,0 +1,116 @@
+"""A merge that is not what was tested is refused, whatever went wrong, and leaves nothing that looks finished."""
+
+import pytest
+import torch
+from test_checkpoint import write_adapter
+from test_merge import merge
+
+from litlora.adapters.merge import MergedTensor, converted, plan_merge
+from litlora.adapters.verify import bytes_needed, live_model, tolerance, verify
+from litlora.checkpoint import open_checkpoint, resolve
+from litlora.convert.torch_file import TorchFile
+from litlora.errors import CheckpointError
+from litlora.load import load
+
+IDS = torch.arange(30).view(1, 30)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def adapter(request, tmp_path, make_checkpoint):
+    return write_adapter(tmp_path / "adapter", make_checkpoint("base", dtype=request.param))
+
+
+def remains(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypatch):
+    """An updated tensor and one that is only copied."""
+    wrong = list(open_checkpoint(tmp_path / "base").tensors).index(name)
+    add = TorchFile.add
+
+    def add_wrongly(self, tensor):
+        if self._count == wrong:
+            tensor = tensor.tensor().clone()
+            tensor.view(-1)[5] *= 1.02
+        return add(self, tensor)
+
+    monkeypatch.setattr(TorchFile, "add", add_wrongly)
+    with pytest.raises(CheckpointError, match=rf"not kept: {name} is not the sum that was to be written"):
+        merge(tmp_path / "out", adapter)
+    assert remains(tmp_path) == ["adapter", "base"]
+    merge(tmp_path / "out", adapter, verify=False)
+
+
+def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
+    """The update subtracted instead of added: each number is what the sum says, yet it is not the live model."""
+    monkeypatch.setattr("litlora.adapters.merge.merged_weight", lambda W, A, B, scale: W - scale * (B.to(W.dtype) @ A.to(W.dtype)))
+    with pytest.raises(CheckpointError, match="not kept: the merged model is not the live one: their logits differ by"):
+        merge(tmp_path / "out", adapter)
+    assert remains(tmp_path) == ["adapter", "base"]
+
+
+def test_a_refused_merge_keeps_what_it_was_to_replace(tmp_path, adapter, monkeypatch):
+    merge(tmp_path / "out", adapter)
+    before = (tmp_path / "out/lit_model.pth").read_bytes()
+    exact = MergedTensor.exact
+    monkeypatch.setattr(MergedTensor, "blocks", lambda self: iter([exact(self, slice(None)).mul(1.1).to(self.dtype)]))
+    with pytest.raises(CheckpointError, match="not kept"):
+        merge(tmp_path / "out", adapter, overwrite=True)
+    assert (tmp_path / "out/lit_model.pth").read_bytes() == before
+    assert remains(tmp_path) == ["adapter", "base", "out"]
+
+
+def test_the_live_side_is_the_live_model(tmp_path, adapter):
+    plan, config = plan_merge(resolve(adapter))
+    ours, theirs = live_model(plan, config), load(adapter, live=True).model
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS), theirs(IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_the_report_holds_what_was_measured(tmp_path, adapter):
+    merge(tmp_path / "out", adapter)
+    plan, config = plan_merge(resolve(adapter))
+    report = verify(plan, config, tmp_path / "out", IDS)
+    live, merged = (load(path, live=live).model.float() for path, live in ((adapter, True), (tmp_path / "out", False)))
+    with torch.no_grad():
+        live, merged = live(IDS)[0].double(), merged(IDS)[0].double()
+    assert report.tokens == 30
+    assert report.max_difference == pytest.approx((live - merged).abs().max().item(), rel=0.2, abs=1e-6)
+    kl = torch.nn.functional.kl_div(merged.log_softmax(-1), live.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    assert report.kl == pytest.approx(kl, rel=0.05, abs=1e-10)
+    lost = update = 0.0
+    shares = {}
+    for name, W in open_checkpoint(tmp_path / "base").tensors.items():
+        module = name.removesuffix(".weight")
+        tensors = open_checkpoint(adapter).tensors
+        if f"{module}.lora_A" in tensors:
+            delta = 8 * tensors[f"{module}.lora_B"].double() @ tensors[f"{module}.lora_A"].double()
+            loss = open_checkpoint(tmp_path / "out").tensors[name].double() - W.double() - delta
+            lost, update = lost + loss.square().sum(), update + delta.square().sum()
+            shares[module] = (loss.norm() / delta.norm()).item()
+    assert report.lost == pytest.approx((lost / update).sqrt().item(), rel=0.02, abs=1e-7)
+    if report.lost > 1e-6:  # of fp32 nothing is lost that could be told from the sum's own rounding
+        assert report.worst == (max(shares, key=shares.get), pytest.approx(max(shares.values()), rel=0.02))
+
+
+def test_tolerances_follow_the_precision():
+    assert tolerance(torch.bfloat16) == 8 * tolerance(torch.float16) > 1000 * tolerance(torch.float32)
+
+
+def test_a_model_beyond_the_memory_is_not_verified_and_that_is_said(tmp_path, adapter, monkeypatch, capsys):
+    monkeypatch.setattr("litlora.adapters.verify.bytes_available", lambda: 1000)
+    merge(tmp_path / "out", adapter)
+    assert "not verified: it takes 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().out
+    plan, _ = plan_merge(resolve(adapter))
+    size = (tmp_path / "base/lit_model.pth").stat().st_size
+    assert bytes_needed(plan) == pytest.approx(2 * size, rel=0.1)
+    assert bytes_needed(converted(plan, torch.float32)) >= bytes_needed(plan)
+
+
+def test_without_a_tokenizer_the_probe_says_so(tmp_path, adapter, capsys):
+    for place in ("base", "adapter"):
+        (tmp_path / place / "tokenizer.json").unlink()
+    merge(tmp_path / "out", adapter)
+    assert "note: the probe's tokens are spread over the vocabulary, as no text can be encoded" in capsys.readouterr().out
