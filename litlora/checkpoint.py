@@ -127,11 +127,17 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
         return Checkpoint(directory, tensors, meta, file)
     if meta.get("kind") != "full":
         raise CheckpointError(f"{file}: kind is {meta.get('kind')!r}; it must be full or adapter")
-    return Checkpoint(directory, tensors, meta, file, ModelConfig.load(directory / CONFIG_FILE))
+    return _fitting(Checkpoint(directory, tensors, meta, file, ModelConfig.load(directory / CONFIG_FILE)))
 
 
 def _fitting(found: Checkpoint) -> Checkpoint:
-    """The full checkpoint of another format, if it fits its architecture: it may be merged or converted without being loaded."""
+    """The full checkpoint, if it fits its architecture: it may be merged or converted without being loaded."""
+    config, count = found.config, len(found.tensors)
+    modules = config.num_hidden_layers + (config.num_hidden_layers - len(config.dense_layers)) * (config.num_experts or 0)
+    if config.qk_norm == "each_head":
+        modules += config.num_hidden_layers * config.num_attention_heads
+    if modules > count:  # before a model of that many parts is built to compare with
+        raise CheckpointError(f"{found.file}: holds {count} weights; its configuration describes {modules:,} modules or more")
     try:
         GPT.without_weights(found.config).check_fit(found.tensors)
     except CheckpointError as error:

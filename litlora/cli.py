@@ -13,6 +13,7 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -20,6 +21,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from litlora.errors import UserError
 from litlora.settings import Alpaca, DataSource
+from litlora.untrusted import one_line, read_yaml
 
 Settings = TypeVar("Settings")
 
@@ -47,12 +49,16 @@ def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # with several devices, one process speaks for all
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and `--print_config` exit."""
+    for number, word in enumerate(argv):
+        option, _, value = word.partition("=")
+        if option == "--config" and Path(file := value or "".join(argv[number + 1 : number + 2])).is_file():
+            read_yaml(Path(file))  # a run's hyperparameters.yaml may be somebody else's
     parser = _make_parser(settings_class, argv)
     argv = _join_lists(settings_class, argv)
     try:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from litlora.errors import CheckpointError
+from litlora.untrusted import read_yaml
 
 CONFIG_FILE = "model_config.yaml"
 LARGEST = 2**28
@@ -178,6 +177,10 @@ class ModelConfig(_Facts):
                 raise CheckpointError(f"{field.name} is {value!r}; it must be positive")
             if type(value) is int and value > LARGEST:
                 raise CheckpointError(f"{field.name} is {value}; no model is that large")
+            if type(value) is tuple and any(not 0 <= layer < self.num_hidden_layers for layer in value):
+                raise CheckpointError(f"{field.name} names layers that there are not; there are {self.num_hidden_layers}")
+            if type(value) is tuple and len(value) > self.num_hidden_layers:
+                raise CheckpointError(f"{field.name} names a layer more than once")
         if self.partial_rotary_factor > 1:
             raise CheckpointError(f"partial_rotary_factor is {self.partial_rotary_factor}; it is a share, 1 at most")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -197,8 +200,10 @@ class ModelConfig(_Facts):
             raise CheckpointError("shared_norm needs parallel_residual")
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
             for name in ("short_factor", "long_factor"):
-                if (count := len(getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
+                if (count := len(factors := getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
                     raise CheckpointError(f"rope_scaling: {name} has {count} numbers; there are {self.rotary_dim // 2} frequencies")
+                if odd := [factor for factor in factors if not (factor > 0 and math.isfinite(factor))]:
+                    raise CheckpointError(f"rope_scaling: {name} holds {odd[0]!r}; it must be positive")
 
     @property
     def rotary_dim(self) -> int:
@@ -221,11 +226,9 @@ class ModelConfig(_Facts):
     def load(cls, path: Path) -> "ModelConfig":
         """Read a `model_config.yaml`. Raises CheckpointError with the file's path in front."""
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = read_yaml(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its {CONFIG_FILE}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: must hold a mapping of field names to values")
         try:
@@ -244,7 +247,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is types.UnionType:  # every union here is "or None"
         return None if value is None else _checked(name, value, get_args(kind)[0])
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if not isinstance(value, str) or value not in get_args(kind):
             raise CheckpointError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
         return value
     if get_origin(kind) is tuple:

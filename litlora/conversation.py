@@ -11,6 +11,7 @@ from litlora.model import GPT
 from litlora.prompts import PromptStyle
 from litlora.settings import Chat
 from litlora.tokenizer import TextStream, Tokenizer
+from litlora.untrusted import printable
 
 
 class Conversation:
@@ -89,8 +90,3 @@ class _Turn:
     answer: str
     ids: list[int]
     """The prompt of the question and the answer, as they stand without a chat template."""
-
-
-def printable(text: str) -> str:
-    """Text without control characters but newline and tab: a model must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))

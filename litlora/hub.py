@@ -1,11 +1,10 @@
 """The Hugging Face hub: which files of a repository a checkpoint needs, and fetching them. Torch-free; needs the extra `hub`."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from litlora.convert.families import HF_CONFIG_FILE, read_config
+from litlora.convert.families import HF_CONFIG_FILE, load_config
 from litlora.errors import CheckpointError, MissingExtraError, UserError
 from litlora.tokenizer import SIDECAR_FILES
 
@@ -71,6 +70,6 @@ def download(repo_id: str, directory: Path, *, revision: str, token: str | None,
 
 def _check_covered(repo_id: str, directory: Path) -> None:
     try:
-        read_config(json.loads((directory / HF_CONFIG_FILE).read_text(encoding="utf-8")))
+        load_config(directory)
     except CheckpointError as error:
         raise UserError(f"{repo_id}: {error}; its weights were not fetched") from None

@@ -13,10 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from litlora.errors import CheckpointError, UserError
-from litlora.tokenizer import read_json, token_text
+from litlora.tokenizer import read_settings, token_text
+from litlora.untrusted import read_text, read_yaml
 
 STYLE_FILE = "prompt_style.yaml"
 TEMPLATE = "template"
@@ -68,11 +67,9 @@ def load_style(directory: Path, template: PromptStyle | None = None) -> PromptSt
     """The style that a checkpoint directory names; None if it names none. `template` is its chat template, if it has one."""
     path = directory / STYLE_FILE
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = read_yaml(path)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if isinstance(value, dict) and str(value.get("class_path")).startswith("litgpt."):
         # litgpt's own; of its many styles, which it names by class, we have one
         return STYLES["alpaca"] if value["class_path"] == "litgpt.prompts.Alpaca" else None
@@ -204,15 +201,12 @@ class ChatTemplate:
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
     """The chat template among a model's files (by name): `chat_template.jinja`, else the one in `tokenizer_config.json`."""
     config_path = files.get("tokenizer_config.json")
-    settings = read_json(config_path)
-    special = special_tokens(read_json(files.get("special_tokens_map.json")) | settings)
+    settings = read_settings(config_path)
+    special = special_tokens(read_settings(files.get("special_tokens_map.json")) | settings)
     if (path := files.get("chat_template.jinja")) is not None:
-        try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), path, special)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as text: {error}") from None
+        return ChatTemplate(read_text(path), path, special)
     for path in (config_path, files.get("chat_template.json")):
-        found = read_json(path).get("chat_template")
+        found = read_settings(path).get("chat_template")
         if isinstance(found, list):  # several, each with a name
             found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
         if isinstance(found, str):

@@ -1,11 +1,11 @@
 """Text to token ids and back, over the `tokenizers` library; special ids; decoding a stream piece by piece. Torch-free."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from litlora.errors import CheckpointError, UserError
 from litlora.sentencepiece import read_sentencepiece
+from litlora.untrusted import own_file, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -37,7 +37,7 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     found = []
     for name in SIDECAR_FILES:
         places = directories if name in ("generation_config.json", "config.json") else [home] if home else []
-        found += [place / name for place in places if (place / name).is_file()][:1]
+        found += [own_file(place / name) for place in places if (place / name).is_file()][:1]
     return found
 
 
@@ -55,7 +55,7 @@ class Tokenizer:
 
         directories = [directories] if isinstance(directories, Path) else directories
         files = {file.name: file for file in find_sidecars(directories)}
-        settings = read_json(files.get("tokenizer_config.json"))
+        settings = read_settings(files.get("tokenizer_config.json"))
         path = files.get(TOKENIZER_FILE) or files.get(SENTENCEPIECE_FILE) or directories[0] / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
@@ -70,8 +70,11 @@ class Tokenizer:
         self._backend.no_padding()
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        stop = read_json(files.get("generation_config.json")).get("eos_token_id")
-        self.stop_ids = frozenset([self.eos_id, *(stop if isinstance(stop, list) else [] if stop is None else [stop])])
+        stop = read_settings(files.get("generation_config.json")).get("eos_token_id")
+        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if odd := [entry for entry in stops if type(entry) is not int]:
+            raise CheckpointError(f"{files['generation_config.json']}: eos_token_id {odd[0]!r} is not the number of a token")
+        self.stop_ids = frozenset([self.eos_id, *stops])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings)
         self._path = path
@@ -180,21 +183,20 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(self._ids[self._start :])
 
 
-def read_json(path: Path | None) -> dict[str, Any]:
+def read_settings(path: Path | None) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     if path is None:
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value
 
 
 def token_text(token: Any) -> str | None:
-    """A token in tokenizer_config.json is its text, or an object with the text under "content"."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A token in tokenizer_config.json is its text, or an object with the text under "content"; None for whatever else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from litlora.conversation import Conversation, printable
+from litlora.conversation import Conversation
 from litlora.errors import UserError
 from litlora.load import load
 from litlora.prompts import STYLES, load_style
@@ -77,10 +77,6 @@ def test_a_seed_repeats_the_conversation(talk):
         return ["".join(conversation.ask(question)) for question in ("one", "two")]
 
     assert answers(5) == answers(5) != answers(6)
-
-
-def test_a_model_cannot_steer_the_terminal():
-    assert printable("a\x1b[31mred\x07\x9b2J\tb\nc\x7f é😀") == "a[31mred2J\tb\nc é😀"
 
 
 def test_the_alpaca_prompt_is_the_published_one():

@@ -7,6 +7,7 @@
                     (`rule.join`). `Layout.to_theirs("model.layers.3.self_attn.q_proj")` gives the same Rule from our side.
     folder.py       which files of a Hugging Face folder hold its weights. Torch-free.
     files.py        files of tensors: opened memory-mapped, written one tensor at a time
+    torch_check.py  torch files, checked before and after torch reads them
     torch_file.py   torch files, written one tensor at a time
     huggingface.py  model folders: opened in place; written complete
     peft.py         PEFT adapter folders, read and written

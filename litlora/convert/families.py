@@ -4,7 +4,6 @@ A family is known by its `model_type`. What its entry reads, it also writes; `wr
 refuses where that is not the same model. Dropout is not read: it is no fact of the weights, and training has its own.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.untrusted import read_json
 
 HF_CONFIG_FILE = "config.json"
 MOST_LAYERS = 10_000
@@ -131,11 +131,9 @@ def load_config(directory: Path) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of the config.json in a directory. Raises CheckpointError with the file's path in front."""
     path = directory / HF_CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a Hugging Face folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     try:

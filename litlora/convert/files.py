@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from litlora.convert.torch_check import Forbidden, Lying, check_content, check_tensor, check_torch_file
 from litlora.errors import CheckpointError
 
 # ---- reading
@@ -36,12 +36,14 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError for a missing or broken one."""
     try:
         with safe_open(file, "pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}
-    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-        size = file.stat().st_size
-        raise CheckpointError(f"{file}: broken ({size:,} bytes): {' '.join(str(error).split())}; copy or make it again") from None
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+        for tensor in tensors.values():
+            check_tensor(tensor)
+        return tensors
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, Lying, ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
+        raise _broken(file, error) from None
 
 
 def open_torch(file: Path) -> Any:
@@ -50,17 +52,23 @@ def open_torch(file: Path) -> Any:
     The torch files of before 2020 are no zip archives and cannot be mapped; they are read.
     """
     try:
+        mapped = check_torch_file(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a strange pickle before it refuses it; one line is enough
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        check_content(content)
+        return content
+    except (pickle.UnpicklingError, Forbidden):
         raise CheckpointError(f"{file}: refused: it holds Python objects beyond tensors and plain values, which could run code") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError and others for broken files
-        size = file.stat().st_size
-        reason = " ".join(str(error).split())[:200] if zipfile.is_zipfile(file) else "it is cut short, or no torch file"
-        raise CheckpointError(f"{file}: broken ({size:,} bytes): {reason}; copy or make it again") from None
+        raise _broken(file, error) from None
+
+
+def _broken(file: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{file}: broken ({file.stat().st_size:,} bytes): {reason}; copy or make it again")
 
 
 # ---- writing

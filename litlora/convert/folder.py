@@ -1,12 +1,12 @@
 """Which files of a Hugging Face folder hold its weights. Torch-free, so that a missing shard is named at once."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from litlora.convert.families import HF_CONFIG_FILE
 from litlora.errors import CheckpointError
+from litlora.untrusted import read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
@@ -48,15 +48,14 @@ def _names(directory: Path) -> Iterator[str]:
 
 
 def _indexed(file: Path) -> dict[Path, set[str]]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        names = {name: Path(shard).name for name, shard in weight_map.items()}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a usable index: {type(error).__name__} {error}") from None
+    index = read_json(file)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{file}: not a usable index: it lacks "weight_map", which names the file of each weight')
     shards: dict[Path, set[str]] = {}
-    for name, shard in names.items():
-        if weight_map[name] != shard:
-            raise CheckpointError(f"{file}: {weight_map[name]!r} is not the name of a file in this folder")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or "\0" in shard or shard in ("", ".", "..") or Path(shard).name != shard:
+            raise CheckpointError(f"{file}: {shard!r} is not the name of a file in this folder")
         shards.setdefault(file.parent / shard, set()).add(name)
     for shard in shards:
         if not shard.is_file():

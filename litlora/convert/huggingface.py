@@ -22,7 +22,7 @@ from litlora.convert.folder import weight_files
 from litlora.convert.layout import layout
 from litlora.errors import CheckpointError
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
-from litlora.tokenizer import Tokenizer, find_sidecars, read_json
+from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -51,9 +51,6 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
             ours = _without_tied_head(ours)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    for count in ("num_hidden_layers", "num_experts"):
-        if (getattr(config, count) or 0) > len(ours):  # before a model of that many parts is built to compare with
-            raise CheckpointError(f"{file}: holds {len(ours)} weights; {HF_CONFIG_FILE} says {count} {getattr(config, count)}")
     return ours, config, file
 
 
@@ -82,7 +79,7 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
     taught = load_style(directory, template.style if template is not None else None)
     if taught is not None and template is None:
         (directory / "chat_template.jinja").write_text(template_of(taught, tokenizer), encoding="utf-8")
-    original = read_json(files.get(HF_CONFIG_FILE))
+    original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
     if values is None:
@@ -92,7 +89,7 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
     write_json(directory / HF_CONFIG_FILE, values)
     if "generation_config.json" not in files:
         write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
-    settings = read_json(files.get("tokenizer_config.json"))
+    settings = read_settings(files.get("tokenizer_config.json"))
     if "tokenizer_class" not in settings:  # else AutoTokenizer takes the class that goes with the architecture
         settings = {"eos_token": tokenizer.token(tokenizer.eos_id), **settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         write_json(directory / "tokenizer_config.json", settings)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig, RopeScaling
@@ -18,6 +17,7 @@ from litlora.convert.files import open_torch
 from litlora.convert.layout import LAYER, QKV, Layout, Rule
 from litlora.errors import CheckpointError
 from litlora.settings import LoRAConfig
+from litlora.untrusted import read_yaml
 
 WEIGHTS_FILE = "lit_model.pth"
 ADAPTER_FILE = "lit_model.pth.lora"
@@ -246,9 +246,7 @@ def _layout(config: ModelConfig) -> Layout:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, empty if there is no such file."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = read_yaml(path)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     return value if isinstance(value, dict) else {}

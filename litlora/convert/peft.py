@@ -25,6 +25,7 @@ from litlora.convert.layout import layout as layout_of
 from litlora.errors import CheckpointError
 from litlora.lora import layer_scale
 from litlora.settings import LoRAConfig
+from litlora.untrusted import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -165,9 +166,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults for what it leaves out."""
     path = directory / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+        values = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold an object")
     defaults: dict[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "ensure_weight_tying": False}

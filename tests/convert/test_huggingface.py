@@ -266,7 +266,7 @@ def test_a_tensor_in_two_shards_is_named(make_folder):
         ({"head_dim": 16}, r"has shape .* the architecture needs"),
         ({"vocab_size": 401}, r"has shape \(400, 32\); the architecture needs \(401, 32\)"),
         ({"num_hidden_layers": 2}, "weight.s. that the architecture does not have: model.layers.2"),
-        ({"num_hidden_layers": 9999}, "holds 30 weights; config.json says num_hidden_layers 9999"),
+        ({"num_hidden_layers": 9999}, "holds 30 weights; its configuration describes 9,999 modules"),
         ({"num_hidden_layers": 4}, "weight.s. missing: model.layers.3"),
         ({"attention_bias": True}, "weight.s. missing: .*bias"),
     ],
