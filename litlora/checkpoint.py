@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class Chain:
     def top(self) -> Checkpoint:
         """What the user named: the outermost adapter, or the base itself."""
         return self.adapters[-1] if self.adapters else self.base
+
+    @property
+    def inner(self) -> "Chain":
+        """What the outermost adapter was trained on."""
+        return replace(self, adapters=self.adapters[:-1])
 
     @property
     def directories(self) -> list[Path]:

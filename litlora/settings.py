@@ -303,6 +303,95 @@ class MergeLoRA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _AdapterToAdapter:
+    """What the commands share that write an adapter of another size."""
+
+    out_dir: str
+    """Directory to write."""
+    rank: int | None = None
+    """Rank of the result; with energy or max_error, the largest that a layer may get."""
+    energy: float | None = None
+    """Give every layer the least rank that keeps this share of its update's squared norm: 0.99 leaves an error of 10%."""
+    max_error: float | None = None
+    """The same by the error: the largest share of the update's norm (Frobenius) that may be lost in a layer."""
+    checkpoint_dir: str | None = None
+    """The base; default: the one the adapter was trained on."""
+    seed: int = 1337
+    """Seed of everything random."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this a directory that holds something is refused."""
+    allow_base_mismatch: bool = False
+    """Take a base whose weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check(self.rank is None or self.rank >= 1, f"--rank {self.rank}: must be at least 1")
+        check(self.energy is None or 0 < self.energy <= 1, f"--energy {self.energy}: must be above 0 and at most 1")
+        check(self.max_error is None or 0 <= self.max_error < 1, f"--max_error {self.max_error}: must be at least 0 and below 1")
+        check(self.energy is None or self.max_error is None, "--energy and --max_error: name one, they mean the same")
+
+    @property
+    def error_bound(self) -> float | None:
+        """max_error, however it was said: the energy is one minus its square."""
+        return math.sqrt(1 - self.energy) if self.energy is not None else self.max_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeLoRA(_AdapterToAdapter):
+    """Give an adapter another rank: exactly if it grows or has no more to lose, else with the least possible error."""
+
+    lora_path: str
+    """The adapter: a lit_model.pth, or the directory that holds it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.rank is not None or self.error_bound is not None, "name the size of the result: --rank, --energy or --max_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineLoRA(_AdapterToAdapter):
+    """Make one adapter out of several that were trained on the same base. Without rank, energy or max_error, svd has the rank of the
+    largest and the modes that drop or elect entries have the sum of the ranks; linear and cat need none."""
+
+    lora_path: list[str]
+    """The adapters: each a lit_model.pth, or the directory that holds it."""
+    weights: list[float] = field(default_factory=list)
+    """The factor of each, in the order of lora_path, of any sign; default: 1 each. An adapter of weight 0 is left out."""
+    mode: Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"
+    """linear: the weighted sum of the updates, at the rank it has; cat: the same, with all factors kept side by side; svd: the nearest
+    to it of a given rank; magnitude_prune, dare_linear: the sum of the largest, or of random entries of each; ties, dare_ties: of
+    those, the mean of the ones that agree with the elected sign."""
+    density: float = 1.0
+    """Share of an update's entries that magnitude_prune, ties and the dare modes keep; at 1 nothing is dropped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.lora_path) > 0, "--lora_path is empty: name an adapter")
+        check(
+            len(self.weights) in (0, len(self.lora_path)),
+            f"--weights {' '.join(map(str, self.weights))}: {len(self.weights)} for {len(self.lora_path)} adapter(s); give one for each",
+        )
+        for weight in self.weights:
+            check(math.isfinite(weight), f"--weights {weight}: must be a finite number")
+        check(any(self.each_weight), "--weights: all are 0, so nothing is left")
+        check(0 < self.density <= 1, f"--density {self.density}: must be above 0 and at most 1")
+        exact = self.mode in ("linear", "cat")
+        check(
+            not exact or (self.rank is None and self.error_bound is None),
+            f"--mode {self.mode} is exact and finds its rank itself; --mode svd takes --rank, --energy and --max_error",
+        )
+        drops = not exact and self.mode != "svd"
+        check(
+            drops or self.density == 1,
+            f"--density {self.density}: --mode {self.mode} drops nothing; ties, dare_linear, dare_ties and magnitude_prune do",
+        )
+
+    @property
+    def each_weight(self) -> list[float]:
+        """A weight for each adapter."""
+        return self.weights or [1.0] * len(self.lora_path)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportPEFT:
     """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging Face base."""
 

@@ -1,5 +1,6 @@
 """Fixtures: tiny real checkpoints, and the real data and tokenizer where they are at hand."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,9 +13,12 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from litlora.checkpoint import full_meta, write_checkpoint
+from litlora.adapters.merge import merge_chain
+from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
 from litlora.config import ModelConfig
+from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
+from litlora.prompts import STYLES
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -78,6 +82,19 @@ def make_checkpoint(tmp_path, tokenizer_dir) -> Callable[..., Path]:
 @pytest.fixture
 def base(make_checkpoint) -> Path:
     return make_checkpoint("base")
+
+
+def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, seed: int = 1) -> Path:
+    """An adapter as a run leaves it, but with random A, B and whole modules."""
+    torch.manual_seed(seed)
+    chain = resolve(base_dir)
+    tensors, config = merge_chain(chain)
+    model = GPT.from_tensors(config, tensors)
+    add_lora(model, settings)
+    trained = {name: torch.randn_like(tensor) * 0.1 for name, tensor in lora_tensors(model).items()}
+    meta = adapter_meta(dataclasses.asdict(settings), chain.top, directory)
+    write_checkpoint(directory, trained, meta, chain.config, sidecars_from=chain.sources, prompt_style=STYLES["alpaca"])
+    return directory
 
 
 @pytest.fixture

@@ -153,7 +153,17 @@ def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
 def plan_sum(
     paths: list[Path], weights: list[float], *, base_dir: Path | None = None, allow_base_mismatch: bool = False
 ) -> tuple[Plan, ModelConfig, list[Chain]]:
-    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which may be a chain itself.
+    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which may be a chain itself. Raises
+    as `resolve_sharing` does.
+    """
+    chains = resolve_sharing(paths, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
+    plan, config = plan_merge(chains[0].inner)
+    plan, config = add_adapters(plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)])
+    return plan, config, chains
+
+
+def resolve_sharing(paths: list[Path], *, base_dir: Path | None = None, allow_base_mismatch: bool = False) -> list[Chain]:
+    """The chains of adapters that share their base, which may be a chain itself.
 
     Raises CheckpointError for a path that is no adapter, BaseMismatchError for adapters of different bases.
     """
@@ -173,10 +183,7 @@ def plan_sum(
                 "share their base"
             )
         chains.append(chain)
-    inner = dataclasses.replace(chains[0], adapters=chains[0].adapters[:-1])
-    plan, config = plan_merge(inner)
-    plan, config = add_adapters(plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)])
-    return plan, config, chains
+    return chains
 
 
 def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoint, float]]) -> tuple[Plan, ModelConfig]:

@@ -1,0 +1,225 @@
+"""Combining: one adapter out of several on the same base. Everything is defined on ΔW = s · B A, never on A and B apart: a mean of
+factors is not the factor of a mean, and (Σ B)(Σ A) holds cross terms B_i A_j that nobody trained.
+
+    linear           Σ w_i ΔW_i, exact, stored at the rank that the sum has
+    cat              Σ w_i ΔW_i, exact, stored as the factors side by side, whose ranks add
+    svd              Σ w_i ΔW_i at a rank or error of one's choice, the nearest there is (Eckart and Young 1936)
+    magnitude_prune  Σ w_i ΔW_i, of each ΔW_i only the largest entries, a share `density` of them
+    dare_linear      the same of random entries, divided by the density (DARE, Yu et al. 2024, arXiv:2311.03099)
+    ties             the largest entries; each entry's sign is elected by the sum, and the mean taken of those that agree
+                     (TIES, Yadav et al. 2023, arXiv:2306.01708)
+    dare_ties        random entries as in dare_linear, elected as in ties
+
+Entries are trimmed layer by layer, so that one layer is in memory at a time, and the weights go in before the election. A ΔW whose
+entries were dropped or elected has no low rank any more; it is stored as the nearest one of the rank asked for, and what that
+lacks is measured and reported. A layer that a single adapter updates, with nothing to drop, keeps its A and B bit for bit: the
+weight goes into its scale.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from litlora.adapters.merge import EMBEDDING, HEAD, plan_merge
+from litlora.adapters.resize import (
+    Change,
+    difference,
+    least_rank,
+    matrices,
+    norm,
+    settings_for,
+    shrink,
+    tensors_of,
+    updates_of,
+    wide,
+    with_matrices,
+)
+from litlora.checkpoint import Chain, whole_tensors
+from litlora.convert.lora_files import Update
+from litlora.errors import CheckpointError
+from litlora.lora import stored_config
+from litlora.settings import CombineLoRA, LoRAConfig
+
+ELECTING = ("ties", "dare_ties")
+_OVERSAMPLE, _ITERATIONS = 16, 4
+
+
+def combine_adapters(chains: list[Chain], settings: CombineLoRA) -> tuple[dict[str, Tensor], LoRAConfig, list[Change]]:
+    """The tensors and settings of the combination of the outermost adapters of `chains`, and what became of every layer.
+
+    Tensors saved whole are combined by their differences from the base. Raises CheckpointError for a layer whose shapes differ
+    and for what a mode cannot combine.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    adapters = [chain.top for chain in chains]
+    updates, changes = combine_all(
+        [adapter.file for adapter in adapters], [updates_of(adapter) for adapter in adapters], settings, generator
+    )
+    configs = [stored_config(adapter.meta["lora"]) for adapter in adapters]
+    same = all(config.targets == configs[0].targets for config in configs)
+    like = dataclasses.replace(
+        configs[0],
+        rslora=all(config.rslora for config in configs),
+        targets=configs[0].targets if same else list(updates),
+        modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
+    )
+    return tensors_of(updates) | _combine_whole(chains, settings, generator), settings_for(updates, like), changes
+
+
+def combine_all(
+    files: list[Path], found: list[dict[str, Update]], settings: CombineLoRA, generator: Generator
+) -> tuple[dict[str, Update], list[Change]]:
+    """The combination of the updates that each of `files` holds, by the layers' names, and what became of every layer."""
+    updates, changes = {}, []
+    for name in dict.fromkeys(name for one in found for name in one):
+        _check_shapes(name, [(file, one[name].shape) for file, one in zip(files, found, strict=True) if name in one])
+        terms = [(weight, one[name]) for weight, one in zip(settings.each_weight, found, strict=True) if name in one and weight != 0]
+        if not terms:
+            continue
+        updates[name], full, lost = combine_layer(terms, settings, generator)
+        changes.append(Change(name, sum(update.rank for _, update in terms), updates[name].rank, full, lost))
+    return updates, changes
+
+
+def combine_layer(terms: list[tuple[float, Update]], settings: CombineLoRA, generator: Generator) -> tuple[Update, float, float]:
+    """One layer's combination, the norm of the ΔW that was to be stored, and that of what the stored one lacks."""
+    exact = concatenate(terms)
+    alone = len(terms) == 1
+    if settings.density < 1 or (settings.mode in ELECTING and not alone):
+        dense = combine_dense([weight * _delta(update) for weight, update in terms], settings, generator)
+        most = exact.rank if settings.error_bound is None else min(dense.shape)
+        stored = with_matrices(exact, *_factor(dense, settings.rank or most, settings.error_bound, generator))
+        stored = dataclasses.replace(stored, scale=1.0)
+        lost = torch.linalg.norm(dense.double() - _delta(stored).double()).item()
+        return stored, torch.linalg.norm(dense.double()).item(), lost
+    stored = exact
+    if settings.mode != "cat":
+        rank = settings.rank
+        if settings.mode == "svd" and rank is None and settings.error_bound is None:
+            rank = max(update.rank for _, update in terms)
+        # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of their product.
+        if not alone or (rank or exact.rank) < exact.rank or settings.error_bound is not None:
+            stored = shrink(exact, rank=rank, max_error=settings.error_bound or 0.0)
+    return stored, norm(exact), difference(exact, stored)
+
+
+def concatenate(terms: list[tuple[float, Update]]) -> Update:
+    """Σ w_i s_i B_i A_i, the factors side by side. The first term's weight goes into the scale, the others' share of it into their B."""
+    first = terms[0][1]
+    scale = terms[0][0] * first.scale
+    columns = []
+    for weight, update in terms:
+        factor, B = weight * update.scale / scale, matrices(update)[0]
+        columns.append(B if factor == 1 else (B.double() * factor).to(wide(B.dtype)))
+    rows = torch.cat([matrices(update)[1] for _, update in terms])
+    return with_matrices(dataclasses.replace(first, scale=scale), torch.cat(columns, dim=1), rows)
+
+
+def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Generator) -> Tensor:
+    """The combination of weighted changes of one tensor, entry by entry; equal shapes, fp32 or better."""
+    density, random = settings.density, settings.mode.startswith("dare")
+    if density < 1:
+        deltas = [_drop(delta, density, generator) if random else _trim(delta, density) for delta in deltas]
+    total = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
+    if settings.mode not in ELECTING:
+        return total
+    elected, agreed, count = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
+    for delta in deltas:
+        agrees = delta.sign() == elected
+        agreed += delta * agrees
+        count += agrees
+    return agreed / count.clamp(min=1)
+
+
+def _trim(delta: Tensor, density: float) -> Tensor:
+    """The entries of the largest magnitude, a share `density` of them (and any as large as the last), the others zero."""
+    size = delta.abs()
+    keep = max(1, int(density * size.numel()))
+    least = size.flatten().kthvalue(size.numel() - keep + 1).values
+    return delta * (size >= least)
+
+
+def _drop(delta: Tensor, density: float, generator: Generator) -> Tensor:
+    """Random entries, each kept with probability `density` and divided by it, so that the mean over all draws is delta."""
+    return delta * torch.empty_like(delta).bernoulli_(density, generator=generator) / density
+
+
+def _delta(update: Update) -> Tensor:
+    """s · B A, (out, in), in fp32 or better."""
+    B, A = (factor.to(wide(factor.dtype)) for factor in matrices(update))
+    return update.scale * (B @ A)
+
+
+def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Generator) -> tuple[Tensor, Tensor]:
+    """B and A, the nearest of at most `rank` to a dense (out, in) matrix, or of the least rank within `max_error`, a share of its norm.
+
+    First an orthonormal basis U of its shorter side: by subspace iteration on a random sketch (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061) if only a small part of the spectrum is wanted, else from all eigenvectors of the smaller Gram matrix. What the
+    matrix is in that basis makes the other factor. The rows of A are orthonormal, as those of a resized update.
+    """
+    turned = delta.size(0) > delta.size(1)
+    wide_one = delta.T if turned else delta
+    sketch = rank + _OVERSAMPLE
+    if max_error is None and 4 * sketch < wide_one.size(0):
+        Q = torch.linalg.qr(wide_one @ torch.randn(wide_one.size(1), sketch, dtype=delta.dtype, generator=generator)).Q
+        for _ in range(_ITERATIONS):
+            Q = torch.linalg.qr(wide_one @ torch.linalg.qr(wide_one.T @ Q).Q).Q
+        small = (Q.T @ wide_one).double()
+        U = Q.double() @ torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)[:, :rank]
+    else:
+        exact = wide_one.double()
+        squares, vectors = torch.linalg.eigh(exact @ exact.T)
+        needed = rank if max_error is None else min(rank, least_rank(squares.flip(0).clamp(min=0).sqrt(), max_error))
+        U = vectors.flip(1)[:, :needed]
+    inside = wide_one.double().T @ U  # (longer side, rank)
+    if turned:
+        return inside.to(delta.dtype), U.T.to(delta.dtype)
+    Q, R = torch.linalg.qr(inside)
+    return (U @ R.T).to(delta.dtype), Q.T.to(delta.dtype)
+
+
+# ---- tensors saved whole
+
+
+def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Generator) -> dict[str, Tensor]:
+    """W + the combination of all W_i - W, in the dtype of the W_i. What a single adapter holds, at weight 1, is its own to the bit."""
+    weights, held = settings.each_weight, [whole_tensors(chain.top.tensors) for chain in chains]
+    base, _ = plan_merge(chains[0].inner)
+    combined = {}
+    for name in dict.fromkeys(name for one in held for name in one):
+        terms = [
+            (weight, chain, one[name]) for weight, chain, one in zip(weights, chains, held, strict=True) if name in one and weight != 0
+        ]
+        if not terms:
+            continue
+        adapted = [chain for chain in chains if f"{name.removesuffix('.weight')}.lora_A" in chain.top.tensors]
+        if adapted and (settings.density < 1 or (settings.mode in ELECTING and len(chains) > 1)):
+            raise CheckpointError(
+                f"{adapted[0].top.file}: adapts {name}, which {terms[0][1].top.file} replaces whole; --mode {settings.mode} cannot "
+                "combine the two, linear, cat and svd can"
+            )
+        if len(terms) == 1 and terms[0][0] == 1 and settings.density == 1:
+            combined[name] = terms[0][2]
+            continue
+        stored_as = EMBEDDING if name == HEAD and HEAD not in base else name
+        if stored_as not in base:
+            raise CheckpointError(f"{terms[0][1].top.file}: replaces {name}, which the base does not have")
+        weight = base[stored_as].tensor()
+        _check_shapes(name, [(chains[0].inner.top.file, weight.shape), *((chain.top.file, tensor.shape) for _, chain, tensor in terms)])
+        exact = wide(weight.dtype)
+        deltas = [factor * (tensor.to(exact) - weight.to(exact)) for factor, _, tensor in terms]
+        dtype = terms[0][2].dtype
+        for _, _, tensor in terms:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        combined[name] = (weight.to(exact) + combine_dense(deltas, settings, generator)).to(dtype)
+    return combined
+
+
+def _check_shapes(name: str, shapes: list[tuple[object, tuple[int, ...]]]) -> None:
+    (first, wanted), *others = shapes
+    for file, shape in others:
+        if shape != wanted:
+            sizes = (" x ".join(map(str, size)) for size in (shape, wanted))
+            raise CheckpointError("{}: {} is {}, but {} in {}; they are not of one base".format(file, name, *sizes, first))

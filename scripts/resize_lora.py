@@ -1,0 +1,48 @@
+"""Give an adapter another rank: exactly where it can be done, else with the least possible error, which is reported.
+
+python scripts/resize_lora.py --lora_path $dir/final/lit_model.pth --rank 4 --out_dir $dir/small
+"""
+
+from litlora.cli import dump, run
+from litlora.errors import CheckpointError
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
+from litlora.settings import ResizeLoRA
+
+
+def main(settings: ResizeLoRA) -> None:
+    adapter_dir = checkpoint_dir(settings.lora_path)
+    base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
+    inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs)
+
+    import dataclasses
+
+    import torch
+
+    from litlora.adapters.resize import resize_all, settings_for, table, tensors_of, updates_of
+    from litlora.checkpoint import adapter_meta, check_finite, resolve, whole_tensors, write_checkpoint
+    from litlora.lora import stored_config
+
+    chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    keep_inputs(out_dir, chain.directories)
+    if not chain.adapters:
+        raise CheckpointError(f"{adapter_dir}: is a full model; --lora_path needs an adapter")
+    check_finite(chain.top.tensors, chain.top.file)
+    generator = torch.Generator().manual_seed(settings.seed)
+    resized, changes = resize_all(updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator)
+    lora, whole = settings_for(resized, stored_config(chain.top.meta["lora"])), whole_tensors(chain.top.tensors)
+    tensors = tensors_of(resized) | whole
+    meta = adapter_meta(dataclasses.asdict(lora), chain.inner.top, out_dir)
+    write_checkpoint(out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings))
+    for notice in chain.notices:
+        print(f"note: {notice}")
+    if whole:
+        print(f"note: {', '.join(whole)}: saved whole, kept as they are")
+    print(table(changes))
+    result = out_dir / WEIGHTS_FILE
+    print(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
+    print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+
+
+if __name__ == "__main__":
+    run(main, ResizeLoRA)
