@@ -5,14 +5,13 @@ python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 
 from litlora.cli import run
 from litlora.data.records import read_records
-from litlora.paths import RUN_NAMES, checkpoint_dir, output_dir
+from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneFull
 
 
 def main(settings: FinetuneFull) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    out_dir = settings.out_dir or f"out/full/{settings.data.name}"
-    run_dir = output_dir(out_dir, overwrite=settings.overwrite, names=RUN_NAMES, inputs=[base])
+    run = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
     from litlora.checkpoint import full_meta
@@ -25,7 +24,7 @@ def main(settings: FinetuneFull) -> None:
         meta=lambda base, directory: full_meta(),
         stores="the full model",
     )
-    finetune(settings, method, records, run_dir)
+    finetune(settings, method, records, run)
 
 
 if __name__ == "__main__":

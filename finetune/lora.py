@@ -7,14 +7,13 @@ import dataclasses
 
 from litlora.cli import run
 from litlora.data.records import read_records
-from litlora.paths import RUN_NAMES, checkpoint_dir, output_dir
+from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneLoRA
 
 
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    out_dir = settings.out_dir or f"out/lora/{settings.data.name}"
-    run_dir = output_dir(out_dir, overwrite=settings.overwrite, names=RUN_NAMES, inputs=[base])
+    run = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
     from litlora.checkpoint import adapter_meta
@@ -28,7 +27,7 @@ def main(settings: FinetuneLoRA) -> None:
         meta=lambda base, directory: adapter_meta(dataclasses.asdict(settings.lora), base, directory),
         stores="the adapter only",
     )
-    finetune(settings, method, records, run_dir)
+    finetune(settings, method, records, run)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +18,17 @@ import torch
 import yaml
 from torch import Tensor
 
+from litlora.atomic import replacing_directory
 from litlora.config import CONFIG_FILE, ModelConfig
-from litlora.convert import litgpt, peft
-from litlora.convert.files import open_torch, sync
+from litlora.convert import litgpt, peft, torch_file
+from litlora.convert.files import open_torch
 from litlora.convert.folder import is_model_folder
 from litlora.convert.huggingface import open_folder
 from litlora.convert.torch_file import LazyTensor, TorchFile
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.lora import layer_rank, stored_config
 from litlora.model import GPT
-from litlora.paths import HYPERPARAMETERS_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
+from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
 from litlora.tokenizer import find_sidecars
 
@@ -344,6 +344,7 @@ def write_checkpoint(
     sidecars_from: Path | list[Path],
     prompt_style: PromptStyle | None = None,
     hyperparameters: str | None = None,
+    state: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a whole checkpoint directory, in place of whatever is there; it appears complete or not at all.
@@ -352,8 +353,8 @@ def write_checkpoint(
     `meta` is the "litlora" entry, or makes it from the tensors as written.
     The tokenizer's files are copied from `sidecars_from` (of several directories, from the first that has them), and so is
     the prompt style unless one is given.
-    `hyperparameters` is the YAML text of the run's settings. `check` looks at the complete directory before it gets its name;
-    if it raises, nothing is left of it.
+    `hyperparameters` is the YAML text of the run's settings, `state` what resuming the run from here needs besides.
+    `check` looks at the complete directory before it gets its name; if it raises, nothing is left of it.
     """
     with replacing_directory(directory) as staging:
         with TorchFile(staging / WEIGHTS_FILE) as file:
@@ -370,33 +371,7 @@ def write_checkpoint(
             (staging / STYLE_FILE).write_text(yaml.safe_dump({"style": prompt_style.name}), encoding="utf-8")
         if hyperparameters is not None:
             (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
+        if state is not None:
+            torch_file.save(staging / STATE_FILE, state)
         if check is not None:
             check(staging)
-
-
-@contextmanager
-def replacing_directory(directory: Path) -> Iterator[Path]:
-    """A fresh directory to fill that takes the name `directory` when the block ends well, and vanishes when it does not.
-
-    Every file is on the disk before the name changes, so that a crash leaves the old directory or the new one.
-    """
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.new")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        for file in staging.iterdir():
-            sync(file)
-        sync(staging)
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-            directory.rename(old)
-            staging.rename(directory)
-            shutil.rmtree(old)
-        else:
-            staging.rename(directory)
-        sync(directory.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

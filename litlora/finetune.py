@@ -1,28 +1,37 @@
 """A fine-tuning run from its settings to `final/`: what all methods share. A method is which parameters train."""
 
 import dataclasses
-import shutil
-from collections.abc import Callable
+import fcntl
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from litlora.atomic import replacing_file, setting_aside, settle
 from litlora.checkpoint import Checkpoint, write_checkpoint
 from litlora.cli import dump
 from litlora.data.batches import padding_share, plan_epoch
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import Records
+from litlora.errors import UserError
+from litlora.interrupts import Interrupts
 from litlora.load import Loaded, load, pick_device
 from litlora.log import Metrics, duration
 from litlora.loss import SupervisedLoss
 from litlora.model import GPT
-from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, keep_inputs
+from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, RunDirectory, keep_inputs
 from litlora.precision import Precision, Within, bf16_speedup, cast, decide, stored_dtype
 from litlora.prompts import choose_style
+from litlora.resume import State, changed_settings, facts, read_state, stored_settings
 from litlora.settings import Finetune
 from litlora.train import Summary, fit
 
@@ -43,8 +52,9 @@ class Method:
     """For the summary: what the result holds."""
 
 
-def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) -> None:
-    """Train, and write run_dir: hyperparameters.yaml, metrics.csv, early checkpoints, final/."""
+def finetune(settings: Finetune, method: Method, found: Records, run: RunDirectory) -> None:
+    """Train, and write run.path: hyperparameters.yaml, metrics.csv, early checkpoints, final/. Exits if the run is stopped."""
+    interrupts, run_dir = Interrupts(settings.train.max_time), run.path
     device = pick_device(settings.accelerator)
     fabric = Fabric(accelerator=device.type, devices=settings.devices, strategy="ddp" if settings.devices > 1 else "auto")
     fabric.launch()
@@ -57,6 +67,8 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
     base, model = loaded.chain.top, loaded.model
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="alpaca")
     stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if run.start is not None and settings.precision == "auto":  # a measurement may come out otherwise this time
+        settings = dataclasses.replace(settings, precision=stored_settings(run.start).get("precision", "auto"))
     precision = _precision(settings.precision, fabric, model, trains_base=method.trains_base)
     num_rounded = cast(model, precision.dtype, copy=method.trains_base)
     method.prepare(model)
@@ -77,33 +89,122 @@ def finetune(settings: Finetune, method: Method, found: Records, run_dir: Path) 
         say(f"data: {found.notice}")
     say(f"prompt style: {style.name} ({reason})")
     train, val = _examples(settings, found, loaded, style, say)
-    settings = dataclasses.replace(settings, data=found.source, prompt_style=style.name, out_dir=str(run_dir), precision=precision.name)
-    hyperparameters = (f"# data: {found.notice}\n" if found.notice else "") + dump(settings)
-    metrics = None
-    if fabric.is_global_zero:
-        _clear(run_dir)
-        (run_dir / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
-        metrics = Metrics(run_dir / METRICS_FILE)
-
-    def save(directory: Path) -> None:
+    here = facts(fabric, base.fingerprint, train, val)
+    # As resolved; what is said about a directory once is no part of the configuration that repeats the run.
+    resolved = dataclasses.replace(
+        settings,
+        data=found.source,
+        prompt_style=style.name,
+        precision=precision.name,
+        out_dir=str(run_dir),
+        overwrite=False,
+        resume=None,
+        resume_force=False,
+    )
+    hyperparameters = (f"# data: {found.notice}\n" if found.notice else "") + dump(resolved)
+    state, rows = _start(settings, run, hyperparameters, here, say)
+    if run.complete:
+        say(f"the run in {run_dir} is complete, nothing is left to do; result: {run_dir / FINAL / WEIGHTS_FILE}")
+        return
+    how_to_resume = shlex.join(["python", sys.argv[0], "--config", str(run_dir / HYPERPARAMETERS_FILE), "--resume", "auto"])
+    with interrupts, _claimed(run_dir, anew=state is None) if fabric.is_global_zero else nullcontext() as forget_earlier:
+        metrics = None
         if fabric.is_global_zero:
-            write_checkpoint(
-                directory,
-                {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in method.tensors(model).items()},
-                method.meta(base, directory),
-                model.config,
-                sidecars_from=loaded.chain.sources,
-                prompt_style=style,
-                hyperparameters=hyperparameters,
-            )
-        fabric.barrier()
+            with replacing_file(run_dir / HYPERPARAMETERS_FILE) as staging:
+                staging.write_text(hyperparameters, encoding="utf-8")
+            metrics = Metrics(run_dir / METRICS_FILE, rows)
 
-    objective = Within(SupervisedLoss(model), lambda: precision.computing(fabric.device))
-    summary = fit(fabric, objective, train, val, settings.train, seed=settings.seed, run_dir=run_dir, save=save, metrics=metrics)
-    save(run_dir / FINAL)
-    if metrics is not None:
-        metrics.close()
-        print(_closing_words(summary, found, run_dir, method))
+        def save(directory: Path, training: dict[str, Any] | None = None) -> None:
+            try:
+                if fabric.is_global_zero:
+                    write_checkpoint(
+                        directory,
+                        {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in method.tensors(model).items()},
+                        method.meta(base, directory),
+                        model.config,
+                        sidecars_from=loaded.chain.sources,
+                        prompt_style=style,
+                        hyperparameters=hyperparameters,
+                        state=None if training is None else {**training, "facts": here, "metrics": metrics.text},
+                        # Before this one has its name: a crash in between must not leave the earlier result beside it.
+                        check=lambda _: forget_earlier(),
+                    )
+            finally:
+                fabric.barrier()
+
+        summary = fit(
+            fabric,
+            Within(SupervisedLoss(model), lambda: precision.computing(fabric.device)),
+            train,
+            val,
+            settings.train,
+            seed=settings.seed,
+            run_dir=run_dir,
+            save=save,
+            metrics=metrics,
+            interrupts=interrupts,
+            resume=state,
+        )
+        kept = f"the newest checkpoint is {summary.checkpoint}" if summary.checkpoint else "no checkpoint could be saved"
+        if summary.stopped is None:
+            try:
+                save(run_dir / FINAL)
+            except OSError as error:
+                raise UserError(
+                    f"{run_dir / FINAL}: could not be written ({error.strerror or error}); {kept}; make room, then: {how_to_resume}"
+                ) from None
+    if not fabric.is_global_zero:  # with status 0, as the launcher ends all processes at once when one has another
+        return
+    if summary.stopped is not None:
+        print(f"stopped by {summary.stopped} after step {summary.steps}; {kept}\nresume: {how_to_resume}", flush=True)
+        raise SystemExit(summary.stopped.status)
+    print(_closing_words(summary, found, run_dir, method))
+
+
+def _start(
+    settings: Finetune, run: RunDirectory, hyperparameters: str, here: dict[str, str], say: Callable[[str], None]
+) -> tuple[State | None, str | None]:
+    """The state to resume from and its metrics.csv, if any, once it is sure that the run is the same. Raises UserError if it is not."""
+    if run.start is None:
+        if settings.resume:
+            say(f"resume: {run.path} holds no early checkpoint, so the run begins")
+        return None, None
+    differences, state, rows = changed_settings(yaml.safe_load(hyperparameters), stored_settings(run.start)), None, None
+    if not run.complete:
+        state, rows, others = read_state(run.start, here)
+        # Another base or setting can make other examples of the same records: the cause is named before the effect.
+        differences = others[:1] + differences + others[1:] if others and others[0].startswith("base") else differences + others
+    if differences and not settings.resume_force:
+        raise UserError(f"--resume {run.start}: {differences[0]}; resume with what it was, or go on all the same with --resume_force")
+    for difference in differences:
+        say(f"note: resumed although {difference}")
+    if state is not None:
+        say(f"resumed: {run.start}, {state.at.step} steps done")
+    return state, rows
+
+
+@contextmanager
+def _claimed(run_dir: Path, *, anew: bool) -> Iterator[Callable[[], None]]:
+    """Make the directory and keep other runs out of it while the block, or this process, lasts.
+
+    `anew`: what an earlier run left there, which --overwrite gave up, is out of the way, so that nothing stale remains. It is
+    removed by calling what is yielded, and is back if the block fails before.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out_dir {run_dir}: another run is writing there") from None
+        except OSError:
+            pass  # a file system without locks
+        settle(run_dir)
+        earlier = [path for pattern in RUN_NAMES for path in run_dir.glob(pattern)] if anew else []
+        with setting_aside(sorted(earlier, key=lambda path: path.name != FINAL)) as forget:  # what --resume looks for first, first
+            yield forget
+    finally:
+        os.close(handle)
 
 
 def _precision(asked: str, fabric: Fabric, model: GPT, *, trains_base: bool) -> Precision:
@@ -142,20 +243,13 @@ def _examples(
     return train.examples, val
 
 
-def _clear(run_dir: Path) -> None:
-    """An empty run directory: what an earlier run left (and --overwrite gave up) goes, so that nothing stale remains."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for pattern in RUN_NAMES:
-        for old in run_dir.glob(pattern):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
 def _closing_words(summary: Summary, found: Records, run_dir: Path, method: Method) -> str:
     result = run_dir / FINAL / WEIGHTS_FILE
     val = "" if summary.val_loss is None else f", validation loss {summary.val_loss:.4f}"
     lines = [
         f"{summary.steps:,} steps in {duration(summary.seconds)}, {summary.tokens / summary.seconds:,.0f} tokens/s, "
         f"peak memory {summary.peak_memory / 2**30:.2f} GiB; loss {summary.loss:.4f}{val}",
+        *([f"skipped: {summary.skipped:,} steps whose loss or gradient was not finite"] if summary.skipped else []),
         *([f"trained on: {found.notice}"] if found.notice else []),
         f"result: {result} ({result.stat().st_size:,} bytes: {method.stores})",
         f"next: python chat/base.py --checkpoint_dir {run_dir / FINAL}",

@@ -1,20 +1,24 @@
 """The names in a checkpoint directory, and the checks of paths that come before torch is imported."""
 
-import tempfile
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+from litlora.atomic import LEFTOVERS, check_writable, settle
 from litlora.config import CONFIG_FILE
 from litlora.convert.families import HF_CONFIG_FILE
 from litlora.convert.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.errors import CheckpointError, UserError
 from litlora.prompts import STYLE_FILE
+from litlora.settings import Finetune
 from litlora.tokenizer import SIDECAR_FILES
 
 WEIGHTS_FILE = "lit_model.pth"
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 METRICS_FILE = "metrics.csv"
+STATE_FILE = "state.pth"
 FINAL = "final"
-RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*")
+RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*", *LEFTOVERS)
 """What a fine-tuning run writes into its directory, as glob patterns."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
@@ -65,11 +69,70 @@ def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: li
         raise UserError(f"--out_dir {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
     above = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".litlora-", dir=above):  # permissions alone do not tell: a disk may be read-only
-            pass
+        check_writable(above)
     except OSError as error:
         raise UserError(f"--out_dir {directory}: cannot be written: {above}: {error.strerror}") from None
     return directory
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run writes, and where it starts."""
+
+    path: Path
+    start: Path | None = None
+    """The step directory to resume from; of a run that is complete, its result; None: a new run."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.start is not None and self.start.name == FINAL
+
+
+def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDirectory:
+    """The directory of a fine-tuning run, `default` if the settings name none, and where --resume lets it start.
+
+    Raises UserError, and changes nothing, where `output_dir` does, unless the run is resumed in its own directory.
+    """
+    if settings.resume not in (None, "auto"):
+        start = Path(settings.resume)
+        if not (start / STATE_FILE).is_file():
+            known = step_directories(start)
+            hint = f"did you mean {known[-1]}?" if known else "a step directory of a run is needed; to train on a result, --checkpoint_dir"
+            raise CheckpointError(f"--resume {start}: no state of a training there, {STATE_FILE}; {hint}")
+        path = Path(settings.out_dir) if settings.out_dir else start.parent
+        if path.resolve() != start.resolve().parent:
+            return RunDirectory(output_dir(str(path), overwrite=False, names=RUN_NAMES, inputs=inputs), start)
+        if (path / FINAL).exists():
+            raise UserError(f"--resume {start}: the run in {path} is complete; to go another way from there, name another --out_dir")
+        return RunDirectory(output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs), start)
+    path = Path(settings.out_dir or default)
+    there = output_dir(str(path), overwrite=settings.overwrite or settings.resume == "auto", names=RUN_NAMES, inputs=inputs)
+    if settings.resume == "auto":
+        settle(path)
+        if (path / FINAL).exists():
+            return RunDirectory(there, path / FINAL)
+        if steps := step_directories(path):
+            if not (steps[-1] / STATE_FILE).is_file():
+                raise CheckpointError(f"--resume auto: {steps[-1]}: has no {STATE_FILE}, so it cannot be resumed; --overwrite starts anew")
+            return RunDirectory(there, steps[-1])
+    return RunDirectory(there)
+
+
+def step_directory(run_dir: Path, step: int) -> Path:
+    """The early checkpoint after so many steps."""
+    return run_dir / f"step-{step:06}"
+
+
+def step_directories(run_dir: Path) -> list[Path]:
+    """The early checkpoints in a run's directory, oldest first."""
+    found = run_dir.glob("step-*") if run_dir.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+
+
+def step_of(step_dir: Path) -> int:
+    """The number in the name of a step directory."""
+    return int(step_dir.name.removeprefix("step-"))
 
 
 def keep_inputs(out_dir: Path, inputs: list[Path]) -> None:

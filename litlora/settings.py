@@ -133,11 +133,16 @@ class TrainConfig:
     """Steps between two early checkpoints; 0 for none."""
     keep_checkpoints: int = 2
     """Early checkpoints kept: the newest."""
+    max_time: float | None = None
+    """Minutes, counted from the start of the command, after which the run stops as on SIGTERM, but with exit status 0: it ends the
+    step, saves, and says how to go on."""
+    max_bad_steps: int = 5
+    """A step whose loss or gradient is not finite changes nothing and is counted; more than this many in a row stop the run."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch_size", "micro_batch_size", "log_interval", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"--train.{name} {getattr(self, name)}: must be at least 1")
-        for name in ("eval_interval", "save_interval", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in ("eval_interval", "save_interval", "max_bad_steps", "warmup_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"--train.{name} {value}: must be 0 or more, and finite")
         check(
@@ -145,6 +150,10 @@ class TrainConfig:
             f"--train.global_batch_size {self.global_batch_size}: must be a multiple of --train.micro_batch_size {self.micro_batch_size}",
         )
         check(self.max_steps is None or self.max_steps >= 1, f"--train.max_steps {self.max_steps}: must be at least 1")
+        check(
+            self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0),
+            f"--train.max_time {self.max_time}: must be a positive number of minutes",
+        )
         check(self.max_seq_length >= 2, f"--train.max_seq_length {self.max_seq_length}: must be at least 2")
         check(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
@@ -181,6 +190,11 @@ class Finetune:
     """Where the results go; default out/METHOD/DATA."""
     overwrite: bool = False
     """Replace what out_dir holds; without this a directory that holds something is refused."""
+    resume: str | None = None
+    """Go on with a run that was stopped: auto takes the newest step-NNNNNN of out_dir, or begins if there is none; or name such a
+    directory. The result is that of the uninterrupted run."""
+    resume_force: bool = False
+    """Resume although the data, the base or a setting that matters is another now."""
     prompt_style: Literal["alpaca", "plain", "template"] | None = None
     """How the instructions are put to the model, stored with the result, where chat finds it; default: as the model was taught
     before, else by its own chat template (template), else alpaca."""
@@ -202,6 +216,8 @@ class Finetune:
 
     def __post_init__(self) -> None:
         check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
+        check(not (self.resume and self.overwrite), "--resume goes on with what --overwrite would remove; leave one of the two out")
+        check(bool(self.resume) or not self.resume_force, "--resume_force has no use without --resume")
         check(
             self.train.global_batch_size % (self.train.micro_batch_size * self.devices) == 0,
             f"--train.global_batch_size {self.train.global_batch_size}: must be a multiple of --train.micro_batch_size "

@@ -2,24 +2,28 @@
 
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from litlora.atomic import remove_directory
 from litlora.data.batches import Batch, Step, collate, num_supervised, plan_epoch
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
+from litlora.interrupts import GivenUp, Interrupts, Stop
 from litlora.log import Metrics, Progress
 from litlora.loss import IGNORE
 from litlora.optim import lr_at, make_optimizer
+from litlora.paths import step_directories, step_directory, step_of
+from litlora.resume import Position, State, capture
 from litlora.settings import TrainConfig
 
 
@@ -38,6 +42,12 @@ class Summary:
     """Mean over the supervised tokens of the validation examples, at the end."""
     peak_memory: int
     """Bytes: of the device if it has memory of its own, else of the process."""
+    skipped: int
+    """Steps whose loss or gradient was not finite: they changed nothing."""
+    stopped: Stop | None
+    """Why it ended before its last step; None if it did not."""
+    checkpoint: Path | None
+    """The newest early checkpoint of this process."""
 
 
 def fit(
@@ -49,14 +59,18 @@ def fit(
     *,
     seed: int,
     run_dir: Path,
-    save: Callable[[Path], None],
+    save: Callable[[Path, dict[str, Any]], None],
     metrics: Metrics | None,
+    interrupts: Interrupts | None = None,
+    resume: State | None = None,
 ) -> Summary:
     """Train what requires a gradient in `objective`, a module that maps (input_ids, labels) to a summed loss.
 
-    `save` writes a checkpoint directory; early ones are called run_dir/step-NNNNNN. Raises DataError if no token is to be
-    learned, and UserError if the loss stops being finite or a trainable weight takes no part in it.
+    `save` writes a checkpoint directory and in it the state that can be handed back as `resume`; early ones are called
+    run_dir/step-NNNNNN. All ranks call it together, and an OSError in it does not end the training. Raises DataError if no token
+    is to be learned, and UserError if the loss stays other than finite, a trainable weight takes no part in it, or memory runs out.
     """
+    interrupts = interrupts or Interrupts()
     lengths = [len(example.ids) for example in train]
 
     def plan(epoch: int) -> list[Step]:
@@ -69,66 +83,112 @@ def fit(
         )
 
     total_steps = config.max_steps or config.epochs * len(plan(0))
-    optimizer = make_optimizer(objective.parameters(), config)
+    module, optimizer = objective, make_optimizer(objective.parameters(), config)
     objective, optimizer = fabric.setup(objective, optimizer)
     objective.train()
-    progress = Progress(total_steps, enabled=fabric.is_global_zero)
-    clock = _Stopwatch()
-    tokens = step = 0
-    loss = val_loss = None
-    logged = _Interval()
+    at, interval_loss = Position(), torch.zeros((), device=fabric.device)
+    if resume is not None:
+        at, interval_loss = resume.at, resume.restore(fabric, module, optimizer)
+    logged = _Interval(at, interval_loss)
+    progress = Progress(total_steps, enabled=fabric.is_global_zero, first=at.step)
+    saved: Path | None = resume.directory if resume is not None else None
 
+    def checkpoint() -> None:
+        nonlocal saved
+        directory = step_directory(run_dir, at.step)
+        state = capture(fabric, module, optimizer, at, logged.loss)
+        try:
+            save(directory, state)
+        except OSError as error:
+            progress.say(f"note: {directory} could not be saved ({error.strerror or error}); the newest checkpoint is {saved or 'none'}")
+            return
+        saved = directory
+        if fabric.is_global_zero:
+            prune(run_dir, at.step, config.keep_checkpoints)
+
+    def validate() -> None:
+        longest = sorted(range(len(val)), key=lambda index: len(val[index].ids))[-config.micro_batch_size :]
+        with interrupts.at_once(fabric), _memory_advice(val, [longest], config):
+            val_loss = evaluate(fabric, objective, val, config)
+        if not math.isfinite(val_loss):
+            raise UserError(
+                f"the validation loss is {val_loss} after step {at.step}: the weights are spoilt, so the result is not saved; "
+                "lower --train.learning_rate"
+            )
+        at.val_loss, at.validation_due = val_loss, False
+        progress.say(f"step {at.step}/{total_steps} | validation loss {val_loss:.4f}")
+        if metrics is not None:
+            metrics.write(step=at.step, epoch=at.epoch, val_loss=val_loss, tokens=at.tokens, seconds=at.seconds, skipped=at.skipped)
+
+    stopped, check_gradients = None, True
     try:
-        for epoch, micro_batches in _steps(plan, total_steps):
-            learning_rate = lr_at(step, total_steps, config)
+        if at.validation_due:
+            validate()
+        for epoch, index, micro_batches in _steps(plan, at, total_steps):
+            learning_rate = lr_at(at.step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            with clock:
-                done = _optimizer_step(fabric, objective, optimizer, train, micro_batches, config, check_gradients=step == 0)
-            step += 1
-            tokens += done.num_tokens
+            started = time.perf_counter()
+            with _memory_advice(train, micro_batches, config):
+                done = _optimizer_step(fabric, objective, optimizer, train, micro_batches, config, check_gradients=check_gradients)
+            check_gradients = False
+            at.count(epoch, index, time.perf_counter() - started, done.num_tokens, done.finite)
             logged.add(done)
             progress.step()
 
-            if step % config.log_interval == 0 or step == total_steps or step == 1:
-                loss, tokens_per_second = logged.loss(fabric), logged.tokens_per_second(clock.seconds)
-                progress.report(step, loss=loss, learning_rate=learning_rate, tokens=logged.tokens, tokens_per_second=tokens_per_second)
+            if not done.finite:
+                progress.say(
+                    f"step {at.step}/{total_steps} | skipped, as its loss or gradient is not finite: "
+                    f"{at.skipped_in_a_row} in a row, {at.skipped} in all"
+                )
+                if at.skipped_in_a_row > config.max_bad_steps:
+                    if at.skipped < at.step and _all_finite(module):
+                        checkpoint()
+                    raise UserError(_too_many_bad_steps(at, saved))
+            last = at.step == total_steps
+            if at.step % config.log_interval == 0 or last or at.step == 1:
+                at.loss, tokens_per_second = logged.mean_loss(fabric), logged.tokens_per_second
+                progress.report(
+                    at.step, loss=at.loss, learning_rate=learning_rate, tokens=at.interval_tokens, tokens_per_second=tokens_per_second
+                )
                 if metrics is not None:
                     metrics.write(
-                        step=step,
+                        step=at.step,
                         epoch=epoch,
-                        loss=loss,
+                        loss=at.loss,
                         learning_rate=learning_rate,
                         grad_norm=done.grad_norm,
-                        tokens=tokens,
+                        tokens=at.tokens,
                         tokens_per_second=tokens_per_second,
-                        seconds=clock.seconds,
+                        seconds=at.seconds,
+                        skipped=at.skipped,
                     )
-                logged = _Interval(clock.seconds)
-            last = step == total_steps
-            if val and (last or (config.eval_interval and step % config.eval_interval == 0)):
-                val_loss = evaluate(fabric, objective, val, config)
-                if not math.isfinite(val_loss):
-                    raise UserError(
-                        f"the validation loss is {val_loss} after step {step}: the weights are spoilt, so the result is not saved; "
-                        "lower --train.learning_rate"
-                    )
-                progress.say(f"step {step}/{total_steps} | validation loss {val_loss:.4f}")
-                if metrics is not None:
-                    metrics.write(step=step, epoch=epoch, val_loss=val_loss, tokens=tokens, seconds=clock.seconds)
-            if config.save_interval and step % config.save_interval == 0 and not last:
-                save(run_dir / f"step-{step:06}")
-                if fabric.is_global_zero:
-                    for old in sorted(run_dir.glob("step-*"))[: -config.keep_checkpoints]:
-                        shutil.rmtree(old)
-    except KeyboardInterrupt:
-        if step:
-            save(run_dir / f"step-{step:06}")
-            progress.say(f"stopped after step {step} of {total_steps}; the weights so far are in {run_dir / f'step-{step:06}'}")
-        raise
+                logged.restart()
+            at.validation_due = bool(val) and (last or bool(config.eval_interval and at.step % config.eval_interval == 0))
+            if at.validation_due:
+                validate()
+            if last:
+                break
+            if stopped := interrupts.asked(fabric):
+                break
+            # In the middle of a series of bad steps the weights may be spoilt already; the good checkpoints are not given up for them.
+            if config.save_interval and at.step % config.save_interval == 0 and not at.skipped_in_a_row:
+                checkpoint()
+    except GivenUp:
+        stopped = interrupts.asked(fabric)
     finally:
         progress.close()
-    return Summary(step, clock.seconds, tokens, loss, val_loss, peak_memory(fabric.device))
+    if stopped and saved != step_directory(run_dir, at.step):
+        checkpoint()
+    return Summary(at.step, at.seconds, at.tokens, at.loss, at.val_loss, peak_memory(fabric.device), at.skipped, stopped, saved)
+
+
+def prune(run_dir: Path, step: int, count: int) -> None:
+    """Remove early checkpoints but the newest `count`, of which that of `step` is one: later ones are of a course given up."""
+    numbered = {step_of(directory): directory for directory in step_directories(run_dir)}
+    kept = sorted(number for number in numbered if number <= step)[-count:]
+    for number in numbered.keys() - set(kept):
+        remove_directory(numbered[number])
 
 
 @torch.no_grad()
@@ -178,6 +238,9 @@ class _StepResult:
     num_tokens: int
     """Over all ranks."""
     grad_norm: float
+    """Before clipping."""
+    finite: bool
+    """Whether loss and gradient are, on all ranks; if not, nothing was changed."""
 
 
 def _optimizer_step(
@@ -211,15 +274,13 @@ def _optimizer_step(
         total += loss.detach()
     if check_gradients:
         _check_gradients(objective)
-    grad_norm = float(_clip(objective, config.max_grad_norm))
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"the loss or its gradient is no longer finite (gradient norm {grad_norm}): stopped before it spoils the weights; "
-            "lower --train.learning_rate, or look for broken weights in the base"
-        )
-    optimizer.step()
+    everywhere = fabric.all_reduce(total.clone(), reduce_op="sum")
+    grad_norm, summed_loss = torch.stack([_clip(objective, config.max_grad_norm), everywhere.to(torch.float32)]).tolist()  # one wait
+    finite = math.isfinite(grad_norm) and math.isfinite(summed_loss)
+    if finite:
+        optimizer.step()
     optimizer.zero_grad()
-    return _StepResult(total, supervised, sum(len(example.ids) for example in everyone), grad_norm)
+    return _StepResult(total, supervised, sum(len(example.ids) for example in everyone), grad_norm, finite)
 
 
 def _clip(objective: nn.Module, max_norm: float) -> Tensor:
@@ -235,51 +296,74 @@ def _check_gradients(objective: nn.Module) -> None:
         raise UserError(f"{idle[0]} and {len(idle) - 1} other trainable weights take no part in the loss, so training cannot change them")
 
 
-def _steps(plan: Callable[[int], list[Step]], total_steps: int) -> Iterator[tuple[int, Step]]:
-    """(epoch, micro-batches) of each optimizer step, epoch after epoch."""
-    step = epoch = 0
-    while True:
-        for micro_batches in plan(epoch):
-            if step == total_steps:
-                return
-            yield epoch, micro_batches
-            step += 1
-        epoch += 1
+def _too_many_bad_steps(at: Position, saved: Path | None) -> str:
+    kept = f"the newest checkpoint, of finite weights, is {saved}" if saved else "nothing was saved"
+    return (
+        f"{at.skipped_in_a_row} steps in a row had a loss or a gradient that is not finite, and were skipped: "
+        f"stopped after step {at.step}; "
+        f"{kept}; lower --train.learning_rate, or look for broken weights in the base"
+    )
+
+
+@torch.no_grad()
+def _all_finite(module: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
+
+
+@contextmanager
+def _memory_advice(examples: list[Example], micro_batches: Step, config: TrainConfig) -> Iterator[None]:
+    """Turn a lack of memory inside the block into a UserError that says what to turn down, with the numbers."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text or "out of memory" in text):
+            raise
+        largest = max(([len(examples[index].ids) for index in micro] for micro in micro_batches), key=lambda sizes: len(sizes) * max(sizes))
+        raise UserError(
+            f"out of memory at a micro-batch of {len(largest)} examples with {sum(largest):,} tokens, the longest {max(largest):,}: "
+            f"lower --train.micro_batch_size ({config.micro_batch_size}) or --train.max_seq_length ({config.max_seq_length:,}); "
+            f"{'. '.join(text.rpartition('DefaultCPUAllocator: ')[2].split('. ')[:3]) or type(error).__name__}"
+        ) from error
+
+
+def _steps(plan: Callable[[int], list[Step]], at: Position, total_steps: int) -> Iterator[tuple[int, int, Step]]:
+    """(epoch, step of the epoch, micro-batches) of each optimizer step that is still to be done, epoch after epoch."""
+    left, epoch, first = total_steps - at.step, at.epoch, at.step_in_epoch
+    while left > 0:
+        for index, micro_batches in enumerate(plan(epoch)[first : first + left], start=first):
+            yield epoch, index, micro_batches
+            left -= 1
+        epoch, first = epoch + 1, 0
 
 
 def _to_device(batch: Batch, fabric: Fabric) -> Batch:
     return Batch(batch.input_ids.to(fabric.device), batch.labels.to(fabric.device), batch.num_tokens)
 
 
-class _Stopwatch:
-    """Sums up the time spent inside `with`."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._started
-
-
 class _Interval:
-    """Loss and tokens since the last logged line."""
+    """Loss and tokens since the last logged line. All but the loss, which stays on the device, is kept in the position."""
 
-    def __init__(self, started: float = 0.0) -> None:
-        self._started = started
-        self._loss: Tensor | float = 0.0
-        self._supervised = 0
-        self.tokens = 0
+    def __init__(self, at: Position, loss: Tensor) -> None:
+        self._at = at
+        self.loss = loss
+        """This rank's sum."""
 
     def add(self, done: _StepResult) -> None:
-        self._loss = self._loss + done.loss
-        self._supervised += done.num_supervised
-        self.tokens += done.num_tokens
+        self._at.interval_tokens += done.num_tokens
+        if done.finite:
+            self.loss = self.loss + done.loss
+            self._at.interval_supervised += done.num_supervised
 
-    def loss(self, fabric: Fabric) -> float:
-        return float(fabric.all_reduce(self._loss, reduce_op="sum")) / self._supervised
+    def mean_loss(self, fabric: Fabric) -> float:
+        """Over all ranks; NaN if every step was skipped."""
+        total = float(fabric.all_reduce(self.loss.clone(), reduce_op="sum"))
+        return total / self._at.interval_supervised if self._at.interval_supervised else math.nan
 
-    def tokens_per_second(self, now: float) -> float:
-        return self.tokens / (now - self._started)
+    @property
+    def tokens_per_second(self) -> float:
+        return self._at.interval_tokens / (self._at.seconds - self._at.logged_seconds)
+
+    def restart(self) -> None:
+        self.loss = torch.zeros_like(self.loss)
+        self._at.logged_seconds, self._at.interval_tokens, self._at.interval_supervised = self._at.seconds, 0, 0

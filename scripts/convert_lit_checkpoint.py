@@ -20,7 +20,8 @@ def main(settings: ConvertLit) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
 
     from litlora.adapters.merge import merge_chain
-    from litlora.checkpoint import check_finite, replacing_directory, resolve
+    from litlora.atomic import replacing_directory
+    from litlora.checkpoint import check_finite, resolve
     from litlora.convert.huggingface import write_folder
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)

@@ -20,7 +20,8 @@ def main(settings: ExportPEFT) -> None:
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
 
-    from litlora.checkpoint import replacing_directory, resolve
+    from litlora.atomic import replacing_directory
+    from litlora.checkpoint import resolve
     from litlora.convert.peft import to_peft, write_peft
     from litlora.lora import stored_config
     from litlora.tokenizer import find_sidecars

@@ -1,11 +1,14 @@
 """Fixtures: tiny real checkpoints, and the real data and tokenizer where they are at hand."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
+from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
+from litlora.optim import lr_at
 from litlora.prompts import STYLES
+from litlora.settings import FinetuneFull, FinetuneLoRA
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -107,6 +113,40 @@ def alpaca_file(tmp_path) -> Path:
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture
+def run(base, alpaca_file, monkeypatch):
+    """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on, 6 steps an epoch, 18 in all.
+
+    `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something when that step begins.
+    """
+    methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
+    sizes = ["--train.micro_batch_size", 2, "--train.global_batch_size", 6, "--data.val_fraction", 0.1]
+    sizes += ["--train.log_interval", 5, "--train.eval_interval", 4, "--train.save_interval", 0, "--accelerator", "cpu"]
+
+    def run(method, out, *words, stop_after=None, at=None):
+        spec = importlib.util.spec_from_file_location(f"command_{method}", REPO / f"finetune/{method}.py")
+        command = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(command)
+        inputs = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", out]
+        settings = parse(methods[method], [str(word) for word in (*inputs, *sizes, *words)])
+        if stop_after is not None:
+            at = (stop_after - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+        def lr(step, total, config):
+            if at is not None and step == at[0]:
+                at[1]()
+            return lr_at(step, total, config)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("litlora.train.lr_at", lr)
+            with pytest.raises(SystemExit) if stop_after is not None else nullcontext() as ended:
+                command.main(settings)
+        assert stop_after is None or ended.value.code == 143
+        return out
+
+    return run
 
 
 def command(*words: object, cwd: Path = REPO, input: str = "", timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:

@@ -33,11 +33,14 @@ def examples(count=14, seed=0):
     return made
 
 
-def train(model, data, tmp_path, *, val=(), save=lambda _: None, metrics=None, seed=1, **settings):
+def train(model, data, tmp_path, *, val=(), save=lambda *_: None, metrics=None, seed=1, resume=None, interrupts=None, **settings):
     config = TrainConfig(**{"epochs": 1, "learning_rate": 0.05, "warmup_steps": 0, "max_grad_norm": 0, "save_interval": 0, **settings})
     fabric = Fabric(accelerator="cpu", devices=1)
     objective = SupervisedLoss(model)
-    return fit(fabric, objective, list(data), list(val), config, seed=seed, run_dir=tmp_path, save=save, metrics=metrics)
+    return fit(
+        fabric, objective, list(data), list(val), config, seed=seed, run_dir=tmp_path, save=save, metrics=metrics,
+        resume=resume, interrupts=interrupts,
+    )  # fmt: skip
 
 
 def mean_loss(model, data):
@@ -110,7 +113,7 @@ def test_validation_weighs_every_token_the_same(micro_batch_size):
 
 
 def test_the_newest_early_checkpoints_are_kept(tmp_path):
-    def save(directory):
+    def save(directory, state):
         directory.mkdir()
 
     sizes = {"micro_batch_size": 1, "global_batch_size": 1}
@@ -122,7 +125,6 @@ def test_metrics_have_a_row_a_logged_step(tmp_path):
     metrics = Metrics(tmp_path / "metrics.csv")
     train(GPT(tiny_config()), examples(8), tmp_path, val=examples(3), metrics=metrics, micro_batch_size=1, global_batch_size=1,
           log_interval=3, eval_interval=5)  # fmt: skip
-    metrics.close()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows if row["loss"]] == [1, 3, 6, 8]
     assert [int(row["step"]) for row in rows if row["val_loss"]] == [5, 8]
@@ -153,22 +155,11 @@ def test_every_label_masked_is_an_error(tmp_path):
         train(GPT(tiny_config()), [Example(array("i", [5]), 0)] * 4, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
-    model = GPT(tiny_config())
-    add_lora(model, LoRAConfig(rank=2))
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(UserError, match="no longer finite.*--train.learning_rate"):
-        train(model, examples(), tmp_path, micro_batch_size=2, global_batch_size=2)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
-
-
 def test_spoilt_weights_are_found_by_the_validation_and_not_saved(tmp_path):
     saved = []
     with pytest.raises(UserError, match="the validation loss is (nan|inf) after step 1.*--train.learning_rate"):
-        train(GPT(tiny_config()), examples(4), tmp_path, val=examples(3), save=saved.append, micro_batch_size=4, global_batch_size=4,
-              learning_rate=1e30)  # fmt: skip
+        train(GPT(tiny_config()), examples(4), tmp_path, val=examples(3), save=lambda *done: saved.append(done),
+              micro_batch_size=4, global_batch_size=4, learning_rate=1e30)  # fmt: skip
     assert not saved
 
 
@@ -177,18 +168,3 @@ def test_a_trainable_weight_without_effect_is_an_error(tmp_path):
     model.idle = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"idle\.weight and 1 other trainable weights take no part"):
         train(model, examples(), tmp_path, micro_batch_size=2, global_batch_size=2)
-
-
-def test_an_interrupt_saves_what_there_is(tmp_path):
-    model, saved = GPT(tiny_config()), []
-    calls = iter(range(100))
-
-    def interrupt(*_):
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-
-    model.register_forward_pre_hook(interrupt)
-    model.model.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(model, examples(8), tmp_path, save=saved.append, micro_batch_size=1, global_batch_size=1)
-    assert saved == [tmp_path / "step-000003"]

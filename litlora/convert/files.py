@@ -4,11 +4,9 @@ Whatever is wrong with a file is named.
 """
 
 import json
-import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,26 +132,3 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with SafetensorsWriter(file, tensors) as writer:
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
             writer.add(name, tensor)
-
-
-@contextmanager
-def replacing_file(file: Path) -> Iterator[Path]:
-    """A path to write that takes the name `file` when the block ends well, its bytes on the disk, and vanishes when it does not."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        yield staging
-        sync(staging)
-        staging.replace(file)
-        sync(file.parent)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from litlora.atomic import replacing_file
 from litlora.convert import peft
-from litlora.convert.files import open_tensors, replacing_file, write_safetensors
+from litlora.convert.files import open_tensors, write_safetensors
 from litlora.errors import CheckpointError
 from litlora.lora import scale_of
 

@@ -107,6 +107,20 @@ class TorchFile:
         return self._zip.open(info, "w", force_zip64=large)
 
 
+def save(path: Path, content: Any) -> None:
+    """What torch.save does, for dicts, lists, tuples, tensors and plain values. A full disk is an OSError here, as for every file."""
+    with TorchFile(path) as file:
+
+        def written(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return file.add(value)
+            if isinstance(value, dict):
+                return {name: written(entry) for name, entry in value.items()}
+            return type(value)(map(written, value)) if isinstance(value, (list, tuple)) else value
+
+        file.finish(written(content))
+
+
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor in pieces of about BLOCK_BYTES, in order; views of it."""
     if tensor.is_contiguous():

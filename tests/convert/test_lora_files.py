@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from litlora.convert.files import SafetensorsWriter, replacing_file
+from litlora.atomic import replacing_file
+from litlora.convert.files import SafetensorsWriter
 from litlora.convert.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.errors import CheckpointError
 
