@@ -356,7 +356,8 @@ class ResizeLoRA(_AdapterToAdapter):
     """Give an adapter another rank: exactly if it grows or has no more to lose, else with the least possible error."""
 
     lora_path: str
-    """The adapter: a lit_model.pth, or the directory that holds it."""
+    """The adapter: a lit_model.pth, or the directory that holds it. Or a LoRA file of another tool (.safetensors, as kohya and ComfyUI
+    have them), which gives one of the same name and format in out_dir."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

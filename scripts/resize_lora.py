@@ -1,15 +1,22 @@
 """Give an adapter another rank: exactly where it can be done, else with the least possible error, which is reported.
 
 python scripts/resize_lora.py --lora_path $dir/final/lit_model.pth --rank 4 --out_dir $dir/small
+python scripts/resize_lora.py --lora_path some_style.safetensors --energy 0.99 --out_dir small
 """
+
+from pathlib import Path
 
 from litlora.cli import dump, run
 from litlora.errors import CheckpointError
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
-from litlora.settings import ResizeLoRA
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, WEIGHTS_FILES, checkpoint_dir, keep_inputs, output_dir
+from litlora.settings import ResizeLoRA, check
 
 
 def main(settings: ResizeLoRA) -> None:
+    file = Path(settings.lora_path)
+    if file.is_file() and file.suffix == ".safetensors" and file.name not in WEIGHTS_FILES:
+        _resize_file(file, settings)
+        return
     adapter_dir = checkpoint_dir(settings.lora_path)
     base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
@@ -42,6 +49,35 @@ def main(settings: ResizeLoRA) -> None:
     result = out_dir / WEIGHTS_FILE
     print(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
     print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+
+
+def _resize_file(file: Path, settings: ResizeLoRA) -> None:
+    """A LoRA file of another tool: names, format and dtype stay, and so does what it holds beside factors."""
+    check(settings.checkpoint_dir is None, f"{file}: needs no base; leave --checkpoint_dir out")
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(file.name,), inputs=[file])
+
+    import dataclasses
+    import functools
+
+    import torch
+
+    from litlora.adapters.resize import resize_all, table
+    from litlora.checkpoint import check_finite
+    from litlora.convert.lora_files import read_lora, write_lora
+
+    lora = read_lora(file)
+    factors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"}
+    check(bool(factors), f"{file}: holds no factors, so there is no rank to change")
+    check_finite(factors, file)
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()))
+    generator = torch.Generator().manual_seed(settings.seed)
+    resized, changes = resize_all(lora.updates, rank=settings.rank, max_error=settings.error_bound, generator=generator, dtype=dtype)
+    result = out_dir / file.name
+    write_lora(result, dataclasses.replace(lora, updates=resized), dtype)
+    if lora.diffs:
+        print(f"note: {', '.join(lora.diffs)}: kept as they are")
+    print(table(changes))
+    print(f"result: {result} ({result.stat().st_size:,} bytes)")
 
 
 if __name__ == "__main__":

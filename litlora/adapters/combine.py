@@ -38,7 +38,7 @@ from litlora.adapters.resize import (
 )
 from litlora.checkpoint import Chain, whole_tensors
 from litlora.convert.lora_files import Update
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, UserError
 from litlora.lora import stored_config
 from litlora.settings import CombineLoRA, LoRAConfig
 
@@ -85,7 +85,7 @@ def combine_all(
 
 def combine_layer(terms: list[tuple[float, Update]], settings: CombineLoRA, generator: Generator) -> tuple[Update, float, float]:
     """One layer's combination, the norm of the ΔW that was to be stored, and that of what the stored one lacks."""
-    exact = concatenate(terms)
+    exact = _finite(concatenate(terms))
     alone = len(terms) == 1
     if settings.density < 1 or (settings.mode in ELECTING and not alone):
         dense = combine_dense([weight * _delta(update) for weight, update in terms], settings, generator)
@@ -115,6 +115,13 @@ def concatenate(terms: list[tuple[float, Update]]) -> Update:
         columns.append(B if factor == 1 else (B.double() * factor).to(wide(B.dtype)))
     rows = torch.cat([matrices(update)[1] for _, update in terms])
     return with_matrices(dataclasses.replace(first, scale=scale), torch.cat(columns, dim=1), rows)
+
+
+def _finite(update: Update) -> Update:
+    """The update, if fp32 can hold it."""
+    if not norm(update) < torch.finfo(torch.float32).max:
+        raise UserError("--weights: the sum has numbers beyond fp32; name smaller ones")
+    return update
 
 
 def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Generator) -> Tensor:

@@ -45,13 +45,16 @@ def updates_of(adapter: Checkpoint) -> dict[str, Update]:
 
 
 def resize_all(
-    updates: dict[str, Update], *, rank: int | None, max_error: float | None, generator: Generator
+    updates: dict[str, Update], *, rank: int | None, max_error: float | None, generator: Generator, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Update], list[Change]]:
-    """Every update resized, and what became of it. See `resize`."""
-    resized = {name: resize(update, rank=rank, max_error=max_error, generator=generator) for name, update in updates.items()}
-    changes = [
-        Change(name, update.rank, resized[name].rank, norm(update), difference(update, resized[name])) for name, update in updates.items()
-    ]
+    """Every update resized, and what became of it. See `resize`. With a dtype, what changes is stored in that."""
+    resized, changes = {}, []
+    for name, update in updates.items():
+        new = resize(update, rank=rank, max_error=max_error, generator=generator)
+        if dtype is not None and new is not update:
+            new = dataclasses.replace(new, A=new.A.to(dtype), B=new.B.to(dtype))
+        resized[name] = new
+        changes.append(Change(name, update.rank, new.rank, norm(update), difference(update, new)))
     return resized, changes
 
 

@@ -182,6 +182,13 @@ def test_a_sketch_finds_what_the_whole_spectrum_has():
     assert torch.linalg.norm(matrix - B @ A) <= (1 + 1e-6) * values[30:].norm()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_beyond_fp32_are_refused(mode):
+    (_, one), (_, other) = random_terms(0)
+    with pytest.raises(UserError, match="beyond fp32"):
+        combine([(1e39, one), (1.0, other)], mode)
+
+
 # ---- beside PEFT
 
 

@@ -10,7 +10,7 @@ from conftest import command, fails, random_adapter, succeeds
 from litlora.adapters.merge import merge_chain
 from litlora.adapters.resize import difference, least_rank, norm, resize, settings_for, shrink, svd
 from litlora.checkpoint import open_checkpoint, resolve
-from litlora.convert.lora_files import Update
+from litlora.convert.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.lora import LoRAConfig, layer_rank, layer_scale
 
 
@@ -165,6 +165,35 @@ def test_the_command_writes_an_adapter_that_every_command_takes(base, tmp_path):
     assert all(float(line.split()[-1]) <= math.sqrt(0.1) for line in done.stdout.splitlines() if line.startswith("model."))
     succeeds("scripts/export_peft.py", "--lora_path", small, "--out_dir", tmp_path / "peft")
     assert command("chat/base.py", "--checkpoint_dir", small, "--prompt", "Hi", "--max_new_tokens", 2).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [True, False])
+def test_a_file_of_another_tool_stays_what_it_is(alpha, dtype, tmp_path):
+    """kohya's and ComfyUI's files: linear layers, a convolution, and a difference that no rank concerns."""
+    linear, other = random_update(0, scale=1.5 if alpha else 1.0), random_update(1, rank=4, scale=0.25 if alpha else 1.0)
+    kernel = Update(torch.randn(6, 8, 3, 3), torch.randn(10, 6, 1, 1) * 0.1, 0.5 if alpha else 1.0)
+    updates = {"lora_unet_a": linear, "lora_unet_b": other, "lora_unet_conv": kernel}
+    file = tmp_path / "style.safetensors"
+    write_lora(file, LoRAFile(file, updates, {"lora_unet_a.diff_b": torch.randn(40)}, alpha=alpha), dtype)
+    before = read_lora(file)
+    words = ["scripts/resize_lora.py", "--lora_path", file, "--rank", 4, "--out_dir"]
+    said = succeeds(*words, tmp_path / "small").stdout
+    assert "note: lora_unet_a.diff_b: kept as they are" in said
+    after = read_lora(tmp_path / "small/style.safetensors")
+    assert (after.alpha, after.parts, after.updates.keys()) == (before.alpha, before.parts, before.updates.keys())
+    assert torch.equal(after.diffs["lora_unet_a.diff_b"], before.diffs["lora_unet_a.diff_b"])
+    rows = {line.split()[0]: float(line.split()[3]) for line in said.splitlines() if line.startswith("lora_unet")}
+    for name, update in before.updates.items():
+        new = after.updates[name]
+        assert new.rank == 4 and new.A.dtype == new.B.dtype == dtype and math.isclose(new.scale, update.scale) and new.shape == update.shape
+        old, got = update.delta().flatten(1).double(), new.delta().flatten(1).double()
+        assert torch.allclose(got, nearest(old, 4), atol=1e-5 if dtype == torch.float32 else 0.03)
+        assert math.isclose(rows[name], (got - old).norm() / old.norm(), rel_tol=0.01, abs_tol=1e-6)
+    assert torch.equal(after.updates["lora_unet_b"].A, before.updates["lora_unet_b"].A), "its rank was 4"
+    assert "already holds" in fails(*words, tmp_path / "small")
+    assert "which is read" in fails(*words, tmp_path, "--overwrite")
+    assert "needs no base" in fails(*words, tmp_path / "new", "--checkpoint_dir", tmp_path)
 
 
 def test_a_mistake_leaves_nothing(base, tmp_path):
