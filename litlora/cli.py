@@ -85,7 +85,7 @@ def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
     if "--data" in argv or "--data=Alpaca" in argv:
         # A source that is asked for has its own defaults; jsonargparse would keep those of a default of the same class.
         parser.set_defaults(data=Alpaca())
-    flags = [field.name for field in dataclasses.fields(settings_class) if field.type is bool]
+    flags = _flags(settings_class)
     for action in parser._actions:
         if action.dest in flags:
             action.nargs, action.const = "?", True  # `--overwrite` alone means true
@@ -113,6 +113,17 @@ def _join_lists(settings_class: type, argv: list[str]) -> list[str]:
         else:
             rest.append(f"{option}=[{', '.join(json.dumps(word) if lists[option] == list[str] else word for word in words)}]")
     return rest
+
+
+def _flags(settings_class: type, prefix: str = "") -> list[str]:
+    """The names of all settings that are on or off, those of nested dataclasses too."""
+    names = []
+    for field in dataclasses.fields(settings_class):
+        if field.type is bool:
+            names.append(prefix + field.name)
+        elif dataclasses.is_dataclass(field.type):
+            names += _flags(field.type, f"{prefix}{field.name}.")
+    return names
 
 
 def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:

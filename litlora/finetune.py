@@ -19,7 +19,8 @@ from torch import Tensor
 from litlora.atomic import replacing_file, setting_aside, settle
 from litlora.checkpoint import Checkpoint, write_checkpoint
 from litlora.cli import dump
-from litlora.data.batches import padding_share, plan_epoch
+from litlora.compile import check_compiler, compile_blocks
+from litlora.data.batches import collate, padding_share, plan_epoch
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import Records
 from litlora.errors import UserError
@@ -27,12 +28,14 @@ from litlora.interrupts import Interrupts
 from litlora.load import Loaded, load, pick_device
 from litlora.log import Metrics, duration
 from litlora.loss import SupervisedLoss
+from litlora.memory import fit_to_memory, offloading
 from litlora.model import GPT
+from litlora.optim import check_optimizer
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, METRICS_FILE, RUN_NAMES, WEIGHTS_FILE, RunDirectory, keep_inputs
 from litlora.precision import Precision, Within, bf16_speedup, cast, decide, stored_dtype
 from litlora.prompts import choose_style
 from litlora.resume import State, changed_settings, facts, read_state, stored_settings
-from litlora.settings import Finetune
+from litlora.settings import Finetune, TrainConfig
 from litlora.train import Summary, fit
 
 
@@ -60,6 +63,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     fabric.launch()
     fabric.seed_everything(settings.seed, verbose=False)
     say = print if fabric.is_global_zero else lambda *_: None
+    _check_device(settings.train, fabric.device)
 
     base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
     loaded = load(Path(settings.checkpoint_dir), base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=fabric.device)
@@ -89,6 +93,13 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
         say(f"data: {found.notice}")
     say(f"prompt style: {style.name} ({reason})")
     train, val = _examples(settings, found, loaded, style, say)
+    contexts = [lambda: precision.computing(fabric.device)]
+    if settings.train.offload_activations:
+        contexts.append(lambda: offloading(model))
+    objective = Within(SupervisedLoss(model), *contexts)
+    config = fit_to_memory(fabric, objective, model, lambda size: _longest(train, size, settings, fabric.device), settings.train, say)
+    if config.compile:
+        compile_blocks(model)
     here = facts(fabric, base.fingerprint, train, val)
     # As resolved; what is said about a directory once is no part of the configuration that repeats the run.
     resolved = dataclasses.replace(
@@ -96,6 +107,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
         data=found.source,
         prompt_style=style.name,
         precision=precision.name,
+        train=config,
         out_dir=str(run_dir),
         overwrite=False,
         resume=None,
@@ -134,10 +146,10 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
 
         summary = fit(
             fabric,
-            Within(SupervisedLoss(model), lambda: precision.computing(fabric.device)),
+            objective,
             train,
             val,
-            settings.train,
+            config,
             seed=settings.seed,
             run_dir=run_dir,
             save=save,
@@ -213,6 +225,28 @@ def _precision(asked: str, fabric: Fabric, model: GPT, *, trains_base: bool) -> 
     if fabric.is_global_zero:
         decision = decide(asked, stored_dtype(model), lambda: bf16_speedup(fabric.device), trains_base=trains_base)
     return fabric.broadcast(decision)
+
+
+def _check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise UserError, before anything is loaded, for what this device or this installation cannot do."""
+    check_optimizer(config.optimizer, device)
+    if config.offload_activations and device.type != "cuda":
+        raise UserError(f"--train.offload_activations has no use on {device.type}: activations are in the machine's memory already")
+    if config.compile:
+        check_compiler(device)
+
+
+def _longest(train: list[Example], size: int, settings: Finetune, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The costliest micro-batch of `size` examples, which the run begins with."""
+    first = plan_epoch(
+        [len(example.ids) for example in train],
+        micro_batch_size=size,
+        global_batch_size=settings.train.global_batch_size,
+        seed=settings.seed,
+        longest_first=True,
+    )[0][0]
+    batch = collate([train[index] for index in first], mask_prompt=settings.train.mask_prompt)
+    return batch.input_ids.to(device), batch.labels.to(device)
 
 
 def _examples(

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from litlora.errors import MissingExtraError, UserError
 from litlora.settings import TrainConfig
 
 
@@ -30,4 +32,37 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    kind, more = optimizer_class(config.optimizer)
+    return kind([g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), **more)
+
+
+def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class behind --train.optimizer, and what to call it with. Raises MissingExtraError where bitsandbytes is not installed."""
+    if name == "adamw":
+        return torch.optim.AdamW, {"fused": True}
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise MissingExtraError(
+            f"--train.optimizer {name} needs bitsandbytes; install it with: pip install 'litlora[bitsandbytes]'"
+        ) from None
+    return {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}[name], {}
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raise UserError, before any work is done, if this optimizer cannot make a step on this device."""
+    kind, more = optimizer_class(name)
+    if name.startswith("paged") and device.type != "cuda":
+        raise UserError(f"--train.optimizer {name}: pages between a GPU's memory and the machine's, so it needs CUDA, not {device.type}")
+    weight = nn.Parameter(torch.zeros(64, 64, device=device))  # of the size from which 8 bits are used
+    weight.grad = torch.zeros_like(weight)
+    try:
+        kind([weight], **more).step()
+    except Exception as error:  # whatever a library raises for a device that it was not built for
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--train.optimizer {name} does not work on {device.type} here: {reason[0]}; take adamw") from None
+
+
+def state_bytes(trainable: Iterable[nn.Parameter], config: TrainConfig) -> int:
+    """Memory of the optimizer's two moments: in the weights' own dtype, or a byte each; paged ones counted as if none were paged out."""
+    return sum(2 * (p.numel() if config.optimizer.endswith("8bit") else p.nbytes) for p in trainable)

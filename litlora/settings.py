@@ -107,6 +107,8 @@ class TrainConfig:
     """Examples an optimizer step learns from, over all devices."""
     micro_batch_size: int = 4
     """Examples a device computes at a time."""
+    auto_batch: bool = False
+    """Find the largest micro_batch_size that fits into memory, by a dry run of the longest batch; what is learned stays the same."""
     max_seq_length: int = 2048
     """Longest example in tokens; a longer one loses the end of its answer, never its end-of-text. At most the model's context."""
     mask_prompt: bool = True
@@ -119,12 +121,22 @@ class TrainConfig:
     """The cosine ends at this share of the peak."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of matrices; vectors are never decayed."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW; with its moments in 8 bits (Dettmers et al. 2021), or in memory that moves from the GPU to the machine when needed. All but
+    adamw need the extra bitsandbytes."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's mean."""
     beta2: float = 0.95
     """AdamW's decay of the gradient's square."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    checkpoint_activations: Literal["auto", "none", "full", "selective"] = "auto"
+    """What the backward computes again instead of keeping it: full: every block; selective: every block's feed-forward half. auto: none,
+    but full where memory would not hold the longest batch."""
+    offload_activations: bool = False
+    """Keep activations in the machine's memory instead of the GPU's until the backward needs them."""
+    compile: bool = False
+    """Compile the blocks (torch.compile); takes a minute at the start."""
     log_interval: int = 10
     """Steps between two logged lines and rows of metrics.csv."""
     eval_interval: int = 0
@@ -146,8 +158,12 @@ class TrainConfig:
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"--train.{name} {value}: must be 0 or more, and finite")
         check(
-            self.global_batch_size % self.micro_batch_size == 0,
+            self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,
             f"--train.global_batch_size {self.global_batch_size}: must be a multiple of --train.micro_batch_size {self.micro_batch_size}",
+        )
+        check(
+            not (self.compile and self.offload_activations),
+            "--train.compile and --train.offload_activations: what is compiled keeps its activations where they are; take one of the two",
         )
         check(self.max_steps is None or self.max_steps >= 1, f"--train.max_steps {self.max_steps}: must be at least 1")
         check(
@@ -219,9 +235,10 @@ class Finetune:
         check(not (self.resume and self.overwrite), "--resume goes on with what --overwrite would remove; leave one of the two out")
         check(bool(self.resume) or not self.resume_force, "--resume_force has no use without --resume")
         check(
-            self.train.global_batch_size % (self.train.micro_batch_size * self.devices) == 0,
-            f"--train.global_batch_size {self.train.global_batch_size}: must be a multiple of --train.micro_batch_size "
-            f"{self.train.micro_batch_size} times --devices {self.devices}",
+            self.train.global_batch_size % (self.devices * (1 if self.train.auto_batch else self.train.micro_batch_size)) == 0,
+            f"--train.global_batch_size {self.train.global_batch_size}: must be a multiple of "
+            + ("" if self.train.auto_batch else f"--train.micro_batch_size {self.train.micro_batch_size} times ")
+            + f"--devices {self.devices}",
         )
 
 

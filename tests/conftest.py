@@ -24,7 +24,7 @@ from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
 from litlora.optim import lr_at
 from litlora.prompts import STYLES
-from litlora.settings import FinetuneFull, FinetuneLoRA
+from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -147,6 +147,19 @@ def run(base, alpaca_file, monkeypatch):
         return out
 
     return run
+
+
+def tune(method: str, base: Path, data: Path, out: Path, *, train=None, **settings) -> None:
+    """A short run of finetune/{method}.py in this process."""
+    spec = importlib.util.spec_from_file_location(f"finetune_{method}", REPO / f"finetune/{method}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train = TrainConfig(**{"max_steps": 6, "max_seq_length": 64, "save_interval": 0, "learning_rate": 3e-3, **(train or {})})
+    kind = {"lora": FinetuneLoRA, "full": FinetuneFull}[method]
+    source = JSON(path=str(data), val_fraction=0.2)
+    module.main(
+        kind(checkpoint_dir=str(base), data=source, out_dir=str(out), prompt_style="plain", accelerator="cpu", train=train, **settings)
+    )
 
 
 def command(*words: object, cwd: Path = REPO, input: str = "", timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:

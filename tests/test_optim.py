@@ -1,13 +1,17 @@
 """The schedule and the optimizer's groups."""
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
+from conftest import tune
 from torch import nn
 
-from litlora.errors import UserError
-from litlora.optim import lr_at, make_optimizer
+from litlora.checkpoint import open_checkpoint
+from litlora.errors import MissingExtraError, UserError
+from litlora.optim import check_optimizer, lr_at, make_optimizer, state_bytes
 from litlora.settings import TrainConfig
 
 
@@ -58,3 +62,41 @@ def test_only_what_requires_a_gradient_is_optimised_and_vectors_are_not_decayed(
         (0.0, [id(model[1].bias)]),
     ]
     assert isinstance(make_optimizer(model[1:].parameters(), TrainConfig()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_a_missing_extra_is_named_before_any_work(name, base, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=rf"--train.optimizer {name} needs bitsandbytes; .*litlora\[bitsandbytes\]"):
+        tune("lora", base, alpaca_file, tmp_path / "out", train={"optimizer": name})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_moments_in_8_bits_learn_nearly_the_same(base, alpaca_file, tmp_path, capsys):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    with pytest.raises(UserError, match="--train.optimizer paged_adamw: .*needs CUDA, not cpu"):
+        check_optimizer("paged_adamw", torch.device("cpu"))
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = make_optimizer([weight], TrainConfig(optimizer="adamw_8bit"))
+    weight.grad = torch.randn(64, 64)
+    optimizer.step()
+    moments = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.numel() == 64 * 64]
+    assert sum(value.nbytes for value in moments) == state_bytes([weight], TrainConfig(optimizer="adamw_8bit")) == 2 * 64 * 64
+    losses = {}
+    for name in ("adamw", "adamw_8bit"):
+        tune("full", base, alpaca_file, tmp_path / name, train={"optimizer": name})
+        losses[name] = float(capsys.readouterr().out.split("validation loss ")[-1].split()[0])
+        assert open_checkpoint(tmp_path / name / "final").tensors
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.02)
+
+
+def test_an_optimizer_that_a_device_cannot_run_is_one_line(monkeypatch):
+    class Broken(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no kernel\nfor this device")
+
+    monkeypatch.setattr("litlora.optim.optimizer_class", lambda name: (Broken, {}))
+    with pytest.raises(UserError, match="^--train.optimizer adamw_8bit does not work on cpu here: no kernel; take adamw$"):
+        check_optimizer("adamw_8bit", torch.device("cpu"))

@@ -1,12 +1,11 @@
 """What a run computes in: decided by rule and measurement, exact where it says so, and never a change of the stored base."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, fails, tiny_config
+from conftest import fails, tiny_config, tune
 
 from litlora.checkpoint import open_checkpoint
 from litlora.data.batches import collate
@@ -18,20 +17,7 @@ from litlora.loss import SupervisedLoss
 from litlora.model import GPT
 from litlora.precision import Within, bf16_speedup, cast, decide, stored_dtype
 from litlora.prompts import choose_style
-from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
-
-
-def tune(method: str, base: Path, data: Path, out: Path, *, train=None, **settings) -> None:
-    """A short run of finetune/{method}.py in this process."""
-    spec = importlib.util.spec_from_file_location(f"finetune_{method}", REPO / f"finetune/{method}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    train = TrainConfig(**{"max_steps": 6, "max_seq_length": 64, "save_interval": 0, "learning_rate": 3e-3, **(train or {})})
-    kind = {"lora": FinetuneLoRA, "full": FinetuneFull}[method]
-    source = JSON(path=str(data), val_fraction=0.2)
-    module.main(
-        kind(checkpoint_dir=str(base), data=source, out_dir=str(out), prompt_style="plain", accelerator="cpu", train=train, **settings)
-    )
+from litlora.settings import JSON
 
 
 def validation_loss(directory: Path, data: Path, dtype: torch.dtype) -> float:

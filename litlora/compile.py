@@ -1,0 +1,23 @@
+"""--train.compile: torch.compile of the blocks, which all share what is compiled for the first of their kind."""
+
+import torch
+
+from litlora.errors import UserError
+from litlora.model import GPT
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile cannot compile for this device: for the CPU it needs a C++ compiler, for a GPU Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3, device=device))
+    except Exception as error:  # of many kinds, as the parts of the compiler that can be missing
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        need = "a C++ compiler (g++, or the one named by CXX)" if device.type == "cpu" else "Triton and a C compiler"
+        raise UserError(f"--train.compile: torch.compile does not work here ({reason}); it needs {need}") from None
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile every block in place, for any number of tokens. Names stay: nothing is wrapped."""
+    for block in model.model.layers:
+        block.compile(dynamic=True)

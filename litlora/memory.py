@@ -1,0 +1,301 @@
+"""What a run needs of memory: how much there is, how large a micro-batch fits, which activations are kept for the backward.
+
+Peaks are measured, not guessed: on a GPU by its allocator, on the CPU by the process's resident set (Linux).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from litlora.config import ModelConfig
+from litlora.errors import UserError
+from litlora.loss import CHUNK, IGNORE
+from litlora.model import GPT
+from litlora.optim import state_bytes
+from litlora.settings import TrainConfig
+
+BatchOf = Callable[[int], tuple[Tensor, ...]]
+"""From a micro-batch size to the longest batch of that size: the objective's inputs, on the run's device."""
+
+USABLE = 0.8
+"""Share of the free memory that a run may plan with: what else happens on the machine, and fragments, take the rest."""
+
+
+# ---- how much there is
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors on this device can take, those of the allocator's cache included; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_ram() if device.type == "cpu" else None
+
+
+def free_ram(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can still take: the machine's, or less where a control group sets a limit; None without /proc.
+
+    `root` is where proc and sys lie. What a group's files fill of the page cache counts as free: the kernel gives it back.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():
+        return None
+    free = [_field(meminfo, "MemAvailable:") * 1024]
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        number, controllers, group = line.split(":", 2)
+        if number == "0":  # version 2
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        place = mount / group.strip("/")
+        for directory in (place, *place.parents):  # a limit holds for all below it; in a container the mount is the group itself
+            limit, used = directory / names[0], directory / names[1]
+            if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+                free.append(int(limit.read_text()) - int(used.read_text()) + _field(directory / "memory.stat", names[2]))
+            if directory == mount:
+                break
+    return max(0, min(free))
+
+
+def _field(file: Path, name: str) -> int:
+    """The number behind a name in a file of lines `name number ...`."""
+    return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
+
+
+# ---- which activations are kept
+
+
+def checkpoint_activations(model: GPT, how: str) -> None:
+    """Compute parts of the forward again in the backward instead of keeping what they need: full: every block, from its input;
+    selective: the feed-forward half of every block, which holds the widest activations for a share of the arithmetic; none.
+
+    Random numbers (dropout) are the same the second time.
+    """
+    for block in model.model.layers:
+        for module, wanted in ((block, how == "full"), (block.mlp, how == "selective")):
+            module.__dict__.pop("forward", None)
+            if wanted:
+                module.forward = _recomputed(module.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*inputs: object, **options: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **options)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    return run
+
+
+def offloading(module: nn.Module) -> AbstractContextManager:
+    """A context for the forward: what it keeps for the backward waits in pinned host memory. Weights stay where they are.
+
+    Copies run in the order of the device's stream, so that nothing waits for them on the host.
+    """
+    weights = _storages(module)
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor.device, tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    return saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0], non_blocking=True))
+
+
+def saved_bytes(objective: nn.Module, input_ids: Tensor, labels: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, beside the weights."""
+    weights, kept = _storages(objective), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(input_ids, labels)  # held until all is counted: an address freed could be taken twice
+    del loss
+    return sum(kept.values())
+
+
+def expected_peak(objective: nn.Module, config: ModelConfig, input_ids: Tensor, labels: Tensor) -> int:
+    """Bytes that forward and backward of a batch (B, T) will take, estimated from what short pieces of it keep.
+
+    What n tokens keep is a n + b n² + c (b is not 0 where attention keeps its scores); three lengths tell a, b and c. On top come
+    the logits of one chunk with their gradient, the gradients of what trains, and what the backward holds in passing: as much as
+    another layer, and a fifth of all.
+    """
+    B, T = input_ids.shape
+    n = max(1, min(16, T // 4))
+
+    def kept(length: int) -> int:
+        alone = torch.full_like(input_ids[:1, :length], IGNORE)
+        alone[:, -1] = input_ids[0, length - 1]  # the logits are counted apart, but a loss needs a token to learn
+        return saved_bytes(objective, input_ids[:1, :length], alone)
+
+    if T < 4:
+        return 0
+    with _same_random_numbers(input_ids.device):
+        one, two, four = kept(n), kept(2 * n), kept(4 * n)
+    b = max(0.0, (four - two - 2 * (two - one)) / (6 * n**2))
+    a = (two - one) / n - 3 * b * n
+    c = max(0.0, one - a * n - b * n**2)
+    logits = min(CHUNK, int((labels != IGNORE).sum())) * config.vocab_size * 12  # in fp32, their softmax and gradient
+    gradients = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+    return int((1.2 + 1 / config.num_hidden_layers) * B * (a * T + b * T**2) + c) + logits + gradients
+
+
+def _same_random_numbers(device: torch.device) -> AbstractContextManager:
+    """Inside it, random numbers are drawn; behind it, the same ones come again."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _storages(module: nn.Module) -> set[int]:
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+
+# ---- how large a micro-batch fits
+
+
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of these ascending sizes that fits, if what fits has no gaps: found by doubling, then bisecting."""
+    good, bad = -1, len(sizes)  # positions: the largest known to fit, the smallest known not to
+    while bad - good > 1 and bad == len(sizes):
+        most = 2 * sizes[good] if good >= 0 else sizes[0]
+        position = max(good + 1, max((i for i, size in enumerate(sizes) if size <= most), default=0))
+        good, bad = (position, bad) if fits(sizes[position]) else (good, position)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(sizes[middle]) else (good, middle)
+    return sizes[good] if good >= 0 else None
+
+
+class DryRun:
+    """Forward and backward for their peak of memory alone: no update, no gradient left, no random number used up."""
+
+    def __init__(self, objective: nn.Module, device: torch.device) -> None:
+        """Raises UserError on a device whose memory cannot be measured."""
+        if available_memory(device) is None:
+            raise UserError(f"--train.auto_batch: memory in use cannot be measured on {device.type} here; give --train.micro_batch_size")
+        self.objective, self._device = objective, device
+        self.must_know = device.type == "cpu"
+        """Whether a batch that does not fit must not be tried: on the CPU nobody says no before the process is ended."""
+        self._before = self._in_use()
+
+    def peak(self, batch: tuple[Tensor, ...]) -> int | None:
+        """Bytes at most in use for a batch, beyond those in use at the start; None if the device ran out of them."""
+        self._reset()
+        try:
+            with _same_random_numbers(self._device):
+                self.objective(*batch).backward()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        finally:
+            for parameter in self.objective.parameters():
+                parameter.grad = None
+        peak = max(0, self._peak() - self._before)
+        self._reset()
+        return peak if fits else None
+
+    def _in_use(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return _field(Path("/proc/self/status"), "VmRSS:") * 1024
+
+    def _peak(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _field(Path("/proc/self/status"), "VmHWM:") * 1024
+
+    def _reset(self) -> None:
+        """Begin a new peak, and give back what the last trial left in a cache."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def fit_to_memory(
+    fabric: Fabric, objective: nn.Module, model: GPT, batch_of: BatchOf, config: TrainConfig, say: Callable[[str], None]
+) -> TrainConfig:
+    """The settings with auto_batch and checkpoint_activations auto settled for this machine's memory, the latter put into force.
+
+    All ranks come to the same answer. Raises UserError if not even one example fits.
+    """
+    objective.train()  # as the run will be
+    how = "none" if config.checkpoint_activations == "auto" else config.checkpoint_activations
+    checkpoint_activations(model, how)
+    auto = config.checkpoint_activations == "auto" and not config.offload_activations  # what is offloaded is no longer in the way
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    # DistributedDataParallel keeps the gradients a second time, in its buckets.
+    reserve = state_bytes(trainable, config) + (sum(p.nbytes for p in trainable) if fabric.world_size > 1 else 0)
+    sharing = fabric.world_size if fabric.device.type == "cpu" else 1
+
+    def room() -> int:
+        return int(USABLE * available_memory(fabric.device) / sharing) - reserve
+
+    def agreed(number: int) -> int:
+        return int(fabric.all_gather(torch.tensor(number, device=fabric.device)).min())
+
+    def search() -> tuple[int, int, str]:
+        """The largest size that fits, 0 if none does; bytes there to use; and what the line about it says it takes."""
+        run, there, peaks = DryRun(objective, fabric.device), room(), {}
+        found = largest_fitting(sizes, lambda size: _fits(size, run, batch_of(size), there, peaks, model.config))
+        size = agreed(found or 0)
+        if size and size not in peaks:  # another rank has less room
+            peaks[size] = run.peak(batch_of(size))
+        return size, there, _gib(peaks.get(size, 0))
+
+    if not config.auto_batch:
+        if auto and available_memory(fabric.device) is not None:
+            expected, there = expected_peak(objective, model.config, *batch_of(config.micro_batch_size)), room()
+            if not agreed(int(expected <= there)):
+                how = "full"
+                checkpoint_activations(model, how)
+                say(f"activations: computed again in the backward (full): kept, they would take about {_gib(expected)} of {_gib(there)}")
+        return dataclasses.replace(config, checkpoint_activations=how)
+
+    per_device = config.global_batch_size // fabric.world_size
+    sizes = [size for size in range(1, per_device + 1) if per_device % size == 0]
+    size, there, taken = search()
+    if not size and auto:
+        how = "full"
+        checkpoint_activations(model, how)
+        size, there, taken = search()
+    limit = f"{_gib(there)} ({USABLE:.0%} of the free memory, less {_gib(reserve)} for the optimizer)"
+    if not size:
+        raise UserError(
+            f"--train.auto_batch: not even one example of {batch_of(1)[0].size(1):,} tokens fits into {limit}; lower --train.max_seq_length"
+            + ("" if how == "full" else ", or try --train.checkpoint_activations full")
+        )
+    recomputed = ", activations computed again in the backward" if how == "full" else ""
+    say(f"micro-batch: {size} examples, found by a dry run: the longest batch takes {taken} of {limit}{recomputed}")
+    return dataclasses.replace(config, auto_batch=False, micro_batch_size=size, checkpoint_activations=how)
+
+
+def _fits(size: int, run: DryRun, batch: tuple[Tensor, ...], room: int, peaks: dict[int, int], config: ModelConfig) -> bool:
+    """Whether the batch's peak is within the room; what was measured goes into `peaks`."""
+    if run.must_know:
+        smaller = max((known for known in peaks if known < size), default=None)
+        expected = peaks[smaller] * size / smaller if smaller else expected_peak(run.objective, config, *batch)
+        if expected > room:
+            return False
+    peak = run.peak(batch)
+    if peak is not None:
+        peaks[size] = peak
+    return peak is not None and peak <= room
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,49 @@
+"""--train.compile: the same gradients under the same names, or one line."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config, tune
+
+from litlora.compile import compile_blocks
+from litlora.errors import UserError
+from litlora.lora import LoRAConfig, add_lora
+from litlora.loss import SupervisedLoss
+from litlora.model import GPT
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+
+
+def gradients(objective, *batches):
+    objective.zero_grad()
+    for ids in batches:
+        objective(ids, ids).backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def test_a_compiled_model_learns_the_same_under_the_same_names():
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler here")
+    model = GPT(tiny_config(num_hidden_layers=1)).double()
+    add_lora(model, LoRAConfig(rank=2, targets="qv"), torch.float64)
+    objective, batches = SupervisedLoss(model).train(), [torch.randint(0, 400, shape) for shape in ((2, 9), (3, 14))]
+    names, expected = [name for name, _ in model.named_parameters()], gradients(objective, *batches)
+    compile_blocks(model)
+    got = gradients(objective, *batches)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "it must have compiled"
+    assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == names
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
+
+
+def test_without_a_compiler_it_is_one_line(base, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match="--train.compile: torch.compile does not work here .* C\\+\\+ compiler") as raised:
+        tune("lora", base, alpaca_file, tmp_path / "out", train={"compile": True})
+    assert "\n" not in str(raised.value)
