@@ -246,7 +246,7 @@ def fit_to_memory(
         return int(USABLE * available_memory(fabric.device) / sharing) - reserve
 
     def agreed(number: int) -> int:
-        return int(fabric.all_gather(torch.tensor(number, device=fabric.device)).min())
+        return int(fabric.all_reduce(torch.tensor(number, device=fabric.device), reduce_op="min"))
 
     def search() -> tuple[int, int, str]:
         """The largest size that fits, 0 if none does; bytes there to use; and what the line about it says it takes."""
