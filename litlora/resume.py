@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset(
     + ("data.class_path", "data.init_args.path", "data.init_args.source", "data.init_args.download_dir", "data.init_args.url")  # its hash
     + ("accelerator", "out_dir", "overwrite", "resume", "resume_force")  # the kind of device is compared as it was chosen
     + ("train.log_interval", "train.eval_interval", "train.save_interval", "train.keep_checkpoints")
-    + ("train.max_time", "train.max_bad_steps")
+    + ("train.max_time", "train.max_bad_steps", "train.checkpoint_activations", "train.offload_activations")
 )
 """Settings that are no part of what is learned, by their place in hyperparameters.yaml. Every other one must stay as it was."""
 
