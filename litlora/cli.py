@@ -60,7 +60,7 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
         if option == "--config" and Path(file := value or "".join(argv[number + 1 : number + 2])).is_file():
             read_yaml(Path(file))  # a run's hyperparameters.yaml may be somebody else's
     parser = _make_parser(settings_class, argv)
-    argv = _join_lists(settings_class, argv)
+    argv = _name_positional(settings_class, _join_lists(settings_class, argv))
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except UserError:
@@ -90,6 +90,18 @@ def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
         if action.dest in flags:
             action.nargs, action.const = "?", True  # `--overwrite` alone means true
     return parser
+
+
+def _name_positional(settings_class: type, argv: list[str]) -> list[str]:
+    """`X --flag` as `--path=X --flag`, for a command whose settings say that `path` is what may stand alone."""
+    name = getattr(settings_class, "positional", None)
+    flags = {f"--{field.name}" for field in dataclasses.fields(settings_class) if field.type is bool}
+    named = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        # Behind a flag stands its value only if it says so: `--json X` names X.
+        is_value = before.startswith("--") and "=" not in before and (before not in flags or word.lower() in ("true", "false"))
+        named.append(f"--{name}={word}" if name and not word.startswith("-") and not is_value else word)
+    return named
 
 
 def _join_lists(settings_class: type, argv: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ The docstring under a field is its `--help` text. A command takes one of the dat
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from litlora.errors import UserError
 
@@ -423,6 +423,19 @@ class CombineLoRA(_AdapterToAdapter):
     def each_weight(self) -> list[float]:
         """A weight for each adapter."""
         return self.weights or [1.0] * len(self.lora_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCheckpoint:
+    """Say what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's updates are."""
+
+    positional: ClassVar[str] = "checkpoint_dir"
+    checkpoint_dir: str
+    """Any checkpoint directory, or a LoRA file of another tool; the option's name may be left out."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it no longer lies where the adapter says."""
+    json: bool = False
+    """Print everything as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,298 @@
+"""What a checkpoint is: kind, model, numbers, base and, of an adapter, how large each update is. What is missing is said, never fatal."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
+from litlora.config import ModelConfig
+from litlora.convert import litgpt, peft
+from litlora.convert.families import HF_CONFIG_FILE, load_config, write_config
+from litlora.convert.files import open_tensors, open_torch
+from litlora.convert.lora_files import LoRAFile, Update, read_lora
+from litlora.errors import BaseMismatchError, CheckpointError
+from litlora.lora import layer_rank, layer_scale, stored_config
+from litlora.paths import WEIGHTS_FILES, checkpoint_dir
+from litlora.prompts import STYLE_FILE
+from litlora.tokenizer import find_sidecars
+
+Description = dict[str, Any]
+"""Plain values, as `--json` prints them; "problems" lists, in words, what is missing or wrong."""
+
+
+def describe(path: Path, *, base_dir: Path | None = None) -> Description:
+    """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for what is no checkpoint."""
+    if path.is_file() and path.name not in WEIGHTS_FILES:
+        return _lora_file(path, read_lora(path, allow_unknown=True), [])
+    directory = checkpoint_dir(path)
+    try:
+        found = open_checkpoint(directory, base_dir=base_dir)
+    except CheckpointError as error:
+        if adapter := _without_base(directory, str(error)):
+            return adapter
+        raise
+    chain, problems = _resolve(directory, base_dir, found)
+    config = chain.config if chain else found.config
+    files = {file.name for file in find_sidecars(chain.sources if chain else [directory])}
+    described = {
+        "path": str(directory),
+        "kind": found.meta["kind"],
+        "format": _format(directory),
+        "file": found.file.name,
+        "bytes": _size(found),
+        **_numbers(found.tensors),
+        "fingerprint": found.fingerprint,
+        "family": _family(chain.base.directory if chain else directory, config),
+        "model": config.to_dict() if config else None,
+        "prompt_style": (directory / STYLE_FILE).is_file(),
+        "tokenizer": bool(files & {"tokenizer.json", "tokenizer.model"}),
+    }
+    if merged := found.meta.get("merged"):
+        described["merged_from"] = {"chain": merged["chain"], "unchanged_since": merged["result"] == found.fingerprint}
+    if found.is_adapter:
+        described["lora"] = found.meta["lora"]
+        described["base"] = _base(found, chain)
+        described["chain"] = [str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])]
+        layers, misfit = _layers(found, chain)
+        described["layers"], described["total"] = layers, _total(layers)
+        problems += misfit
+    return described | {"notices": chain.notices if chain else [], "problems": problems}
+
+
+def _resolve(directory: Path, base_dir: Path | None, found: Checkpoint) -> tuple[Chain | None, list[str]]:
+    """The chain, if all its links can be opened, and what is wrong with it."""
+    if not found.is_adapter and base_dir is None:
+        return Chain(found, [], found.config), []
+    try:
+        return resolve(directory, base_dir=base_dir), []
+    except BaseMismatchError as error:
+        return resolve(directory, base_dir=base_dir, allow_base_mismatch=True), [str(error)]
+    except CheckpointError as error:
+        return None, [str(error)]
+
+
+def _base(adapter: Checkpoint, chain: Chain | None) -> Description:
+    """Where the base is, and whether it is the one: None if it is not there, or if the adapter's format does not tell."""
+    wanted = adapter.meta["base"]["fingerprint"]
+    if chain is None:
+        return {"path": adapter.meta["base"]["absolute_path"], "found": False, "wanted": wanted, "fingerprint": None, "matches": None}
+    base = open_checkpoint(chain.directories[-2]) if len(chain.adapters) > 1 else chain.base
+    matches = None if wanted is None else base.answers_to(wanted)
+    return {"path": str(base.directory), "found": True, "wanted": wanted, "fingerprint": base.fingerprint, "matches": matches}
+
+
+def _layers(adapter: Checkpoint, chain: Chain | None) -> tuple[list[Description], list[str]]:
+    """Each updated tensor and how large its update is beside it; and why that cannot be told, if it cannot."""
+    weights: Plan = {}
+    problems = []
+    if chain is not None:
+        try:
+            inner, config = plan_merge(Chain(chain.base, chain.adapters[:-1], chain.config))
+            weights = inner if HEAD in inner else inner | {HEAD: inner[EMBEDDING]}  # a tied head
+            add_adapters(inner, config, [(adapter, 1.0)])
+        except CheckpointError as error:
+            problems.append(str(error))
+    lora = stored_config(adapter.meta["lora"])
+    layers = []
+    for module in adapter_modules(adapter.tensors):
+        A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
+        scale, W = layer_scale(lora, module), _fitting(weights.get(f"{module}.weight"), (B.size(0), A.size(1)))
+        layers.append(_layer(module, (B.size(0), A.size(1)), update_norm(A, B, scale), W, layer_rank(lora, module), scale))
+    for name, tensor in whole_tensors(adapter.tensors).items():
+        W = _fitting(weights.get(name), tuple(tensor.shape))
+        size = None if W is None else _norm(tensor[rows] - W.exact(rows) for rows in W.row_slices())
+        layers.append(_layer(name, tuple(tensor.shape), size, W))
+    return layers, problems
+
+
+def _fitting(W: MergedTensor | None, shape: tuple[int, ...]) -> MergedTensor | None:
+    return W if W is not None and W.shape == shape else None
+
+
+def _norm(blocks: Iterable[Tensor]) -> float:
+    return math.hypot(*(torch.linalg.vector_norm(block, dtype=torch.float64).item() for block in blocks))
+
+
+def _layer(
+    name: str, shape: tuple[int, ...], size: float | None, W: MergedTensor | None, rank: int | None = None, scale: float | None = None
+) -> Description:
+    """`rank` is None for a tensor that the adapter holds whole."""
+    weight = None if W is None else _norm(W.exact(rows) for rows in W.row_slices())
+    share = size / weight if size is not None and weight else None
+    return {"name": name, "shape": list(shape), "rank": rank, "scale": scale, "delta_norm": size, "weight_norm": weight, "relative": share}
+
+
+def _total(layers: list[Description]) -> Description:
+    """Norms over all layers together."""
+    known = [layer for layer in layers if layer["relative"] is not None]
+    deltas = [layer["delta_norm"] for layer in layers]
+    delta = None if None in deltas else sum(size**2 for size in deltas) ** 0.5
+    weight = sum(layer["weight_norm"] ** 2 for layer in known) ** 0.5
+    share = sum(layer["delta_norm"] ** 2 for layer in known) ** 0.5 / weight if weight and len(known) == len(layers) else None
+    return {"delta_norm": delta, "weight_norm": weight or None, "relative": share}
+
+
+def update_norm(A: Tensor, B: Tensor, scale: float) -> float:
+    """|scale · B A|, Frobenius, from two r x r matrices: |B A|² = tr(AᵀBᵀBA) = Σ (BᵀB) ∘ (A Aᵀ)."""
+    A, B = A.flatten(1), B.flatten(1)
+    inner = _gram(B.t()) * _gram(A)
+    return abs(scale) * max(inner.sum().item(), 0.0) ** 0.5
+
+
+def _gram(rows: Tensor) -> Tensor:
+    rows = rows.double()
+    return rows @ rows.t()
+
+
+# ---- what cannot be opened as it should
+
+
+def _without_base(directory: Path, why: str) -> Description | None:
+    """An adapter of another format whose base is not there or does not fit, as far as its own files tell; else None."""
+    problem = [f"only what its own files tell is shown: {why}"]
+    if peft.adapter_file(directory) is not None:
+        return _lora_file(directory, read_lora(directory, allow_unknown=True), problem)
+    file = litgpt.adapter_file(directory)
+    if file is None:
+        return None
+    content = open_torch(file)
+    content = content.get("model", content) if isinstance(content, dict) else {}
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    name, _ = litgpt.base_of(directory)
+    facts = {"path": str(directory), "kind": "adapter", "format": "litgpt", "file": file.name, "bytes": file.stat().st_size}
+    return {**facts, **_numbers(tensors), "base": _unknown_base(name), "problems": problem, "notices": []}
+
+
+def _lora_file(path: Path, lora: LoRAFile, problems: list[str]) -> Description:
+    """A LoRA whose base is not known: the names are the file's own."""
+    layers = [_of_update(name, update) for name, update in lora.updates.items()]
+    others = {**lora.diffs, **lora.whole}
+    ranks = sorted({update.rank for update in lora.updates.values()})
+    name = (lora.config or {}).get("base_model_name_or_path")
+    unknown = [f"keys that mean nothing to us: {', '.join(lora.unknown)}"] if lora.unknown else []
+    return {
+        "path": str(path),
+        "kind": "adapter",
+        "format": "PEFT"
+        if lora.config is not None
+        else "LoRA file (lora_A, lora_B)"
+        if "lora_A" in lora.parts
+        else "LoRA file (lora_down, lora_up)",
+        "file": lora.path.name,
+        "bytes": lora.path.stat().st_size,
+        **_numbers(open_tensors(lora.path)),
+        "lora": {"ranks": ranks, "alpha": lora.alpha or lora.config is not None, "differences": len(others)},
+        "base": _unknown_base(name),
+        "layers": layers,
+        "total": _total(layers),
+        "notices": [],
+        "problems": problems + unknown,
+    }
+
+
+def _of_update(name: str, update: Update) -> Description:
+    return _layer(name, update.shape, update_norm(update.A, update.B, update.scale), None, update.rank, update.scale)
+
+
+def _unknown_base(name: str | None) -> Description:
+    return {"path": name or None, "found": False, "wanted": None, "fingerprint": None, "matches": None}
+
+
+# ---- facts
+
+
+def _format(directory: Path) -> str:
+    if peft.adapter_file(directory) is not None:
+        return "PEFT"
+    if litgpt.adapter_file(directory) is not None:
+        return "litgpt"
+    if not (directory / "lit_model.pth").is_file():
+        return "Hugging Face"
+    return "litgpt" if litgpt.is_litgpt(directory) else "litlora"
+
+
+def _size(found: Checkpoint) -> int:
+    """Bytes of the weights on the disk."""
+    if found.file.is_file() and found.file.suffix != ".json":
+        return found.file.stat().st_size
+    return sum(tensor.nbytes for tensor in found.tensors.values())  # of many shards
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> Description:
+    dtypes = Counter()
+    for tensor in tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return {"tensors": len(tensors), "numbers": sum(dtypes.values()), "dtypes": dict(dtypes)}
+
+
+def _family(directory: Path, config: ModelConfig | None) -> str | None:
+    """The Hugging Face family: the folder's own, else the plainest that can express the architecture; None if none can."""
+    if config is None:
+        return None
+    try:
+        return load_config(directory)[0] if (directory / HF_CONFIG_FILE).is_file() else write_config(config)["model_type"]
+    except CheckpointError:
+        return None
+
+
+# ---- as a table
+
+
+def table(d: Description) -> str:
+    """A description for a person."""
+    lines = [f"{d['path']}: {d['kind']}, {d['format']}"]
+    lines += [f"PROBLEM  {problem}" for problem in d["problems"]]
+    lines += [f"note     {notice}" for notice in d["notices"]]
+    dtypes = ", ".join(d["dtypes"])
+    lines.append(f"weights  {d['file']}: {d['bytes']:,} bytes, {d['tensors']:,} tensors, {d['numbers']:,} numbers in {dtypes}")
+    if d.get("fingerprint"):
+        lines.append(f"         fingerprint {d['fingerprint']}")
+    if model := d.get("model"):
+        family = d["family"] or "no family of Hugging Face's"
+        lines.append(
+            f"model    {family}: {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, vocabulary {model['vocab_size']:,}, "
+            f"context {model['max_position_embeddings']:,}"
+        )
+    if merged := d.get("merged_from"):
+        lines.append(f"merged   from the chain {merged['chain']}" + ("" if merged["unchanged_since"] else ", and changed since then"))
+    if lora := d.get("lora"):
+        lines.append("lora     " + ", ".join(f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False)))
+    if base := d.get("base"):
+        lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
+    if len(d.get("chain", [])) > 2:
+        lines.append(f"chain    {' -> '.join(d['chain'])}")
+    if layers := d.get("layers"):
+        rows = [("layer", "shape", "rank", "scale", "|dW|", "|dW| / |W|")]
+        rows += [_row(layer["name"], layer) for layer in layers]
+        rows.append(_row("all", {"shape": [], "rank": None, "scale": None, **d["total"]}))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines.append("")
+        lines += [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows
+        ]
+    return "\n".join(lines)
+
+
+def _verdict(base: Description) -> str:
+    if not base["found"]:
+        return "NOT FOUND" + (f" (fingerprint {base['wanted']})" if base["wanted"] else "")
+    if base["matches"] is None:
+        return "found; this format does not tell whether it is the one"
+    return "matches" if base["matches"] else f"DOES NOT MATCH (fingerprint {base['fingerprint']}, trained on {base['wanted']})"
+
+
+def _row(name: str, layer: Description) -> tuple[str, ...]:
+    share = layer["relative"]
+    numbers = [f"{value:.4g}" if value is not None else "" for value in (layer["scale"], layer["delta_norm"])]
+    rank = "" if not layer["shape"] else str(layer["rank"] or "whole")
+    return (name, " x ".join(map(str, layer["shape"])), rank, *numbers, "" if share is None else f"{share:.3%}")
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,31 @@
+"""Say what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's updates are.
+
+python scripts/inspect_checkpoint.py $dir/final
+python scripts/inspect_checkpoint.py $dir/final --json
+
+Takes every checkpoint that the other commands take, and LoRA files of other tools. A base that is missing or is not the one is
+reported as a problem, with exit status 0: the checkpoint was inspected. What is no checkpoint is an error.
+"""
+
+import json
+from pathlib import Path
+
+from litlora.cli import run
+from litlora.paths import WEIGHTS_FILES, checkpoint_dir
+from litlora.settings import InspectCheckpoint
+
+
+def main(settings: InspectCheckpoint) -> None:
+    path = Path(settings.checkpoint_dir)
+    if not path.is_file() or path.name in WEIGHTS_FILES:
+        path = checkpoint_dir(path)
+    base_dir = checkpoint_dir(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
+
+    from litlora.adapters.describe import describe, table
+
+    found = describe(path, base_dir=base_dir)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if settings.json else table(found))
+
+
+if __name__ == "__main__":
+    run(main, InspectCheckpoint)

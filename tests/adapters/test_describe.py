@@ -1,0 +1,144 @@
+"""What a checkpoint is, of every kind; a base that is missing or wrong is said, and never the end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import QUICKSTART, fails, succeeds, tiny_config
+from safetensors.torch import save_file
+from test_checkpoint import write_adapter
+from test_foreign import LITGPT, write_peft
+from test_merge import merge
+
+from litlora.adapters.describe import describe, table, update_norm
+from litlora.adapters.merge import merge_chain
+from litlora.checkpoint import open_checkpoint, resolve
+from litlora.errors import CheckpointError
+
+
+def test_the_norm_of_an_update_needs_no_update():
+    for shape in ((7, 5, 3), (40, 50, 8), (3, 3, 3)):
+        B, A = torch.randn(shape[0], shape[2]), torch.randn(shape[2], shape[1])
+        assert update_norm(A, B, -1.5) == pytest.approx((1.5 * B.double() @ A.double()).norm().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_layer_beside_the_weights_it_was_trained_on(tmp_path, make_checkpoint, tied):
+    """In a chain, those are the inner adapters' sum."""
+    base = make_checkpoint("base", tie_word_embeddings=tied, dtype=torch.bfloat16)
+    first = write_adapter(tmp_path / "first", base, targets=["q_proj"] if tied else ["q_proj", "lm_head"])
+    second = write_adapter(tmp_path / "second", first, seed=2, targets=["q_proj", "lm_head"], modules_to_save=["model.norm"])
+    found = describe(second)
+    assert found["problems"] == [] and found["base"] == {
+        "path": str(first),
+        "found": True,
+        "matches": True,
+        "wanted": open_checkpoint(first).fingerprint,
+        "fingerprint": open_checkpoint(first).fingerprint,
+    }
+    assert found["chain"] == [str(base), str(first), str(second)]
+    W, merged = merge_chain(resolve(first))[0], merge_chain(resolve(second))[0]
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert len(layers) == 4
+    tensors = open_checkpoint(second).tensors
+    for name, layer in layers.items():
+        before = W.get(f"{name}.weight", W["model.embed_tokens.weight"]) if name != "model.norm.weight" else W[name]
+        if name == "model.norm.weight":
+            delta = tensors[name].double() - before.double()
+        else:
+            delta = 8 * tensors[f"{name}.lora_B"].double() @ tensors[f"{name}.lora_A"].double()
+        assert layer["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+        assert layer["weight_norm"] == pytest.approx(before.double().norm().item(), rel=1e-2)
+        assert layer["relative"] == pytest.approx(layer["delta_norm"] / layer["weight_norm"])
+        assert layer["shape"] == list(before.shape) and layer["rank"] == (None if name == "model.norm.weight" else 2)
+    everything = sum(layer["delta_norm"] ** 2 for layer in layers.values()) ** 0.5
+    assert found["total"]["delta_norm"] == pytest.approx(everything)
+    assert merged.keys() >= W.keys()
+
+
+def test_a_full_checkpoint(base, tmp_path):
+    found = describe(base / "lit_model.pth")
+    opened = open_checkpoint(base)
+    assert (found["kind"], found["format"], found["family"]) == ("full", "litlora", "llama")
+    assert found["fingerprint"] == opened.fingerprint and found["dtypes"] == {"float32": sum(t.numel() for t in opened.tensors.values())}
+    assert found["model"] == tiny_config().to_dict() and found["tokenizer"]
+    adapter = write_adapter(tmp_path / "adapter", base)
+    merge(tmp_path / "merged", adapter)
+    assert describe(tmp_path / "merged")["merged_from"] == {"chain": open_checkpoint(adapter).fingerprint, "unchanged_since": True}
+
+
+def test_a_missing_base_is_said(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter", base)
+    shutil.move(base, tmp_path / "moved")
+    found = describe(adapter)
+    assert not found["base"]["found"] and found["base"]["matches"] is None
+    assert "is no checkpoint directory; name the base" in found["problems"][0]
+    assert all(layer["delta_norm"] > 0 and layer["relative"] is None for layer in found["layers"])
+    assert "NOT FOUND" in table(found) and "PROBLEM" in table(found)
+    assert describe(adapter, base_dir=tmp_path / "moved")["base"]["matches"]
+
+
+def test_a_base_that_is_not_the_one_is_said(tmp_path, base, make_checkpoint):
+    adapter = write_adapter(tmp_path / "adapter", base)
+    make_checkpoint("base", seed=7)
+    found = describe(adapter)
+    assert found["base"]["found"] and found["base"]["matches"] is False
+    assert "not the base that" in found["problems"][0] and "DOES NOT MATCH" in table(found)
+    make_checkpoint("base", intermediate_size=96)
+    found = describe(adapter)
+    assert any("updates model.layers.0.mlp.gate_proj as 64 x 32; the base has (96, 32)" in problem for problem in found["problems"])
+    told = {layer["name"]: layer["relative"] is not None for layer in found["layers"]}
+    assert told["model.layers.0.self_attn.q_proj"] and not told["model.layers.0.mlp.gate_proj"]
+
+
+def test_a_peft_adapter_with_and_without_its_base(tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    adapter = write_peft(tmp_path / "peft", base)
+    found = describe(adapter)
+    assert (found["kind"], found["format"], found["base"]["matches"]) == ("adapter", "PEFT", None)
+    assert "by shape alone" in found["notices"][0] and found["total"]["relative"] > 0
+    shutil.move(base, tmp_path / "moved")
+    alone = describe(adapter)
+    assert "only what its own files tell" in alone["problems"][0] and not alone["base"]["found"]
+    assert alone["total"]["delta_norm"] == pytest.approx(found["total"]["delta_norm"], rel=1e-6)
+    assert describe(adapter, base_dir=tmp_path / "moved")["total"] == found["total"]
+
+
+def test_litgpt_with_and_without_its_base(tmp_path):
+    shutil.copytree(LITGPT / "llama", tmp_path / "llama")
+    shutil.copytree(LITGPT / "llama_lora", tmp_path / "final")
+    full, adapter = describe(tmp_path / "llama"), describe(tmp_path / "final/lit_model.pth.lora", base_dir=tmp_path / "llama")
+    assert (full["kind"], full["format"]) == ("full", "litgpt")
+    assert (adapter["kind"], adapter["format"], adapter["problems"]) == ("adapter", "litgpt", [])
+    assert adapter["total"]["relative"] > 0
+    shutil.rmtree(tmp_path / "llama")
+    alone = describe(tmp_path / "final")
+    assert alone["kind"] == "adapter" and "only what its own files tell" in alone["problems"][0] and table(alone)
+
+
+def test_a_lora_file_of_another_tool(tmp_path):
+    A, B = torch.randn(4, 6), torch.randn(5, 4)
+    tensors = {"lora_unet_x.lora_down.weight": A, "lora_unet_x.lora_up.weight": B, "lora_unet_x.alpha": torch.tensor(2.0), "odd": A + 1}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = describe(tmp_path / "x.safetensors")
+    [layer] = found["layers"]
+    assert layer["delta_norm"] == pytest.approx((B @ A / 2).norm().item(), rel=1e-5)
+    assert found["problems"] == ["keys that mean nothing to us: odd"]
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, base):
+    said = succeeds("scripts/inspect_checkpoint.py", QUICKSTART).stdout
+    assert said.startswith(f"{QUICKSTART}: full, litlora\n") and open_checkpoint(QUICKSTART).fingerprint in said
+    adapter = write_adapter(tmp_path / "adapter", base)
+    shutil.rmtree(base)
+    assert json.loads(succeeds("scripts/inspect_checkpoint.py", "--json", adapter).stdout) == describe(adapter)
+
+
+def test_what_is_no_checkpoint_is_an_error(tmp_path, base):
+    assert "no such directory" in fails("scripts/inspect_checkpoint.py", tmp_path / "nowhere")
+    (tmp_path / "note.safetensors").write_text("hello")
+    (base / "lit_model.pth").write_text("hello")
+    for path in (tmp_path / "note.safetensors", base):
+        with pytest.raises(CheckpointError, match="broken"):
+            describe(path)
