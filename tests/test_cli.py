@@ -8,7 +8,19 @@ from conftest import REPO, command, fails, succeeds
 
 from litlora.cli import _make_parser, dump, parse
 from litlora.errors import UserError
-from litlora.settings import JSON, Alpaca, Chat, CombineLoRA, FinetuneFull, FinetuneLoRA, LoRAConfig, MergeLoRA, ResizeLoRA, TrainConfig
+from litlora.settings import (
+    JSON,
+    Alpaca,
+    Chat,
+    CombineLoRA,
+    FinetuneFull,
+    FinetuneLoRA,
+    InspectCheckpoint,
+    LoRAConfig,
+    MergeLoRA,
+    ResizeLoRA,
+    TrainConfig,
+)
 
 COMMANDS = sorted(
     str(path.relative_to(REPO)) for folder in ("finetune", "chat", "scripts") for path in (REPO / folder).glob("*.py")
@@ -122,7 +134,7 @@ def test_settings_come_back_from_their_yaml(tmp_path, settings):
 
 
 def test_every_setting_has_a_help_text():
-    for settings in (FinetuneLoRA, FinetuneFull, Chat, MergeLoRA, CombineLoRA, ResizeLoRA):
+    for settings in (FinetuneLoRA, FinetuneFull, Chat, MergeLoRA, InspectCheckpoint, CombineLoRA, ResizeLoRA):
         assert all(len(action.help or "") > 10 for action in _make_parser(settings, [])._actions), settings
     for source in ("Alpaca", "JSON"):
         shown = succeeds("finetune/lora.py", "--data.help", source).stdout

@@ -13,7 +13,7 @@ from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoi
 from litlora.config import ModelConfig
 from litlora.convert.torch_file import LazyTensor, row_blocks, rows_at_a_time
 from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.lora import OUTPUT_HEAD, layer_scale, merged_weight, stored_config
+from litlora.lora import OUTPUT_HEAD, layer_scale, stored_config
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -75,7 +75,7 @@ class MergedTensor(LazyTensor):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
         for rows in self.row_slices():
             block = rounded(self.exact(rows), self.dtype, generator)
-            if not torch.isfinite(block).all():
+            if not all(torch.isfinite(bound) for bound in block.aminmax()):
                 raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
             yield block
 
@@ -93,12 +93,12 @@ class MergedTensor(LazyTensor):
     def exact(self, rows: slice) -> Tensor:
         """These rows before the last rounding, in fp32 or better."""
         before = self.before(rows)
-        W = total = before.to(torch.promote_types(before.dtype, torch.float32))
+        total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for update in self.links[-1] if self.links else ():
             if isinstance(update, LowRank):
-                total = merged_weight(total, update.A, update.B[rows], update.factor)
+                total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=update.factor)
             else:
-                total = total + update.factor * (update.tensor[rows].to(W.dtype) - W)
+                total += update.factor * (update.tensor[rows].to(total.dtype) - before.to(total.dtype))
         return total
 
     def tensor(self) -> Tensor:

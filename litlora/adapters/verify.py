@@ -71,8 +71,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def bytes_needed(plan: Plan) -> int:
-    """Memory for the base and the merged model side by side."""
-    return sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
+    """Memory for the base and the merged model side by side, and for the largest layer in fp32."""
+    largest = max(tensor.shape.numel() for tensor in plan.values()) * torch.float32.itemsize
+    return largest + sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
 
 
 def bytes_available() -> int:
@@ -141,7 +142,8 @@ def live_model(plan: Plan, config: ModelConfig) -> GPT:
         module = name.rpartition(".")[0]
         if tensor.links and module in linears and all(isinstance(update, LowRank) for update in tensor.links[-1]):
             updates[module] = tensor.links[-1]
-            tensors[name] = _filled(tensor, tensor.before)
+            # What a single link adds to is the base's own tensor, still memory-mapped.
+            tensors[name] = tensor.start if len(tensor.links) == 1 and tensor.start.dtype == tensor.own else _filled(tensor, tensor.before)
         else:
             tensors[name] = _filled(tensor, tensor.exact) if tensor.links else tensor.start
     model = GPT.from_tensors(config, tensors)
@@ -207,14 +209,19 @@ def _check_weights(plan: Plan, written: dict[str, Tensor], file: Path) -> tuple[
                 exact, before, block = tensor.exact(rows), tensor.before(rows), found[rows]
                 error = block.to(exact.dtype) - exact
                 fits = fits and bool((error.abs() <= _rounding_error(exact, tensor)).all())
-                lost += error.double().square().sum().item()
-                update += (exact - before).double().square().sum().item() if tensor.links else 0.0
+                lost += _square(error)
+                update += _square(exact - before) if tensor.links else 0.0
             if update:
                 shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
                 losses, updates = losses + lost, updates + update
         if not fits:
             raise CheckpointError(f"{file}: not kept: {name} is not the sum that was to be written; try again, or check the disk")
     return (losses / updates) ** 0.5 if updates else 0.0, max(shares.items(), key=lambda item: item[1], default=None)
+
+
+def _square(block: Tensor) -> float:
+    """The sum of squares of one block."""
+    return torch.dot(block.flatten(), block.flatten()).item()
 
 
 def _rounding_error(exact: Tensor, tensor: MergedTensor) -> Tensor:

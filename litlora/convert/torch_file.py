@@ -11,12 +11,16 @@ import struct
 import sys
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +28,12 @@ FOLDER = "archive"
 ALIGNMENT = 64
 LARGE = 1 << 30
 """Records above this size get zip's 64-bit fields, which those above 2 GiB need."""
-BLOCK_BYTES = 16 << 20
-"""About how much is read, computed or written at a time."""
+BLOCK_BYTES = 4 << 20
+"""About how much is read, computed or written at a time: what the caches hold."""
+WRITE_BYTES = 256 << 10
+"""How much is summed up (for the checksum) and handed to the system at a time, while it is in the cache."""
+WAITING = 4
+"""Blocks that may wait to be written."""
 
 
 class LazyTensor(ABC):
@@ -74,10 +82,11 @@ class TorchFile:
         self._count += 1
         with self._record(f"data/{key}", tensor.shape.numel() * tensor.dtype.itemsize) as record:
             offset = self._file.tell()
-            for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
-                assert block.dtype == tensor.dtype
-                count += block.numel()
-                record.write(block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            with _Background() as background, _one_thread():
+                for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
+                    assert block.dtype == tensor.dtype
+                    count += block.numel()
+                    background.run(_write, record, block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         assert count == tensor.shape.numel()
         return Written(key, torch.Size(tensor.shape), tensor.dtype, offset)
 
@@ -119,6 +128,44 @@ def save(path: Path, content: Any) -> None:
             return type(value)(map(written, value)) if isinstance(value, (list, tuple)) else value
 
         file.finish(written(content))
+
+
+def _write(record: Any, data: np.ndarray) -> None:
+    for start in range(0, data.size, WRITE_BYTES):
+        record.write(data[start : start + WRITE_BYTES])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to be worth sharing among cores, and one core is busy with writing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Background:
+    """Runs calls one after the other in a thread of its own, a few at most waiting: one block is written while the next is computed."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
+
+    def __enter__(self) -> "_Background":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        while self._waiting and kind is None:
+            self._waiting.popleft().result()
+
+    def run(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Raises what an earlier call raised."""
+        if len(self._waiting) == WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(call, *arguments))
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:

@@ -45,7 +45,8 @@ def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypat
 
 def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
     """The update subtracted instead of added: each number is what the sum says, yet it is not the live model."""
-    monkeypatch.setattr("litlora.adapters.merge.merged_weight", lambda W, A, B, scale: W - scale * (B.to(W.dtype) @ A.to(W.dtype)))
+    exact = MergedTensor.exact
+    monkeypatch.setattr(MergedTensor, "exact", lambda self, rows: 2 * self.before(rows).to(exact(self, rows).dtype) - exact(self, rows))
     with pytest.raises(CheckpointError, match="not kept: the merged model is not the live one: their logits differ by"):
         merge(tmp_path / "out", adapter)
     assert remains(tmp_path) == ["adapter", "base"]
@@ -105,7 +106,8 @@ def test_a_model_beyond_the_memory_is_not_verified_and_that_is_said(tmp_path, ad
     assert "not verified: it takes 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().out
     plan, _ = plan_merge(resolve(adapter))
     size = (tmp_path / "base/lit_model.pth").stat().st_size
-    assert bytes_needed(plan) == pytest.approx(2 * size, rel=0.1)
+    largest = 400 * 32 * 4  # the output head, in fp32
+    assert bytes_needed(plan) == pytest.approx(2 * size + largest, rel=0.1)
     assert bytes_needed(converted(plan, torch.float32)) >= bytes_needed(plan)
 
 
