@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
-from litlora.convert.torch_file import LazyTensor, row_blocks, rows_at_a_time
+from litlora.convert.torch_file import LazyTensor, one_thread, row_blocks, rows_at_a_time
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.lora import OUTPUT_HEAD, layer_scale, stored_config
 
@@ -106,8 +106,9 @@ class MergedTensor(LazyTensor):
         if self.is_stored:
             return self.start
         whole = torch.empty(self.shape, dtype=self.dtype)
-        for rows, block in zip(self.row_slices(), self.blocks(), strict=True):
-            whole[rows] = block
+        with one_thread():  # as it is written: the same bits in memory and on the disk
+            for rows, block in zip(self.row_slices(), self.blocks(), strict=True):
+                whole[rows] = block
         return whole
 
 

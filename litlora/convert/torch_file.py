@@ -82,7 +82,7 @@ class TorchFile:
         self._count += 1
         with self._record(f"data/{key}", tensor.shape.numel() * tensor.dtype.itemsize) as record:
             offset = self._file.tell()
-            with _Background() as background, _one_thread():
+            with _Background() as background, one_thread():
                 for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
                     assert block.dtype == tensor.dtype
                     count += block.numel()
@@ -136,8 +136,8 @@ def _write(record: Any, data: np.ndarray) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small to be worth sharing among cores, and one core is busy with writing."""
+def one_thread() -> Iterator[None]:
+    """Blocks are too small to be worth sharing among cores, and the last bit of a product depends on how many share it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
