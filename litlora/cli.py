@@ -60,7 +60,8 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
         if option == "--config" and Path(file := value or "".join(argv[number + 1 : number + 2])).is_file():
             read_yaml(Path(file))  # a run's hyperparameters.yaml may be somebody else's
     parser = _make_parser(settings_class, argv)
-    argv = _name_positional(settings_class, _join_lists(settings_class, argv))
+    words = [_spelled(settings_class, word) for word in argv]
+    argv = _name_positional(settings_class, _join_lists(settings_class, words))
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except UserError:
@@ -102,6 +103,19 @@ def _name_positional(settings_class: type, argv: list[str]) -> list[str]:
         is_value = before.startswith("--") and "=" not in before and (before not in flags or word.lower() in ("true", "false"))
         named.append(f"--{name}={word}" if name and not word.startswith("-") and not is_value else word)
     return named
+
+
+def _spelled(settings_class: type, word: str) -> str:
+    """`--source-model` as `--source_model`; and, of the settings that a class says are SHORTENED, any beginning that is of one only."""
+    option, equals, value = word.partition("=")
+    name = option[2:].replace("-", "_")
+    names = {field.name for field in dataclasses.fields(settings_class)}
+    if not option.startswith("--") or not name:
+        return word
+    if name not in names:
+        meant = [known for known in getattr(settings_class, "SHORTENED", ()) if known.startswith(name)]
+        name = meant[0] if len(meant) == 1 else name
+    return f"--{name}{equals}{value}" if name in names else word
 
 
 def _join_lists(settings_class: type, argv: list[str]) -> list[str]:

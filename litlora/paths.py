@@ -51,7 +51,7 @@ def checkpoint_dir(path: str | Path) -> Path:
     raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
 
 
-def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path]) -> Path:
+def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path], option: str = "--out_dir") -> Path:
     """The path, if results may be written there. Raises UserError, and changes nothing, if
 
     - it holds something and `overwrite` is off, or something that matches none of `names` (which we would not have written),
@@ -59,20 +59,24 @@ def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: li
     - it is a file or cannot be written.
     """
     directory = Path(path)
-    keep_inputs(directory, inputs)
+    keep_inputs(directory, inputs, option)
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"--out_dir {directory}: is a file; name a directory")
+        raise UserError(f"{option} {directory}: is a file; name a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
     if there and not overwrite:
-        raise UserError(f"--out_dir {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite")
+        raise UserError(f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite")
     if foreign := [name for name in there if not any(Path(name).match(pattern) for pattern in names)]:
-        raise UserError(f"--out_dir {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
-    above = next(parent for parent in (directory.absolute(), *directory.absolute().parents) if parent.exists())
+        raise UserError(f"{option} {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
+    _check_writable(option, directory, directory.absolute())
+    return directory
+
+
+def _check_writable(option: str, path: Path, directory: Path) -> None:
+    above = next(parent for parent in (directory, *directory.parents) if parent.exists())
     try:
         check_writable(above)
     except OSError as error:
-        raise UserError(f"--out_dir {directory}: cannot be written: {above}: {error.strerror}") from None
-    return directory
+        raise UserError(f"{option} {path}: cannot be written: {above}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,26 @@ def step_of(step_dir: Path) -> int:
     return int(step_dir.name.removeprefix("step-"))
 
 
-def keep_inputs(out_dir: Path, inputs: list[Path]) -> None:
+def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path]) -> Path:
+    """The path, with the first of `suffixes` put behind it unless it has one of them, if a file may be written there.
+
+    A file that is there will be replaced. Raises UserError, and changes nothing, if it is one of `inputs` or lies in one, or
+    cannot be written.
+    """
+    file = Path(path if path.endswith(suffixes) else path + suffixes[0])
+    for source in inputs:
+        if file.resolve() == source.resolve():
+            raise UserError(f"--output {file}: is {source}, which is read; name another file")
+        if source.is_dir() and file.resolve().parent == source.resolve():
+            raise UserError(f"--output {file}: lies in {source}, of which it would become a part; name another directory")
+    if file.is_dir():
+        raise UserError(f"--output {file}: is a directory; name a file")
+    _check_writable("--output", file, file.absolute().parent)
+    return file
+
+
+def keep_inputs(out_dir: Path, inputs: list[Path], option: str = "--out_dir") -> None:
     """Raise UserError if `out_dir` is or holds a directory that is read: replacing it would destroy that."""
     for source in inputs:
         if source.resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(f"--out_dir {out_dir}: holds {source}, which is read; name another directory")
+            raise UserError(f"{option} {out_dir}: holds {source}, which is read; name another directory")

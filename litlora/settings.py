@@ -190,6 +190,19 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def num_bytes(size: str) -> int:
+    """A size such as 500MB as a number."""
+    unit = SIZE_UNITS.get(size[-2:].upper())
+    return int(size[:-2]) * unit if unit else int(size)
+
+
+def check_size(name: str, size: str) -> None:
+    """Raise UserError unless it is a size such as 500MB."""
+    number, unit = size[:-2], size[-2:].upper()
+    ok = size.isascii() and (size.isdecimal() or (number.isdecimal() and unit in SIZE_UNITS))
+    check(ok and num_bytes(size) >= 1, f"--{name} {size}: must be a size such as 500MB or 5GB")
+
+
 # ---- one dataclass a command
 
 
@@ -489,15 +502,135 @@ class ConvertLit:
     """Use a base whose weights are not those that the adapter was trained on."""
 
     def __post_init__(self) -> None:
-        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2:].upper()
-        ok = self.max_shard_size.isascii() and (self.max_shard_size.isdecimal() or (number.isdecimal() and unit in SIZE_UNITS))
-        check(ok and self.max_shard_bytes >= 1, f"--max_shard_size {self.max_shard_size}: must be a size such as 500MB or 5GB")
+        check_size("max_shard_size", self.max_shard_size)
 
     @property
     def max_shard_bytes(self) -> int:
         """The size as a number."""
-        unit = SIZE_UNITS.get(self.max_shard_size[-2:].upper())
-        return int(self.max_shard_size[:-2]) * unit if unit else int(self.max_shard_size)
+        return num_bytes(self.max_shard_size)
+
+
+FileType = Literal["safetensors", "pytorch"]
+OutputDtype = Literal["float32", "fp32", "float16", "fp16", "bfloat16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAExtractor:
+    """Extract a LoRA from the difference of two models: what, added to the source, gives the target."""
+
+    SHORTENED: ClassVar = (
+        *("source_model", "source_type", "target_model", "target_type"),
+        *("output", "output_format", "rank", "output_dtype", "diff_only"),
+    )
+
+    source_model: str
+    """The model before: a file, or a folder of them. For the formats peft and litlora also any checkpoint directory."""
+    source_type: FileType = "safetensors"
+    """Kind of its files; a checkpoint directory tells itself."""
+    target_model: str
+    """The model after, likewise."""
+    target_type: FileType = "safetensors"
+    """Kind of its files."""
+    output: str
+    """File to write, in place of one that is there; .safetensors or .pt is put behind it if it is missing. For the formats peft and
+    litlora a directory."""
+    output_format: FileType = "safetensors"
+    """Kind of file to write."""
+    rank: int | Literal["auto"] = 32
+    """Rank of every update, at most the smaller side of its weight; auto: what energy, sv_ratio or max_error asks for, layer by layer."""
+    output_dtype: OutputDtype = "bf16"
+    """Number format of the result."""
+    diff_only: bool = False
+    """Store every difference whole, without decomposing it."""
+    format: Literal["comfyui", "kohya", "peft", "litlora"] = "comfyui"
+    """Names in the result: comfyui (diffusion_model.LAYER.lora_up.weight, no alpha), kohya (lora_unet_LAYER.lora_up.weight, .alpha), peft
+    (a folder that PeftModel loads), litlora (an adapter directory, for chat, training and merging here)."""
+    svd: Literal["randomized", "exact"] = "randomized"
+    """randomized: many times as fast, its error proved to be at most 1% above the least possible; exact: a full decomposition."""
+    energy: float | None = None
+    """For --rank auto: share of the squared difference to keep, such as 0.95."""
+    sv_ratio: float | None = None
+    """For --rank auto: keep the singular values of at least the layer's largest divided by this, such as 20."""
+    max_error: float | None = None
+    """For --rank auto: largest error of a layer relative to its difference, such as 0.1."""
+    min_size: int | None = None
+    """Weights of fewer numbers are stored as whole differences; default: 1,000,000 for comfyui and kohya, 0 for peft and litlora."""
+    seed: int = 1337
+    """Of the randomised decomposition."""
+    allow_mismatch: bool = False
+    """Leave out tensors that cannot be subtracted (in one model only, of different shapes, integers); they are listed either way."""
+    overwrite: bool = False
+    """For the formats peft and litlora: replace what the directory holds."""
+
+    def __post_init__(self) -> None:
+        criteria = {name: getattr(self, name) for name in ("energy", "sv_ratio", "max_error") if getattr(self, name) is not None}
+        check(self.rank == "auto" or self.rank >= 1, f"--rank {self.rank}: must be at least 1")
+        check(self.rank != "auto" or criteria, "--rank auto: needs --energy, --sv_ratio or --max_error to go by")
+        check(self.rank == "auto" or not criteria, f"--{next(iter(criteria), '')}: is for --rank auto, not for --rank {self.rank}")
+        for name, value in criteria.items():
+            inside = 1 < value < math.inf if name == "sv_ratio" else 0 < value < 1
+            check(inside, f"--{name} {value}: must be " + ("above 1, and finite" if name == "sv_ratio" else "above 0 and below 1"))
+        check(self.min_size is None or self.min_size >= 0, f"--min_size {self.min_size}: must be 0 or more")
+        if self.is_directory:
+            for name in ("diff_only", "output_format"):
+                odd = getattr(self, name) not in (False, "safetensors")
+                check(not odd, f"--{name}: is for the formats comfyui and kohya; leave it out for --format {self.format}")
+        check(self.is_directory or not self.overwrite, f"--overwrite: is for directories; with --format {self.format} a file is replaced")
+
+    @property
+    def lowest_size(self) -> int:
+        """min_size, resolved."""
+        return self.min_size if self.min_size is not None else 0 if self.is_directory else 1_000_000
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the result is a directory."""
+        return self.format in ("peft", "litlora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAMerger:
+    """Merge LoRA files into a model's files, whatever model it is: writes its files again with the updates added."""
+
+    SHORTENED: ClassVar = (
+        *("source_model", "source_type", "lora_model", "lora_type"),
+        *("output", "output_format", "alpha", "output_dtype"),
+    )
+
+    source_model: str
+    """The model: a file, or a folder of them."""
+    source_type: FileType = "safetensors"
+    """Kind of its files."""
+    lora_model: list[str]
+    """LoRA files (ComfyUI's or kohya's names, or lora_A and lora_B) or PEFT folders. Several are added up."""
+    lora_type: FileType = "safetensors"
+    """Kind of the LoRA files."""
+    output: str
+    """File to write, in place of one that is there; .safetensors or .pt is put behind it if it is missing."""
+    output_format: FileType = "safetensors"
+    """Kind of file to write."""
+    alpha: float = 1.0
+    """Strength: a factor of all LoRAs, beside the alpha that a file tells of its own."""
+    output_dtype: OutputDtype = "bf16"
+    """Number format of the result; integers stay what they are."""
+    weights: list[float] = field(default_factory=list)
+    """A factor for each LoRA, in their order; default: 1 each."""
+    max_shard_size: str | None = None
+    """Largest file, in bytes, MB or GB: more is divided into numbered files with an index; default: one file."""
+    allow_unmatched: bool = False
+    """Go on without updates that fit no tensor of the model; they are listed either way."""
+
+    def __post_init__(self) -> None:
+        check(len(self.lora_model) > 0, "--lora_model is empty: name a LoRA")
+        check(
+            len(self.weights) in (0, len(self.lora_model)),
+            f"--weights {' '.join(map(str, self.weights))}: {len(self.weights)} for {len(self.lora_model)} LoRA(s); give one for each",
+        )
+        for name, value in (("alpha", self.alpha), *(("weights", weight) for weight in self.weights)):
+            check(math.isfinite(value), f"--{name} {value}: must be a finite number")
+        if self.max_shard_size is not None:
+            check_size("max_shard_size", self.max_shard_size)
+            check(self.output_format == "safetensors", "--max_shard_size: is for --output_format safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

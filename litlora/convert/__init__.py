@@ -12,5 +12,6 @@
     huggingface.py  model folders: opened in place; written complete
     peft.py         PEFT adapter folders, read and written
     litgpt.py       litgpt's directories and adapters, read
+    model_files.py  models as files of tensors, whatever they are models of: opened, and written in shards
     lora_files.py   LoRA files of ComfyUI, kohya and PEFT for whatever model: read into plain updates and written back
 """

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from litlora.convert.families import HF_CONFIG_FILE
 from litlora.errors import CheckpointError
@@ -10,6 +11,10 @@ from litlora.untrusted import read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
+GENERIC_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth", ".bin", ".ckpt")}
+"""What files of tensors are called, whatever they are tensors of."""
+WRITTEN_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth")}
+"""The same, for those that we write."""
 
 
 def is_model_folder(directory: Path) -> bool:
@@ -27,7 +32,7 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
         raise CheckpointError(f"{directory}: has a {HF_CONFIG_FILE} but no weights (*.safetensors or pytorch_model*.bin); copy them too")
     file = directory / name
     if name.endswith(INDEX_SUFFIX):
-        return file, _indexed(file)
+        return file, indexed_shards(file)
     counted = re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", name)
     if counted is None:
         return file, {file: set()}
@@ -47,7 +52,8 @@ def _names(directory: Path) -> Iterator[str]:
         yield from (path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
 
 
-def _indexed(file: Path) -> dict[Path, set[str]]:
+def indexed_shards(file: Path) -> dict[Path, set[str]]:
+    """{shard: the names that an index says it holds}. Raises CheckpointError for a missing shard."""
     index = read_json(file)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -61,3 +67,23 @@ def _indexed(file: Path) -> dict[Path, set[str]]:
         if not shard.is_file():
             raise CheckpointError(f"{shard}: missing, though {file.name} lists it; copy the folder again")
     return shards
+
+
+def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str) -> list[Path]:
+    """The files of the model at `path`: itself, or all those of that kind in a folder. `option` names it in errors. Opens indexes only."""
+    flag = option.replace("-model", "-type")
+    if not path.exists():
+        raise CheckpointError(f"{option} {path}: no such file or directory")
+    suffixes = GENERIC_SUFFIXES[kind]
+    if not path.is_dir():
+        if path.suffix not in suffixes:
+            other = next((name for name, ends in GENERIC_SUFFIXES.items() if path.suffix in ends), None)
+            hint = f"; say {flag} {other}" if other else f"; {' or '.join(suffixes)} is"
+            raise CheckpointError(f"{option} {path}: is no {kind} file by its name{hint}")
+        return [path]
+    for index in sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")) if kind == "safetensors" else []:
+        indexed_shards(index)  # names a missing one
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes)
+    if not files:
+        raise CheckpointError(f"{option} {path}: is a directory without {kind} files ({', '.join(suffixes)})")
+    return files

@@ -23,14 +23,17 @@ from torch import Tensor
 
 from litlora.atomic import replacing_file
 from litlora.convert import peft
-from litlora.convert.files import open_tensors, write_safetensors
+from litlora.convert.files import write_safetensors
+from litlora.convert.model_files import open_model
 from litlora.errors import CheckpointError
 from litlora.lora import scale_of
 
 PARTS = ("lora_down", "lora_up")
 """What most tools call A and B."""
 PEFT_PARTS = ("lora_A", "lora_B")
-DIFFS = (".diff", ".diff_b", ".diff_m")
+DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
+"""What the difference of a tensor is called: of any other, its whole name and .diff."""
+DIFFS = tuple(DIFF_OF.values())
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
@@ -88,27 +91,28 @@ class LoRAFile:
 # ---- reading
 
 
-def read_lora(path: Path, *, allow_unknown: bool = False) -> LoRAFile:
+def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: bool = False) -> LoRAFile:
     """Read a LoRA file (`.safetensors`, or a torch file of tensors), or a PEFT folder or the weights' file in one.
 
-    Tensors are memory-mapped. Raises CheckpointError for a broken file, half a pair, factors that do not fit each other,
-    an alpha that is no scale, an empty file, DoRA, and, unless `allow_unknown`, for a key that means nothing to us.
+    Of another folder, `files` are what it is made of. Tensors are memory-mapped. Raises CheckpointError for a broken file, half
+    a pair, factors that do not fit each other, an alpha that is no scale, an empty file, DoRA, and, unless `allow_unknown`, for
+    a key that means nothing to us.
     """
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() or (path.name in peft.WEIGHTS_FILES and (folder / peft.CONFIG_FILE).is_file()):
-        file = peft.adapter_file(folder)
-        if file is None:
-            raise CheckpointError(f"{path}: is a directory without {peft.CONFIG_FILE}; a LoRA file or a PEFT folder is needed")
-        config = peft.read_config(folder)
+    if (folder / peft.CONFIG_FILE).is_file() and (path.is_dir() or path.name in peft.WEIGHTS_FILES):
+        file, config = peft.adapter_file(folder), peft.read_config(folder)
         peft.refuse_variants(folder / peft.CONFIG_FILE, config)
+        files = [file]
+    elif path.is_dir() and not files:
+        raise CheckpointError(f"{path}: is a directory without {peft.CONFIG_FILE}; a LoRA file or a PEFT folder is needed")
     else:
-        file, config = path, None
+        file, config, files = path, None, files or [path]
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     found = LoRAFile(file, {}, config=config)
     spelled: set[str] = set()
     embeddings: set[str] = set()
-    for key, tensor in open_tensors(file).items():
+    for key, tensor in open_model(file, files).items():
         if part := re.fullmatch(r"(.+)\.(lora_down|lora_up|lora_A|lora_B)\.weight|(.+)\.lora_embedding_([AB])", key):
             module, name = (part[1], part[2]) if part[1] else (part[3], f"lora_{part[4]}")
             pairs.setdefault(module, {})["A" if name in (PARTS[0], PEFT_PARTS[0]) else "B"] = tensor
@@ -156,6 +160,35 @@ def _update(found: LoRAFile, module: str, pair: dict[str, Tensor], alpha: float 
 
 
 # ---- writing
+
+
+def result_tensors(name: str, result: Update | Tensor, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The keys and tensors that comfyui or kohya have for the update, or the whole difference, of the tensor `name` of a model."""
+    layer, diff = _keys(name, format)
+    if isinstance(result, Update):
+        return update_tensors(layer, result, PARTS, alpha=format == "kohya", dtype=dtype)
+    return {diff: result.to(dtype)}
+
+
+def possible_keys(names: Iterable[str], format: str) -> list[str]:
+    """Every key that `result_tensors` may give for tensors of these names. Raises CheckpointError for two that would share one."""
+    owners: dict[str, str] = {}
+    for name in names:
+        layer, diff = _keys(name, format)
+        for key in (diff, *(f"{layer}.{end}" for end in (*(f"{part}.weight" for part in PARTS), "alpha"))):
+            if (owner := owners.setdefault(key, name)) != name:
+                raise CheckpointError(f"{owner} and {name}: have the same name in the format {format}; choose another --format")
+    return list(owners)
+
+
+def _keys(name: str, format: str) -> tuple[str, str]:
+    """What comfyui or kohya call the layer whose weight is the tensor `name` of a model, and what the difference of that tensor."""
+
+    def spelled(text: str) -> str:
+        return f"diffusion_model.{text}" if format == "comfyui" else "lora_unet_" + text.replace(".", "_")
+
+    end = next((end for end in DIFF_OF if name.endswith(end)), "")
+    return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + DIFF_OF.get(end, ".diff")
 
 
 def update_tensors(module: str, update: Update, parts: tuple[str, str], *, alpha: bool, dtype: torch.dtype) -> dict[str, Tensor]:

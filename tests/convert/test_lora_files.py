@@ -118,7 +118,7 @@ def test_an_alpha_beyond_the_dtype_loses_nothing(tmp_path):
         ({**pair("x"), "x.hada_w1_a": torch.ones(3, 3)}, "x.hada_w1_a means nothing to us"),
         ({**pair("x"), "y.alpha": torch.tensor(1.0)}, "y.alpha means nothing to us"),
         ({"other": torch.ones(3)}, "other means nothing"),
-        ({}, "holds no LoRA"),
+        ({}, "holds no tensors"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, tensors, says):

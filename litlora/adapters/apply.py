@@ -1,0 +1,127 @@
+"""LoRA files added to whatever model they are for: which tensor each update means, and the sum, a tensor at a time."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litlora.convert.lora_files import DIFF_OF, LoRAFile, Update
+from litlora.errors import CheckpointError
+
+PREFIXES = ("diffusion_model.", "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
+"""What tools put before a module's name in a LoRA file, and some before a tensor's in a model."""
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+"""What stands before a name whose dots are underscores."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What one entry of a LoRA file does to a tensor W: W + factor · (its update, or its difference, or T - W)."""
+
+    file: Path
+    key: str
+    value: Update | Tensor
+    factor: float
+    replaces: bool = False
+    """The value is a tensor T that stands in for W."""
+
+
+def match(loras: Iterable[tuple[LoRAFile, float]], model: Mapping[str, Tensor]) -> tuple[dict[str, list[Addition]], list[str]]:
+    """(what is added to each tensor of the model, why something cannot be added: a line each).
+
+    Raises CheckpointError for a name that may mean two tensors, and for two entries of a file that mean the same.
+    """
+    names = _Names(model)
+    found: dict[str, list[Addition]] = {}
+    unmatched: list[str] = []
+    for lora, factor in loras:
+        unmatched += [f"{lora.path}: {key} means nothing to us" for key in lora.unknown]
+        entries = [(key, (".weight", ""), Addition(lora.path, key, update, factor)) for key, update in lora.updates.items()]
+        for key, tensor in lora.diffs.items():
+            end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
+            ends = (".weight", "") if end == ".weight" else (end,)
+            entries.append((key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)))
+        entries += [(key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)) for key, tensor in lora.whole.items()]
+        taken: dict[tuple[str, bool], str] = {}
+        for key, ends, addition in entries:
+            name = names.find(key, ends, addition)
+            if name is None:
+                unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
+            elif not _fits(addition.value, model[name]):
+                shape = tuple(addition.value.shape)
+                unmatched.append(f"{lora.path}: {addition.key} is {shape}, {name} {tuple(model[name].shape)} of {model[name].dtype}")
+            elif (twin := taken.setdefault((name, isinstance(addition.value, Update)), addition.key)) != addition.key:
+                raise CheckpointError(f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them")
+            else:
+                found.setdefault(name, []).append(addition)
+    return found, unmatched
+
+
+class _Names:
+    """A model's tensors by every name that a LoRA file may have for them."""
+
+    def __init__(self, model: Iterable[str]) -> None:
+        self._names = frozenset(model)
+        self._flat: dict[tuple[str, str], set[str]] = {}
+        for name in self._names:
+            for end in (".weight", ".bias", ".modulation", ""):
+                if name.endswith(end):
+                    for stem in _stems(name.removesuffix(end)):
+                        self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
+
+    def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
+        """The tensor that a key means: that of the first end that gives one."""
+        for end in ends:
+            hits = {other + stem + end for stem in _stems(key) for other in ("", *PREFIXES)} & self._names
+            for prefix in FLAT_PREFIXES:
+                if key.startswith(prefix) and not hits:
+                    hits = self._flat.get((key.removeprefix(prefix), end), set())
+            if len(hits) > 1:
+                raise CheckpointError(f"{addition.file}: {addition.key} may mean {' or '.join(sorted(hits))}; rename it")
+            if hits:
+                return hits.pop()
+        return None
+
+
+def _stems(name: str) -> list[str]:
+    """A name, and what is left of it without a prefix that it has."""
+    return [name, *(name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix))]
+
+
+def _fits(value: Update | Tensor, tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return False
+    if not isinstance(value, Update):
+        return value.shape == tensor.shape
+    # A convolution of kernel 1 may have factors like those of a linear layer.
+    return value.shape == tensor.shape or (value.shape == tensor.shape[:2] and tensor[0, 0].numel() == 1)
+
+
+def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dtype) -> Tensor:
+    """W and all that is added to it, summed in fp32 or better and rounded once to `dtype`; integers stay what they are.
+
+    Raises CheckpointError for a result that is not finite.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    if not additions:
+        result = tensor.to(dtype)
+    else:
+        exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+        for addition in additions:
+            value, factor = addition.value, addition.factor
+            if not isinstance(value, Update):
+                value = value.to(exact.dtype)
+                exact = exact.add_(value - tensor.to(exact.dtype) if addition.replaces else value, alpha=factor)
+            elif value.kind == "linear":
+                A, B = value.A.flatten(1).to(exact.dtype), value.B.flatten(1).to(exact.dtype)
+                exact.view(len(exact), -1).addmm_(B, A, alpha=factor * value.scale)
+            else:
+                exact.add_(value.delta(), alpha=factor)
+        result = exact.to(dtype)
+    if not torch.isfinite(result).all():
+        files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
+        raise CheckpointError(f"{name}: with {files} added it holds numbers that are not finite (NaN or infinity) in {dtype}")
+    return result

@@ -1,0 +1,172 @@
+"""Extraction: the low-rank updates, and the differences, that make one model of another, a tensor at a time."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, truncate_exact
+from litlora.convert import peft
+from litlora.convert.lora_files import PEFT_PARTS, LoRAFile, Update
+from litlora.convert.model_files import Pages
+from litlora.errors import CheckpointError
+from litlora.settings import LoRAConfig
+
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared")
+"""What embeddings are called whose weight, (tokens, width), looks like that of a linear layer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is extracted, and how."""
+
+    rule: RankRule
+    exact: bool = False
+    """Decompose whole matrices instead of taking random samples of them."""
+    seed: int = 0
+    min_size: int = 0
+    """Weights of fewer numbers are kept as whole differences."""
+    diff_only: bool = False
+    """Keep every difference whole."""
+    replace: bool = False
+    """Of a tensor that is not decomposed keep what it is in the target, not its difference."""
+    dtype: torch.dtype = torch.bfloat16
+    """That in which the result will be stored: the errors that are told are those of what is stored."""
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One tensor that differs, with what was made of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    result: Update | Tensor
+    """An update, or the whole difference (or with Plan.replace the target's tensor)."""
+    norm: float
+    """The Frobenius norm of the difference."""
+    error: float
+    """That of what is lost once the result is stored."""
+    excess: float
+    """Proved: before it is stored, the update's error is at most this share above the least possible at its rank; inf if not proved."""
+
+    @property
+    def rank(self) -> int | None:
+        """None if the difference is kept whole."""
+        return self.result.rank if isinstance(self.result, Update) else None
+
+
+def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ, they are other numbers than real."""
+    found = {name: "only in the source" for name in source if name not in target}
+    found |= {name: "only in the target" for name in target if name not in source}
+    for name, before in source.items():
+        if name in found:
+            continue
+        after = target[name]
+        if before.shape != after.shape:
+            found[name] = f"{tuple(before.shape)} in the source, {tuple(after.shape)} in the target"
+        elif not (before.is_floating_point() and after.is_floating_point()):
+            if before.dtype != after.dtype or not torch.equal(before, after):
+                found[name] = f"{_kind(before)} in the source, {_kind(after)} in the target: not real numbers, and different"
+    return dict(sorted(found.items()))
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def extract(source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan) -> Iterator[Extracted]:
+    """What became of every tensor that differs, in the order of their names; a tensor of each model is in memory at a time.
+
+    Tensors of `mismatches` are left out. Raises CheckpointError for numbers that are not finite.
+    """
+    left_out = mismatches(source, target)
+    pages = Pages()
+    for name in sorted(source.keys() & target.keys() - left_out.keys()):
+        before, after = source[name], target[name]
+        if before.is_floating_point():
+            exact = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+            D = after.to(exact, copy=True).sub_(before.to(exact) if before.dtype.itemsize == 1 else before)
+            if D.any():
+                yield _extract(name, D, after, plan)
+        pages.done_with(before, after)
+    pages.release()
+
+
+def _extract(name: str, D: Tensor, after: Tensor, plan: Plan) -> Extracted:
+    norm = frobenius(D)
+    if not math.isfinite(norm):
+        raise CheckpointError(f"{name}: holds numbers that are not finite (NaN or infinity) in one of the two models; make it again")
+    if D.ndim < 2 or D.numel() < plan.min_size or plan.diff_only:
+        if plan.replace:
+            return Extracted(name, tuple(D.shape), after, norm, 0.0, 0.0)
+        stored = _stored(name, D, plan)
+        return Extracted(name, tuple(D.shape), stored, norm, frobenius(D - stored), 0.0)
+    matrix = D.flatten(1).to(plan.device)
+    rule = plan.rule if plan.rule.rank is None else RankRule(min(plan.rule.rank, *matrix.shape))
+    best = truncate_exact(matrix, rule) if plan.exact else truncate(matrix, rule, plan.seed)
+    A, B = (_stored(name, factor.cpu(), plan).contiguous() for factor in best.factors)
+    error = distance(matrix, A.to(matrix), B.to(matrix))
+    kernel = D.shape[2:]
+    update = Update(A.view(-1, *D.shape[1:]), B.view(*B.shape, *(1 for _ in kernel)))
+    return Extracted(name, tuple(D.shape), update, norm, error, best.excess)
+
+
+def as_adapter(found: Iterable[Extracted]) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """What `extract` found with Plan.replace, between two models under our names, as the tensors and settings of an adapter."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    whole: dict[str, None] = {}
+    for one in found:
+        module = one.name.rpartition(".")[0]
+        if isinstance(one.result, Update):
+            tensors |= {f"{module}.lora_A": one.result.A, f"{module}.lora_B": one.result.B}
+            ranks[module] = one.result.rank
+        else:
+            tensors[one.name] = one.result
+            whole[module] = None
+    rank = max(ranks.values(), default=1)
+    others = {module: value for module, value in ranks.items() if value != rank}
+    return tensors, LoRAConfig(
+        rank=rank,
+        alpha=rank,
+        targets=list(ranks) or ["none"],
+        rank_pattern=others,
+        alpha_pattern={module: float(value) for module, value in others.items()},
+        modules_to_save=list(whole),
+    )
+
+
+def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name: str) -> LoRAFile:
+    """The same between two models under whatever names, as a PEFT folder for the module that has these names.
+
+    Whether a weight is an embedding's only its name tells: see EMBEDDINGS. Of a module that is saved, PEFT wants every tensor.
+    """
+    updates: dict[str, Update] = {}
+    whole: dict[str, Tensor] = {}
+    for one in found:
+        module = one.name.rpartition(".")[0]
+        if not isinstance(one.result, Update):
+            whole[peft.PREFIX + one.name] = one.result
+        elif not one.name.endswith(".weight"):
+            raise CheckpointError(f"{one.name}: PEFT adapts the weights of modules only, and this is none; choose another --format")
+        elif module.rpartition(".")[2] in EMBEDDINGS:
+            updates[peft.PREFIX + module] = Update(one.result.B.T, one.result.A.T, kind="embedding")
+        else:
+            updates[peft.PREFIX + module] = one.result
+    for module in {name.rpartition(".")[0] for name in whole} - updates.keys():
+        inside = module.removeprefix(peft.PREFIX)
+        whole |= {peft.PREFIX + name: tensor for name, tensor in target.items() if name.rpartition(".")[0] == inside}
+    config = {"base_model_name_or_path": base_name, "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True}
+    return LoRAFile(Path(base_name), updates, whole=whole, config=config, parts=PEFT_PARTS)
+
+
+def _stored(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+    stored = tensor.to(plan.dtype)
+    if not torch.isfinite(stored).all():
+        raise CheckpointError(f"{name}: the difference is beyond what {_kind(stored)} can hold; choose another --output-dtype")
+    return stored

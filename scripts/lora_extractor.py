@@ -1,0 +1,162 @@
+"""Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source, gives the target.
+
+python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors --output lora.safetensors --rank 32
+python scripts/lora_extractor.py --source-model checkpoints/$base --target-model checkpoints/$tuned --format litlora --output $dir
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litlora.cli import run
+from litlora.convert.families import HF_CONFIG_FILE, write_config
+from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
+from litlora.errors import CheckpointError
+from litlora.paths import CHECKPOINT_NAMES, PEFT_NAMES, checkpoint_dir, is_checkpoint, keep_inputs, output_dir, output_file
+from litlora.settings import LoRAExtractor
+from litlora.untrusted import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from litlora.adapters.extract import Extracted, Plan
+
+
+def main(settings: LoRAExtractor) -> None:
+    source, target = Path(settings.source_model), Path(settings.target_model)
+    if settings.format == "litlora" or (settings.format == "peft" and _is_language_model(source)):
+        extract_adapter(settings)
+        return
+    files = model_files(source, settings.source_type, "--source-model"), model_files(target, settings.target_type, "--target-model")
+    if settings.format == "peft":
+        output = output_dir(settings.output, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=[source, target], option="--output")
+    else:
+        output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, target])
+
+    from litlora.adapters.extract import as_peft, extract
+    from litlora.atomic import replacing_directory
+    from litlora.convert.lora_files import possible_keys, result_tensors, write_lora
+    from litlora.convert.model_files import open_model, writing
+
+    before, after = open_model(source, files[0]), open_model(target, files[1])
+    _check_comparable(before, after, settings.allow_mismatch)
+    plan, report = _plan(settings), Report()
+    found = report.told(extract(before, after, plan))
+    if settings.format == "peft":
+        lora = as_peft(found, after, str(source.resolve()))
+        with replacing_directory(output) as staging:
+            write_lora(staging, lora, plan.dtype)
+        report.sum_up(output, f'PeftModel.from_pretrained(MODEL, "{output}")')
+        return
+    with writing(output, settings.output_format, possible_keys(before, settings.format)) as add:
+        for one in found:
+            for key, tensor in result_tensors(one.name, one.result, settings.format, plan.dtype).items():
+                add(key, tensor)
+    report.sum_up(output, f"python scripts/lora_merger.py --source-model {source} --lora-model {output} --output MERGED")
+
+
+def extract_adapter(settings: LoRAExtractor) -> None:
+    """Extract an adapter, ours or PEFT's, between two checkpoints of an architecture that we know."""
+    source, target = checkpoint_dir(settings.source_model), checkpoint_dir(settings.target_model)
+    names = CHECKPOINT_NAMES if settings.format == "litlora" else PEFT_NAMES
+    output = output_dir(settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], option="--output")
+
+    from litlora.adapters.extract import as_adapter, extract
+    from litlora.adapters.merge import merge_chain
+    from litlora.atomic import replacing_directory
+    from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
+    from litlora.convert.peft import to_peft, write_peft
+
+    base, tuned = resolve(source), resolve(target)
+    keep_inputs(output, [*base.directories, *tuned.directories])
+    if settings.format == "peft" and base.adapters:
+        raise CheckpointError(f"{source}: is an adapter, and a PEFT folder names a full model; merge it with scripts/merge_lora.py first")
+    before, after = merge_chain(base)[0], merge_chain(tuned)[0]
+    _check_comparable(before, after, settings.allow_mismatch)
+    report = Report()
+    tensors, lora = as_adapter(report.told(extract(before, after, _plan(settings))))
+    if settings.format == "litlora":
+        meta = adapter_meta(asdict(lora), base.top, output)
+        write_checkpoint(output, tensors, meta, base.config, sidecars_from=[*tuned.sources, *base.sources])
+        report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
+        return
+    config = source / HF_CONFIG_FILE
+    family = read_json(config)["model_type"] if config.is_file() else write_config(base.config)["model_type"]
+    folder = to_peft(tensors, lora, family, base.config, base.base.tensors, base_name=str(source.resolve()))
+    with replacing_directory(output) as staging:
+        write_peft(staging, *folder)
+    report.sum_up(output, f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{output}")')
+
+
+class Report:
+    """Says what became of each tensor as soon as it is known, and of all of them."""
+
+    def __init__(self) -> None:
+        self._found: list[Extracted] = []
+
+    def told(self, extracted: "Iterable[Extracted]") -> "Iterator[Extracted]":
+        """Pass on what is extracted. Raises CheckpointError if that is nothing."""
+        for one in extracted:
+            what = "whole" if one.rank is None else f"rank {one.rank}"
+            least = f"at most {one.excess:.2%} above the least" if math.isfinite(one.excess) else "not proved to be near the least"
+            error = f"error {one.error / one.norm:.3e}" + ("" if one.rank is None else f", {least}")
+            print(f"{one.name}: {' x '.join(map(str, one.shape))}, {what}, {error}", flush=True)
+            self._found.append(one)
+            yield one
+        if not self._found:
+            raise CheckpointError("the two models are equal: there is nothing to extract")
+
+    def sum_up(self, output: Path, next_step: str) -> None:
+        """Say the totals, and where the result is."""
+        low_rank = [one for one in self._found if one.rank is not None]
+        error, norm = (math.hypot(*values) for values in ([one.error for one in self._found], [one.norm for one in self._found]))
+        print(f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference")
+        files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
+        print(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
+        print(f"next: {next_step}")
+
+
+def _plan(settings: LoRAExtractor) -> "Plan":
+    import torch
+
+    from litlora.adapters.extract import Plan
+    from litlora.adapters.lowrank import RankRule
+    from litlora.convert.model_files import DTYPES
+
+    rank = None if settings.rank == "auto" else settings.rank
+    return Plan(
+        RankRule(rank, settings.energy, settings.sv_ratio, settings.max_error),
+        exact=settings.svd == "exact",
+        seed=settings.seed,
+        min_size=settings.lowest_size,
+        diff_only=settings.diff_only,
+        replace=settings.is_directory,
+        dtype=DTYPES[settings.output_dtype],
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool) -> None:
+    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list them."""
+    from litlora.adapters.extract import mismatches
+
+    found = [f"{name} ({why})" for name, why in mismatches(source, target).items()]
+    if found and not allow_mismatch:
+        raise CheckpointError(
+            f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; if the rest is what is wanted, say --allow_mismatch"
+        )
+    for line in found:
+        print(f"left out: {line}")
+
+
+def _is_language_model(path: Path) -> bool:
+    """Whether it is a checkpoint directory that tells its architecture, and so what PEFT calls its layers."""
+    if not path.is_dir() or not is_checkpoint(path):
+        return False
+    return not (path / HF_CONFIG_FILE).is_file() or "model_type" in read_json(path / HF_CONFIG_FILE)
+
+
+if __name__ == "__main__":
+    run(main, LoRAExtractor)
