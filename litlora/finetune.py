@@ -20,7 +20,7 @@ from litlora.atomic import replacing_file, setting_aside, settle
 from litlora.checkpoint import Checkpoint, write_checkpoint
 from litlora.cli import dump
 from litlora.compile import check_compiler, compile_blocks
-from litlora.data.batches import collate, padding_share, plan_epoch
+from litlora.data.batches import padding_share, plan_epoch
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import Records
 from litlora.errors import UserError
@@ -36,7 +36,7 @@ from litlora.precision import Precision, Within, bf16_speedup, cast, decide, sto
 from litlora.prompts import choose_style
 from litlora.resume import State, changed_settings, facts, read_state, stored_settings
 from litlora.settings import Finetune, TrainConfig
-from litlora.train import Summary, fit
+from litlora.train import Summary, fit, make_batch, pack_tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,16 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     if settings.train.offload_activations:
         contexts.append(lambda: offloading(model))
     objective = Within(SupervisedLoss(model), *contexts)
-    config = fit_to_memory(fabric, objective, model, lambda size: _longest(train, size, settings, fabric.device), settings.train, say)
+    longest = sorted(train, key=lambda example: -len(example.ids))
+    config = fit_to_memory(
+        fabric,
+        objective,
+        model,
+        [len(example.ids) for example in longest],
+        lambda count: make_batch(longest[:count], settings.train, fabric.device),
+        settings.train,
+        say,
+    )
     if config.compile:
         compile_blocks(model)
     here = facts(fabric, base.fingerprint, train, val)
@@ -236,19 +245,6 @@ def _check_device(config: TrainConfig, device: torch.device) -> None:
         check_compiler(device)
 
 
-def _longest(train: list[Example], size: int, settings: Finetune, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The costliest micro-batch of `size` examples, which the run begins with."""
-    first = plan_epoch(
-        [len(example.ids) for example in train],
-        micro_batch_size=size,
-        global_batch_size=settings.train.global_batch_size,
-        seed=settings.seed,
-        longest_first=True,
-    )[0][0]
-    batch = collate([train[index] for index in first], mask_prompt=settings.train.mask_prompt)
-    return batch.input_ids.to(device), batch.labels.to(device)
-
-
 def _examples(
     settings: Finetune, found: Records, loaded: Loaded, style: Any, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example]]:
@@ -261,14 +257,17 @@ def _examples(
     config = settings.train
     steps = plan_epoch(
         lengths,
-        micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        pack_tokens=pack_tokens(config),
         seed=settings.seed,
         longest_first=True,
     )
+    largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
+    how = f"packed, at most {largest:,} at a time" if config.packing else f"padding {padding_share(lengths, steps):.1%}"
     say(
         f"data: {len(lengths):,} examples to train on, {len(val):,} to validate; {sum(lengths):,} tokens, "
-        f"the longest example {max(lengths):,}; padding {padding_share(lengths, steps):.1%}"
+        f"the longest example {max(lengths):,}; {how}"
     )
     if train.num_cut:
         say(f"data: {train.num_cut:,} examples are longer than {limit:,} tokens: their answers were cut, each keeps its end-of-text")

@@ -12,13 +12,14 @@ where the settings ask for it (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import UserError
+from litlora.kernels import lora as kernels
 from litlora.settings import PRESETS, LoRAConfig
 
 _SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -47,7 +48,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self._base_weight: Tensor | None = None  # W's own tensor, while the update is folded in
 
     @property
@@ -77,12 +78,10 @@ class LoRALinear(nn.Module):
         return self.linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)  # (..., in) -> (..., out)
         if self.merged:
-            return y
-        # The update is computed in the activations' dtype, as everything around it; its weights stay in their own.
-        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scale  # (..., in) -> (..., r)
-        return y + F.linear(z, self.lora_B.to(x.dtype))
+            return self.linear(x)
+        keep = _dropout_mask(x, (self,))
+        return (kernels.project if _fused(x) else kernels.plain_project)(x, [_frozen(self)], keep)[0]
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -102,6 +101,53 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
+
+
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Several linear layers of one input x (..., in): a tuple of (..., out). Frozen ones go through one fused function.
+
+    In training, the updates share one dropout mask of x.
+    """
+    layers = [_frozen(linear) for linear in linears]
+    if None in layers or not _fused(x):
+        return tuple(linear(x) for linear in linears)
+    return kernels.project(x, layers, _dropout_mask(x, linears))
+
+
+def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+    """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are frozen."""
+    layers = [_frozen(linear) for linear in (gate, up, down)]
+    if None in layers or not _fused(x):
+        g, u = project(x, gate, up)
+        return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
+    keep = _dropout_mask(x, (gate, up))
+    keep_inner = _dropout_mask(x.new_empty(*x.shape[:-1], down.in_features), (down,))
+    return kernels.gated_mlp(x, *layers, activation, keep, keep_inner)
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether the fused functions are of use: they are for the backward, and autocast would not reach into them."""
+    return torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _frozen(linear: nn.Module) -> kernels.Layer | None:
+    """What the kernels need of a frozen linear layer and its update; None for a layer whose own weight trains or that is no linear one."""
+    if type(linear) is LoRALinear:
+        if linear.merged:
+            return _frozen(linear.linear)
+        scale = linear.scale
+        if linear.training:
+            scale /= 1 - kernels.dropout_share(linear.dropout)
+        return kernels.Layer(linear.linear.weight, linear.linear.bias, linear.lora_A, linear.lora_B, scale)
+    if type(linear) is not nn.Linear or linear.weight.requires_grad:
+        return None
+    return kernels.Layer(linear.weight, linear.bias)
+
+
+def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
+    """The mask that the updates of these layers share in training."""
+    p = max((linear.dropout for linear in linears if type(linear) is LoRALinear and not linear.merged and linear.training), default=0)
+    return kernels.dropout_mask(x, p) if p else None
 
 
 def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:

@@ -7,12 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
 from litlora.model import GPT
-
-IGNORE = -100
-"""Label of a token that is not learned."""
-CHUNK = 1024
-"""Positions whose logits exist at a time."""
 
 
 class SupervisedLoss(nn.Module):
@@ -22,29 +18,30 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, labels (B, T) -> summed loss in nats, fp32. labels[t] is input_ids[t] where it is to be learned, else IGNORE.
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """Summed loss in nats, fp32 or better, of a `Batch`: input_ids (B, T), or (1, N) with the lengths of what is packed in it.
 
-        Token t is predicted from the tokens before it, so labels[:, 0] is never learned.
+        positions (M,) of the flattened input_ids are those whose next token is learned, targets (M,) these tokens.
         """
-        hidden = self.model.model(input_ids)[:, :-1]  # (B, T-1, C)
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE
-        return summed_cross_entropy(hidden[supervised], targets[supervised], self.model.logits)  # (N, C), (N,)
+        hidden = self.model.model(input_ids, lengths=lengths).flatten(0, 1)[positions]  # (B, T, C) -> (M, C)
+        head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
+        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        if plain and not torch.is_autocast_enabled(hidden.device.type):
+            return head_loss(hidden, targets, head.weight, cap)
+        return summed_cross_entropy(hidden, targets, self.model.logits, chunk_rows(self.model.config.vocab_size, hidden.device))
 
 
-def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ -log p(target) for hidden (N, C) and targets (N,), in chunks: at most CHUNK rows of logits exist at a time.
+def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+    """Σ -log p(target) for hidden (M, C), targets (M,) and any head, trainable ones too; `rows` of logits exist at a time.
 
     With several chunks, the backward computes each chunk's logits once more instead of keeping them.
     """
-    if len(targets) <= CHUNK:
+    if len(targets) <= rows:
         return _chunk_loss(hidden, targets, head)
-    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.stack([checkpoint(_chunk_loss, rows, labels, head, use_reentrant=False) for rows, labels in pieces]).sum()
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(_chunk_loss, piece, labels, head, use_reentrant=False) for piece, labels in pieces]).sum()
 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     logits = head(hidden)
-    # fp32: exponentials and their sum lose too much in bf16
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+    return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction="sum")

@@ -6,6 +6,7 @@ Peaks are measured, not guessed: on a GPU by its allocator, on the CPU by the pr
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,14 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from litlora.config import ModelConfig
+from litlora.data.batches import Batch
 from litlora.errors import UserError
-from litlora.loss import CHUNK, IGNORE
+from litlora.kernels.cross_entropy import chunk_rows
 from litlora.model import GPT
 from litlora.optim import state_bytes
 from litlora.settings import TrainConfig
 
-BatchOf = Callable[[int], tuple[Tensor, ...]]
-"""From a micro-batch size to the longest batch of that size: the objective's inputs, on the run's device."""
+BatchOf = Callable[[int], Batch]
+"""From a number to a batch of so many of the longest examples, on the run's device."""
 
 USABLE = 0.8
 """Share of the free memory that a run may plan with: what else happens on the machine, and fragments, take the rest."""
@@ -111,7 +113,7 @@ def offloading(module: nn.Module) -> AbstractContextManager:
     return saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0], non_blocking=True))
 
 
-def saved_bytes(objective: nn.Module, input_ids: Tensor, labels: Tensor) -> int:
+def saved_bytes(objective: nn.Module, batch: Batch) -> int:
     """Bytes that a forward keeps for its backward, beside the weights."""
     weights, kept = _storages(objective), {}
 
@@ -122,36 +124,38 @@ def saved_bytes(objective: nn.Module, input_ids: Tensor, labels: Tensor) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = objective(input_ids, labels)  # held until all is counted: an address freed could be taken twice
+        loss = objective(*batch)  # held until all is counted: an address freed could be taken twice
     del loss
     return sum(kept.values())
 
 
-def expected_peak(objective: nn.Module, config: ModelConfig, input_ids: Tensor, labels: Tensor) -> int:
-    """Bytes that forward and backward of a batch (B, T) will take, estimated from what short pieces of it keep.
+def expected_peak(objective: nn.Module, config: ModelConfig, batch: Batch) -> int:
+    """Bytes that forward and backward of a batch will take, estimated from what short pieces of it keep.
 
     What n tokens keep is a n + b n² + c (b is not 0 where attention keeps its scores); three lengths tell a, b and c. On top come
     the logits of one chunk with their gradient, the gradients of what trains, and what the backward holds in passing: as much as
     another layer, and a fifth of all.
     """
-    B, T = input_ids.shape
-    n = max(1, min(16, T // 4))
+    ids = batch.input_ids[:1]
+    lengths = batch.lengths or [batch.input_ids.size(1)] * len(batch.input_ids)
+    n = max(1, min(16, ids.size(1) // 4))
 
     def kept(length: int) -> int:
-        alone = torch.full_like(input_ids[:1, :length], IGNORE)
-        alone[:, -1] = input_ids[0, length - 1]  # the logits are counted apart, but a loss needs a token to learn
-        return saved_bytes(objective, input_ids[:1, :length], alone)
+        # The logits are counted apart, but a loss needs a token to learn.
+        return saved_bytes(objective, Batch(ids[:, :length], batch.positions.new_tensor([length - 2]), ids[0, length - 1 : length], None))
 
-    if T < 4:
+    if ids.size(1) < 8:
         return 0
-    with _same_random_numbers(input_ids.device):
+    with _same_random_numbers(ids.device):
         one, two, four = kept(n), kept(2 * n), kept(4 * n)
     b = max(0.0, (four - two - 2 * (two - one)) / (6 * n**2))
     a = (two - one) / n - 3 * b * n
     c = max(0.0, one - a * n - b * n**2)
-    logits = min(CHUNK, int((labels != IGNORE).sum())) * config.vocab_size * 12  # in fp32, their softmax and gradient
+    rows = min(chunk_rows(config.vocab_size, ids.device), len(batch.targets))
+    logits = rows * config.vocab_size * 12  # in fp32, their softmax and gradient
     gradients = sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
-    return int((1.2 + 1 / config.num_hidden_layers) * B * (a * T + b * T**2) + c) + logits + gradients
+    activations = sum(a * length + b * length**2 for length in lengths)
+    return int((1.2 + 1 / config.num_hidden_layers) * activations + c) + logits + gradients
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager:
@@ -191,7 +195,7 @@ class DryRun:
         """Whether a batch that does not fit must not be tried: on the CPU nobody says no before the process is ended."""
         self._before = self._in_use()
 
-    def peak(self, batch: tuple[Tensor, ...]) -> int | None:
+    def peak(self, batch: Batch) -> int | None:
         """Bytes at most in use for a batch, beyond those in use at the start; None if the device ran out of them."""
         self._reset()
         try:
@@ -227,11 +231,18 @@ class DryRun:
 
 
 def fit_to_memory(
-    fabric: Fabric, objective: nn.Module, model: GPT, batch_of: BatchOf, config: TrainConfig, say: Callable[[str], None]
+    fabric: Fabric,
+    objective: nn.Module,
+    model: GPT,
+    lengths: Sequence[int],
+    batch_of: BatchOf,
+    config: TrainConfig,
+    say: Callable[[str], None],
 ) -> TrainConfig:
     """The settings with auto_batch and checkpoint_activations auto settled for this machine's memory, the latter put into force.
 
-    All ranks come to the same answer. Raises UserError if not even one example fits.
+    `lengths` are those of the training examples, the longest first. All ranks come to the same answer. Raises UserError if not
+    even one example fits.
     """
     objective.train()  # as the run will be
     how = "none" if config.checkpoint_activations == "auto" else config.checkpoint_activations
@@ -259,7 +270,7 @@ def fit_to_memory(
 
     if not config.auto_batch:
         if auto and available_memory(fabric.device) is not None:
-            expected, there = expected_peak(objective, model.config, *batch_of(config.micro_batch_size)), room()
+            expected, there = expected_peak(objective, model.config, batch_of(_usual_count(lengths, config))), room()
             if not agreed(int(expected <= there)):
                 how = "full"
                 checkpoint_activations(model, how)
@@ -267,7 +278,8 @@ def fit_to_memory(
         return dataclasses.replace(config, checkpoint_activations=how)
 
     per_device = config.global_batch_size // fabric.world_size
-    sizes = [size for size in range(1, per_device + 1) if per_device % size == 0]
+    sizes = [size for size in range(1, per_device + 1) if config.packing or per_device % size == 0]
+    sizes = [size for size in sizes if size <= len(lengths)] or [1]
     size, there, taken = search()
     if not size and auto:
         how = "full"
@@ -280,15 +292,24 @@ def fit_to_memory(
             + ("" if how == "full" else ", or try --train.checkpoint_activations full")
         )
     recomputed = ", activations computed again in the backward" if how == "full" else ""
-    say(f"micro-batch: {size} examples, found by a dry run: the longest batch takes {taken} of {limit}{recomputed}")
-    return dataclasses.replace(config, auto_batch=False, micro_batch_size=size, checkpoint_activations=how)
+    found = {"micro_batch_tokens": sum(lengths[:size])} if config.packing else {"micro_batch_size": size}
+    what = f"{found['micro_batch_tokens']:,} tokens" if config.packing else f"{size} examples"
+    say(f"micro-batch: {what}, found by a dry run: the longest batch takes {taken} of {limit}{recomputed}")
+    return dataclasses.replace(config, auto_batch=False, checkpoint_activations=how, **found)
 
 
-def _fits(size: int, run: DryRun, batch: tuple[Tensor, ...], room: int, peaks: dict[int, int], config: ModelConfig) -> bool:
+def _usual_count(lengths: Sequence[int], config: TrainConfig) -> int:
+    """How many of the longest examples make a micro-batch as large as the run's largest."""
+    if not config.packing:
+        return config.micro_batch_size
+    return max(1, sum(total <= (config.micro_batch_tokens or config.max_seq_length) for total in accumulate(lengths)))
+
+
+def _fits(size: int, run: DryRun, batch: Batch, room: int, peaks: dict[int, int], config: ModelConfig) -> bool:
     """Whether the batch's peak is within the room; what was measured goes into `peaks`."""
     if run.must_know:
         smaller = max((known for known in peaks if known < size), default=None)
-        expected = peaks[smaller] * size / smaller if smaller else expected_peak(run.objective, config, *batch)
+        expected = peaks[smaller] * size / smaller if smaller else expected_peak(run.objective, config, batch)
         if expected > room:
             return False
     peak = run.peak(batch)

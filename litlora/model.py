@@ -15,14 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.config import ModelConfig, RopeScaling
 from litlora.errors import CheckpointError
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-
+from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
+from litlora.kernels.lora import ACTIVATIONS
+from litlora.kernels.norm import rms_norm
+from litlora.lora import gated_mlp, project
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines (T, R) of the positions at hand, for the R rotated dimensions of a head."""
@@ -62,7 +58,6 @@ class Attention(nn.Module):
         self.softcap = config.attn_logit_softcapping
         self.clip = config.clip_qkv
         H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        self.grouped = H != G
         self.q_proj = nn.Linear(config.hidden_size, H * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
@@ -72,9 +67,9 @@ class Attention(nn.Module):
         self.q_norm = make_head_norm(config, H)
         self.k_norm = make_head_norm(config, G)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         if self.norm_all_heads:
@@ -89,14 +84,11 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             if T == 1 and self.window is not None:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        if self.softcap is None:
-            # One new token may look at everything that is held; without a mask and without a past, the triangle is SDPA's own.
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale, enable_gqa=self.grouped
-            )
+        if pack is None:
+            y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         else:
-            y = capped_attention(q, k, v, mask, self.scale, self.softcap)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            y = packed_attention(q, k, v, pack, scale=self.scale, window=self.window, softcap=self.softcap)
+        return project(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -104,14 +96,16 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.activation = config.hidden_act
         self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.mlp == "gated" else None
         self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.act(self.up_proj(x)) if self.gate_proj is None else self.act(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(inner)
+        if self.gate_proj is not None:
+            return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
+        (inner,) = project(x, self.up_proj)
+        return project(ACTIVATIONS[self.activation](inner), self.down_proj)[0]
 
 
 class Router(nn.Module):
@@ -173,9 +167,9 @@ class Block(nn.Module):
         sparse = config.num_experts is not None and layer not in config.dense_layers
         self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None) -> Tensor:
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, rope, mask, cache)
+        attended = self.self_attn(normed, rope, mask, cache, pack)
         if self.parallel:
             return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
         if self.norm_position == "before":
@@ -202,20 +196,37 @@ class Decoder(nn.Module):
         # filled on first use: computed, so no part of any checkpoint
         self._tables = {rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings) for rope in self._ropes if rope}
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
+        """With `lengths`, input_ids (1, N) holds sequences of these lengths one behind the other: none sees another."""
+        num_tokens = input_ids.size(1)
+        if lengths is not None and (spare := spare_rows(num_tokens, self.embed_tokens.weight)):
+            input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, spare]  # a sequence more, which nobody looks at
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
+        pack = Pack(lengths) if lengths is not None else None
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))  # rounded to the embedding's dtype, as in training
         if self.embed_positions is not None:
-            x = x + self.embed_positions(torch.arange(start, start + T, device=x.device))
-        masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
-        rotations = {rope: table.rows(start, T, x) for rope, table in self._tables.items()}
+            spans = [(start, T)] if pack is None else [(0, length) for length in pack.lengths]
+            positions = torch.cat([torch.arange(first, first + length) for first, length in spans])
+            x = x + self.embed_positions(positions.to(x.device))
+        masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)} if pack is None else {}
+        rotations = {rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x) for rope, table in self._tables.items()}
         for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
-            x = block(x, rotations.get(rope), masks[window], cache)
+            x = block(x, rotations.get(rope), masks.get(window), cache, pack)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return self.norm(x)[:, :num_tokens]
+
+
+def spare_rows(num_rows: int, like: Tensor) -> int:
+    """Rows to add so that matrices come in few sizes: on the CPU, bf16 multiplications keep 0.6 MB for every new number of rows.
+
+    At most a 32nd part is added, or 15 rows to a short pack.
+    """
+    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
+        return 0
+    return -num_rows % max(16, 2 ** (num_rows.bit_length() - 1) // 32)
 
 
 class GPT(nn.Module):
@@ -279,6 +290,13 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in fp32; a frozen one keeps little for the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
 class RMSNormPlusOne(nn.Module):
     """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). Stored as it is: 1 + weight would round in bf16."""
 
@@ -288,7 +306,7 @@ class RMSNormPlusOne(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, 1 + self.weight.float(), self.eps)
 
 
 class HeadNorms(nn.Module):
@@ -307,7 +325,7 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
     size = size or config.hidden_size
     if config.norm == "layernorm_plain":
         return nn.LayerNorm(size, config.norm_eps, elementwise_affine=False)
-    return {"rmsnorm": nn.RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}[config.norm](size, config.norm_eps)
+    return {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}[config.norm](size, config.norm_eps)
 
 
 def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
@@ -317,29 +335,6 @@ def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
     if config.qk_norm == "each_head":
         return HeadNorms(num_heads, config.head_dim, config.norm_eps)
     return make_norm(config, config.head_dim if config.qk_norm == "head" else num_heads * config.head_dim)
-
-
-def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of start + T tokens each of the last T sees, (T, start + T); None where attention needs no mask to know.
-
-    Without a past and within the window it is SDPA's own triangle; a single token sees all that attention hands it.
-    """
-    if T == 1 or (start == 0 and (window is None or T <= window)):
-        return None
-    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
-    return mask if window is None else mask.triu(start - window + 1)
-
-
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """Attention whose scores are cap · tanh(scores / cap) (Gemma 2); shapes and mask as for SDPA."""
-    k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))  # (B, G, S, D) -> (B, H, S, D)
-    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))  # (B, H, T, S)
-    T = q.size(2)
-    if mask is None and T > 1:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 class RotaryTable:
@@ -360,6 +355,11 @@ class RotaryTable:
                 self._rows = self._compute(length, like.device)
         cos, sin = self._rows
         return cos[start:length].to(like.dtype), sin[start:length].to(like.dtype)
+
+    def packed_rows(self, pack: Pack, like: Tensor) -> Rope:
+        """As rows, for sequences one behind the other: the positions start anew with each."""
+        cos, sin = zip(*(self.rows(0, length, like) for length in pack.lengths), strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
     def _regime_of(self, length: int) -> int:
         """Lengths of one regime share their frequencies: two scalings make them depend on how long the sequence is."""

@@ -105,10 +105,16 @@ class TrainConfig:
     """Stop after this many optimizer steps, whatever the epochs; the learning rate's schedule ends there."""
     global_batch_size: int = 16
     """Examples an optimizer step learns from, over all devices."""
+    packing: bool = True
+    """Compute the examples of a step one behind the other, without padding; none sees another, and the learning is the same.
+    false: pad them to the longest of a micro-batch, all of like length."""
+    micro_batch_tokens: int | None = None
+    """With packing: tokens a device computes at a time, if no example alone has more; default: max_seq_length."""
     micro_batch_size: int = 4
-    """Examples a device computes at a time."""
+    """Without packing: examples a device computes at a time."""
     auto_batch: bool = False
-    """Find the largest micro_batch_size that fits into memory, by a dry run of the longest batch; what is learned stays the same."""
+    """Find the largest micro-batch that fits into memory (micro_batch_tokens, or micro_batch_size without packing), by a dry run of the
+    longest batch; what is learned stays the same."""
     max_seq_length: int = 2048
     """Longest example in tokens; a longer one loses the end of its answer, never its end-of-text. At most the model's context."""
     mask_prompt: bool = True
@@ -158,7 +164,11 @@ class TrainConfig:
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"--train.{name} {value}: must be 0 or more, and finite")
         check(
-            self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,
+            self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
+            f"--train.micro_batch_tokens {self.micro_batch_tokens}: must be at least 1",
+        )
+        check(
+            self.packing or self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,
             f"--train.global_batch_size {self.global_batch_size}: must be a multiple of --train.micro_batch_size {self.micro_batch_size}",
         )
         check(
@@ -247,10 +257,11 @@ class Finetune:
         check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
         check(not (self.resume and self.overwrite), "--resume goes on with what --overwrite would remove; leave one of the two out")
         check(bool(self.resume) or not self.resume_force, "--resume_force has no use without --resume")
+        by_size = not (self.train.packing or self.train.auto_batch)
         check(
-            self.train.global_batch_size % (self.devices * (1 if self.train.auto_batch else self.train.micro_batch_size)) == 0,
+            self.train.packing or self.train.global_batch_size % (self.devices * (self.train.micro_batch_size if by_size else 1)) == 0,
             f"--train.global_batch_size {self.train.global_batch_size}: must be a multiple of "
-            + ("" if self.train.auto_batch else f"--train.micro_batch_size {self.train.micro_batch_size} times ")
+            + (f"--train.micro_batch_size {self.train.micro_batch_size} times " if by_size else "")
             + f"--devices {self.devices}",
         )
 

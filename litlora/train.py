@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
 from litlora.interrupts import GivenUp, Interrupts, Stop
 from litlora.log import Metrics, Progress
-from litlora.loss import IGNORE
 from litlora.optim import lr_at, make_optimizer
 from litlora.paths import step_directories, step_directory, step_of
 from litlora.resume import Position, State, capture
@@ -64,7 +63,7 @@ def fit(
     interrupts: Interrupts | None = None,
     resume: State | None = None,
 ) -> Summary:
-    """Train what requires a gradient in `objective`, a module that maps (input_ids, labels) to a summed loss.
+    """Train what requires a gradient in `objective`, a module that maps a `Batch`'s parts to a summed loss.
 
     `save` writes a checkpoint directory and in it the state that can be handed back as `resume`; early ones are called
     run_dir/step-NNNNNN. All ranks call it together, and an OSError in it does not end the training. Raises DataError if no token
@@ -76,8 +75,10 @@ def fit(
     def plan(epoch: int) -> list[Step]:
         return plan_epoch(
             lengths,
-            micro_batch_size=config.micro_batch_size,
             global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            pack_tokens=pack_tokens(config),
+            num_ranks=fabric.world_size,
             seed=seed + epoch,
             longest_first=epoch == 0,
         )
@@ -107,8 +108,7 @@ def fit(
             prune(run_dir, at.step, config.keep_checkpoints)
 
     def validate() -> None:
-        longest = sorted(range(len(val)), key=lambda index: len(val[index].ids))[-config.micro_batch_size :]
-        with interrupts.at_once(fabric), _memory_advice(val, [longest], config):
+        with interrupts.at_once(fabric), _memory_advice(val, evaluation_plan(val, config), config):
             val_loss = evaluate(fabric, objective, val, config)
         if not math.isfinite(val_loss):
             raise UserError(
@@ -194,20 +194,27 @@ def prune(run_dir: Path, step: int, count: int) -> None:
 @torch.no_grad()
 def evaluate(fabric: Fabric, objective: nn.Module, examples: list[Example], config: TrainConfig) -> float:
     """Mean loss over the supervised tokens of all examples, in nats; every token counts the same."""
+    micro_batches = evaluation_plan(examples, config)
+    total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    with evaluating(objective):
+        for micro in micro_batches[fabric.global_rank :: fabric.world_size]:
+            batch = make_batch([examples[index] for index in micro], config, fabric.device)
+            total += objective(*batch)
+    count = sum(num_supervised(example, config.mask_prompt) for example in examples)
+    return float(fabric.all_reduce(total, reduce_op="sum")) / max(1, count)
+
+
+def evaluation_plan(examples: list[Example], config: TrainConfig) -> list[list[int]]:
+    """The micro-batches of a validation."""
     steps = plan_epoch(
         [len(example.ids) for example in examples],
+        global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
-        global_batch_size=config.micro_batch_size,
+        pack_tokens=pack_tokens(config),
         seed=0,
         longest_first=False,
     )
-    total = torch.zeros((), dtype=torch.float64)
-    with evaluating(objective):
-        for (micro,) in steps[fabric.global_rank :: fabric.world_size]:
-            batch = _to_device(collate([examples[index] for index in micro], mask_prompt=config.mask_prompt), fabric)
-            total += objective(batch.input_ids, batch.labels).cpu().double()
-    count = sum(num_supervised(example, config.mask_prompt) for example in examples)
-    return float(fabric.all_reduce(total, reduce_op="sum")) / max(1, count)
+    return [micro for step in steps for micro in step]
 
 
 @contextmanager
@@ -263,12 +270,12 @@ def _optimizer_step(
     total = torch.zeros((), device=fabric.device)
     for turn in range(rounds):
         position = turn * fabric.world_size + fabric.global_rank
-        # A rank without work in the last round computes another's batch with every label masked: the gradients are summed together.
+        # A rank without work in the last round computes another's batch and learns nothing from it: the gradients are summed together.
         micro = micro_batches[position] if position < len(micro_batches) else micro_batches[0]
-        batch = _to_device(collate([examples[index] for index in micro], mask_prompt=config.mask_prompt), fabric)
-        labels = batch.labels if position < len(micro_batches) else torch.full_like(batch.labels, IGNORE)
+        batch = make_batch([examples[index] for index in micro], config, fabric.device)
+        learned = slice(None if position < len(micro_batches) else 0)
         with fabric.no_backward_sync(objective, enabled=turn < rounds - 1):
-            loss = objective(batch.input_ids, labels)
+            loss = objective(batch.input_ids, batch.positions[learned], batch.targets[learned], batch.lengths)
             # The loss is a sum: divide once, by all tokens of the step. Ranks are averaged, so undo their number.
             fabric.backward(loss * (fabric.world_size / supervised))
         total += loss.detach()
@@ -319,12 +326,18 @@ def _memory_advice(examples: list[Example], micro_batches: Step, config: TrainCo
         text = " ".join(str(error).split())
         if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text or "out of memory" in text):
             raise
-        largest = max(([len(examples[index].ids) for index in micro] for micro in micro_batches), key=lambda sizes: len(sizes) * max(sizes))
+        sizes = ([len(examples[index].ids) for index in micro] for micro in micro_batches)
+        largest = max(sizes, key=sum if config.packing else lambda sizes: len(sizes) * max(sizes))
         raise UserError(
             f"out of memory at a micro-batch of {len(largest)} examples with {sum(largest):,} tokens, the longest {max(largest):,}: "
-            f"lower --train.micro_batch_size ({config.micro_batch_size}) or --train.max_seq_length ({config.max_seq_length:,}); "
+            f"lower {_micro_batch_setting(config)} or --train.max_seq_length ({config.max_seq_length:,}); "
             f"{'. '.join(text.rpartition('DefaultCPUAllocator: ')[2].split('. ')[:3]) or type(error).__name__}"
         ) from error
+
+
+def _micro_batch_setting(config: TrainConfig) -> str:
+    """What sets the size of a micro-batch, with its value."""
+    return f"--train.micro_batch_tokens ({pack_tokens(config):,})" if config.packing else f"--train.micro_batch_size ({config.micro_batch_size})"
 
 
 def _steps(plan: Callable[[int], list[Step]], at: Position, total_steps: int) -> Iterator[tuple[int, int, Step]]:
@@ -337,8 +350,18 @@ def _steps(plan: Callable[[int], list[Step]], at: Position, total_steps: int) ->
         epoch, first = epoch + 1, 0
 
 
-def _to_device(batch: Batch, fabric: Fabric) -> Batch:
-    return Batch(batch.input_ids.to(fabric.device), batch.labels.to(fabric.device), batch.num_tokens)
+def pack_tokens(config: TrainConfig) -> int | None:
+    """Tokens of a packed micro-batch; None without packing."""
+    return (config.micro_batch_tokens or config.max_seq_length) if config.packing else None
+
+
+def make_batch(examples: Sequence[Example], config: TrainConfig, device: torch.device) -> Batch:
+    """A micro-batch of these examples on the device."""
+    batch = collate(examples, mask_prompt=config.mask_prompt, packed=config.packing)
+    tensors = (batch.input_ids, batch.positions, batch.targets)
+    if device.type == "cuda":  # from pinned memory the copy does not wait for the device
+        tensors = (tensor.pin_memory() for tensor in tensors)
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), batch.lengths)
 
 
 class _Interval:

@@ -228,7 +228,7 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     assert "lit_model.pth: broken (100,000 bytes)" in said("--checkpoint_dir", broken)
     (broken / "lit_model.pth").write_bytes(pickle.dumps(_Payload()))
     assert "could run code" in said("--checkpoint_dir", broken)
-    assert "multiple of --train.micro_batch_size" in said("--train.micro_batch_size", 3)
+    assert "multiple of --train.micro_batch_size" in said("--train.packing", "false", "--train.micro_batch_size", 3)
 
 
 def test_bad_input_to_lora(tmp_path):

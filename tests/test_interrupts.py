@@ -141,7 +141,7 @@ def test_the_processors_own_lack_of_memory_says_what_to_turn_down(tmp_path):
     model = GPT(tiny_config())
     model.model.register_forward_pre_hook(lambda *_: torch.empty(2**60))
     with pytest.raises(UserError, match=r"out of memory at a micro-batch of 2 examples with \d+ tokens, the longest \d+: ") as raised:
-        train(model, examples(4), tmp_path, micro_batch_size=2, global_batch_size=4, max_seq_length=64)
+        train(model, examples(4), tmp_path, packing=False, micro_batch_size=2, global_batch_size=4, max_seq_length=64)
     said = str(raised.value)
     assert "lower --train.micro_batch_size (2) or --train.max_seq_length (64); can't allocate memory" in said and "\n" not in said
 
@@ -180,15 +180,15 @@ class Disturbed(GPT):
         super().__init__(tiny_config())
         self.count, self.bad, self.how = 0, bad, how
         add_lora(self, LoRAConfig(rank=2))
+        self.model.register_forward_hook(self.disturb)
 
-    def logits(self, hidden):
-        logits = super().logits(hidden)
+    def disturb(self, _, __, hidden):
         self.count += self.training
         if self.training and self.count in self.bad:
             if self.how == "loss":
-                return logits * torch.nan
-            logits.register_hook(lambda gradient: gradient * torch.inf)
-        return logits
+                return hidden * torch.nan
+            hidden.register_hook(lambda gradient: gradient * torch.inf)
+        return hidden
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])

@@ -32,6 +32,7 @@ class TwoLayers(nn.Module):
         return self.second(self.first(x).relu())
 
 
+@torch.no_grad()
 def test_fresh_adapter_changes_nothing():
     model = GPT(tiny_config()).eval()
     expected = model(IDS)

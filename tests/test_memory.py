@@ -9,6 +9,7 @@ from torch import nn
 
 from litlora import memory
 from litlora.checkpoint import open_checkpoint
+from litlora.data.batches import Batch
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
@@ -34,10 +35,17 @@ def objective(seed=0, dropout=0.0, dtype=torch.float64, **changes):
     return SupervisedLoss(model).train()
 
 
+def all_learned(ids):
+    """A padded batch (B, T) of which every token but the first of a row is learned."""
+    B, T = ids.shape
+    positions = torch.arange(B * T).view(B, T)[:, :-1].flatten()
+    return Batch(ids, positions, ids.flatten()[positions + 1], None)
+
+
 def gradients(objective, ids):
     torch.manual_seed(7)
     objective.zero_grad()
-    objective(ids, ids).backward()
+    objective(*all_learned(ids)).backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
@@ -48,17 +56,17 @@ def gradients(objective, ids):
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_computing_again_changes_no_gradient(how, family):
     plain, ids = objective(dropout=0.3, **FAMILIES[family]), torch.randint(0, 400, (2, 24))
-    expected, kept = gradients(plain, ids), saved_bytes(plain, ids, ids)
+    expected, kept = gradients(plain, ids), saved_bytes(plain, all_learned(ids))
     names = [name for name, _ in plain.named_parameters()]
     checkpoint_activations(plain.model, how)
     got = gradients(plain, ids)
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
-    assert saved_bytes(plain, ids, ids) < (0.4 if how == "full" else 0.85) * kept, "something must be given up"
+    assert saved_bytes(plain, all_learned(ids)) < (0.4 if how == "full" else 0.85) * kept, "something must be given up"
     assert [name for name, _ in plain.named_parameters()] == names
     checkpoint_activations(plain.model, "none")
-    assert saved_bytes(plain, ids, ids) == kept
+    assert saved_bytes(plain, all_learned(ids)) == kept
 
 
 def test_nothing_is_computed_again_where_nothing_is_learned():
@@ -67,9 +75,9 @@ def test_nothing_is_computed_again_where_nothing_is_learned():
     plain.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.randint(0, 400, (2, 8))
     with torch.no_grad():
-        plain(ids, ids)
+        plain(*all_learned(ids))
     assert len(calls) == 1
-    plain(ids, ids).backward()
+    plain(*all_learned(ids)).backward()
     assert len(calls) == 3
 
 
@@ -175,23 +183,26 @@ def test_short_pieces_tell_what_the_whole_keeps(family):
     wide = objective(dtype=torch.float32, **{**FAMILIES[family], **size})
     ids = torch.randint(0, 400, (2, 512))
     state = torch.get_rng_state()
-    expected, kept = expected_peak(wide, wide.model.config, ids, ids), saved_bytes(wide, ids, ids)
-    logits, gradients = 1024 * 400 * 12, sum(p.nbytes for p in wide.parameters() if p.requires_grad)
+    expected, kept = expected_peak(wide, wide.model.config, all_learned(ids)), saved_bytes(wide, all_learned(ids))
+    logits, gradients = 2 * 511 * 400 * 12, sum(p.nbytes for p in wide.parameters() if p.requires_grad)
     assert (expected - logits - gradients) / (1.2 + 1 / 4) == pytest.approx(kept, rel=0.1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_auto_batch_trains_what_its_size_by_hand_trains(checkpointing, base, alpaca_file, tmp_path, capsys):
+@pytest.mark.parametrize("packing", [True, False])
+def test_auto_batch_trains_what_its_size_by_hand_trains(packing, checkpointing, base, alpaca_file, tmp_path, capsys):
     measurable()
     settings = {"lora": LoRAConfig(rank=2, dropout=0.3)}
-    train = {"global_batch_size": 6, "checkpoint_activations": checkpointing}
+    train = {"global_batch_size": 6, "checkpoint_activations": checkpointing, "packing": packing}
     tune("lora", base, alpaca_file, tmp_path / "auto", **settings, train={**train, "auto_batch": True})
-    said = r"micro-batch: 6 examples, found by a dry run: the longest batch takes [\d.]+ GiB of [\d.]+ GiB \(80%"
-    assert re.search(said, capsys.readouterr().out)
+    size = r"([\d,]+) tokens" if packing else r"(6) examples"
+    said = rf"micro-batch: {size}, found by a dry run: the longest batch takes [\d.]+ GiB of [\d.]+ GiB \(80%"
+    found = int(re.search(said, capsys.readouterr().out)[1].replace(",", ""))
     stored = (tmp_path / "auto/hyperparameters.yaml").read_text()
-    assert "micro_batch_size: 6\n" in stored and "auto_batch: false\n" in stored
-    tune("lora", base, alpaca_file, tmp_path / "hand", **settings, train={**train, "micro_batch_size": 6})
+    name = "micro_batch_tokens" if packing else "micro_batch_size"
+    assert f"{name}: {found}\n" in stored and "auto_batch: false\n" in stored
+    tune("lora", base, alpaca_file, tmp_path / "hand", **settings, train={**train, name: found})
     auto, hand = (open_checkpoint(tmp_path / name / "final").tensors for name in ("auto", "hand"))
     assert auto.keys() == hand.keys() and all(torch.equal(auto[name], hand[name]) for name in auto)
 
@@ -200,16 +211,16 @@ def test_auto_batch_tries_on_the_cpu_only_what_will_fit(base, alpaca_file, tmp_p
     tried = []
 
     def peak(run, batch):
-        tried.append(batch[0].size(0))
-        return 1000 + 10_000 * batch[0].size(0)
+        tried.append(len(batch.lengths))
+        return 1000 + 10_000 * len(batch.lengths)
 
     monkeypatch.setattr(DryRun, "peak", peak)
     monkeypatch.setattr(memory, "expected_peak", lambda *_: 11_000)
     monkeypatch.setattr(memory, "state_bytes", lambda *_: 0)
     monkeypatch.setattr(memory, "free_ram", lambda: 64_000)
     tune("lora", base, alpaca_file, tmp_path / "out", train={"global_batch_size": 12, "auto_batch": True})
-    assert "micro-batch: 4 examples" in capsys.readouterr().out  # 41,000 of 51,200; 6 would take 61,500 by what 4 took
-    assert tried == [1, 2, 4]
+    assert re.search(r"micro-batch: \d+ tokens", capsys.readouterr().out)
+    assert tried == [1, 2, 4]  # 41,000 of 51,200; 5 would take 51,250 by what 4 took
     monkeypatch.setattr(memory, "free_ram", lambda: 12_000)
     with pytest.raises(UserError, match=r"--train.auto_batch: not even one example of \d+ tokens fits .*--train.max_seq_length"):
         tune("lora", base, alpaca_file, tmp_path / "none", train={"auto_batch": True})

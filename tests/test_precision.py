@@ -1,6 +1,7 @@
 """What a run computes in: decided by rule and measurement, exact where it says so, and never a change of the stored base."""
 
 import re
+from array import array
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import fails, tiny_config, tune
 
 from litlora.checkpoint import open_checkpoint
 from litlora.data.batches import collate
-from litlora.data.examples import split, tokenize
+from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import read_records
 from litlora.load import load
 from litlora.lora import LoRAConfig, LoRALinear, add_lora
@@ -27,9 +28,9 @@ def validation_loss(directory: Path, data: Path, dtype: torch.dtype) -> float:
     style, _ = choose_style("plain", None, None, default="plain")
     objective, total, count = SupervisedLoss(loaded.model.to(dtype)), 0.0, 0
     for example in tokenize(kept_out, loaded.tokenizer, style, 64).examples:
-        batch = collate([example], mask_prompt=True)
-        total += float(objective(batch.input_ids, batch.labels).detach())
-        count += int((batch.labels[:, 1:] != -100).sum())
+        batch = collate([example], mask_prompt=True, packed=False)
+        total += float(objective(*batch).detach())
+        count += len(batch.targets)
     return total / count
 
 
@@ -91,9 +92,10 @@ def test_mixed_computes_products_in_bf16_and_the_loss_in_fp32():
     mixed = Within(
         SupervisedLoss(model), lambda: decide("bf16-mixed", torch.float32, None, trains_base=False).computing(torch.device("cpu"))
     )
-    loss = mixed(ids, ids)
+    batch = collate([Example(array("i", row.tolist()), 0) for row in ids], mask_prompt=True, packed=True)
+    loss = mixed(*batch)
     assert set(seen.values()) == {torch.bfloat16} and loss.dtype == torch.float32
-    assert float(loss.detach()) == pytest.approx(float(SupervisedLoss(model)(ids, ids).detach()), rel=1e-2)
+    assert float(loss.detach()) == pytest.approx(float(SupervisedLoss(model)(*batch).detach()), rel=1e-2)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 

@@ -47,14 +47,18 @@ def mean_loss(model, data):
     """The plain mean over all supervised tokens, one example at a time."""
     total = count = 0
     for example in data:
-        batch = collate([example], mask_prompt=True)
-        total = total + SupervisedLoss(model)(batch.input_ids, batch.labels)
-        count += int((batch.labels[:, 1:] != -100).sum())
+        batch = collate([example], mask_prompt=True, packed=False)
+        total = total + SupervisedLoss(model)(*batch)
+        count += len(batch.targets)
     return total / count
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 7, 14])
-def test_a_step_is_the_gradient_of_the_mean_over_its_tokens(micro_batch_size, tmp_path):
+PADDED = [{"packing": False, "micro_batch_size": size} for size in (1, 2, 7, 14)]
+PACKED = [{"micro_batch_tokens": tokens} for tokens in (1, 50, 999)]
+
+
+@pytest.mark.parametrize("cut", PADDED + PACKED)
+def test_a_step_is_the_gradient_of_the_mean_over_its_tokens(cut, tmp_path):
     """However the step is cut into micro-batches: float64, one plain AdamW step written out."""
     model = GPT(tiny_config()).double()
     data = examples()
@@ -62,7 +66,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_tokens(micro_batch_size, tm
     mean_loss(model, data).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    done = train(model, data, tmp_path, micro_batch_size=micro_batch_size, global_batch_size=14)
+    done = train(model, data, tmp_path, global_batch_size=14, **cut)
     assert done.steps == 1
     for name, p in model.named_parameters():
         expected = before[name] - 0.05 * gradients[name] / (gradients[name].abs() + 1e-8)  # AdamW's first step
@@ -72,9 +76,9 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_tokens(micro_batch_size, tm
 def test_what_is_left_over_is_trained_on(tmp_path):
     seen = []
     model = GPT(tiny_config())
-    model.model.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].size(0)))
-    done = train(model, examples(15), tmp_path, micro_batch_size=2, global_batch_size=4, epochs=2)
-    assert sum(seen) == 2 * 15 and done.steps == 2 * 4
+    model.model.register_forward_hook(lambda _, inputs, kwargs, __: seen.extend(kwargs["lengths"]), with_kwargs=True)
+    done = train(model, examples(15), tmp_path, global_batch_size=4, epochs=2)
+    assert sorted(seen) == sorted(2 * [len(e.ids) for e in examples(15)]) and done.steps == 2 * 4
     assert done.tokens == 2 * sum(len(e.ids) for e in examples(15))
 
 
@@ -101,12 +105,12 @@ def test_it_learns(tmp_path):
     assert done.val_loss == pytest.approx(mean_loss(model, data).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 14])
-def test_validation_weighs_every_token_the_same(micro_batch_size):
+@pytest.mark.parametrize("cut", PADDED + PACKED)
+def test_validation_weighs_every_token_the_same(cut):
     model, data = GPT(tiny_config()), examples()
     add_lora(model, LoRAConfig(rank=2, dropout=0.5))
     objective = SupervisedLoss(model).train()
-    config = TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=42)
+    config = TrainConfig(global_batch_size=14, **cut)
     got = evaluate(Fabric(accelerator="cpu", devices=1), objective, data, config)
     assert objective.training, "the mode must be put back"
     assert got == pytest.approx(mean_loss(model.eval(), data).item(), rel=1e-5)

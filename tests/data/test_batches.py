@@ -1,4 +1,4 @@
-"""Batches: everything once, little padding, the longest first."""
+"""Batches: everything once, no padding or little of it, the largest first."""
 
 import random
 from array import array
@@ -7,24 +7,56 @@ import pytest
 import torch
 from conftest import SHARED
 
-from litlora.data.batches import collate, num_supervised, padding_share, plan_epoch
+from litlora.data.batches import collate, num_supervised, pack, padding_share, plan_epoch
 from litlora.data.examples import Example, tokenize
 from litlora.data.records import SAMPLE_FILE, read_records
-from litlora.loss import IGNORE
 from litlora.prompts import STYLES
 from litlora.settings import JSON
 from litlora.tokenizer import Tokenizer
 
 
-def plan(lengths, *, micro=4, per_step=4, seed=0, longest_first=True):
-    return plan_epoch(lengths, micro_batch_size=micro, global_batch_size=micro * per_step, seed=seed, longest_first=longest_first)
+def plan(lengths, *, micro=4, per_step=4, pack_tokens=None, num_ranks=1, seed=0, longest_first=True):
+    return plan_epoch(
+        lengths,
+        global_batch_size=micro * per_step,
+        micro_batch_size=micro,
+        pack_tokens=pack_tokens,
+        num_ranks=num_ranks,
+        seed=seed,
+        longest_first=longest_first,
+    )
 
 
+@pytest.mark.parametrize("pack_tokens", [None, 1, 60, 1000])
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 17, 100])
-def test_every_example_comes_once_and_none_is_left_over(count):
-    steps = plan([random.Random(n).randint(1, 50) for n in range(count)])
+def test_every_example_comes_once_and_none_is_left_over(count, pack_tokens):
+    steps = plan([random.Random(n).randint(1, 50) for n in range(count)], pack_tokens=pack_tokens)
     assert sorted(index for step in steps for micro in step for index in micro) == list(range(count))
-    assert all(1 <= len(step) <= 4 and all(1 <= len(micro) <= 4 for micro in step) for step in steps)
+    assert len(steps) == -(-count // 16)
+    if pack_tokens is None:
+        assert all(1 <= len(step) <= 4 and all(1 <= len(micro) <= 4 for micro in step) for step in steps)
+    else:
+        assert sorted(sum(map(len, step)) for step in steps)[1:] == [16] * (len(steps) - 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(20))
+def test_packs_are_few_even_and_within_their_size(seed, num_ranks):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, rng.choice([20, 100, 300])) for _ in range(64)]
+    packs = pack(range(64), lengths, 256, num_ranks)
+    loads = [sum(lengths[index] for index in one) for one in packs]
+    assert all(load <= 256 or len(one) == 1 for load, one in zip(loads, packs, strict=True))
+    fewest = -(-sum(lengths) // 256)
+    assert len(packs) <= 1.25 * fewest + num_ranks
+    short = [min(length, 20) for length in lengths]
+    packs = pack(range(64), short, 256, num_ranks)
+    loads = [sum(short[index] for index in one) for one in packs]
+    assert len(packs) % num_ranks == 0 and max(loads) - min(loads) <= 20
+
+
+def test_packs_spare_ranks_that_have_no_example():
+    assert pack([0, 1, 2], [5, 6, 7], 100, num_ranks=4) == [[2], [1], [0]]
 
 
 def test_the_longest_example_comes_first_and_the_order_is_the_seeds():
@@ -32,6 +64,10 @@ def test_the_longest_example_comes_first_and_the_order_is_the_seeds():
     steps = plan(lengths)
     assert lengths.index(max(lengths)) in steps[0][0]
     assert steps == plan(lengths) != plan(lengths, seed=1)
+    steps = plan(lengths, pack_tokens=700)
+    largest = [max(sum(lengths[index] for index in micro) for micro in step) for step in steps]
+    assert largest[0] == max(largest)
+    assert steps == plan(lengths, pack_tokens=700) != plan(lengths, pack_tokens=700, seed=1)
 
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json"])
@@ -52,14 +88,16 @@ def test_padding_of_the_sample_is_below_5_percent(tokenizer_dir):
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
-def test_collate_pads_and_labels(mask_prompt):
+@pytest.mark.parametrize("packed", [True, False])
+def test_collate_lays_out_and_tells_what_is_learned(packed, mask_prompt):
     examples = [Example(array("i", ids), prompt) for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))]
-    batch = collate(examples, mask_prompt=mask_prompt)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [3, 4, 2, 0]]
-    x = IGNORE
-    masked = [[x, x, 7, 8], [9, 1, x, x], [x, x, 2, x]]
-    assert batch.labels.tolist() == (masked if mask_prompt else [[5, 6, 7, 8], [9, 1, x, x], [3, 4, 2, x]])
-    assert batch.num_tokens == 9
-    counted = sum(num_supervised(example, mask_prompt) for example in examples)
-    assert counted == int((batch.labels[:, 1:] != x).sum())
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    batch = collate(examples, mask_prompt=mask_prompt, packed=packed)
+    if packed:
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 3, 4, 2]] and batch.lengths == [4, 2, 3]
+    else:
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [3, 4, 2, 0]] and batch.lengths is None
+    before = batch.input_ids.flatten()[batch.positions].tolist()
+    learned = [(6, 7), (7, 8), (9, 1), (4, 2)] if mask_prompt else [(5, 6), (6, 7), (7, 8), (9, 1), (3, 4), (4, 2)]
+    assert list(zip(before, batch.targets.tolist(), strict=True)) == learned
+    assert sum(num_supervised(example, mask_prompt) for example in examples) == len(learned)
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64

@@ -1,0 +1,167 @@
+"""Each kernel equals its plain twin: values, and gradients in float64."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litlora.kernels import attention, cross_entropy, lora, norm
+from litlora.kernels.attention import Pack
+from litlora.kernels.lora import Layer
+
+
+def layer(out, inner, rank=None, *, bias=False, scale=1.0):
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    A, B = (random(rank, inner).requires_grad_(), random(out, rank).requires_grad_()) if rank else (None, None)
+    return Layer(random(out, inner), random(out) if bias else None, A, B, scale)
+
+
+def trained(x, *layers):
+    return [x, *(tensor for one in layers for tensor in (one.lora_A, one.lora_B) if tensor is not None)]
+
+
+def same_value_and_gradients(kernel, plain, inputs):
+    got, wanted = kernel(), plain()
+    got, wanted = (value if isinstance(value, list | tuple) else [value] for value in (got, wanted))
+    torch.testing.assert_close(list(got), list(wanted), rtol=1e-12, atol=1e-12)
+    weights = [torch.randn_like(value) for value in wanted]
+    gradients = [
+        torch.autograd.grad(sum((value * weight).sum() for value, weight in zip(values, weights, strict=True)), inputs)
+        for values in (got, wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("ranks", [(2, None, 3), (None, None, None), (4,), (1, 2)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_layers_of_one_input(ranks, dropped):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    layers = [layer(3 + i, 6, rank, bias=i == 0, scale=0.5 + i) for i, rank in enumerate(ranks)]
+    keep = torch.rand(2, 5, 6) > 0.3 if dropped else None
+    inputs = trained(x, *layers)
+    same_value_and_gradients(lambda: lora.project(x, layers, keep), lambda: lora.plain_project(x, layers, keep), inputs)
+    assert gradcheck(lambda *_: lora.project(x, layers, keep), inputs)
+
+
+@pytest.mark.parametrize("activation", list(lora.ACTIVATIONS))
+@pytest.mark.parametrize(("ranks", "dropped"), [((2, 3, 1), True), ((2, 3, 1), False), ((None, None, None), False), ((None, 2, None), False)])
+def test_gated_mlp(activation, ranks, dropped):
+    torch.manual_seed(0)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    layers = [layer(9, 6, ranks[0], scale=2.0), layer(9, 6, ranks[1], bias=True), layer(6, 9, ranks[2], scale=0.1)]
+    masks = (torch.rand(7, 6) > 0.3, torch.rand(7, 9) > 0.3) if dropped else (None, None)
+    inputs = trained(x, *layers)
+    arguments = (x, *layers, activation, *masks)
+    same_value_and_gradients(lambda: lora.gated_mlp(*arguments), lambda: lora.plain_gated_mlp(*arguments), inputs)
+    assert gradcheck(lambda *_: lora.gated_mlp(*arguments), inputs)
+
+
+def test_no_gradient_is_computed_below_the_first_adapted_layer():
+    x = torch.randn(7, 6, dtype=torch.float64)  # as at the bottom of a model: nothing below it learns
+    one = layer(4, 6, 2)
+    (y,) = lora.project(x, [one])
+    multiplied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            multiplied.extend(args if func is torch.ops.aten.mm.default else ())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(y.sum(), [one.lora_A, one.lora_B])
+    assert multiplied and not any(tensor.shape in (one.weight.shape, one.weight.t().shape) for tensor in multiplied)
+    (frozen,) = lora.project(x, [layer(4, 6)])
+    assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("count", "elements"), [(1, 2**24), (37, 2**24), (37, 16 * 50), (40, 50), (0, 2**24)])
+def test_head_loss_in_chunks(cap, count, elements, monkeypatch):
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", elements)
+    torch.manual_seed(0)
+    hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
+    weight, targets = 3 * torch.randn(50, 8, dtype=torch.float64), torch.randint(50, (count,))
+    kernel, plain = cross_entropy.head_loss, cross_entropy.plain_head_loss
+    same_value_and_gradients(lambda: kernel(hidden, targets, weight, cap), lambda: plain(hidden, targets, weight, cap), [hidden])
+
+
+def test_head_loss_of_unlikely_targets_stays_finite():
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight, targets = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1, 0])
+    loss = cross_entropy.head_loss(hidden, targets, weight)
+    assert loss.item() == pytest.approx(1200)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[2.0], [-2.0]]))
+
+
+def test_head_loss_in_bf16_rounds_the_gradient_once():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(300, 32).bfloat16()
+    targets = torch.randint(300, (64,))
+    loss = cross_entropy.head_loss(hidden, targets, weight)
+    exact = hidden.detach().double().requires_grad_()
+    logits = (hidden.detach() @ weight.t()).double()
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    gradient = torch.autograd.grad(cross_entropy.plain_head_loss(exact, targets, weight.double()), exact)[0]
+    (got,) = torch.autograd.grad(loss, hidden)
+    assert (got.double() - gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_rms_norm():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    same_value_and_gradients(lambda: norm.rms_norm(x, weight, 1e-5), lambda: norm.plain_rms_norm(x, weight, 1e-5), [x])
+    assert gradcheck(lambda x: norm.rms_norm(x, weight, 1e-5), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_computes_in_fp32_and_rounds_once(dtype):
+    torch.manual_seed(0)
+    x, weight = (100 * torch.randn(9, 64)).to(dtype).requires_grad_(), torch.randn(64).to(dtype)
+    wanted = norm.plain_rms_norm(x.double(), weight.double(), 1e-5)
+    got = norm.rms_norm(x, weight, 1e-5)
+    assert got.dtype == dtype
+    assert (got.double() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("window", "softcap", "groups"), list(itertools.product([None, 3], [None, 2.0], [1, 4])))
+@pytest.mark.parametrize("way", ["packed_attention", "flex_packed_attention"])
+def test_packed_attention_equals_each_sequence_alone(way, window, softcap, groups, monkeypatch):
+    if way == "flex_packed_attention":  # without a device for its kernel: the same mask and scores, computed plainly
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: plain_flex)
+    torch.manual_seed(0)
+    lengths = [5, 1, 9, 4]
+    q, k, v = (torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups))
+    settings = {"scale": 0.3, "window": window, "softcap": softcap}
+
+    def alone():
+        masks = [attention.causal_mask(length, 0, window, q.device) for length in lengths]
+        parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), masks, strict=True)
+        return torch.cat([attention.attend(*part, scale=0.3, softcap=softcap) for part in parts], dim=2)
+
+    same_value_and_gradients(lambda: getattr(attention, way)(q, k, v, Pack(lengths), **settings), alone, [q, k, v])
+
+
+def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
+    """What FlexAttention stands for: every score through score_mod, and -inf where mask_mod says no."""
+    k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
+    N = q.size(2)
+    query, key = torch.arange(N)[:, None], torch.arange(N)[None, :]
+    scores = q @ k.transpose(2, 3) * scale
+    if score_mod is not None:
+        scores = score_mod(scores, None, None, query, key)
+    return scores.masked_fill(~block_mask.mask_mod(None, None, query, key), -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_drops_its_share(p):
+    torch.manual_seed(0)
+    mask = lora.dropout_mask(torch.empty(401, 333), p)
+    assert mask.shape == (401, 333) and mask.dtype == torch.bool
+    assert (~mask).float().mean().item() == pytest.approx(p, abs=0.005)
+    assert lora.dropout_share(p) == pytest.approx(p, abs=2**-17)
