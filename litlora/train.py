@@ -337,7 +337,9 @@ def _memory_advice(examples: list[Example], micro_batches: Step, config: TrainCo
 
 def _micro_batch_setting(config: TrainConfig) -> str:
     """What sets the size of a micro-batch, with its value."""
-    return f"--train.micro_batch_tokens ({pack_tokens(config):,})" if config.packing else f"--train.micro_batch_size ({config.micro_batch_size})"
+    if config.packing:
+        return f"--train.micro_batch_tokens ({pack_tokens(config):,})"
+    return f"--train.micro_batch_size ({config.micro_batch_size})"
 
 
 def _steps(plan: Callable[[int], list[Step]], at: Position, total_steps: int) -> Iterator[tuple[int, int, Step]]:

@@ -90,7 +90,7 @@ def pack(indices: Sequence[int], lengths: Sequence[int], capacity: int, num_rank
         load, place = heapq.heappop(heap)
         even[place].append(index)
         heapq.heappush(heap, (load + lengths[index], place))
-    return even if max(load for load, _ in heap) <= max(loads) else packs
+    return even if all(load <= capacity or len(even[place]) == 1 for load, place in heap) else packs
 
 
 def padding_share(lengths: Sequence[int], steps: list[Step]) -> float:

@@ -49,7 +49,8 @@ def test_layers_of_one_input(ranks, dropped):
 
 
 @pytest.mark.parametrize("activation", list(lora.ACTIVATIONS))
-@pytest.mark.parametrize(("ranks", "dropped"), [((2, 3, 1), True), ((2, 3, 1), False), ((None, None, None), False), ((None, 2, None), False)])
+@pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("ranks", [(2, 3, 1), (None, None, None), (None, 2, None)])
 def test_gated_mlp(activation, ranks, dropped):
     torch.manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
