@@ -18,6 +18,7 @@ from litlora.errors import CheckpointError
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.norm import rms_norm
+from litlora.kernels.sizes import few
 from litlora.lora import gated_mlp, project
 
 Rope = tuple[Tensor, Tensor]
@@ -199,7 +200,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
         """With `lengths`, input_ids (1, N) holds sequences of these lengths one behind the other: none sees another."""
         num_tokens = input_ids.size(1)
-        if lengths is not None and (spare := spare_rows(num_tokens, self.embed_tokens.weight)):
+        if lengths is not None and (spare := few(num_tokens, self.embed_tokens.weight, least=16, parts=32) - num_tokens):
             input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, spare]  # a sequence more, which nobody looks at
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
         pack = Pack(lengths) if lengths is not None else None
@@ -217,16 +218,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += T
         return self.norm(x)[:, :num_tokens]
-
-
-def spare_rows(num_rows: int, like: Tensor) -> int:
-    """Rows to add so that matrices come in few sizes: on the CPU, bf16 multiplications keep 0.6 MB for every new number of rows.
-
-    At most a 32nd part is added, or 15 rows to a short pack.
-    """
-    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
-        return 0
-    return -num_rows % max(16, 2 ** (num_rows.bit_length() - 1) // 32)
 
 
 class GPT(nn.Module):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litlora.kernels.sizes import few
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
@@ -73,7 +75,12 @@ def plain_packed_attention(
 ) -> Tensor:
     """Attention of several sequences one behind the other, each by itself: q (1, H, N, D), k and v (1, G, N, D) -> (1, H, N, D)."""
     parts = zip(*(part.split(pack.lengths, dim=2) for part in (q, k, v)), strict=True)
-    outputs = [attend(*part, causal_mask(part[0].size(2), 0, window, q.device), scale=scale, softcap=softcap) for part in parts]
+    outputs = []
+    for part, T in zip(parts, pack.lengths, strict=True):
+        size = few(T, q, least=32, parts=8)
+        if size != T:  # nobody sees what is behind
+            part = [F.pad(tensor, (0, 0, 0, size - T)) for tensor in part]
+        outputs.append(attend(*part, causal_mask(size, 0, window, q.device), scale=scale, softcap=softcap)[:, :, :T])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

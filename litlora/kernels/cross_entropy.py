@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits that exist at a time: few enough for caches and memory, enough rows to keep the matrix multiplication at its best."""
 
 
@@ -32,9 +32,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None) -> Tensor:
         (N, V), exact = (len(hidden), len(weight)), exact_dtype(hidden)
-        # Chunks of equal size, a multiple of 16: see litlora.model.spare_rows for why sizes should be few.
+        # Chunks of equal size, a multiple of 32: sizes should be few, see litlora.kernels.sizes.
         chunks = max(1, -(-N // chunk_rows(V, hidden.device)))
-        rows = max(1, -(-N // (16 * chunks))) * 16
+        rows = max(1, -(-N // (32 * chunks))) * 32
         total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Two buffers for all chunks: mapping fresh memory for each would cost a fifth of its multiplication.
