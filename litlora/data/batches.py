@@ -40,8 +40,9 @@ def plan_epoch(
     """Every example once, global_batch_size of them a step, in random order; what is left over makes a smaller last step.
 
     With `pack_tokens` a step's examples are packed into micro-batches of at most so many tokens; else micro-batches hold
-    micro_batch_size examples of like length. `longest_first` puts the step with the largest micro-batch in front: if
-    memory is too small, the first step shows it. A pure function: the same arguments give the same plan.
+    micro_batch_size examples of like length. `longest_first` puts a step with one of the largest micro-batches in front: if
+    memory is too small, the first step shows it; of several such steps it is the shortest. A pure function: the same
+    arguments give the same plan.
     """
     rng = random.Random(seed)
     if pack_tokens is not None:
@@ -62,8 +63,10 @@ def plan_epoch(
         per_step = global_batch_size // micro_batch_size
         return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
     if longest_first and steps:
-        largest = max(range(len(steps)), key=lambda i: max(sum(lengths[index] for index in micro) for micro in steps[i]))
-        steps.insert(0, steps.pop(largest))
+        loads = [[sum(lengths[index] for index in micro) for micro in step] for step in steps]
+        enough = 15 / 16 * max(map(max, loads))
+        first = min((i for i, load in enumerate(loads) if max(load) >= enough), key=lambda i: sum(loads[i]))
+        steps.insert(0, steps.pop(first))
     return steps
 
 
