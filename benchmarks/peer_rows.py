@@ -4,7 +4,7 @@ python benchmarks/peer_rows.py > ours.json
 python3 run.py --work W --bin PEERS/bin --rows ours.json --only 'train/bf16-qv/(ours|peft-loop|trl-padding-free)'
 
 The driver makes `{work}` (a Llama of 74.7 M parameters and 992 Alpaca records) and fills in `{out}` and `{scratch}`; each row
-trains rank 8 at micro-batch 4, cut to 512 tokens, for the same number of steps as the peers' rows.
+trains rank 8 with 4 examples a step, cut to 512 tokens, for the same number of steps as the peers' rows.
 """
 
 import json
@@ -16,9 +16,10 @@ REPO = Path(__file__).resolve().parent.parent
 STEP = r"step (?P<i>\d+)/\d+ \| loss (?P<loss>[\d.]+|nan) \| lr \S+ \| (?P<tokens>\d+) tokens"
 
 
-def train(targets: str, steps: int, checkpoint: str) -> dict:
+def train(targets: str, steps: int, checkpoint: str, precision: str = "bf16-true") -> dict:
     settings = {
         "checkpoint_dir": checkpoint,
+        "precision": precision,
         "data": "JSON",
         "data.path": "{work}/data/train_ordered.json",
         "data.val_fraction": 0,
@@ -26,7 +27,6 @@ def train(targets: str, steps: int, checkpoint: str) -> dict:
         "lora.targets": targets,
         "lora.dropout": 0.05,
         "train.global_batch_size": 4,
-        "train.micro_batch_size": 4,
         "train.max_seq_length": 512,
         "train.max_steps": steps,
         "train.warmup_steps": 5,
@@ -58,6 +58,7 @@ def main() -> None:
         "train": {
             "bf16-qv": train("qv", 45, checkpoint),
             "bf16-all": train("all-linear", 13, checkpoint),
+            "fp32-qv": train("qv", 9, checkpoint, "32-true"),
         },
         "merge": {"bf16-qv": merge("bf16-qv"), "bf16-all": merge("bf16-all")},
     }
