@@ -11,6 +11,7 @@ runs from the end of the warm-up steps to the end of the last one. Another Pytho
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -63,34 +64,39 @@ def all_logits() -> dict[str, Any]:
     """Logits and loss at every position, learned or not."""
     import torch.nn.functional as F
 
-    from litlora.loss import IGNORE, SupervisedLoss
+    from litlora.loss import SupervisedLoss
 
-    def forward(self: Any, input_ids: Any, labels: Any, *more: Any, **options: Any) -> Any:
-        logits = self.model.logits(self.model.model(input_ids, *more, **options)[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    def forward(self: Any, input_ids: Any, positions: Any, targets: Any, lengths: Any = None) -> Any:
+        logits = self.model.logits(self.model.model(input_ids, lengths=lengths)).flatten(0, 1)  # (N, V)
+        labels = targets.new_full((len(logits),), -100).index_copy(0, positions, targets)
+        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
     SupervisedLoss.forward = forward
     return {}
 
 
-def replaced(module: str, name: str, twin: str) -> Callable[[], dict[str, Any]]:
-    """Calls of module.name run its plain twin of the same module."""
+def plain(module: str, *names: str) -> Callable[[], dict[str, Any]]:
+    """Calls of these functions of a module of kernels run their plain twins, which are called plain_NAME."""
 
     def replace() -> dict[str, Any]:
-        from importlib import import_module
-
-        home = import_module(module)
-        fused, plain = getattr(home, name), getattr(home, twin)
-        for other in list(sys.modules.values()):  # also where it was imported by name
-            if getattr(other, "__name__", "").startswith("litlora") and other.__dict__.get(name) is fused:
-                setattr(other, name, plain)
+        home = importlib.import_module(module)
+        for name in names:
+            fused, twin = getattr(home, name), getattr(home, f"plain_{name}")
+            for other in [other for place, other in sys.modules.items() if place.startswith("litlora")]:
+                if other.__dict__.get(name) is fused:  # at home, and where it was imported by name
+                    setattr(other, name, twin)
         return {}
 
     return replace
 
 
 ABLATIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "packing": lambda: {"packing": False},
     "supervised_logits": all_logits,
+    "fused_loss": plain("litlora.kernels.cross_entropy", "head_loss"),
+    "fused_lora": plain("litlora.kernels.lora", "project", "gated_mlp"),
+    "fused_norm": plain("litlora.kernels.norm", "rms_norm"),
+    "fused_attention": plain("litlora.kernels.attention", "packed_attention"),
 }
 """A name for --without -> what switches it off: it changes the library from outside and returns other settings of the training."""
 
@@ -124,14 +130,14 @@ def fill(model: Any) -> None:
                 parameter.normal_(std=0.02, generator=generator)
 
 
-def make_examples(count: int, job: argparse.Namespace) -> list[tuple[list[int], int]]:
+def make_examples(job: argparse.Namespace) -> list[tuple[list[int], int]]:
     """(ids, length of the prompt): a third is prompt; ids by a steep law, so that there is something to learn.
 
     alpaca: lengths log-normal about a median of 80, as instruction data has them, cut to --seq; full: all of --seq.
     """
     rng = random.Random(SEED)
     vocab_size, examples = SHAPES[job.model]["vocab_size"], []
-    for _ in range(count):
+    for _ in range(job.steps * job.global_batch):
         length = job.seq if job.lengths == "full" else max(8, min(job.seq, round(rng.lognormvariate(math.log(80), 0.7))))
         examples.append(([int(vocab_size * rng.random() ** 3) for _ in range(length)], length // 3))
     return examples
@@ -235,16 +241,22 @@ def train_settings(job: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def plan(job: argparse.Namespace) -> dict[str, Any]:
-    """The examples, and those of each step as our loop will take them."""
+def plan(job: argparse.Namespace) -> list[list[int]]:
+    """The examples of each step, by their indices, as our loop will take them."""
     from litlora.data.batches import plan_epoch
+    from litlora.settings import TrainConfig
+    from litlora.train import pack_tokens
 
-    examples = make_examples(job.steps * job.global_batch, job)
+    config = TrainConfig(**train_settings(job))
     steps = plan_epoch(
-        [len(ids) for ids, _ in examples],
-        micro_batch_size=job.micro_batch, global_batch_size=job.global_batch, seed=SEED, longest_first=True,
-    )  # fmt: skip
-    return {"examples": examples, "steps": [sorted(index for micro in step for index in micro) for step in steps]}
+        [len(ids) for ids, _ in make_examples(job)],
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        pack_tokens=pack_tokens(config),
+        seed=SEED,
+        longest_first=True,
+    )
+    return [sorted(index for micro in step for index in micro) for step in steps]
 
 
 def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +273,7 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
     device = pick_device(job)
     clock = Clock(job, device)
+    data = {**data, "steps": plan(job)}  # without packing, it is another one
     shape = dict(SHAPES[job.model])
     scaling = shape.pop("rope_scaling")
     config = ModelConfig(**shape, **COMMON, norm_eps=1e-6, rope_scaling=RopeScaling(**scaling) if scaling else None)
@@ -408,7 +421,8 @@ def main() -> None:
     from litlora.optim import lr_at
     from litlora.settings import TrainConfig
 
-    config = TrainConfig(**train_settings(argparse.Namespace(**{**vars(job), "without": []})))
+    whole = argparse.Namespace(**{**vars(job), "without": []})
+    config = TrainConfig(**train_settings(whole))
     rows = {
         "ceiling": ("ceiling", []),
         **{name: (name, []) for name in job.rows},
@@ -417,7 +431,8 @@ def main() -> None:
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data.json"
-        data.write_text(json.dumps({**plan(job), "learning_rates": [lr_at(step, job.steps, config) for step in range(job.steps)]}))
+        rates = [lr_at(step, job.steps, config) for step in range(job.steps)]
+        data.write_text(json.dumps({"examples": make_examples(job), "steps": plan(whole), "learning_rates": rates}))
         for _ in range(job.rounds):
             for name, (program, without) in rows.items():
                 if (result := measure(program, without, job, data)) is not None:
