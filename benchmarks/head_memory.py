@@ -54,7 +54,8 @@ def measure(options: argparse.Namespace) -> None:
         loss.backward()
         seconds = time.perf_counter() - started
     peak = (resident("VmHWM:") - before) / 2**20
-    print(f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s | loss {loss.item():.2f} | gradient {hidden.grad.float().norm().item():.4f}")
+    norm = hidden.grad.float().norm().item()
+    print(f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s | loss {loss.item():.2f} | gradient's norm {norm:.4f}")
 
 
 def resident(field: str) -> int:

@@ -3,6 +3,7 @@
 import torch
 
 from litlora.errors import UserError
+from litlora.kernels.attention import packed_attention
 from litlora.model import GPT
 
 
@@ -18,6 +19,11 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compile every block in place, for any number of tokens. Names stay: nothing is wrapped."""
+    """Compile every block in place, for any number of tokens. Names stay: nothing is wrapped.
+
+    Attention over a pack stays as it is: its loop over the lengths would be compiled anew for every pack.
+    """
+    attention = torch.compiler.disable(packed_attention)
     for block in model.model.layers:
+        block.self_attn.packed_attention = attention
         block.compile(dynamic=True)

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
         output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(H * self.head_dim, config.hidden_size, bias=output_bias)
+        self.packed_attention = packed_attention  # an attribute: what compiles a block leaves this out, see litlora.compile
         self.norm_all_heads = config.qk_norm == "all_heads"
         self.q_norm = make_head_norm(config, H)
         self.k_norm = make_head_norm(config, G)
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         if pack is None:
             y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         else:
-            y = packed_attention(q, k, v, pack, scale=self.scale, window=self.window, softcap=self.softcap)
+            y = self.packed_attention(q, k, v, pack, scale=self.scale, window=self.window, softcap=self.softcap)
         return project(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
 
 

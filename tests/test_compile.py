@@ -2,12 +2,15 @@
 
 import os
 import shutil
+from array import array
 
 import pytest
 import torch
 from conftest import tiny_config, tune
 
 from litlora.compile import compile_blocks
+from litlora.data.batches import collate
+from litlora.data.examples import Example
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
@@ -16,23 +19,36 @@ from litlora.model import GPT
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
 
 
-def gradients(objective, *batches):
+def batch(*lengths, packed):
+    examples = [Example(array("i", torch.randint(0, 400, (length,)).tolist()), 1) for length in lengths]
+    return collate(examples, mask_prompt=True, packed=packed)
+
+
+def gradients(objective, batches):
     objective.zero_grad()
-    for ids in batches:
-        objective(ids, ids).backward()
+    for one in batches:
+        objective(*one).backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
-def test_a_compiled_model_learns_the_same_under_the_same_names():
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_compiled_model_learns_the_same_under_the_same_names(packed):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler here")
     model = GPT(tiny_config(num_hidden_layers=1)).double()
     add_lora(model, LoRAConfig(rank=2, targets="qv"), torch.float64)
-    objective, batches = SupervisedLoss(model).train(), [torch.randint(0, 400, shape) for shape in ((2, 9), (3, 14))]
-    names, expected = [name for name, _ in model.named_parameters()], gradients(objective, *batches)
+    objective = SupervisedLoss(model).train()
+    batches = [batch(*lengths, packed=packed) for lengths in ((9, 4), (14, 5, 11), (3, 8, 2, 2))]
+    names, expected = [name for name, _ in model.named_parameters()], gradients(objective, batches)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compile_blocks(model)
-    got = gradients(objective, *batches)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "it must have compiled"
+    graphs = torch._dynamo.utils.counters["stats"]
+    gradients(objective, batches[:2])
+    compiled = graphs["unique_graphs"]
+    assert compiled > 0, "it must have compiled"
+    got = gradients(objective, batches)
+    assert graphs["unique_graphs"] == compiled, "what is compiled must serve batches of any lengths"
     assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == names
     assert got.keys() == expected.keys()
     for name in expected:
