@@ -5,10 +5,14 @@ A style turns one exchange into text; the answer follows the prompt directly and
 in a checkpoint directory says which style the model was taught with.
 """
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ from litlora.untrusted import read_text, read_yaml
 STYLE_FILE = "prompt_style.yaml"
 TEMPLATE = "template"
 """The name of the style that is the model's chat template."""
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 2**30, 10**7
+"""What a chat template may take for one conversation: seconds of computing, bytes of memory (its interpreter included), characters."""
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -95,13 +101,14 @@ def choose_style(named: str | None, taught: PromptStyle | None, template: Prompt
 
 
 class ChatTemplate:
-    """A model's chat template; compiled when it is first used."""
+    """A model's chat template. It is a stranger's program, so it runs in a process of its own (litlora/render_template.py)."""
 
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
         """`path` is where the source was found; `special_tokens` are what a template may name: bos_token, eos_token, ..."""
         self.path = path
         self._source = source
         self._special_tokens = special_tokens
+        self._process: subprocess.Popen | None = None
 
     @property
     def style(self) -> PromptStyle:
@@ -110,18 +117,54 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text. Raises CheckpointError if the template is broken, UserError if it refuses the messages."""
-        from jinja2.exceptions import SecurityError, TemplateError
+        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        reply = self._ask(values | self._special_tokens)
+        if isinstance(reply, str):
+            return reply
+        kind, message = reply["error"], reply["message"]
+        if kind == "refuses":
+            raise UserError(f"{self.path}: the chat template refuses the conversation: {message}")
+        what = {
+            "broken": f"is broken {message}",
+            "forbidden": f"does what is forbidden: {message}",
+            "fails": f"fails: {message}",
+            "limits": f"was stopped: it takes more than {TEMPLATE_SECONDS} s, {TEMPLATE_MEMORY:,} bytes or {TEMPLATE_TEXT:,} characters",
+        }
+        raise CheckpointError(f"{self.path}: the chat template {what[kind]}")
 
+    def _ask(self, values: dict[str, Any]) -> Any:
+        """What the process replies. It is started for the first question, and again after one that it did not survive."""
         try:
-            return self._compiled.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except SecurityError as error:
-            raise CheckpointError(f"{self.path}: the chat template does what is forbidden: {error}") from None
-        except TemplateError as error:
-            raise UserError(f"{self.path}: the chat template refuses the conversation: {error}") from None
-        except Exception as error:  # a template is a program: any error of Python's can come of it
-            raise CheckpointError(f"{self.path}: the chat template fails: {type(error).__name__}: {error}") from None
+            if self._process is None:
+                self._process = self._start()
+            reply = _exchange(self._process, values)
+        except BaseException:  # after Ctrl-C, say, the reply on its way must not answer the next question
+            self._end()
+            raise
+        if reply is None:
+            self._end()
+            return {"error": "limits", "message": ""}
+        return reply
+
+    def _start(self) -> subprocess.Popen:
+        program = Path(__file__).with_name("render_template.py")
+        known = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")  # no tokens and keys
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-X", "utf8", str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in known if name in os.environ},
+        )
+        weakref.finalize(self, _stop, process)
+        limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
+        assert _exchange(process, {"source": self._source, **limits}) == "ready", f"{program} does not run"
+        return process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            _stop(self._process)
+            self._process = None
 
     def answer(self, instruction: str, input: str, output: str) -> str:
         """What follows the prompt when the model answers `output`, up to and with what the template puts behind it.
@@ -146,56 +189,24 @@ class ChatTemplate:
         """What the template puts behind an answer."""
         return self.answer("?", "", "ANSWER").rpartition("ANSWER")[2]
 
-    @cached_property
-    def _compiled(self) -> Any:
-        from jinja2 import TemplateSyntaxError, nodes
-        from jinja2.exceptions import SecurityError, TemplateError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.utils import Namespace
 
-        class Generation(Extension):
-            """{% generation %} marks what the model says; the text is the same."""
+def _exchange(process: subprocess.Popen, values: dict[str, Any]) -> Any:
+    """What a process replies to a line of JSON; None if it is no more."""
+    try:
+        process.stdin.write(json.dumps(values).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        return None
+    return json.loads(line) if line.endswith(b"\n") else None
 
-            tags = {"generation"}
 
-            def parse(self, parser: Any) -> Any:
-                line = next(parser.stream).lineno
-                return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-        class PlainNamespace(Namespace):
-            """No names with an underscore in front: they are the way out of the sandbox."""
-
-            def __init__(*args: Any, **kwargs: Any) -> None:
-                self, *rest = args
-                values = dict(*rest, **kwargs)
-                for name in values:
-                    _check_name(name)
-                Namespace.__init__(self, values)
-
-            def __setitem__(self, name: str, value: Any) -> None:
-                _check_name(name)
-                Namespace.__setitem__(self, name, value)
-
-        def _check_name(name: str) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"{name} as a name in a namespace")
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        environment.globals["namespace"] = PlainNamespace
-        try:
-            return environment.from_string(self._source)
-        except TemplateSyntaxError as error:
-            raise CheckpointError(f"{self.path}: the chat template is broken at its line {error.lineno}: {error}") from None
+def _stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # what was not sent has no reader
+            pipe.close()
 
 
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
