@@ -12,6 +12,7 @@ from litlora.cli import run
 from litlora.errors import UserError
 from litlora.paths import checkpoint_dir
 from litlora.settings import Chat
+from litlora.untrusted import one_line
 
 if TYPE_CHECKING:
     from litlora.conversation import Conversation
@@ -32,7 +33,7 @@ def main(settings: Chat) -> None:
     )
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
     for notice in loaded.chain.notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {one_line(notice)}", file=sys.stderr)
     conversation = Conversation(loaded.model, loaded.tokenizer, style, settings)
     if settings.prompt is not None:
         for piece in conversation.ask(settings.prompt):
@@ -65,7 +66,7 @@ def answer(conversation: "Conversation", question: str) -> None:
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     except UserError as error:
-        print(f"({error})", end="", file=sys.stderr)
+        print(f"({one_line(str(error))})", end="", file=sys.stderr)
     print()
 
 

@@ -31,9 +31,14 @@ from litlora.model import GPT
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
 from litlora.tokenizer import find_sidecars
+from litlora.untrusted import own_file
 
 FORMAT = 1
 """Version of the layout, stored in every file; a newer one is refused."""
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What weights may be stored in."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,9 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
 
 def _fitting(found: Checkpoint) -> Checkpoint:
     """The full checkpoint, if it fits its architecture: it may be merged or converted without being loaded."""
+    if odd := [name for name, tensor in found.tensors.items() if tensor.dtype not in DTYPES]:
+        kind = str(found.tensors[odd[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{found.file}: {odd[0]} is {kind}; weights are read in float32, bfloat16, float16 and float64")
     config, count = found.config, len(found.tensors)
     modules = config.num_hidden_layers + (config.num_hidden_layers - len(config.dense_layers)) * (config.num_experts or 0)
     if config.qk_norm == "each_head":
@@ -181,8 +189,10 @@ def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
     lora = meta["lora"]
     try:
         config = stored_config(lora)
-    except (UserError, TypeError) as error:
+    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # values of strange types
         raise CheckpointError(f"{file}: rank {lora['rank']} and alpha {lora['alpha']} make no adapter: {error}") from None
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        raise CheckpointError(f"{file}: {odd[0]} is {tensors[odd[0]].dtype}; an adapter's tensors are floating-point numbers")
     for module in adapter_modules(tensors):
         A, B = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
         if A is None or B is None:
@@ -364,7 +374,7 @@ def write_checkpoint(
             file.finish({"model": written, "litlora": meta})
         (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sources = [sidecars_from] if isinstance(sidecars_from, Path) else sidecars_from
-        styles = [directory / STYLE_FILE for directory in sources if (directory / STYLE_FILE).is_file()]
+        styles = [own_file(directory / STYLE_FILE) for directory in sources if (directory / STYLE_FILE).is_file()]
         for file in (*find_sidecars(sources), *styles[:1]):
             shutil.copyfile(file, staging / file.name)
         if prompt_style is not None:

@@ -36,7 +36,12 @@ def generate(
     new_ids = torch.tensor([prompt_ids], device=weight.device)
     for _ in range(length - len(prompt_ids)):
         hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head is needed at the last position only
-        token = sample(model.logits(hidden)[0], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        logits = model.logits(hidden)[0]
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the model computes numbers that are not finite: its weights or configuration are broken, or its dtype too narrow"
+            )
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if (found := int(token)) in stop_ids:
             return
         yield found

@@ -222,6 +222,8 @@ def load_template(files: dict[str, Path]) -> ChatTemplate | None:
             found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
         if isinstance(found, str):
             return ChatTemplate(found, path, special)
+        if found is not None:
+            raise CheckpointError(f"{path}: chat_template must be text, not {type(found).__name__}")
     return None
 
 

@@ -13,6 +13,8 @@ from litlora.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
+LARGEST_MODEL, LONGEST_PIECE = 64 * 2**20, 512
+"""Bytes; the largest models known have 5 MB, the longest pieces 48."""
 
 
 def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
@@ -23,7 +25,7 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
     try:
-        pieces, trainer, normalizer = _read_model(path.read_bytes())
+        pieces, trainer, normalizer = _read_model(_read_bytes(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, struct.error):
@@ -58,6 +60,12 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     return backend
 
 
+def _read_bytes(path: Path) -> bytes:
+    if path.stat().st_size > LARGEST_MODEL:
+        raise ValueError("too large")
+    return path.read_bytes()
+
+
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the highest score first; of equal ones the parts' numbers decide."""
     found = []
@@ -74,6 +82,8 @@ def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, An
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
+            if len(piece[1]) > LONGEST_PIECE:
+                raise ValueError("a piece as long as a page")
             pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0, piece.get(3, NORMAL)))
         elif number == 2:
             trainer = dict(_fields(value))
@@ -114,3 +124,5 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
         shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from litlora.errors import UserError
+from litlora.untrusted import check_pattern
 
 QUICKSTART = "checkpoints/litlora/quickstart"
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -43,6 +44,12 @@ class LoRAConfig:
         check(math.isfinite(self.alpha) and self.alpha != 0, f"--lora.alpha {self.alpha}: must be a finite number other than 0")
         check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")
+        for name in ("rank_pattern", "alpha_pattern"):  # an adapter stores them, and whoever reads it must be able to use them
+            for target in getattr(self, name):
+                try:
+                    check_pattern(target)
+                except ValueError as error:
+                    raise UserError(f"--lora.{name}: {error}") from None
         for target, rank in self.rank_pattern.items():
             check(rank >= 1, f"--lora.rank_pattern {target}: {rank}: must be at least 1")
         for target, alpha in self.alpha_pattern.items():

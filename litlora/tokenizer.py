@@ -1,5 +1,8 @@
 """Text to token ids and back, over the `tokenizers` library; special ids; decoding a stream piece by piece. Torch-free."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ SIDECAR_FILES = (
     "config.json",
 )
 """What travels with a model besides its weights; every command copies those that the base has."""
+LARGEST_TOKENIZER = 256 * 2**20
+"""Bytes; Gemma's, one of the largest, has 33 MB."""
 TOKENIZER_NAMES = (TOKENIZER_FILE, SENTENCEPIECE_FILE)
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Special tokens known to end a text, for tokenizers that come without their settings. (Ends of a turn are not among them.)"""
@@ -62,10 +67,10 @@ class Tokenizer:
         if path.name == SENTENCEPIECE_FILE:
             self._backend = read_sentencepiece(path, add_bos_token=settings.get("add_bos_token") is not False)
         else:
-            try:
+            if (size := path.stat().st_size) > LARGEST_TOKENIZER:
+                raise CheckpointError(f"{path}: has {size:,} bytes; no tokenizer has more than {LARGEST_TOKENIZER:,}")
+            with _quiet_library(f"{path}: not a usable tokenizer file"):
                 self._backend = Backend.from_file(str(path))
-            except Exception as error:  # the library raises bare Exception
-                raise CheckpointError(f"{path}: not a usable tokenizer file: {' '.join(str(error).split())}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_id = self._end_of_text(settings, path)
@@ -76,8 +81,8 @@ class Tokenizer:
             raise CheckpointError(f"{files['generation_config.json']}: eos_token_id {odd[0]!r} is not the number of a token")
         self.stop_ids = frozenset([self.eos_id, *stops])
         """Tokens that end generation."""
-        self._prefix = self._begin_of_text(settings)
         self._path = path
+        self._prefix = self._begin_of_text(settings)
         self._limit: int | None = None
 
     def fit(self, num_rows: int) -> str | None:
@@ -104,7 +109,9 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], *, begin: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
         prefix = self._prefix if begin else []
-        batch = [prefix + encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _quiet_library(f"{self._path}: cannot encode this text"):
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        batch = [prefix + encoding.ids for encoding in encoded]
         if self._limit is not None and (largest := max(map(max, filter(None, batch)), default=-1)) >= self._limit:
             raise UserError(
                 f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but the model's embedding has "
@@ -114,7 +121,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+        with _quiet_library(f"{self._path}: cannot decode"):
+            return self._backend.decode(ids, skip_special_tokens=True)
 
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn whose text ends like this: the first special one in it."""
@@ -145,14 +153,35 @@ class Tokenizer:
 
     def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
         """What the tokenizer itself puts in front of a text; else what its settings ask for."""
-        plain = self._backend.encode("a", add_special_tokens=False).ids
-        full = self._backend.encode("a", add_special_tokens=True).ids
+        with _quiet_library(f"{self._path}: not a usable tokenizer file"):
+            plain = self._backend.encode("a", add_special_tokens=False).ids
+            full = self._backend.encode("a", add_special_tokens=True).ids
         starts = (start for start in range(len(full)) if plain and full[start : start + len(plain)] == plain)
         ids = full[: next(starts, 0)]  # what comes behind is not wanted: an end-of-text, mostly
         name = token_text(settings.get("bos_token"))
         if not ids and settings.get("add_bos_token") and name is not None and (found := self._backend.token_to_id(name)) is not None:
             ids = [found]
         return ids
+
+
+@contextmanager
+def _quiet_library(what: str) -> Iterator[None]:
+    """Whatever goes wrong in `tokenizers` as a CheckpointError that begins with `what`.
+
+    The library raises bare Exception, or panics: that writes to the process's stderr and raises what is no Exception at all.
+    """
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 class TextStream:
@@ -197,6 +226,8 @@ def read_settings(path: Path | None) -> dict[str, Any]:
 
 
 def token_text(token: Any) -> str | None:
-    """A token in tokenizer_config.json is its text, or an object with the text under "content"; None for whatever else."""
+    """A token in tokenizer_config.json is its text, or an object with the text under "content"; None if there is none."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    if text is not None and not isinstance(text, str):
+        raise CheckpointError(f"tokenizer_config.json or special_tokens_map.json: {text!r} is not the text of a token")
+    return text

@@ -107,6 +107,19 @@ def own_file(path: Path) -> Path:
     return path
 
 
+def check_pattern(pattern: Any) -> None:
+    """Raise ValueError for a regular expression, of names of layers, that could take for ever: Python's have no limit of time."""
+    if not isinstance(pattern, str) or len(pattern) > 1000:
+        raise ValueError(f"{str(pattern)[:60]!r} is not the name of a layer")
+    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without what is escaped and sets of characters
+    if re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 4:
+        raise ValueError(f"the pattern {pattern[:60]!r} repeats more than names of layers need")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({error})") from None
+
+
 # ---- showing
 
 

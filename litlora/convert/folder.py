@@ -37,11 +37,13 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
     if counted is None:
         return file, {file: set()}
     stem, count, suffix = counted[1], counted[2], counted[3]
-    shards = [directory / f"{stem}-{number:0{len(count)}}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
-    for shard in shards:
+    shards: dict[Path, set[str]] = {}
+    for number in range(1, int(count) + 1):
+        shard = directory / f"{stem}-{number:0{len(count)}}-of-{count}{suffix}"
         if not shard.is_file():
             raise CheckpointError(f"{shard}: missing, though {name} says that there are {int(count)} shards; copy the folder again")
-    return directory, {shard: set() for shard in shards}
+        shards[shard] = set()
+    return directory, shards
 
 
 def _names(directory: Path) -> Iterator[str]:

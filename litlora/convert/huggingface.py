@@ -23,6 +23,7 @@ from litlora.convert.layout import layout
 from litlora.errors import CheckpointError
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
 from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
+from litlora.untrusted import own_file
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -57,10 +58,14 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
 def _without_tied_head(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """The embedding serves as the head and is stored once; a second copy must be one."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
-    if head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr() and not _same(head, embedding):
         raise CheckpointError(f"the output head differs from the embedding, though {HF_CONFIG_FILE} says tie_word_embeddings")
     rest = {name: tensor for name, tensor in ours.items() if name != HEAD}
     return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int) -> str:
@@ -72,7 +77,7 @@ def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfi
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
-    styles = [place / STYLE_FILE for place in sources if (place / STYLE_FILE).is_file()]
+    styles = [own_file(place / STYLE_FILE) for place in sources if (place / STYLE_FILE).is_file()]
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
     template = load_template(files)

@@ -56,7 +56,7 @@ class Rule:
         group = sum(self.sizes)
         if rows.ndim == 0 or rows.size(0) != self.groups * group:
             raise CheckpointError(f"{self.theirs} has shape {tuple(rows.shape)}; the architecture needs {self.groups * group} rows")
-        grouped = rows.view(self.groups, group, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
+        grouped = rows.reshape(self.groups, group, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
         return [part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1)]  # (groups, size, ...) -> (groups · size, ...)
 
     def join(self, parts: list[Tensor]) -> Tensor:

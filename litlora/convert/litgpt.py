@@ -15,7 +15,7 @@ from torch import Tensor
 from litlora.config import CONFIG_FILE, ModelConfig, RopeScaling
 from litlora.convert.files import open_torch
 from litlora.convert.layout import LAYER, QKV, Layout, Rule
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, UserError
 from litlora.settings import LoRAConfig
 from litlora.untrusted import read_yaml
 
@@ -59,8 +59,8 @@ def load_config(directory: Path) -> ModelConfig:
         return _config(values)
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]} is missing") from None
-    except (TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, CheckpointError) as error:  # values of strange types
+        raise CheckpointError(f"{path}: not a usable configuration: {error}") from None
 
 
 def _config(c: dict[str, Any]) -> ModelConfig:
@@ -172,6 +172,11 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     run = _read_yaml(path)
     if missing := [name for name in ("lora_r", "lora_alpha", "lora_query", "lora_key", "lora_value") if name not in run]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}; the adapter beside it cannot be read without")
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        if type(value := run.get(name, 0)) is not int and (name == "lora_r" or type(value) is not float):
+            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+    if run["lora_r"] < 1:
+        raise CheckpointError(f"{path}: lora_r is {run['lora_r']}; it must be at least 1")
     rank, alpha = run["lora_r"], float(run["lora_alpha"])
     content = open_torch(file)
     stored = content.get("model", content) if isinstance(content, dict) else None
@@ -210,7 +215,10 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     if not tensors:
         raise CheckpointError(f"{file}: the adapter is empty")
     targets = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    return tensors, LoRAConfig(rank=rank, alpha=alpha, dropout=float(run.get("lora_dropout", 0)), targets=targets)
+    try:
+        return tensors, LoRAConfig(rank=rank, alpha=alpha, dropout=float(run.get("lora_dropout", 0)), targets=targets)
+    except UserError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 _SWITCHES = {"q_proj": "lora_query", "k_proj": "lora_key", "v_proj": "lora_value"}

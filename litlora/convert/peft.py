@@ -25,7 +25,7 @@ from litlora.convert.layout import layout as layout_of
 from litlora.errors import CheckpointError
 from litlora.lora import layer_scale
 from litlora.settings import LoRAConfig
-from litlora.untrusted import read_json
+from litlora.untrusted import check_pattern, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -98,7 +98,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
             untrained.append(name)
         else:
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            if name in whole and not torch.equal(whole[name], tensor):
+            if name in whole and not (whole[name].dtype == tensor.dtype and torch.equal(whole[name], tensor)):
                 raise CheckpointError(f"{file}: holds {name} twice, and not the same")
             whole[name] = tensor
     # Beside a module that was trained whole PEFT may store what it was before, which has no effect.
@@ -178,6 +178,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     for name, kind in (kinds | {"rank_pattern": dict, "alpha_pattern": dict}).items():
         if not isinstance(config[name], kind) or (isinstance(config[name], bool) and kind is not bool):
             raise CheckpointError(f"{path}: {name} is {config[name]!r}")
+    if (name := config["base_model_name_or_path"]) is not None and not isinstance(name, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path is {name!r}; it must be text")
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        for pattern, value in config[name].items():
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {name}: {error}") from None
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+                or value == 0
+                or (kind is int and value < 1)
+            ):
+                raise CheckpointError(f"{path}: {name}: {pattern!r} has the value {value!r}")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise CheckpointError(f"{path}: lora_dropout is {config['lora_dropout']!r}; it must be at least 0 and below 1")
     if config["r"] < 1 or not math.isfinite(config["lora_alpha"]) or config["lora_alpha"] == 0:
         raise CheckpointError(f"{path}: r {config['r']} and lora_alpha {config['lora_alpha']} make no adapter")
     return config
@@ -198,11 +216,8 @@ def refuse_variants(path: Path, config: dict[str, Any]) -> None:
 def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: a key is a regular expression for the end of a module's name; the first that matches counts."""
     for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise CheckpointError(f"{CONFIG_FILE}: the pattern {key!r} is no regular expression ({error})") from None
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
     return default
 
 

@@ -113,6 +113,8 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: not valid JSON: {error.msg} at {at}") from None
     except RecursionError:
         raise DataError(f"{place}: nested too deeply") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{place}: not usable JSON: {error}") from None
 
 
 def _record(value: Any, place: str) -> Record:
