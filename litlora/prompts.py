@@ -24,7 +24,7 @@ from litlora.untrusted import read_text, read_yaml
 STYLE_FILE = "prompt_style.yaml"
 TEMPLATE = "template"
 """The name of the style that is the model's chat template."""
-TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 2**30, 10**7
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 3, 2**30, 10**7
 """What a chat template may take for one conversation: seconds of computing, bytes of memory (its interpreter included), characters."""
 
 Message = dict[str, str]

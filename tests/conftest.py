@@ -188,3 +188,55 @@ def fails(*words: object, **options) -> str:
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
+
+
+class Forked:
+    """Runs commands in forks of one process (tests/forked.py), within limits of memory and time."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        program = [sys.executable, str(REPO / "tests/forked.py")]
+        self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self._process.stdout.readline() == '"ready"\n'
+
+    def run(self, *words: object, cwd: Path) -> dict:
+        """{"status", "stdout", "stderr"} of a command."""
+        self._process.stdin.write(json.dumps({"words": list(map(str, words)), "cwd": str(cwd)}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def refuses(self, *words: object, cwd: Path) -> str:
+        """The one line of a command that must refuse, with status 2, and change nothing below `cwd`."""
+        before = snapshot(cwd)
+        done = self.run(*words, cwd=cwd)
+        assert done["status"] == 2, done
+        line = done["stderr"]
+        assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+        assert line[:-1].isprintable(), "what a file says must not steer the terminal"
+        assert len(line) < 3000
+        assert snapshot(cwd) == before, "a mistake must change nothing on the disk"
+        return line
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def snapshot(directory: Path) -> dict[str, object]:
+    """What is in a directory: links by where they lead, files by time and content."""
+
+    def what(path: Path) -> object:
+        if path.is_symlink():
+            return os.readlink(path)
+        facts = path.stat()
+        return None if path.is_dir() else (facts.st_size, facts.st_mtime_ns, path.read_bytes() if facts.st_size < 2**22 else b"")
+
+    return {str(path): what(path) for path in sorted(directory.rglob("*"))}
+
+
+@pytest.fixture(scope="session")
+def forked():
+    server = Forked()
+    yield server
+    server.close()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-MOST_STEPS = 10_000_000
+MOST_STEPS = 5_000_000
 """Steps of a pickle, about 30 a tensor; each costs some 100 bytes at worst."""
 LARGEST_PICKLE = 64 * 2**20
 """Bytes of the pickle beside the tensors' own."""

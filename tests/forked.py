@@ -1,0 +1,70 @@
+"""Commands run as a user runs them, hundreds in the time of a few: a process that has imported everything forks for each.
+
+    python tests/forked.py
+
+One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status", "stdout", "stderr"}. A command gets
+no more than MEMORY beyond what the imports take, and SECONDS of computing: what needs more is killed, and fails its test.
+"""
+
+import importlib
+import json
+import os
+import resource
+import runpy
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+MEMORY = 2 * 2**30
+SECONDS = 20
+IMPORTS = ("finetune", "load", "conversation", "adapters.merge", "convert.huggingface", "convert.peft", "tokenizer", "cli")
+
+
+def child(words: list[str], cwd: str, out: int, err: int) -> None:
+    """Run one command and exit as it does."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.chdir(cwd)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    sys.argv = [str(REPO / words[0]), *words[1:]]
+    status = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    sys.path.insert(0, str(REPO))
+    for name in IMPORTS:
+        importlib.import_module(f"litlora.{name}")
+    print('"ready"', flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = os.fork()
+            if process == 0:
+                child(asked["words"], asked["cwd"], out.fileno(), err.fileno())
+            _, status = os.waitpid(process, 0)
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode(errors="replace"))
+        reply = {"status": os.waitstatus_to_exitcode(status), "stdout": texts[0], "stderr": texts[1]}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()
