@@ -30,8 +30,8 @@ from litlora.lora import layer_rank, stored_config
 from litlora.model import GPT
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
-from litlora.tokenizer import find_sidecars
-from litlora.untrusted import own_file
+from litlora.tokenizer import TOKENIZER_FILE, find_sidecars
+from litlora.untrusted import own_file, read_yaml
 
 FORMAT = 1
 """Version of the layout, stored in every file; a newer one is refused."""
@@ -245,6 +245,7 @@ def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bo
             )
         elif not allow_base_mismatch:
             _check_base(current, base)
+        notices += _taught_otherwise(current, base)
         current = base
     if stand_in is not None:
         raise CheckpointError(f"{path}: is no adapter, so --base_checkpoint_dir {base_dir} has no use")
@@ -279,6 +280,34 @@ def _check_base(adapter: Checkpoint, base: Checkpoint) -> None:
             f"{base.directory}: {name} is {theirs.get(name)}, but {adapter.directory} was trained with {ours.get(name)}; "
             "name the right base, or go on with --allow_base_mismatch"
         )
+
+
+def _taught(directory: Path) -> dict[str, str]:
+    """What the text that a model of this directory sees depends on: a digest of its tokenizer, and its prompt style."""
+    found = {}
+    if (file := directory / TOKENIZER_FILE).is_file():
+        with file.open("rb") as stream:
+            found["tokenizer"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    if (file := directory / STYLE_FILE).is_file():
+        values = read_yaml(file)
+        found["prompt_style"] = str(values.get("style") if isinstance(values, dict) else values)
+    return found
+
+
+def _taught_otherwise(adapter: Checkpoint, base: Checkpoint) -> list[str]:
+    """What is to be said if an adapter's text is no longer what it was trained on, or was not its base's: either may be meant."""
+    then = adapter.meta.get("taught")
+    if not isinstance(then, dict):  # adapters of before say nothing
+        return []
+    now, below, said = _taught(adapter.directory), _taught(base.directory), []
+    if now.get("tokenizer", then.get("tokenizer")) != then.get("tokenizer"):
+        said.append(f"{adapter.directory / TOKENIZER_FILE}: is not the tokenizer that this adapter was trained with")
+    elif below.get("tokenizer", then.get("tokenizer")) != then.get("tokenizer"):
+        said.append(f"{base.directory / TOKENIZER_FILE}: is not the tokenizer that {adapter.directory} was trained with, whose own is used")
+    if now.get("prompt_style") != then.get("prompt_style"):
+        style, other = now.get("prompt_style"), then.get("prompt_style")
+        said.append(f"{adapter.directory / STYLE_FILE}: says {style}, but this adapter was trained with the prompt style {other}")
+    return said
 
 
 def _show(directories: list[Path]) -> str:
@@ -367,11 +396,6 @@ def write_checkpoint(
     `check` looks at the complete directory before it gets its name; if it raises, nothing is left of it.
     """
     with replacing_directory(directory) as staging:
-        with TorchFile(staging / WEIGHTS_FILE) as file:
-            written = {name: file.add(tensor) for name, tensor in tensors.items()}
-            if callable(meta):
-                meta = meta({name: file.read(tensor) for name, tensor in written.items()})
-            file.finish({"model": written, "litlora": meta})
         (staging / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         sources = [sidecars_from] if isinstance(sidecars_from, Path) else sidecars_from
         styles = [own_file(directory / STYLE_FILE) for directory in sources if (directory / STYLE_FILE).is_file()]
@@ -383,5 +407,12 @@ def write_checkpoint(
             (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
         if state is not None:
             torch_file.save(staging / STATE_FILE, state)
+        with TorchFile(staging / WEIGHTS_FILE) as file:
+            written = {name: file.add(tensor) for name, tensor in tensors.items()}
+            if callable(meta):
+                meta = meta({name: file.read(tensor) for name, tensor in written.items()})
+            if meta["kind"] == "adapter":
+                meta = {**meta, "taught": _taught(staging)}
+            file.finish({"model": written, "litlora": meta})
         if check is not None:
             check(staging)

@@ -336,3 +336,40 @@ def test_output_dir_refuses_what_would_lose_something(tmp_path):
         check(tmp_path / "full/thesis.tex")
     with pytest.raises(UserError, match="cannot be written"):
         check(tmp_path / "full/thesis.tex/deeper")
+
+
+# ---- what it was taught with
+
+
+def test_another_tokenizer_or_prompt_style_is_said(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter", base)
+    assert resolve(adapter).notices == []
+    tokenizer = base / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    (said,) = resolve(adapter).notices
+    assert f"{tokenizer}: is not the tokenizer that {adapter} was trained with, whose own is used" in said
+    (adapter / "prompt_style.yaml").write_text("style: plain\n")
+    shutil.copyfile(tokenizer, adapter / "tokenizer.json")
+    first, second = resolve(adapter).notices
+    assert "is not the tokenizer that this adapter was trained with" in first
+    assert "says plain, but this adapter was trained with the prompt style alpaca" in second
+    content = torch.load(adapter / "lit_model.pth", weights_only=True)
+    del content["litlora"]["taught"]
+    torch.save(content, adapter / "lit_model.pth")
+    assert resolve(adapter).notices == [], "an adapter of before says nothing"
+
+
+def test_the_fingerprint_samples_large_tensors_as_the_security_page_says(make_checkpoint):
+    tensors = open_checkpoint(make_checkpoint("base", vocab_size=2000)).tensors
+    name, table = "model.embed_tokens.weight", tensors["model.embed_tokens.weight"]
+    bytes_in_all = table.nbytes
+
+    def changed(change):
+        other = table.clone()
+        change(other.view(-1))
+        return fingerprint({**tensors, name: other}) != fingerprint(tensors)
+
+    assert changed(lambda flat: flat.add_(1e-3 * torch.randn_like(flat))), "training changes nearly every number"
+    assert changed(lambda flat: flat[:1].add_(1)) and changed(lambda flat: flat[-1:].add_(1)), "the ends are looked at"
+    between = (512 + bytes_in_all // 14) // 4  # in the middle of the first gap
+    assert not changed(lambda flat: flat[between : between + 1].add_(1)), "else SECURITY.md promises too little"
