@@ -189,6 +189,8 @@ def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
     lora = meta["lora"]
     try:
         config = stored_config(lora)
+        if not isinstance(config.modules_to_save, list):
+            raise TypeError(f"modules_to_save is {config.modules_to_save!r}")
     except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # values of strange types
         raise CheckpointError(f"{file}: rank {lora['rank']} and alpha {lora['alpha']} make no adapter: {error}") from None
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:

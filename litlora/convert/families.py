@@ -194,7 +194,8 @@ def _common(
         if hidden % heads:
             raise CheckpointError(f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})")
         dim = hidden // heads
-    act = c.get(activation, default_activation) or default_activation
+    act = c.get(activation, default_activation)
+    act = default_activation if act is None else act
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{activation} {act!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
     return {
