@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from litlora.convert.files import open_torch
 from litlora.data.examples import Example
 from litlora.errors import CheckpointError, UserError
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
+from litlora.untrusted import read_yaml
 
 FORMAT = 1
 MAY_CHANGE = frozenset(
@@ -147,9 +147,9 @@ def stored_settings(directory: Path) -> dict[str, Any]:
     """The hyperparameters.yaml of a checkpoint that a run made."""
     file = directory / HYPERPARAMETERS_FILE
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+        stored = read_yaml(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; a run's directory needs it") from None
     if not isinstance(stored, dict):
         raise CheckpointError(f"{file}: holds no settings")
     return stored

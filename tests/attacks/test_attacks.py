@@ -11,8 +11,11 @@ import torch
 from conftest import tiny_config
 
 from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
+from litlora.errors import CheckpointError
 from litlora.lora import LoRAConfig
 from litlora.model import GPT
+from litlora.paths import STATE_FILE
+from litlora.resume import read_state
 from litlora.untrusted import printable
 
 HERE = Path(__file__).parent
@@ -64,6 +67,14 @@ def test_an_attack_is_refused_in_one_line(document, attack, command, says, sound
     attack(tmp_path / "it")
     line = forked.refuses(*words(command, tmp_path / "it"), cwd=tmp_path)
     assert re.search(says, line), line
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_training_state_that_calls_something_is_refused(tmp_path):
+    """pickle_payload.md"""
+    torch.save({"optimizer": {"state": {0: {"step": make.payload(tmp_path)}}}}, tmp_path / STATE_FILE)
+    with pytest.raises(CheckpointError, match="could run code"):
+        read_state(tmp_path, {})
     assert not list(tmp_path.rglob("pwned"))
 
 
