@@ -13,7 +13,7 @@ COMMANDS = {
     "convert": ("scripts/convert_lit_checkpoint.py", "--checkpoint_dir", "--base_checkpoint_dir", ["--out_dir", "out"]),
     "train": (
         *("finetune/lora.py", "--checkpoint_dir", "--base_checkpoint_dir"),
-        ["--out_dir", "out", "--data", "JSON", "--data.path", "alpaca.json", "--train.max_steps", 1, "--train.max_seq_length", 64],
+        ["--out_dir", "out", "--data", "JSON", "--data.path", "alpaca.json", "--train.max_steps", 1, "--prompt_style", "plain"],
     ),
 }
 
