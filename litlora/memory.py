@@ -21,6 +21,7 @@ from litlora.errors import UserError
 from litlora.kernels.cross_entropy import chunk_rows
 from litlora.model import GPT
 from litlora.optim import state_bytes
+from litlora.ram import field_of, free_ram
 from litlora.settings import TrainConfig
 
 BatchOf = Callable[[int], Batch]
@@ -38,38 +39,6 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free_ram() if device.type == "cpu" else None
-
-
-def free_ram(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still take: the machine's, or less where a control group sets a limit; None without /proc.
-
-    `root` is where proc and sys lie. What a group's files fill of the page cache counts as free: the kernel gives it back.
-    """
-    meminfo = root / "proc/meminfo"
-    if not meminfo.is_file():
-        return None
-    free = [_field(meminfo, "MemAvailable:") * 1024]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        number, controllers, group = line.split(":", 2)
-        if number == "0":  # version 2
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        place = mount / group.strip("/")
-        for directory in (place, *place.parents):  # a limit holds for all below it; in a container the mount is the group itself
-            limit, used = directory / names[0], directory / names[1]
-            if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-                free.append(int(limit.read_text()) - int(used.read_text()) + _field(directory / "memory.stat", names[2]))
-            if directory == mount:
-                break
-    return max(0, min(free))
-
-
-def _field(file: Path, name: str) -> int:
-    """The number behind a name in a file of lines `name number ...`."""
-    return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
 
 
 # ---- which activations are kept
@@ -214,12 +183,12 @@ class DryRun:
     def _in_use(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        return _field(Path("/proc/self/status"), "VmRSS:") * 1024
+        return field_of(Path("/proc/self/status"), "VmRSS:") * 1024
 
     def _peak(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _field(Path("/proc/self/status"), "VmHWM:") * 1024
+        return field_of(Path("/proc/self/status"), "VmHWM:") * 1024
 
     def _reset(self) -> None:
         """Begin a new peak, and give back what the last trial left in a cache."""

@@ -22,8 +22,9 @@ def main(settings: MergeLoRA) -> None:
     import torch
 
     from litlora.adapters.merge import converted, plan_sum
-    from litlora.adapters.verify import bytes_available, bytes_needed, probe_ids, verify
+    from litlora.adapters.verify import bytes_needed, probe_ids, verify
     from litlora.checkpoint import fingerprint, full_meta, write_checkpoint
+    from litlora.ram import free_ram
 
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(adapter_dirs)]
     plan, config, chains = plan_sum(adapter_dirs, weights, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
@@ -42,10 +43,10 @@ def main(settings: MergeLoRA) -> None:
     report: list[str] = []
 
     def check(directory: Path) -> None:
-        need, there = bytes_needed(plan), bytes_available()
+        need, there = bytes_needed(plan), free_ram()
         if not settings.verify:
             report.append("not verified: --verify false")
-        elif need > there:
+        elif there is not None and need > there:
             report.append(f"not verified: it takes {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free")
         else:
             ids, notice = probe_ids([directory], config)

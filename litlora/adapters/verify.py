@@ -36,6 +36,7 @@ class Report:
     max_difference: float
     """Of two logits."""
     rms_difference: float
+    """Root of the mean square over the vocabulary, of the median position: a router that picks another expert at a tie is no fault."""
     rms_logit: float
     """Of the live logits around their mean, a position at a time."""
     kl: float
@@ -76,29 +77,17 @@ def bytes_needed(plan: Plan) -> int:
     return largest + sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
 
 
-def bytes_available() -> int:
-    """Memory that can be had without swapping; 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
-    try:
-        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no group, or one without a limit
-        return free
-
-
 def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | None]:
     """Token ids (1, T) of a text that most tokenizers cut into many kinds of tokens, and a notice if there was no tokenizer."""
     limit = min(PROBE_TOKENS, config.max_position_embeddings)
     try:
-        ids, notice = Tokenizer(sources).encode(PROBE), None
+        ids, why = [i for i in Tokenizer(sources).encode(PROBE) if i < config.vocab_size][:limit], "its ids have no row in the embedding"
     except CheckpointError as error:
-        ids = torch.linspace(0, config.vocab_size - 1, limit).long().tolist()
-        notice = f"the probe's tokens are spread over the vocabulary, as no text can be encoded: {error}"
-    ids = [i for i in ids if i < config.vocab_size][:limit]
-    return torch.tensor([ids]), notice
+        ids, why = [], str(error)
+    if ids:
+        return torch.tensor([ids]), None
+    notice = f"the probe's tokens are spread over the vocabulary, as no text can be encoded: {why}"
+    return torch.linspace(0, config.vocab_size - 1, limit).long()[None], notice
 
 
 @torch.inference_mode()
@@ -110,7 +99,7 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     """
     written = open_checkpoint(directory)
     with one_thread():  # as the sums were made
-        lost, worst = _check_weights(plan, written.tensors, written.file)
+        lost, worst = _check_weights(plan, written.tensors)
     live = _logits(live_model(plan, config), ids)
     merged = _logits(GPT.from_tensors(written.config, written.tensors), ids)
     spread = (live - live.mean(dim=-1, keepdim=True)).square().mean().sqrt().item()
@@ -119,7 +108,7 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     report = Report(
         tokens=ids.numel(),
         max_difference=difference.abs().max().item(),
-        rms_difference=difference.square().mean().sqrt().item(),
+        rms_difference=difference.square().mean(dim=-1).median().sqrt().item(),
         rms_logit=spread,
         kl=max(0.0, (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()),
         agreement=(live.argmax(dim=-1) == merged.argmax(dim=-1)).float().mean().item(),
@@ -129,7 +118,7 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     limit = max(tolerance(tensor.dtype) for tensor in plan.values()) * spread
     if not report.rms_difference <= limit:  # a NaN is no agreement
         raise CheckpointError(
-            f"{written.file}: not kept: the merged model is not the live one: their logits differ by {report.rms_difference:.2g} in the "
+            f"the merge is not kept: the merged model is not the live one: their logits differ by {report.rms_difference:.2g} in the "
             f"root of the mean square, where rounding explains {limit:.2g} (KL {report.kl:.1e}, same first choice {report.agreement:.1%})"
         )
     return report
@@ -172,7 +161,7 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
     """Each layer's weights become fp32 while it computes: the model as it is stored, without the roundings of its activations."""
     kept: dict[nn.Parameter, Tensor] = {}
 
-    def widen(module: nn.Module, *_: object) -> None:
+    def widen(module: nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=False):
             kept[parameter] = parameter.data
             parameter.data = parameter.data.float()
@@ -183,7 +172,10 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for module in model.modules():
-        handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+        if isinstance(module, nn.Embedding):  # a few rows are looked up: those, not the table, become fp32
+            handles.append(module.register_forward_hook(lambda module, ids, rows: rows.float()))
+        else:
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
     try:
         yield
     finally:
@@ -191,10 +183,10 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _check_weights(plan: Plan, written: dict[str, Tensor], file: Path) -> tuple[float, tuple[str, float] | None]:
+def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple[str, float] | None]:
     """What rounding took of the updates, in all and of the layer that lost most; CheckpointError for what rounding does not explain."""
     if plan.keys() != written.keys():
-        raise CheckpointError(f"{file}: not kept: holds other tensors than were merged")
+        raise CheckpointError("the merge is not kept: the file holds other tensors than were merged")
     losses, updates, shares = 0.0, 0.0, {}
     for name, tensor in plan.items():
         found = written[name]
@@ -216,7 +208,7 @@ def _check_weights(plan: Plan, written: dict[str, Tensor], file: Path) -> tuple[
                 shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
                 losses, updates = losses + lost, updates + update
         if not fits:
-            raise CheckpointError(f"{file}: not kept: {name} is not the sum that was to be written; try again, or check the disk")
+            raise CheckpointError(f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk")
     return (losses / updates) ** 0.5 if updates else 0.0, max(shares.items(), key=lambda item: item[1], default=None)
 
 

@@ -101,7 +101,7 @@ def test_tolerances_follow_the_precision():
 
 
 def test_a_model_beyond_the_memory_is_not_verified_and_that_is_said(tmp_path, adapter, monkeypatch, capsys):
-    monkeypatch.setattr("litlora.adapters.verify.bytes_available", lambda: 1000)
+    monkeypatch.setattr("litlora.ram.free_ram", lambda: 1000)
     merge(tmp_path / "out", adapter)
     assert "not verified: it takes 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().out
     plan, _ = plan_merge(resolve(adapter))
