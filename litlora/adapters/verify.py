@@ -161,13 +161,16 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
     """Each layer's weights become fp32 while it computes: the model as it is stored, without the roundings of its activations."""
     kept: dict[nn.Parameter, Tensor] = {}
 
+    def own(module: nn.Module) -> Iterator[nn.Parameter]:
+        return module.parameters(recurse=isinstance(module, LoRALinear))  # which computes with the layer that it wraps
+
     def widen(module: nn.Module, _: object) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in own(module):
             kept[parameter] = parameter.data
             parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: object) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in own(module):
             parameter.data = kept.pop(parameter)
 
     handles = []
