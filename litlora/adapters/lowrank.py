@@ -181,7 +181,10 @@ def _random(M: Tensor, axis: int, width: int, generator: torch.Generator) -> Ten
 
 
 def frobenius(D: Tensor) -> float:
-    """The Frobenius norm, summed in fp64."""
+    """The Frobenius norm: squares in D's dtype, a block at a time, summed in fp64; all in fp64 where squares leave fp32's range."""
+    total = sum(block.square().sum().double() for block in D.reshape(-1).split(1 << 20)).item()
+    if 1e-24 < total < math.inf:
+        return math.sqrt(total)
     return torch.linalg.vector_norm(D, dtype=torch.float64).item()
 
 
