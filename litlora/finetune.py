@@ -63,6 +63,8 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     fabric.launch()
     fabric.seed_everything(settings.seed, verbose=False)
     say = print if fabric.is_global_zero else lambda *_: None
+    if run.start is not None:
+        settings = _as_measured(settings, run.start)
     _check_device(settings.train, fabric.device)
 
     base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
@@ -71,8 +73,6 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     base, model = loaded.chain.top, loaded.model
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="alpaca")
     stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    if run.start is not None and settings.precision == "auto":  # a measurement may come out otherwise this time
-        settings = dataclasses.replace(settings, precision=stored_settings(run.start).get("precision", "auto"))
     precision = _precision(settings.precision, fabric, model, trains_base=method.trains_base)
     num_rounded = cast(model, precision.dtype, copy=method.trains_base)
     method.prepare(model)
@@ -180,6 +180,19 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
         print(f"stopped by {summary.stopped} after step {summary.steps}; {kept}\nresume: {how_to_resume}", flush=True)
         raise SystemExit(summary.stopped.status)
     print(_closing_words(summary, found, run_dir, method))
+
+
+def _as_measured(settings: Finetune, start: Path) -> Finetune:
+    """With what the run measured at its start, where it would be measured again and could come out otherwise."""
+    stored = stored_settings(start)
+    train, precision = stored.get("train"), stored.get("precision")
+    if settings.train.auto_batch and isinstance(train, dict):
+        sizes = {name: train.get(name) for name in ("micro_batch_tokens", "micro_batch_size")}
+        sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes))
+    if settings.precision == "auto" and precision in ("32-true", "bf16-true", "bf16-mixed"):
+        settings = dataclasses.replace(settings, precision=precision)
+    return settings
 
 
 def _start(

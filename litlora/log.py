@@ -19,33 +19,34 @@ class Metrics:
 
     def __init__(self, path: Path, earlier: str | None = None) -> None:
         """`earlier`: the text of the file as it was where the run is resumed."""
-        self.text = earlier or self._line(dict(zip(COLUMNS, COLUMNS, strict=True)))
         self._path = path
+        self._rows = [earlier or _csv(dict(zip(COLUMNS, COLUMNS, strict=True)))]
         with replacing_file(path) as staging:
             staging.write_text(self.text, encoding="utf-8", newline="")
-        self._stored = len(self.text.encode())
-        self._failed = False
+        self._size = path.stat().st_size
+        self._pending: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The whole file, as it is or should be."""
+        return "".join(self._rows)
 
     def write(self, **row: Any) -> None:
         """Values by the names in COLUMNS; what is not given stays empty. On a full disk it says so and keeps the rows for later."""
-        self.text += self._line({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        rows = self.text.encode()[self._stored :]
+        line = _csv({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self._rows.append(line)
+        self._pending.append(line)
+        rows = "".join(self._pending).encode()
         try:
             with self._path.open("r+b", buffering=0) as file:
-                file.seek(self._stored)
+                file.seek(self._size)  # over a part of a row, should one have been written
                 if file.write(rows) < len(rows):
                     raise OSError("only a part could be written")
-            self._stored, self._failed = self._stored + len(rows), False
+            self._size += len(rows)
+            self._pending.clear()
         except OSError as error:
-            if not self._failed:
+            if len(self._pending) == 1:
                 _tell(f"note: {self._path} cannot be written ({error.strerror or error}); its rows are kept in memory", sys.stderr)
-            self._failed = True
-
-    @staticmethod
-    def _line(row: dict[str, Any]) -> str:
-        line = io.StringIO()
-        csv.DictWriter(line, COLUMNS).writerow(row)
-        return line.getvalue()
 
 
 class Progress:
@@ -85,6 +86,12 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _csv(row: dict[str, Any]) -> str:
+    line = io.StringIO()
+    csv.DictWriter(line, COLUMNS).writerow(row)
+    return line.getvalue()
 
 
 def _tell(line: str, stream: TextIO) -> None:

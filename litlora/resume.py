@@ -32,6 +32,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that are no part of what is learned, by their place in hyperparameters.yaml. Every other one must stay as it was."""
 
+_KINDS = {int: (int,), float: (float,), bool: (bool,), type(None): (float, type(None))}
+"""What an entry of a stored position may be, by what it is at the start."""
+
 
 @dataclass
 class Position:
@@ -89,8 +92,12 @@ class State:
             for name, parameter in trained.items():
                 parameter.copy_(self.weights[name])
         try:
-            own = {i: {k: v.clone() for k, v in slot.items()} for i, slot in self.optimizer["state"].items()}  # not the file's memory
-            optimizer.load_state_dict({**self.optimizer, "state": own})
+            # Copies, as the moments must not live in the file's memory.
+            slots = {
+                index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in slot.items()}
+                for index, slot in self.optimizer["state"].items()
+            }
+            optimizer.load_state_dict({**self.optimizer, "state": slots})
             if fabric.global_rank >= len(self.ranks):  # more devices than before, by --resume_force
                 return torch.zeros((), device=fabric.device)
             rank = self.ranks[fabric.global_rank]
@@ -136,10 +143,12 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
         raise CheckpointError(f"{file}: not the state of a training run: it lacks some of {', '.join(kinds)}")
     if content["litlora"] != {"format": FORMAT, "kind": "state"}:
         raise CheckpointError(f"{file}: is {content['litlora']}; this version of litlora reads format {FORMAT}")
-    try:
-        state = State(Position(**content["position"]), content["weights"], content["optimizer"], content["ranks"], directory)
-    except TypeError as error:
-        raise CheckpointError(f"{file}: broken: {error}") from None
+    position, fresh = content["position"], dataclasses.asdict(Position())
+    if position.keys() != fresh.keys() or any(type(position[name]) not in _KINDS[type(fresh[name])] for name in fresh):
+        raise CheckpointError(f"{file}: broken: its position is {position}")
+    if not all(isinstance(tensor, Tensor) for tensor in content["weights"].values()):
+        raise CheckpointError(f"{file}: broken: one of its weights is no tensor")
+    state = State(Position(**position), content["weights"], content["optimizer"], content["ranks"], directory)
     return state, content["metrics"], _differences(here, content["facts"])
 
 

@@ -105,7 +105,7 @@ def fit(
             return
         saved = directory
         if fabric.is_global_zero:
-            prune(run_dir, at.step, config.keep_checkpoints)
+            _prune(run_dir, at.step, config.keep_checkpoints)
 
     def validate() -> None:
         with interrupts.at_once(fabric), _memory_advice(val, evaluation_plan(val, config), config):
@@ -181,14 +181,6 @@ def fit(
     if stopped and saved != step_directory(run_dir, at.step):
         checkpoint()
     return Summary(at.step, at.seconds, at.tokens, at.loss, at.val_loss, peak_memory(fabric.device), at.skipped, stopped, saved)
-
-
-def prune(run_dir: Path, step: int, count: int) -> None:
-    """Remove early checkpoints but the newest `count`, of which that of `step` is one: later ones are of a course given up."""
-    numbered = {step_of(directory): directory for directory in step_directories(run_dir)}
-    kept = sorted(number for number in numbered if number <= step)[-count:]
-    for number in numbered.keys() - set(kept):
-        remove_directory(numbered[number])
 
 
 @torch.no_grad()
@@ -303,12 +295,19 @@ def _check_gradients(objective: nn.Module) -> None:
         raise UserError(f"{idle[0]} and {len(idle) - 1} other trainable weights take no part in the loss, so training cannot change them")
 
 
+def _prune(run_dir: Path, step: int, count: int) -> None:
+    """Remove early checkpoints but the newest `count`, of which that of `step` is one: later ones are of a course given up."""
+    numbered = {step_of(directory): directory for directory in step_directories(run_dir)}
+    kept = sorted(number for number in numbered if number <= step)[-count:]
+    for number in numbered.keys() - set(kept):
+        remove_directory(numbered[number])
+
+
 def _too_many_bad_steps(at: Position, saved: Path | None) -> str:
     kept = f"the newest checkpoint, of finite weights, is {saved}" if saved else "nothing was saved"
     return (
         f"{at.skipped_in_a_row} steps in a row had a loss or a gradient that is not finite, and were skipped: "
-        f"stopped after step {at.step}; "
-        f"{kept}; lower --train.learning_rate, or look for broken weights in the base"
+        f"stopped after step {at.step}; {kept}; lower --train.learning_rate, or look for broken weights in the base"
     )
 
 

@@ -122,7 +122,7 @@ def run(base, alpaca_file, monkeypatch):
     `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something when that step begins.
     """
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
-    sizes = ["--train.micro_batch_size", 2, "--train.global_batch_size", 6, "--data.val_fraction", 0.1]
+    sizes = ["--train.micro_batch_tokens", 200, "--train.micro_batch_size", 2, "--train.global_batch_size", 6, "--data.val_fraction", 0.1]
     sizes += ["--train.log_interval", 5, "--train.eval_interval", 4, "--train.save_interval", 0, "--accelerator", "cpu"]
 
     def run(method, out, *words, stop_after=None, at=None):

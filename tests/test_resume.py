@@ -36,9 +36,10 @@ def same(out, expected):
     [
         ("lora", ["--lora.dropout", 0.3]),
         ("lora", ["--lora.dropout", 0.3, "--lora.modules_to_save", "[lm_head, norm]", "--lora.targets", "qv"]),
+        ("lora", ["--lora.dropout", 0.3, "--train.packing", "false"]),
         ("full", []),
     ],
-    ids=["lora", "lora and whole modules", "full"],
+    ids=["lora", "lora and whole modules", "padded", "full"],
 )
 def test_a_run_stopped_again_and_again_is_the_run_that_was_not(run, tmp_path, capsys, method, words):
     expected = run(method, tmp_path / "expected", *words)
@@ -64,6 +65,21 @@ def test_a_full_run_of_a_bf16_base_resumes_from_the_weights_it_trains(run, make_
     stored = open_checkpoint(out / "step-000007").tensors
     assert all(t.dtype == torch.float32 for t in state.values()) and all(t.dtype == torch.bfloat16 for t in stored.values())
     run("full", out, "--resume", "auto")
+    assert same(out, expected)
+
+
+def test_what_was_measured_at_the_start_is_not_measured_again(run, make_checkpoint, tmp_path, monkeypatch, capsys):
+    """It could come out otherwise, and the run would be another."""
+    make_checkpoint("base", dtype=torch.bfloat16)
+    words = ["--precision", "auto", "--train.auto_batch"]
+    monkeypatch.setattr("litlora.finetune.bf16_speedup", lambda device: 9.0)
+    expected = run("lora", tmp_path / "expected", *words)
+    out = run("lora", tmp_path / "out", *words, stop_after=4)
+    assert capsys.readouterr().out.count("found by a dry run") == 2
+    monkeypatch.setattr("litlora.finetune.bf16_speedup", lambda device: 0.1)
+    run("lora", out, *words, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "found by a dry run" not in said and "precision: bf16-true (as asked)" in said
     assert same(out, expected)
 
 
@@ -102,7 +118,7 @@ def test_a_complete_run_is_left_alone(run, tmp_path, capsys):
     ("words", "says"),
     [
         (["--train.learning_rate", 2e-3], r"train\.learning_rate is 0\.002, and was 0\.001"),
-        (["--train.micro_batch_size", 3], r"train\.micro_batch_size is 3, and was 2"),
+        (["--train.micro_batch_tokens", 300], r"train\.micro_batch_tokens is 300, and was 200"),
         (["--train.epochs", 4], r"train\.epochs is 4, and was 3"),
         (["--train.mask_prompt", "false"], r"train\.mask_prompt is False, and was True"),
         (["--seed", 1], r"seed is 1, and was 1337"),
@@ -199,7 +215,9 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
         (lambda file, content: file.write_bytes(file.read_bytes()[:1000]), "broken"),
         (lambda file, content: torch.save({}, file), "not the state of a training run"),
         (lambda file, content: torch.save({**content, "litlora": {"format": 9, "kind": "state"}}, file), "reads format 1"),
-        (lambda file, content: torch.save({**content, "position": {"where": 3}}, file), "broken: .*where"),
+        (lambda file, content: torch.save({**content, "position": {"where": 3}}, file), "broken: its position is .*where"),
+        (lambda file, content: torch.save({**content, "position": {**content["position"], "step": "7"}}, file), "broken: its position"),
+        (lambda file, content: torch.save({**content, "weights": {"x": 3}}, file), "one of its weights is no tensor"),
         (
             lambda file, content: torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, file),
             "or is broken: ValueError",
