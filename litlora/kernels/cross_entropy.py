@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-"""Logits that exist at a time: few enough for caches and memory, enough rows to keep the matrix multiplication at its best."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Logits that exist at a time: few enough for memory, enough rows to keep the matrix multiplication at its best."""
+EXACT_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Of these, how many are looked at in fp32 at a time: few enough for the processor's cache."""
 
 
 def plain_head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
@@ -39,32 +41,19 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Two buffers for all chunks: mapping fresh memory for each would cost a fifth of its multiplication.
         logits = hidden.new_empty(rows, V)
-        exacts = logits if logits.dtype == exact else torch.empty_like(logits, dtype=exact)
+        block = min(rows, max(1, EXACT_ELEMENTS.get(hidden.device.type, EXACT_ELEMENTS["cuda"]) // V))
+        exacts = None if logits.dtype == exact else hidden.new_empty(block, V, dtype=exact)
         for start in range(0, N, rows):
-            chunk = slice(start, min(start + rows, N))
-            labels = targets[chunk, None]  # (n, 1)
-            x = hidden[chunk] if len(labels) == rows else F.pad(hidden[chunk], (0, 0, 0, rows - len(labels)))
-            torch.mm(x, weight.t(), out=logits)  # (rows, V), of which the first n count
-            z, p = logits[: len(labels)], exacts[: len(labels)]
-            if exacts is not logits:
-                p.copy_(z)
-            slope = None
-            if cap is not None:
-                p.div_(cap).tanh_()
-                slope = 1 - p.square()
-                p.mul_(cap)
-            top = p.amax(dim=1, keepdim=True)
-            picked = p.gather(1, labels)
-            torch.softmax(p, dim=1, out=p)
-            # The likeliest has probability 1 / Σ exp(z - top), which never underflows as the target's might.
-            total += (top - p.amax(dim=1, keepdim=True).log() - picked).sum()
-            if gradient is not None:
-                p.scatter_add_(1, labels, p.new_full((1, 1), -1.0).expand_as(labels))  # softmax - onehot
-                if slope is not None:
-                    p.mul_(slope)
-                if exacts is not logits:
+            n = min(rows, N - start)
+            x = hidden[start : start + n]
+            torch.mm(x if n == rows else F.pad(x, (0, 0, 0, rows - n)), weight.t(), out=logits)  # of which the first n rows count
+            for z, labels in zip(logits[:n].split(block), targets[start : start + n, None].split(block), strict=True):
+                p = z if exacts is None else exacts[: len(z)].copy_(z)
+                total += _turn_into_gradient(p, labels, cap)
+                if exacts is not None and gradient is not None:
                     z.copy_(p)
-                gradient[chunk] = torch.mm(logits, weight)[: len(labels)]
+            if gradient is not None:
+                gradient[start : start + n] = torch.mm(logits, weight)[:n]
         ctx.save_for_backward(gradient)
         return total
 
@@ -72,6 +61,23 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None
+
+
+def _turn_into_gradient(z: Tensor, labels: Tensor, cap: float | None) -> Tensor:
+    """The summed loss of logits (n, V), which become its gradient in place; labels (n, 1)."""
+    slope = None
+    if cap is not None:
+        z.div_(cap).tanh_()
+        slope = 1 - z.square()
+        z.mul_(cap)
+    top, picked = z.amax(dim=1, keepdim=True), z.gather(1, labels)
+    torch.softmax(z, dim=1, out=z)
+    # The likeliest has probability 1 / Σ exp(z - top), which never underflows as the target's might.
+    loss = (top - z.amax(dim=1, keepdim=True).log() - picked).sum()
+    z.scatter_add_(1, labels, z.new_full((1, 1), -1.0).expand_as(labels))  # softmax - onehot
+    if slope is not None:
+        z.mul_(slope)
+    return loss
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:

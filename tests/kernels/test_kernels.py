@@ -42,7 +42,7 @@ def test_layers_of_one_input(ranks, dropped):
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     layers = [layer(3 + i, 6, rank, bias=i == 0, scale=0.5 + i) for i, rank in enumerate(ranks)]
-    keep = torch.rand(2, 5, 6) > 0.3 if dropped else None
+    keep = (torch.rand(2, 5, 6) > 0.3).double() if dropped else None
     inputs = trained(x, *layers)
     same_value_and_gradients(lambda: lora.project(x, layers, keep), lambda: lora.plain_project(x, layers, keep), inputs)
     assert gradcheck(lambda *_: lora.project(x, layers, keep), inputs)
@@ -55,7 +55,7 @@ def test_gated_mlp(activation, ranks, dropped):
     torch.manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     layers = [layer(9, 6, ranks[0], scale=2.0), layer(9, 6, ranks[1], bias=True), layer(6, 9, ranks[2], scale=0.1)]
-    masks = (torch.rand(7, 6) > 0.3, torch.rand(7, 9) > 0.3) if dropped else (None, None)
+    masks = ((torch.rand(7, 6) > 0.3).double(), (torch.rand(7, 9) > 0.3).double()) if dropped else (None, None)
     inputs = trained(x, *layers)
     arguments = (x, *layers, activation, *masks)
     same_value_and_gradients(lambda: lora.gated_mlp(*arguments), lambda: lora.plain_gated_mlp(*arguments), inputs)
@@ -84,6 +84,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
 @pytest.mark.parametrize(("count", "elements"), [(1, 2**24), (37, 2**24), (37, 32 * 50), (40, 50), (0, 2**24)])
 def test_head_loss_in_chunks(cap, count, elements, monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(cross_entropy.EXACT_ELEMENTS, "cpu", 7 * 50)
     torch.manual_seed(0)
     hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
     weight, targets = 3 * torch.randn(50, 8, dtype=torch.float64), torch.randint(50, (count,))
@@ -99,7 +100,9 @@ def test_head_loss_of_unlikely_targets_stays_finite():
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[2.0], [-2.0]]))
 
 
-def test_head_loss_in_bf16_rounds_the_gradient_once():
+@pytest.mark.parametrize("block", [10 * 300, 2**22])
+def test_head_loss_in_bf16_rounds_the_gradient_once(block, monkeypatch):
+    monkeypatch.setitem(cross_entropy.EXACT_ELEMENTS, "cpu", block)
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(300, 32).bfloat16()
     targets = torch.randint(300, (64,))
@@ -162,7 +165,7 @@ def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_drops_its_share(p):
     torch.manual_seed(0)
-    mask = lora.dropout_mask(torch.empty(401, 333), p)
-    assert mask.shape == (401, 333) and mask.dtype == torch.bool
-    assert (~mask).float().mean().item() == pytest.approx(p, abs=0.005)
+    mask = lora.dropout_mask(torch.empty(401, 333, dtype=torch.bfloat16), p)
+    assert mask.shape == (401, 333) and mask.dtype == torch.bfloat16 and set(mask.unique().tolist()) == {0, 1}
+    assert 1 - mask.float().mean().item() == pytest.approx(p, abs=0.005)
     assert lora.dropout_share(p) == pytest.approx(p, abs=2**-17)
