@@ -73,8 +73,11 @@ class MergedTensor(LazyTensor):
         if self.seed is not None:  # a tensor's own, so that it does not depend on what else there is
             digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+        sums = None
         for rows in self.row_slices():
-            block = rounded(self.exact(rows), self.dtype, generator)
+            sums = self.exact(rows, into=sums)  # fresh memory costs more than the sum
+            block = rounded(sums, self.dtype, generator)
+            sums = None if block is sums else sums  # of fp32 it is the block itself, which is still to be written
             if not all(torch.isfinite(bound) for bound in block.aminmax()):
                 raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
             yield block
@@ -90,10 +93,13 @@ class MergedTensor(LazyTensor):
             return self.start[rows]
         return dataclasses.replace(self, links=self.links[:-1]).exact(rows).to(self.own)
 
-    def exact(self, rows: slice) -> Tensor:
-        """These rows before the last rounding, in fp32 or better."""
+    def exact(self, rows: slice, into: Tensor | None = None) -> Tensor:
+        """These rows before the last rounding, in fp32 or better; in the memory of `into`, an earlier result, where they fit."""
         before = self.before(rows)
-        total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        if into is not None and len(before) <= len(into):
+            total = into[: len(before)].copy_(before)
+        else:
+            total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for update in self.links[-1] if self.links else ():
             if isinstance(update, LowRank):
                 total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=update.factor)

@@ -4,14 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from litlora.adapters.merge import LowRank, MergedTensor, Plan
 from litlora.checkpoint import open_checkpoint
 from litlora.config import ModelConfig
-from litlora.convert.torch_file import one_thread, row_blocks
+from litlora.convert.torch_file import one_thread, row_blocks, rows_at_a_time
 from litlora.errors import CheckpointError
 from litlora.lora import LoRALinear
 from litlora.model import GPT
@@ -72,7 +75,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def bytes_needed(plan: Plan) -> int:
-    """Memory for the base and the merged model side by side, and for the largest layer in fp32."""
+    """Memory for the base and the merged model side by side, both mapped, with the largest layer in fp32 to spare."""
     largest = max(tensor.shape.numel() for tensor in plan.values()) * torch.float32.itemsize
     return largest + sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
 
@@ -102,16 +105,16 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
         lost, worst = _check_weights(plan, written.tensors)
     live = _logits(live_model(plan, config), ids)
     merged = _logits(GPT.from_tensors(written.config, written.tensors), ids)
-    spread = (live - live.mean(dim=-1, keepdim=True)).square().mean().sqrt().item()
-    difference = merged - live
-    log_p, log_q = live.log_softmax(dim=-1), merged.log_softmax(dim=-1)
+    columns = zip(*map(_compared, live, merged), strict=True)  # a position at a time: logits of a large vocabulary are large in float64
+    squared_spread, squared_difference, largest, kl, agreement = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    spread = squared_spread.mean().sqrt().item()
     report = Report(
         tokens=ids.numel(),
-        max_difference=difference.abs().max().item(),
-        rms_difference=difference.square().mean(dim=-1).median().sqrt().item(),
+        max_difference=largest.max().item(),
+        rms_difference=squared_difference.median().sqrt().item(),
         rms_logit=spread,
-        kl=max(0.0, (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()),
-        agreement=(live.argmax(dim=-1) == merged.argmax(dim=-1)).float().mean().item(),
+        kl=max(0.0, kl.mean().item()),
+        agreement=agreement.mean().item(),
         lost=lost,
         worst=worst,
     )
@@ -153,37 +156,60 @@ def _filled(tensor: MergedTensor, part: Callable[[slice], Tensor]) -> Tensor:
 
 def _logits(model: GPT, ids: Tensor) -> Tensor:
     with _computing_in_fp32(model):
-        return model.eval()(ids)[0].double()  # (1, T, V) -> (T, V)
+        return model.eval()(ids)[0]  # (1, T, V) -> (T, V)
+
+
+def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float, bool]:
+    """Of two vectors of logits (V,): mean squares of live around its mean and of their difference, the largest difference, KL, and
+    whether both put the same token first."""
+    live, merged = live.double(), merged.double()
+    difference, log_p, log_q = merged - live, live.log_softmax(dim=-1), merged.log_softmax(dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum().item()
+    squares = ((live - live.mean()).square().mean().item(), difference.square().mean().item())
+    return *squares, difference.abs().max().item(), kl, bool(live.argmax() == merged.argmax())
 
 
 @contextmanager
 def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Each layer's weights become fp32 while it computes: the model as it is stored, without the roundings of its activations."""
+    """The model as it is stored, without the roundings of its activations: weights become fp32 while they are computed with."""
     kept: dict[nn.Parameter, Tensor] = {}
 
-    def own(module: nn.Module) -> Iterator[nn.Parameter]:
-        return module.parameters(recurse=isinstance(module, LoRALinear))  # which computes with the layer that it wraps
-
     def widen(module: nn.Module, _: object) -> None:
-        for parameter in own(module):
+        for parameter in module.parameters(recurse=False):
             kept[parameter] = parameter.data
             parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, *_: object) -> None:
-        for parameter in own(module):
+        for parameter in module.parameters(recurse=False):
             parameter.data = kept.pop(parameter)
 
     handles = []
     for module in model.modules():
         if isinstance(module, nn.Embedding):  # a few rows are looked up: those, not the table, become fp32
             handles.append(module.register_forward_hook(lambda module, ids, rows: rows.float()))
-        else:
+        elif not isinstance(module, nn.Linear):
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
     try:
-        yield
+        with _WideningLinear():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _WideningLinear(TorchFunctionMode):
+    """F.linear with a weight that is not fp32 makes it so a block of rows at a time: an output head may take gigabytes."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.linear or args[1].dtype == torch.float32:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        step = rows_at_a_time(weight.shape, torch.float32.itemsize)
+        wide = torch.empty(min(step, weight.size(0)), weight.size(1))  # used again: fresh memory costs more than the product
+        result = x.new_empty(*x.shape[:-1], weight.size(0))
+        for rows, block in zip(result.split(step, dim=-1), weight.split(step), strict=True):
+            rows.copy_(func(x, wide[: len(block)].copy_(block)))
+        return result if bias is None else result.add_(bias)
 
 
 def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple[str, float] | None]:
@@ -201,12 +227,15 @@ def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple
             fits = tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found)
         elif fits:
             lost = update = 0.0
+            exact, scratch = None, [torch.empty(0)] * 3
             for rows in tensor.row_slices():
-                exact, before, block = tensor.exact(rows), tensor.before(rows), found[rows]
-                error = block.to(exact.dtype) - exact
-                fits = fits and bool((error.abs() <= _rounding_error(exact, before, tensor)).all())
+                exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
+                if exact.shape != scratch[0].shape:  # the first rows, and the last; fresh memory costs more than the sums
+                    scratch = [torch.empty_like(exact) for _ in scratch]
+                error = scratch[0].copy_(found[rows]).sub_(exact)
                 lost += _square(error)
-                update += _square(exact - before) if tensor.links else 0.0
+                fits = fits and bool((error.abs_() <= _rounding_error(exact, before, tensor, scratch[1:])).all())
+                update += _square(scratch[1].copy_(before).sub_(exact)) if tensor.links else 0.0
             if update:
                 shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
                 losses, updates = losses + lost, updates + update
@@ -220,12 +249,14 @@ def _square(block: Tensor) -> float:
     return torch.dot(block.flatten(), block.flatten()).item()
 
 
-def _rounding_error(exact: Tensor, before: Tensor, tensor: MergedTensor) -> Tensor:
+def _rounding_error(exact: Tensor, before: Tensor, tensor: MergedTensor, scratch: list[Tensor]) -> Tensor:
     """How far a rounded number may be from the exact one: half the distance of two numbers, the whole if rounded at random.
 
     Below the smallest normal number the distance stays the same. The fp32 sum itself may come out a little differently, as how a
-    product is added up depends on the number of threads.
+    product is added up depends on the number of threads. It is computed in the two tensors of `scratch`.
     """
     info, sum_eps = torch.finfo(tensor.dtype), torch.finfo(exact.dtype).eps
     steps = 0.5 if tensor.seed is None else 1.0
-    return exact.abs().clamp_(min=info.smallest_normal).mul_(steps * info.eps).add_(exact.abs().add_(before.abs()), alpha=16 * sum_eps)
+    size = torch.abs(exact, out=scratch[0])
+    of_sum = scratch[1].copy_(before).abs_().add_(size).mul_(16 * sum_eps)
+    return of_sum.add_(size.clamp_(min=info.smallest_normal), alpha=steps * info.eps)

@@ -6,6 +6,7 @@ are; `version` and `byteorder`. `torch.save` writes `data.pkl` first; here it is
 """
 
 import io
+import os
 import pickle
 import struct
 import sys
@@ -32,8 +33,10 @@ BLOCK_BYTES = 4 << 20
 """About how much is read, computed or written at a time: what the caches hold."""
 WRITE_BYTES = 256 << 10
 """How much is summed up (for the checksum) and handed to the system at a time, while it is in the cache."""
-WAITING = 4
+WAITING = 8
 """Blocks that may wait to be written."""
+FLUSH_BYTES = 256 << 20
+"""How much is written before the disk is asked to take it."""
 
 
 class LazyTensor(ABC):
@@ -54,8 +57,6 @@ class Written:
     key: str
     shape: torch.Size
     dtype: torch.dtype
-    offset: int
-    """Where its bytes begin in the file."""
 
 
 class TorchFile:
@@ -66,45 +67,75 @@ class TorchFile:
         self._file = path.open("wb")
         self._zip = zipfile.ZipFile(self._file, "w")
         self._count = 0
+        self._offsets: dict[str, int] = {}
+        """Where the bytes of each tensor begin in the file, by its key."""
+        self._open_record: Any = None
+        self._flushed = 0
+        self._writer, self._flusher = _Background(), _Background()
 
     def __enter__(self) -> "TorchFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            for background in (self._writer, self._flusher):
+                background.close(cancel=kind is not None)
+            if self._open_record is not None:  # which a failure left open
+                self._open_record.close()
             self._zip.close()
         finally:
             self._file.close()
 
     def add(self, tensor: Tensor | LazyTensor) -> Written:
-        """Write a tensor's bytes."""
+        """Have a tensor's bytes written, in the background: it must stay as it is until `finish`, and a failure to write may be raised
+        by any later call."""
         key, count = str(self._count), 0
         self._count += 1
-        with self._record(f"data/{key}", tensor.shape.numel() * tensor.dtype.itemsize) as record:
-            offset = self._file.tell()
-            with _Background() as background, one_thread():
-                for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
-                    assert block.dtype == tensor.dtype
-                    count += block.numel()
-                    background.run(_write, record, block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self._writer.run(self._open, key, tensor.shape.numel() * tensor.dtype.itemsize)
+        with one_thread():
+            for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
+                assert block.dtype == tensor.dtype
+                count += block.numel()
+                self._writer.run(self._write, block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self._writer.run(self._close)
         assert count == tensor.shape.numel()
-        return Written(key, torch.Size(tensor.shape), tensor.dtype, offset)
+        return Written(key, torch.Size(tensor.shape), tensor.dtype)
 
     def read(self, written: Written) -> Tensor:
         """A tensor of this file, memory-mapped."""
+        self._writer.wait()
         self._file.flush()
-        end = written.offset + written.shape.numel() * written.dtype.itemsize
+        offset = self._offsets[written.key]
+        end = offset + written.shape.numel() * written.dtype.itemsize
         storage = torch.UntypedStorage.from_file(str(self._path), False, end)
-        return torch.empty(0, dtype=written.dtype).set_(storage[written.offset : end], 0, written.shape)
+        return torch.empty(0, dtype=written.dtype).set_(storage[offset:end], 0, written.shape)
 
     def finish(self, content: Any) -> None:
         """Write what the file holds: plain values, with a Written wherever one of its tensors belongs."""
+        self._writer.wait()
         stream = io.BytesIO()
         _Pickler(stream, protocol=2).dump(content)
         for name, data in (("data.pkl", stream.getvalue()), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
             with self._record(name, len(data)) as record:
                 record.write(data)
         self._zip.close()
+
+    def _open(self, key: str, size: int) -> None:
+        """Begin a tensor's record."""
+        self._open_record = self._record(f"data/{key}", size)
+        self._offsets[key] = self._file.tell()
+
+    def _write(self, data: np.ndarray) -> None:
+        for start in range(0, data.size, WRITE_BYTES):
+            self._open_record.write(data[start : start + WRITE_BYTES])
+
+    def _close(self) -> None:
+        """End it, and let the disk take what there is: the checkpoint is synced at its end, and then waits for the last part only."""
+        self._open_record.close()
+        if self._file.tell() - self._flushed >= FLUSH_BYTES:
+            self._flushed = self._file.tell()
+            self._file.flush()
+            self._flusher.run(os.fsync, self._file.fileno())
 
     def _record(self, name: str, size: int) -> Any:
         """A record to be filled with `size` bytes, which begin at a multiple of ALIGNMENT."""
@@ -130,11 +161,6 @@ def save(path: Path, content: Any) -> None:
         file.finish(written(content))
 
 
-def _write(record: Any, data: np.ndarray) -> None:
-    for start in range(0, data.size, WRITE_BYTES):
-        record.write(data[start : start + WRITE_BYTES])
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Blocks are too small to be worth sharing among cores, and the last bit of a product depends on how many share it."""
@@ -153,13 +179,16 @@ class _Background:
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[Future] = deque()
 
-    def __enter__(self) -> "_Background":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=kind is not None)
-        while self._waiting and kind is None:
+    def wait(self) -> None:
+        """Until all is done. Raises what a call raised."""
+        while self._waiting:
             self._waiting.popleft().result()
+
+    def close(self, *, cancel: bool) -> None:
+        """End the thread, without what still waits if asked to. Raises what a call raised unless that is so."""
+        self._pool.shutdown(cancel_futures=cancel)
+        if not cancel:
+            self.wait()
 
     def run(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Raises what an earlier call raised."""

@@ -46,7 +46,7 @@ def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypat
 def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
     """The update subtracted instead of added: each number is what the sum says, yet it is not the live model."""
     exact = MergedTensor.exact
-    monkeypatch.setattr(MergedTensor, "exact", lambda self, rows: 2 * self.before(rows).to(exact(self, rows).dtype) - exact(self, rows))
+    monkeypatch.setattr(MergedTensor, "exact", lambda self, rows, into=None: 2 * self.before(rows).float() - exact(self, rows))
     with pytest.raises(CheckpointError, match="not kept: the merged model is not the live one: their logits differ by"):
         merge(tmp_path / "out", adapter)
     assert remains(tmp_path) == ["adapter", "base"]
