@@ -40,34 +40,31 @@ def plan_epoch(
     """Every example once, global_batch_size of them a step, in random order; what is left over makes a smaller last step.
 
     With `pack_tokens` a step's examples are packed into micro-batches of at most so many tokens; else micro-batches hold
-    micro_batch_size examples of like length. `longest_first` puts a step with one of the largest micro-batches in front: if
-    memory is too small, the first step shows it; of several such steps it is the shortest. A pure function: the same
-    arguments give the same plan.
+    micro_batch_size examples of like length. `longest_first` puts a step with one of the longest examples in front: if memory
+    is too small, the first step shows it; of several such steps it is the shortest. A pure function: the same arguments give
+    the same plan, and the examples of packed steps do not depend on pack_tokens and num_ranks.
     """
     rng = random.Random(seed)
     if pack_tokens is not None:
         order = list(range(len(lengths)))
         rng.shuffle(order)
         groups = [order[start : start + global_batch_size] for start in range(0, len(order), global_batch_size)]
-        steps = [pack(group, lengths, pack_tokens, num_ranks) for group in groups]
-    else:
-        # Blurred a little before sorting, so that the same examples do not meet in every epoch.
-        order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
-        rest = len(order) % micro_batch_size
-        micro_batches = [order[:rest]] if rest else []  # the incomplete one has the shortest examples: it costs least
-        micro_batches += [order[start : start + micro_batch_size] for start in range(rest, len(order), micro_batch_size)]
-        rng.shuffle(micro_batches)
-        if longest_first:
-            largest = max(range(len(micro_batches)), key=lambda i: max(lengths[index] for index in micro_batches[i]))
-            micro_batches.insert(0, micro_batches.pop(largest))
-        per_step = global_batch_size // micro_batch_size
-        return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
-    if longest_first and steps:
-        loads = [[sum(lengths[index] for index in micro) for micro in step] for step in steps]
-        enough = 15 / 16 * max(map(max, loads))
-        first = min((i for i, load in enumerate(loads) if max(load) >= enough), key=lambda i: sum(loads[i]))
-        steps.insert(0, steps.pop(first))
-    return steps
+        if longest_first:  # chosen by lengths alone: the order of the steps must not depend on how they are cut into packs
+            long = 15 / 16 * max(lengths)
+            able = (i for i, group in enumerate(groups) if max(lengths[index] for index in group) >= long)
+            groups.insert(0, groups.pop(min(able, key=lambda i: sum(lengths[index] for index in groups[i]))))
+        return [pack(group, lengths, pack_tokens, num_ranks) for group in groups]
+    # Blurred a little before sorting, so that the same examples do not meet in every epoch.
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
+    rest = len(order) % micro_batch_size
+    micro_batches = [order[:rest]] if rest else []  # the incomplete one has the shortest examples: it costs least
+    micro_batches += [order[start : start + micro_batch_size] for start in range(rest, len(order), micro_batch_size)]
+    rng.shuffle(micro_batches)
+    if longest_first:
+        largest = max(range(len(micro_batches)), key=lambda i: max(lengths[index] for index in micro_batches[i]))
+        micro_batches.insert(0, micro_batches.pop(largest))
+    per_step = global_batch_size // micro_batch_size
+    return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
 
 
 def pack(indices: Sequence[int], lengths: Sequence[int], capacity: int, num_ranks: int = 1) -> list[list[int]]:

@@ -65,8 +65,10 @@ def test_the_longest_example_comes_first_and_the_order_is_the_seeds():
     assert lengths.index(max(lengths)) in steps[0][0]
     assert steps == plan(lengths) != plan(lengths, seed=1)
     steps = plan(lengths, pack_tokens=700)
-    largest = [max(sum(lengths[index] for index in micro) for micro in step) for step in steps]
-    assert largest[0] >= 15 / 16 * max(largest)
+    assert max(lengths[index] for micro in steps[0] for index in micro) >= 15 / 16 * max(lengths)
+    for other in ({"pack_tokens": 5000}, {"pack_tokens": 700, "num_ranks": 3}):
+        examples = [[sorted(index for micro in step for index in micro) for step in way] for way in (steps, plan(lengths, **other))]
+        assert examples[0] == examples[1], "what a step learns from does not depend on how it is computed"
     assert steps == plan(lengths, pack_tokens=700) != plan(lengths, pack_tokens=700, seed=1)
 
 
