@@ -98,11 +98,11 @@ def _plain(value: Any) -> Any:
 def own_file(path: Path) -> Path:
     """The path, unless it is a link to something of another name: copied on, that would give away what is none of the model's.
 
-    Links to a file of the same name are common, and so are those of the hub's cache.
+    Links to a file of the same name, as `gpt2_tokenizer.json` is for `tokenizer.json`, are common, and so are those of the hub's cache.
     """
     if path.is_symlink():
         target = path.resolve()
-        if target.name != path.name and not (target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)):
+        if not target.name.endswith(path.name) and not (target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)):
             raise CheckpointError(f"{path}: is a link to {target}, which has another name; put the file itself there")
     return path
 
