@@ -409,7 +409,7 @@ def write_checkpoint(
             (staging / HYPERPARAMETERS_FILE).write_text(hyperparameters, encoding="utf-8")
         if state is not None:
             torch_file.save(staging / STATE_FILE, state)
-        with TorchFile(staging / WEIGHTS_FILE) as file:
+        with TorchFile(staging / WEIGHTS_FILE, cached=check is not None) as file:
             written = {name: file.add(tensor) for name, tensor in tensors.items()}
             if callable(meta):
                 meta = meta({name: file.read(tensor) for name, tensor in written.items()})

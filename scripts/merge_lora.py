@@ -40,20 +40,18 @@ def main(settings: MergeLoRA) -> None:
     def meta(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         return full_meta(merged={"chain": chains[0].top.fingerprint, "result": fingerprint(tensors)}) if as_trained else full_meta()
 
-    report: list[str] = []
+    report = [] if settings.verify else ["not verified: --verify false"]
 
     def check(directory: Path) -> None:
         need, there = bytes_needed(plan), free_ram()
-        if not settings.verify:
-            report.append("not verified: --verify false")
-        elif there is not None and need > there:
+        if there is not None and need > there:
             report.append(f"not verified: it takes {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free")
         else:
             ids, notice = probe_ids([directory], config)
             report.extend([f"note: {notice}"] if notice else [])
             report.extend(verify(plan, config, directory, ids).lines())
 
-    write_checkpoint(out_dir, plan, meta, config, sidecars_from=chains[0].sources, check=check)
+    write_checkpoint(out_dir, plan, meta, config, sidecars_from=chains[0].sources, check=check if settings.verify else None)
     for notice in notices:
         print(f"note: {notice}")
     result = out_dir / WEIGHTS_FILE

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
-from litlora.convert.torch_file import LazyTensor, one_thread, row_blocks, rows_at_a_time
+from litlora.convert.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.lora import OUTPUT_HEAD, layer_scale, stored_config
 
@@ -65,7 +66,7 @@ class MergedTensor(LazyTensor):
         """Whether it is a tensor that lies in a file as it is."""
         return not self.links and self.start.dtype == self.dtype
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self, memory: Memory | None = None) -> Iterator[Tensor]:
         if self.is_stored:
             yield from row_blocks(self.start)
             return
@@ -75,10 +76,10 @@ class MergedTensor(LazyTensor):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
         sums = None
         for rows in self.row_slices():
-            sums = self.exact(rows, into=sums)  # fresh memory costs more than the sum
-            block = rounded(sums, self.dtype, generator)
-            sums = None if block is sums else sums  # of fp32 it is the block itself, which is still to be written
-            if not all(torch.isfinite(bound) for bound in block.aminmax()):
+            sums = self.exact(rows, into=sums)
+            block = memory.empty(sums.shape, self.dtype) if memory else torch.empty(sums.shape, dtype=self.dtype)
+            block.copy_(sums if generator is None else rounded(sums, self.dtype, generator))
+            if not all(math.isfinite(bound.item()) for bound in block.aminmax()):
                 raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
             yield block
 

@@ -6,15 +6,14 @@ are; `version` and `byteorder`. `torch.save` writes `data.pkl` first; here it is
 """
 
 import io
-import os
+import mmap
 import pickle
 import struct
 import sys
 import zipfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litlora.convert.stream import WAITING, Background, OutputStream
+
 FOLDER = "archive"
 ALIGNMENT = 64
 LARGE = 1 << 30
 """Records above this size get zip's 64-bit fields, which those above 2 GiB need."""
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 """About how much is read, computed or written at a time: what the caches hold."""
-WRITE_BYTES = 256 << 10
+WRITE_BYTES = 1 << 20
 """How much is summed up (for the checksum) and handed to the system at a time, while it is in the cache."""
-WAITING = 8
-"""Blocks that may wait to be written."""
-FLUSH_BYTES = 256 << 20
-"""How much is written before the disk is asked to take it."""
 
 
 class LazyTensor(ABC):
@@ -46,8 +43,8 @@ class LazyTensor(ABC):
     dtype: torch.dtype
 
     @abstractmethod
-    def blocks(self) -> Iterator[Tensor]:
-        """The tensor in order, some rows (of the first axis) at a time."""
+    def blocks(self, memory: "Memory | None" = None) -> Iterator[Tensor]:
+        """The tensor in order, some rows (of the first axis) at a time; computed in `memory` if that is given."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,30 @@ class Written:
 class TorchFile:
     """An unfinished torch file. Leaving the `with` block without `finish` leaves a file that nothing can read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cached: bool = False) -> None:
+        """`cached`: the file will be read as soon as it is written."""
         self._path = path
-        self._file = path.open("wb")
-        self._zip = zipfile.ZipFile(self._file, "w")
+        self._stream = OutputStream(path, cached=cached)
+        self._zip = zipfile.ZipFile(self._stream, "w")
         self._count = 0
         self._offsets: dict[str, int] = {}
         """Where the bytes of each tensor begin in the file, by its key."""
         self._open_record: Any = None
-        self._flushed = 0
-        self._writer, self._flusher = _Background(), _Background()
+        self._writer = Background()
+        # A block is computed while WAITING others wait and one is being written.
+        self._memory = Memory(WAITING + 2)
 
     def __enter__(self) -> "TorchFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            for background in (self._writer, self._flusher):
-                background.close(cancel=kind is not None)
+            self._writer.close(cancel=kind is not None)
             if self._open_record is not None:  # which a failure left open
                 self._open_record.close()
             self._zip.close()
         finally:
-            self._file.close()
+            self._stream.close(cancel=kind is not None)
 
     def add(self, tensor: Tensor | LazyTensor) -> Written:
         """Have a tensor's bytes written, in the background: it must stay as it is until `finish`, and a failure to write may be raised
@@ -93,7 +91,7 @@ class TorchFile:
         self._count += 1
         self._writer.run(self._open, key, tensor.shape.numel() * tensor.dtype.itemsize)
         with one_thread():
-            for block in tensor.blocks() if isinstance(tensor, LazyTensor) else row_blocks(tensor):
+            for block in tensor.blocks(self._memory) if isinstance(tensor, LazyTensor) else row_blocks(tensor):
                 assert block.dtype == tensor.dtype
                 count += block.numel()
                 self._writer.run(self._write, block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -104,11 +102,13 @@ class TorchFile:
     def read(self, written: Written) -> Tensor:
         """A tensor of this file, memory-mapped."""
         self._writer.wait()
-        self._file.flush()
+        self._stream.flush()
         offset = self._offsets[written.key]
         end = offset + written.shape.numel() * written.dtype.itemsize
-        storage = torch.UntypedStorage.from_file(str(self._path), False, end)
-        return torch.empty(0, dtype=written.dtype).set_(storage[offset:end], 0, written.shape)
+        with self._path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY)
+        mapped.madvise(mmap.MADV_RANDOM)  # a few bytes here and there, which may have to come from the disk
+        return torch.frombuffer(mapped, dtype=torch.uint8)[offset:].view(written.dtype).view(written.shape)
 
     def finish(self, content: Any) -> None:
         """Write what the file holds: plain values, with a Written wherever one of its tensors belongs."""
@@ -123,26 +123,22 @@ class TorchFile:
     def _open(self, key: str, size: int) -> None:
         """Begin a tensor's record."""
         self._open_record = self._record(f"data/{key}", size)
-        self._offsets[key] = self._file.tell()
+        self._offsets[key] = self._stream.tell()
 
     def _write(self, data: np.ndarray) -> None:
         for start in range(0, data.size, WRITE_BYTES):
             self._open_record.write(data[start : start + WRITE_BYTES])
 
     def _close(self) -> None:
-        """End it, and let the disk take what there is: the checkpoint is synced at its end, and then waits for the last part only."""
+        """End it."""
         self._open_record.close()
-        if self._file.tell() - self._flushed >= FLUSH_BYTES:
-            self._flushed = self._file.tell()
-            self._file.flush()
-            self._flusher.run(os.fsync, self._file.fileno())
 
     def _record(self, name: str, size: int) -> Any:
         """A record to be filled with `size` bytes, which begin at a multiple of ALIGNMENT."""
         info = zipfile.ZipInfo(f"{FOLDER}/{name}")  # with the format's own zero hour: equal tensors make equal files
         info.file_size = size
         large = size > LARGE
-        padding = -(self._file.tell() + 30 + len(info.filename) + (20 if large else 0) + 4) % ALIGNMENT
+        padding = -(self._stream.tell() + 30 + len(info.filename) + (20 if large else 0) + 4) % ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         return self._zip.open(info, "w", force_zip64=large)
 
@@ -172,29 +168,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Background:
-    """Runs calls one after the other in a thread of its own, a few at most waiting: one block is written while the next is computed."""
+class Memory:
+    """Room for the last few blocks, used again and again: fresh memory costs more than what is computed in it."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future] = deque()
+    def __init__(self, count: int) -> None:
+        self._rooms = deque(torch.empty(0, dtype=torch.uint8) for _ in range(count))
 
-    def wait(self) -> None:
-        """Until all is done. Raises what a call raised."""
-        while self._waiting:
-            self._waiting.popleft().result()
-
-    def close(self, *, cancel: bool) -> None:
-        """End the thread, without what still waits if asked to. Raises what a call raised unless that is so."""
-        self._pool.shutdown(cancel_futures=cancel)
-        if not cancel:
-            self.wait()
-
-    def run(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Raises what an earlier call raised."""
-        if len(self._waiting) == WAITING:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(call, *arguments))
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, which is good until `count` others have been asked for."""
+        size = shape.numel() * dtype.itemsize
+        room = self._rooms.popleft()
+        self._rooms.append(room if room.numel() >= size else torch.empty(size, dtype=torch.uint8))
+        return self._rooms[-1][:size].view(dtype).view(shape)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:

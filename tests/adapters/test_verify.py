@@ -56,7 +56,7 @@ def test_a_refused_merge_keeps_what_it_was_to_replace(tmp_path, adapter, monkeyp
     merge(tmp_path / "out", adapter)
     before = (tmp_path / "out/lit_model.pth").read_bytes()
     exact = MergedTensor.exact
-    monkeypatch.setattr(MergedTensor, "blocks", lambda self: iter([exact(self, slice(None)).mul(1.1).to(self.dtype)]))
+    monkeypatch.setattr(MergedTensor, "blocks", lambda self, memory: iter([exact(self, slice(None)).mul(1.1).to(self.dtype)]))
     with pytest.raises(CheckpointError, match="not kept"):
         merge(tmp_path / "out", adapter, overwrite=True)
     assert (tmp_path / "out/lit_model.pth").read_bytes() == before

@@ -19,7 +19,7 @@ class Rows(LazyTensor):
     def __init__(self, tensor):
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
-    def blocks(self):
+    def blocks(self, memory=None):
         return iter(self.tensor.split(1))
 
 
