@@ -20,7 +20,8 @@ from torch import Tensor
 
 from litlora.atomic import replacing_directory
 from litlora.config import CONFIG_FILE, ModelConfig
-from litlora.convert import litgpt, peft, torch_file
+from litlora.convert import bitsandbytes, litgpt, peft, torch_file
+from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.files import open_torch
 from litlora.convert.folder import is_model_folder
 from litlora.convert.huggingface import open_folder
@@ -46,7 +47,7 @@ class Checkpoint:
     """An opened checkpoint: its tensors are memory-mapped, so nothing is read before it is used."""
 
     directory: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | Quantized]
     meta: dict[str, Any]
     """The "litlora" entry: format, kind, and for an adapter "lora" and "base"."""
     file: Path
@@ -249,6 +250,8 @@ def resolve(path: Path, *, base_dir: Path | None = None, allow_base_mismatch: bo
             _check_base(current, base)
         notices += _taught_otherwise(current, base)
         current = base
+    if line := bitsandbytes.notice(current.directory, current.tensors):
+        notices.append(line)
     if stand_in is not None:
         raise CheckpointError(f"{path}: is no adapter, so --base_checkpoint_dir {base_dir} has no use")
     return Chain(current, adapters[::-1], current.config, notices)
@@ -321,7 +324,7 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def fingerprint(tensors: dict[str, Tensor], facts: str = "") -> str:
+def fingerprint(tensors: Mapping[str, Tensor | Quantized], facts: str = "") -> str:
     """16 hex digits over names, shapes, dtypes, 4 KiB of every tensor's bytes at fixed places, and `facts`.
 
     Reads milliseconds' worth of a file of any size: 8 pieces of 512 bytes spread evenly from the first byte to the last.
@@ -330,24 +333,36 @@ def fingerprint(tensors: dict[str, Tensor], facts: str = "") -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        pieces, size = 8, 512
-        if data.numel() <= pieces * size:
-            digest.update(data.numpy().tobytes())
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().contiguous()
+        pieces, size, total = 8, 512, tensor.shape.numel() * tensor.dtype.itemsize
+        if total <= pieces * size:
+            digest.update(_bytes(tensor, 0, total))
         else:
             for piece in range(pieces):
-                start = piece * (data.numel() - size) // (pieces - 1)
-                digest.update(data[start : start + size].numpy().tobytes())
+                start = piece * (total - size) // (pieces - 1)
+                digest.update(_bytes(tensor, start, start + size))
     return digest.hexdigest()[:16]
 
 
-def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _bytes(tensor: Tensor | Quantized, start: int, stop: int) -> bytes:
+    """These bytes of a contiguous tensor, or of what a quantized one stands for, of which only their rows are dequantised."""
+    if isinstance(tensor, Quantized) and stop:
+        row = tensor.columns * tensor.dtype.itemsize
+        first = start // row
+        tensor = tensor[first : -(-stop // row)]
+        start, stop = start - first * row, stop - first * row
+    return tensor.reshape(-1).view(torch.uint8)[start:stop].numpy().tobytes()
+
+
+def check_finite(tensors: Mapping[str, Tensor | Quantized], file: Path) -> None:
     """Raise CheckpointError for a weight that holds NaN or infinity; `file` is where they come from.
 
     Every byte is read once, at some GB/s and where the weights are (so, on a GPU, in no time): the first use would read
-    them all the same, and one broken number spoils every answer without a word.
+    them all the same, and one broken number spoils every answer without a word. Quantized ones look at themselves.
     """
-    bounds = {name: tensor.detach().aminmax() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    bounds = {name: tensor.detach().aminmax() for name, tensor in plain.items() if tensor.is_floating_point() and tensor.numel()}
     for name, (low, high) in bounds.items():
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise CheckpointError(f"{file}: {name} holds numbers that are not finite (NaN or infinity); copy or make it again")

@@ -46,9 +46,14 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises FileNotFoundError, and CheckpointError for all else that is wrong."""
     text = read_text(path)
     try:
-        return _plain(json.loads(text))
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says, plain values. Raises ValueError or RecursionError."""
+    return _plain(json.loads(text))
 
 
 def read_yaml(path: Path) -> Any:

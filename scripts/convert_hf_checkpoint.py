@@ -18,13 +18,16 @@ def main(settings: ConvertHF) -> None:
         raise CheckpointError(f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights")
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory])
 
-    from litlora.checkpoint import check_finite, full_meta, open_checkpoint, write_checkpoint
+    from litlora.checkpoint import check_finite, full_meta, resolve, write_checkpoint
     from litlora.tokenizer import Tokenizer
 
-    source = open_checkpoint(directory)
+    chain = resolve(directory)
+    source = chain.base
     check_finite(source.tensors, source.file)
     Tokenizer(directory)  # a checkpoint directory needs one
     write_checkpoint(out_dir, source.tensors, full_meta(), source.config, sidecars_from=directory)
+    for notice in chain.notices:
+        print(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE
     print(f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})")
     print(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")

@@ -12,9 +12,11 @@ from torch import Tensor
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
-from litlora.convert import litgpt, peft
+from litlora.convert import bitsandbytes, litgpt, peft
+from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.convert.files import open_tensors, open_torch
+from litlora.convert.folder import weight_files
 from litlora.convert.lora_files import LoRAFile, Update, read_lora
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.lora import layer_rank, layer_scale, stored_config
@@ -68,7 +70,8 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
 def _resolve(directory: Path, base_dir: Path | None, found: Checkpoint) -> tuple[Chain | None, list[str]]:
     """The chain, if all its links can be opened, and what is wrong with it."""
     if not found.is_adapter and base_dir is None:
-        return Chain(found, [], found.config), []
+        line = bitsandbytes.notice(directory, found.tensors)
+        return Chain(found, [], found.config, [line] if line else []), []
     try:
         return resolve(directory, base_dir=base_dir), []
     except BaseMismatchError as error:
@@ -221,13 +224,13 @@ def _size(found: Checkpoint) -> int:
     """Bytes of the weights on the disk."""
     if found.file.is_file() and found.file.suffix != ".json":
         return found.file.stat().st_size
-    return sum(tensor.nbytes for tensor in found.tensors.values())  # of many shards
+    return sum(shard.stat().st_size for shard in weight_files(found.directory)[1])
 
 
-def _numbers(tensors: Mapping[str, Tensor]) -> Description:
+def _numbers(tensors: Mapping[str, Tensor | Quantized]) -> Description:
     dtypes = Counter()
     for tensor in tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        dtypes[tensor.kind if isinstance(tensor, Quantized) else str(tensor.dtype).removeprefix("torch.")] += tensor.shape.numel()
     return {"tensors": len(tensors), "numbers": sum(dtypes.values()), "dtypes": dict(dtypes)}
 
 

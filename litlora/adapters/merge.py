@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
+from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.lora import OUTPUT_HEAD, layer_scale, stored_config
@@ -46,7 +47,7 @@ class MergedTensor(LazyTensor):
     """
 
     name: str
-    start: Tensor
+    start: Tensor | Quantized
     """W: the base's tensor, or one that an adapter put in its place."""
     own: torch.dtype
     """W's dtype in the base."""
@@ -64,7 +65,7 @@ class MergedTensor(LazyTensor):
     @property
     def is_stored(self) -> bool:
         """Whether it is a tensor that lies in a file as it is."""
-        return not self.links and self.start.dtype == self.dtype
+        return not self.links and self.start.dtype == self.dtype and isinstance(self.start, Tensor)
 
     def blocks(self, memory: Memory | None = None) -> Iterator[Tensor]:
         if self.is_stored:

@@ -136,9 +136,12 @@ def live_model(plan: Plan, config: ModelConfig) -> GPT:
         if tensor.links and module in linears and all(isinstance(update, LowRank) for update in tensor.links[-1]):
             updates[module] = tensor.links[-1]
             # What a single link adds to is the base's own tensor, still memory-mapped.
-            tensors[name] = tensor.start if len(tensor.links) == 1 and tensor.start.dtype == tensor.own else _filled(tensor, tensor.before)
+            mapped = isinstance(tensor.start, Tensor) and len(tensor.links) == 1 and tensor.start.dtype == tensor.own
+            tensors[name] = tensor.start if mapped else _filled(tensor, tensor.before)
+        elif tensor.links:
+            tensors[name] = _filled(tensor, tensor.exact)
         else:
-            tensors[name] = _filled(tensor, tensor.exact) if tensor.links else tensor.start
+            tensors[name] = tensor.start if isinstance(tensor.start, Tensor) else _filled(tensor, tensor.before)
     model = GPT.from_tensors(config, tensors)
     for module, added in updates.items():
         linear = model.get_submodule(module)

@@ -10,6 +10,7 @@
     torch_check.py  torch files, checked before and after torch reads them
     torch_file.py   torch files, written one tensor at a time
     huggingface.py  model folders: opened in place; written complete
+    bitsandbytes.py weights of such folders in 4 or 8 bits, dequantised some rows at a time
     peft.py         PEFT adapter folders, read and written
     litgpt.py       litgpt's directories and adapters, read
     model_files.py  models as files of tensors, whatever they are models of: opened, and written in shards

@@ -116,9 +116,14 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
             + f"; covered: {covered}"
         )
     source = Source(values)
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method") if isinstance(values["quantization_config"], dict) else None
-        raise CheckpointError(f"quantization_config: weights quantized by {method!r} are not read; take the model in 16 or 32 bits")
+    if quantized := values.get("quantization_config"):
+        by = quantized if isinstance(quantized, dict) else {}
+        method = by.get("quant_method") or ("bitsandbytes" if by.get("load_in_4bit") or by.get("load_in_8bit") else None)  # as of old
+        if method != "bitsandbytes":
+            raise CheckpointError(
+                f"quantization_config: weights quantized by {method!r} are not read, only bitsandbytes' in 4 and 8 bits; "
+                "take the model in 16 or 32 bits"
+            )
     try:
         if values.get("use_bidirectional_attention"):
             source.only("use_bidirectional_attention", False, False)
@@ -165,7 +170,8 @@ def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] 
 
     A fine-tune may change what belongs to the vocabulary: the rows of the embedding, and whether the head is tied to it.
     """
-    values = {name: value for name, value in values.items() if name != "auto_map"}  # names code beside the base, which stays there
+    # auto_map names code beside the base, which stays there; what is written is not quantized
+    values = {name: value for name, value in values.items() if name not in ("auto_map", "quantization_config")}
     adapted = {**values, "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
     try:
         return adapted if read_config(adapted)[1] == config else None

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
+from litlora.convert.bitsandbytes import Quantized, find_quantized
 from litlora.convert.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
 from litlora.convert.files import open_tensors
 from litlora.convert.folder import weight_files
@@ -28,11 +29,12 @@ from litlora.untrusted import own_file
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
+def open_folder(directory: Path) -> tuple[dict[str, Tensor | Quantized], ModelConfig, Path]:
     """(tensors under our names, ModelConfig, the file that an error about a weight should name).
 
     The tensors are views of the mapped files, but for fused ones whose parts are interleaved (GPT-NeoX, Falcon), which are
-    copied. Raises CheckpointError for a missing shard, an index that does not fit, duplicate or misshapen tensors.
+    copied, and those in 4 or 8 bits, which are dequantised where they are read. Raises CheckpointError for a missing shard, an
+    index that does not fit, duplicate or misshapen tensors.
     """
     kind, config = load_config(directory)
     file, shards = weight_files(directory)
@@ -46,6 +48,7 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
             raise CheckpointError(f"{shard}: lacks {absent[0]}, which {file.name} lists; copy the folder again")
         theirs |= tensors
         where |= dict.fromkeys(tensors, shard)
+    theirs = find_quantized(theirs, where)
     try:
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
@@ -55,17 +58,19 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor], ModelConfig, Path]:
     return ours, config, file
 
 
-def _without_tied_head(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
     """The embedding serves as the head and is stored once; a second copy must be one."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
-    if head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr() and not _same(head, embedding):
+    if head is not None and embedding is not None and not _same(head, embedding):
         raise CheckpointError(f"the output head differs from the embedding, though {HF_CONFIG_FILE} says tie_word_embeddings")
     rest = {name: tensor for name, tensor in ours.items() if name != HEAD}
     return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False  # rounded to few bits, the one is no longer the other
+    return one.data_ptr() == other.data_ptr() or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def write_folder(directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from litlora.config import ModelConfig
+from litlora.convert.bitsandbytes import Quantized
 from litlora.errors import CheckpointError
 
 LAYER = "model.layers.{}."
@@ -46,7 +47,7 @@ class Rule:
         numbers = list(numbers)
         return dataclasses.replace(self, theirs=self.theirs.format(*numbers), ours=tuple(name.format(*numbers) for name in self.ours))
 
-    def split(self, rows: Tensor) -> list[Tensor]:
+    def split(self, rows: Tensor | Quantized) -> list[Tensor | Quantized]:
         """Their tensor (out, ...), in our orientation, as one tensor for each of ours; views wherever the rows lie together.
 
         Raises CheckpointError if the rows are not as many as the parts need.
@@ -54,8 +55,10 @@ class Rule:
         if len(self.ours) == 1:
             return [rows]
         group = sum(self.sizes)
-        if rows.ndim == 0 or rows.size(0) != self.groups * group:
+        if len(rows.shape) == 0 or rows.size(0) != self.groups * group:
             raise CheckpointError(f"{self.theirs} has shape {tuple(rows.shape)}; the architecture needs {self.groups * group} rows")
+        if isinstance(rows, Quantized):
+            return [rows.take(part) for part in self.split(torch.arange(rows.size(0)))]
         grouped = rows.reshape(self.groups, group, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
         return [part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1)]  # (groups, size, ...) -> (groups · size, ...)
 
@@ -85,9 +88,9 @@ class Layout:
         """The rule for a module of ours, numbers filled in; `rule.ours.index(module)` is its part."""
         return _find(self._by_ours, module)
 
-    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, tensors: Mapping[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
         """Their tensors under our names. Raises CheckpointError if two of theirs claim one of ours."""
-        ours: dict[str, Tensor] = {}
+        ours: dict[str, Tensor | Quantized] = {}
         sources: dict[str, str] = {}
         bare = bool(tensors) and not any(name.startswith(self.prefix) for name in tensors)
         for name, tensor in tensors.items():
@@ -97,7 +100,8 @@ class Layout:
             if bare and module not in ("lm_head", "embed_out"):
                 module = self.prefix + module
             rule = self.to_ours(module)
-            rows = tensor.t() if rule.transposed and tensor.ndim == 2 else tensor
+            is_turned = rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2  # a quantized one is (out, in) everywhere
+            rows = tensor.t() if is_turned else tensor
             for part, value in zip(rule.ours, rule.split(rows), strict=True):
                 target = f"{part}.{parameter}"
                 if target in ours:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
+from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.files import open_tensors
 from litlora.convert.layout import Layout, Rule
 from litlora.convert.layout import layout as layout_of
@@ -346,7 +347,9 @@ def _join(rule: Rule, tensors: dict[str, Tensor], lora: LoRAConfig, base: Mappin
 
 
 def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-    joined = rule.join([whole[name] if name in whole else base[name] for name in ours])
+    kept = {name: base[name] for name in ours if name not in whole}
+    found = whole | {name: tensor.tensor() if isinstance(tensor, Quantized) else tensor for name, tensor in kept.items()}
+    joined = rule.join([found[name] for name in ours])
     return joined.t() if rule.transposed and joined.ndim == 2 else joined
 
 

@@ -363,6 +363,36 @@ def a_header_of_half_of_all_bytes(directory: Path) -> None:
     _safetensors(directory, {}, length=2**63)
 
 
+# ---- weights in few bits
+
+
+def _four_bits(directory: Path, shape: list[int], absmax: torch.Tensor) -> None:
+    """A Hugging Face folder, one weight of which is 4-bit numbers of bitsandbytes' with this shape and these scales."""
+    hugging_face(directory)
+    file = directory / "base/pytorch_model-00001-of-00002.bin"
+    tensors = content(file)
+    name = next(name for name in tensors if "gate_proj" in name)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}
+    tensors |= {name: torch.zeros(1024, 1, dtype=torch.uint8), f"{name}.absmax": absmax}
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    torch.save(tensors, file)
+
+
+@attack("lying_sizes", "says that the weight is 1048576 x 1048576, but it has 1,024 bytes")
+def four_bits_of_a_trillion(directory: Path) -> None:
+    _four_bits(directory, [2**20, 2**20], torch.ones(32))
+
+
+@attack("lying_sizes", "absmax has 1 numbers in float32; 32 in floating point fit")
+def four_bits_with_one_scale(directory: Path) -> None:
+    _four_bits(directory, [64, 32], torch.ones(1))
+
+
+@attack("strange_tensors", "gate_proj.weight holds numbers that are not finite", command=MERGE)
+def four_bits_with_scales_that_are_none(directory: Path) -> None:
+    _four_bits(directory, [64, 32], torch.full((32,), float("nan")))
+
+
 # ---- paths
 
 
