@@ -23,7 +23,7 @@ class SupervisedLoss(nn.Module):
 
         positions (M,) of the flattened input_ids are those whose next token is learned, targets (M,) these tokens.
         """
-        hidden = self.model.model(input_ids, lengths=lengths).flatten(0, 1)[positions]  # (B, T, C) -> (M, C)
+        hidden = self.model.model(input_ids, lengths=lengths, wanted=positions)[0]  # (M, C)
         head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if plain and not torch.is_autocast_enabled(hidden.device.type):

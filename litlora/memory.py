@@ -82,13 +82,13 @@ def offloading(module: nn.Module) -> AbstractContextManager:
     return saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0], non_blocking=True))
 
 
-def saved_bytes(objective: nn.Module, batch: Batch) -> int:
-    """Bytes that a forward keeps for its backward, beside the weights."""
+def saved_bytes(objective: nn.Module, batch: Batch, uncounted: int | None = None) -> int:
+    """Bytes that a forward keeps for its backward, beside the weights and what has `uncounted` columns."""
     weights, kept = _storages(objective), {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not (tensor.dim() and tensor.size(-1) == uncounted):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -101,17 +101,18 @@ def saved_bytes(objective: nn.Module, batch: Batch) -> int:
 def expected_peak(objective: nn.Module, config: ModelConfig, batch: Batch) -> int:
     """Bytes that forward and backward of a batch will take, estimated from what short pieces of it keep.
 
-    What n tokens keep is a n + b n² + c (b is not 0 where attention keeps its scores); three lengths tell a, b and c. On top come
-    the logits of one chunk with their gradient, the gradients of what trains, and what the backward holds in passing: as much as
-    another layer, and a fifth of all.
+    What n tokens, of which the batch's share is learned, keep is a n + b n² + c (b is not 0 where attention keeps its scores); three
+    lengths tell a, b and c. On top come the logits of one chunk with their gradient, the gradients of what trains, and what the
+    backward holds in passing: as much as another layer, and a fifth of all.
     """
     ids = batch.input_ids[:1]
     lengths = batch.lengths or [batch.input_ids.size(1)] * len(batch.input_ids)
-    n = max(1, min(16, ids.size(1) // 4))
+    n, share = max(1, min(16, ids.size(1) // 4)), len(batch.targets) / sum(lengths)
 
     def kept(length: int) -> int:
-        # The logits are counted apart, but a loss needs a token to learn.
-        return saved_bytes(objective, Batch(ids[:, :length], batch.positions.new_tensor([length - 2]), ids[0, length - 1 : length], None))
+        positions = torch.arange(round(share * length), device=ids.device)
+        piece = Batch(ids[:, :length], positions, ids[0, positions], None)
+        return saved_bytes(objective, piece, uncounted=config.vocab_size)  # the logits are counted apart
 
     if ids.size(1) < 8:
         return 0

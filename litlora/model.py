@@ -69,7 +69,10 @@ class Attention(nn.Module):
         self.q_norm = make_head_norm(config, H)
         self.k_norm = make_head_norm(config, G)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (1, M, C) of the `wanted` (M,) of the B · T tokens."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.clip is not None:
@@ -90,7 +93,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         else:
             y = self.packed_attention(q, k, v, pack, scale=self.scale, window=self.window, softcap=self.softcap)
-        return project(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)[0]
+        return project(pick(y.transpose(1, 2).reshape(B, T, -1), wanted), self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -169,10 +172,15 @@ class Block(nn.Module):
         sparse = config.num_experts is not None and layer not in config.dense_layers
         self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: KVCache | None, pack: Pack | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (1, M, C) of the `wanted` (M,) of the B · T tokens: all are attended to, no other is computed on."""
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, rope, mask, cache, pack)
+        attended = self.self_attn(normed, rope, mask, cache, pack, wanted)
+        x = pick(x, wanted)
         if self.parallel:
+            normed = pick(normed, wanted)
             return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
         if self.norm_position == "before":
             x = x + attended
@@ -198,11 +206,20 @@ class Decoder(nn.Module):
         # filled on first use: computed, so no part of any checkpoint
         self._tables = {rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings) for rope in self._ropes if rope}
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
-        """With `lengths`, input_ids (1, N) holds sequences of these lengths one behind the other: none sees another."""
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """With `lengths`, input_ids (1, N) holds sequences of these lengths one behind the other: none sees another.
+
+        With `wanted` (M,), places in the flattened input_ids, only their hidden states come back, (1, M, C).
+        """
         num_tokens = input_ids.size(1)
         if lengths is not None and (spare := few(num_tokens, self.embed_tokens.weight, least=16, parts=32) - num_tokens):
             input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, spare]  # a sequence more, which nobody looks at
+        num_wanted = num_tokens
+        if wanted is not None:
+            num_wanted = len(wanted)
+            wanted = F.pad(wanted, (0, few(num_wanted, self.embed_tokens.weight, least=16, parts=32) - num_wanted))
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
         pack = Pack(lengths) if lengths is not None else None
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -215,10 +232,10 @@ class Decoder(nn.Module):
         masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)} if pack is None else {}
         rotations = {rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x) for rope, table in self._tables.items()}
         for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
-            x = block(x, rotations.get(rope), masks.get(window), cache, pack)
+            x = block(x, rotations.get(rope), masks.get(window), cache, pack, wanted if block is self.layers[-1] else None)
         if cache is not None:
             cache.length += T
-        return self.norm(x)[:, :num_tokens]
+        return self.norm(x)[:, :num_wanted]
 
 
 class GPT(nn.Module):
@@ -280,6 +297,11 @@ class _SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return (kwargs or {}).get("tensor", args[0] if args else None)
         return func(*args, **(kwargs or {}))
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """These (M,) of the B · T tokens of x (B, T, C): (1, M, C); all, as they are, for None."""
+    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)[None]
 
 
 class RMSNorm(nn.RMSNorm):

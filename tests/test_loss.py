@@ -38,6 +38,9 @@ VARIANTS = {
     "llama": {},
     "windows and caps": {"sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "learned positions": {"positions": "learned", "norm": "layernorm", "mlp": "plain", "hidden_act": "gelu"},
+    "parallel": {"parallel_residual": True},
+    "one norm for both": {"parallel_residual": True, "shared_norm": True},
+    "norms behind": {"norm_position": "both"},
     "experts": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "tied": {"tie_word_embeddings": True},
 }
@@ -61,6 +64,16 @@ def test_loss_and_gradients_equal_those_of_each_example_alone(packed, variant, t
     got = loss_of(model, EXAMPLES, packed)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(got, parameters), wanted_gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_last_block_computes_for_nothing_but_what_is_learned(packed):
+    model, rows = GPT(tiny_config()), []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:2].numel()))
+    batch = collate(EXAMPLES, mask_prompt=True, packed=packed)
+    SupervisedLoss(model)(*batch)
+    assert rows == [batch.input_ids.numel(), len(batch.targets)]
 
 
 def test_what_is_packed_beside_an_example_does_not_change_it():

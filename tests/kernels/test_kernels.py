@@ -81,13 +81,13 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize(("count", "elements"), [(1, 2**24), (37, 2**24), (37, 32 * 50), (40, 50), (0, 2**24)])
-def test_head_loss_in_chunks(cap, count, elements, monkeypatch):
-    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", elements)
-    monkeypatch.setitem(cross_entropy.EXACT_ELEMENTS, "cpu", 7 * 50)
+@pytest.mark.parametrize(("count", "vocabulary"), [(1, 50), (37, 50), (100, 49), (0, 50), (5, 1)])
+@pytest.mark.parametrize("tiles", [(512, 2**20), (32, 7 * 32), (64, 50 * 32), (32, 1)])
+def test_head_loss_in_tiles(cap, count, vocabulary, tiles, monkeypatch):
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", cross_entropy.Tiles(*tiles))
     torch.manual_seed(0)
     hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
-    weight, targets = 3 * torch.randn(50, 8, dtype=torch.float64), torch.randint(50, (count,))
+    weight, targets = 3 * torch.randn(vocabulary, 8, dtype=torch.float64), torch.randint(vocabulary, (count,))
     kernel, plain = cross_entropy.head_loss, cross_entropy.plain_head_loss
     same_value_and_gradients(lambda: kernel(hidden, targets, weight, cap), lambda: plain(hidden, targets, weight, cap), [hidden])
 
@@ -100,9 +100,21 @@ def test_head_loss_of_unlikely_targets_stays_finite():
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[2.0], [-2.0]]))
 
 
+def test_head_loss_of_a_target_that_is_all_but_certain_keeps_its_gradient():
+    """In bf16, probabilities next to 1 would round to 1: a gradient of nothing, or of twice as much."""
+    hidden = torch.tensor([[8.0, 0.5], [10.0, -0.5]], dtype=torch.bfloat16, requires_grad=True)
+    weight, targets = torch.tensor([[1.0, 0.25], [0.0, 1.0], [0.25, -1.0]], dtype=torch.bfloat16), torch.tensor([0, 0])
+    exact = hidden.detach().double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
+    loss = cross_entropy.head_loss(hidden, targets, weight)
+    assert loss.item() == pytest.approx(wanted.item(), rel=0.02) and 0 < loss.item() < 0.01
+    gradient, (expected,) = torch.autograd.grad(loss, hidden)[0].double(), torch.autograd.grad(wanted, exact)
+    assert ((gradient - expected).norm(dim=1) < 0.03 * expected.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("block", [10 * 300, 2**22])
 def test_head_loss_in_bf16_rounds_the_gradient_once(block, monkeypatch):
-    monkeypatch.setitem(cross_entropy.EXACT_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", cross_entropy.Tiles(512, block))
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(300, 32).bfloat16()
     targets = torch.randint(300, (64,))
@@ -149,6 +161,39 @@ def test_packed_attention_equals_each_sequence_alone(way, window, softcap, group
         return torch.cat([attention.attend(*part, scale=0.3, softcap=softcap) for part in parts], dim=2)
 
     same_value_and_gradients(lambda: getattr(attention, way)(q, k, v, Pack(lengths), **settings), alone, [q, k, v])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_backward_by_matrix_multiplications(groups, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    torch.manual_seed(0)
+    pack = Pack([5, 1, 9, 4])
+    inputs = [torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)]
+    kernel, plain = attention.matrix_packed_attention, attention.plain_packed_attention
+    same_value_and_gradients(lambda: kernel(*inputs, pack, scale=0.3), lambda: plain(*inputs, pack, scale=0.3), inputs)
+    assert gradcheck(lambda *parts: kernel(*parts, pack, scale=0.3), inputs)
+
+
+@pytest.mark.parametrize("size", [1.0, 6.0])
+def test_packed_attention_in_bf16_errs_little_more_than_torchs(size):
+    """Of narrow scores and of wide ones, whose softmax all but picks one."""
+    torch.manual_seed(0)
+    pack, scale = Pack([40, 300, 7, 65]), 32**-0.5
+    inputs = [(size * torch.randn(1, 412, heads, 32)).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2, 2)]
+    upstream = torch.randn(1, 8, 412, 32).bfloat16()
+
+    def run(way, dtype):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        output = way(*leaves, pack, scale=scale)
+        return output, *torch.autograd.grad(output, leaves, upstream.to(dtype))
+
+    exact = run(attention.plain_packed_attention, torch.float64)
+    errors = [
+        [(tensor - wanted).norm() / wanted.norm() for tensor, wanted in zip(run(way, torch.bfloat16), exact, strict=True)]
+        for way in (attention.packed_attention, attention.plain_packed_attention)
+    ]
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours < 3 * theirs < 0.05
 
 
 def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
