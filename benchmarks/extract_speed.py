@@ -1,9 +1,9 @@
 """Extraction beside the reference tool, as whole processes: seconds, peak memory, and the error of base + LoRA.
 
-python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py [--pair BASE TUNED ...] [--layer 4096 4096 ...] [--rank 32]
+python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py [--pair BASE TUNED ...] [--layer 4096 4096 ...] [--count 8]
 
-A `--pair` is two model files. A `--layer` is a pair made here, of one weight of that size in bf16: a difference of rank 32 and
-noise of a tenth of its norm. The tools take turns; what they write is added to the base here, in fp64, and compared with the tuned
+A `--pair` is two model files. A `--layer` is a pair made here, of `--count` weights of that size in bf16: differences of rank 32
+and noise of a tenth of their norm. The tools take turns; what they write is added to the base here, in fp64, and compared with the tuned
 model. Without --reference only ours is run.
 """
 
@@ -24,18 +24,21 @@ REPO = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
-def make_layer(rows: int, columns: int, folder: Path) -> tuple[Path, Path]:
-    """Two files of one bf16 weight."""
+def make_layers(rows: int, columns: int, count: int, folder: Path) -> tuple[Path, Path]:
+    """Two files of bf16 weights."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
-    base = 0.02 * torch.randn(rows, columns, generator=generator)
-    change = torch.randn(rows, 32, generator=generator) @ torch.randn(32, columns, generator=generator) / 32**0.5
-    change += 0.1 * torch.randn(rows, columns, generator=generator)
     files = folder / "base.safetensors", folder / "tuned.safetensors"
-    save_file({"layer.weight": base.bfloat16()}, files[0])
-    save_file({"layer.weight": (base + 0.01 * change).bfloat16()}, files[1])
+    before, after = {}, {}
+    for number in range(count):
+        base = 0.02 * torch.randn(rows, columns, generator=generator)
+        change = torch.randn(rows, 32, generator=generator) @ torch.randn(32, columns, generator=generator) / 32**0.5
+        change += 0.1 * torch.randn(rows, columns, generator=generator)
+        before[f"layers.{number}.weight"], after[f"layers.{number}.weight"] = base.bfloat16(), (base + 0.01 * change).bfloat16()
+    save_file(before, files[0])
+    save_file(after, files[1])
     return files
 
 
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="the reference tool's lora_extractor.py")
     parser.add_argument("--pair", nargs=2, type=Path, action="append", default=[], metavar=("BASE", "TUNED"))
     parser.add_argument("--layer", nargs=2, type=int, action="append", default=[], metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--count", type=int, default=1, help="weights of each --layer")
     parser.add_argument("--rank", default="32")
     parser.add_argument("--dtype", default="fp32", help="number format of the result")
     parser.add_argument("--rounds", type=int, default=1)
@@ -91,9 +95,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = {str(base.parent.name): (base, tuned) for base, tuned in given.pair}
         for rows, columns in given.layer:
-            place = Path(folder) / f"{rows}x{columns}"
+            place = Path(folder) / f"{given.count} of {rows} x {columns}"
             place.mkdir()
-            pairs[place.name] = apart(make_layer, rows, columns, place)
+            pairs[place.name] = apart(make_layers, rows, columns, given.count, place)
         for pair, (base, tuned) in pairs.items():
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
             for _ in range(given.rounds):

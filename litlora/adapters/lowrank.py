@@ -5,6 +5,7 @@ from either side, instead of decomposing it. It goes on until it has proved that
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +19,12 @@ OVERSAMPLING = 32
 """Vectors beyond the rank, at least; they cost little, and each round gains more."""
 NOISE = 5e-7
 """A relative error of this size is fp32's own."""
+PYTHAGORAS = 1e-3
+"""From this share of ‖D‖² on, what is left of D is told well enough by what was found, to see that it is not near the least."""
 FAILURE = 1e-9
 """How likely the random part of the proof may be wrong, for one matrix."""
-_BLOCK = 1 << 23
-"""Numbers computed at a time where a matrix of the whole size would be needed."""
+_BLOCK = 1 << 19
+"""Numbers computed at a time where a matrix of the whole size would be needed: about what the caches hold."""
 
 
 @dataclass(frozen=True)
@@ -120,38 +123,47 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
                 continue
             U, V = (X, basis) if not turned else (basis, X)
             found = Truncated(U[:, :rank], S[:rank], V[:, :rank].T, math.sqrt(total), 0.0, 0.0)
-            found = replace(found, error=distance(D, *found.factors))
-            found = replace(found, optimum=_least_error(M.T, X, S, image, found, turn, generator))
-            if found.is_proved:
-                return found
+            gain, least_kept = _gain(X, S, image, rank), S[-1].item() ** 2
+            left = total - S[:rank].double().square().sum().item()
+            # μ is seldom much below the least of Θ.
+            if left < PYTHAGORAS * total or left - gain(least_kept) >= left / (1 + TOLERANCE) ** 2:
+                found = replace(found, error=distance(D, *found.factors))
+                found = replace(found, optimum=_least_error(M.T, X, found.error, gain, least_kept, 3 + turn, generator))
+                if found.is_proved:
+                    return found
         Q, triangle = torch.linalg.qr(image)
         P, values, W = torch.linalg.svd(triangle.double())
         basis, S, X, M = Q @ P.to(D.dtype), values.to(D.dtype), basis @ W.T.to(D.dtype), M.T
         turned = not turned
-    return found or truncate_exact(D, rule)
+    return replace(found, error=distance(D, *found.factors)) if found else truncate_exact(D, rule)
 
 
-def _least_error(M: Tensor, X: Tensor, S: Tensor, image: Tensor, found: Truncated, turn: int, generator: torch.Generator) -> float:
-    """A lower bound on the error of any approximation of M of the rank of `found`, from M X = U S and `image` = Mᵀ U.
+def _gain(X: Tensor, S: Tensor, image: Tensor, rank: int) -> Callable[[float], float]:
+    """By how much more than X of that rank, with M X = U S and `image` = Mᵀ U, others may take away from ‖M‖², at most.
 
     In the basis X and its complement, MᵀM = [[Θ, Rᵀ], [R, C]] with Θ = S². For every t > 0 that is at most the block diagonal
     matrix of Θ + RᵀR / t and C + t. So with C <= μ the r largest eigenvalues, which are what an approximation of rank r can
-    take away from ‖M‖², add up to no more than those of Θ + RᵀR / t, each put up to μ + t if it is smaller.
+    take away, add up to no more than those of Θ + RᵀR / t, each put up to μ + t if it is smaller. It is a function of μ.
     """
-    rank, theta = len(found.S), S.double().square()
-    residual = (image - X * S) * S
-    square = residual.double().T @ residual.double()
-    t = theta[0] * torch.logspace(-20, 2, 12, base=2, dtype=torch.float64, device=M.device)
-    values = torch.linalg.eigvalsh(theta.diag() + square / t[:, None, None])[:, -rank:]
+    theta = S.double().square()
+    residual = ((image - X * S) * S).double()
+    t = theta[0] * torch.logspace(-20, 2, 12, base=2, dtype=torch.float64, device=X.device)
+    values = torch.linalg.eigvalsh(theta.diag() + residual.T @ residual / t[:, None, None])[:, -rank:]
+    return lambda mu: (torch.maximum(values, mu + t[:, None]).sum(1) - theta[:rank].sum()).min().item()
+
+
+def _least_error(
+    M: Tensor, X: Tensor, error: float, gain: Callable[[float], float], least_kept: float, rounds: int, generator: torch.Generator
+) -> float:
+    """A lower bound on the error of any approximation of M of a rank, of which one has the given error; see `_gain` and `_largest`."""
 
     def bound(mu: float) -> float:
-        gain = (torch.maximum(values, mu + t[:, None]).sum(1) - theta[:rank].sum()).min().item()
-        return math.sqrt(max(found.error**2 - gain, 0.0))
+        return math.sqrt(max(error**2 - gain(mu), 0.0))
 
-    proved = bound(found.error**2)  # C is what is left without X, no more than what is left without a part of X
-    wanted = found.error / (1 + TOLERANCE)
-    hopeless = bound(theta[-1].item()) < wanted  # μ is seldom much below the least of Θ
-    return proved if proved >= wanted or hopeless else bound(_largest(M, X, 3 + turn, generator))
+    proved = bound(error**2)  # C is what is left without X, no more than what is left without a part of X
+    wanted = error / (1 + TOLERANCE)
+    hopeless = bound(least_kept) < wanted
+    return proved if proved >= wanted or hopeless else bound(_largest(M, X, rounds, generator))
 
 
 def _largest(M: Tensor, X: Tensor, rounds: int, generator: torch.Generator) -> float:
@@ -190,7 +202,9 @@ def frobenius(D: Tensor) -> float:
 
 def distance(D: Tensor, A: Tensor, B: Tensor) -> float:
     """The Frobenius norm of D - B A, some rows at a time."""
-    total = 0.0
-    for rows, block in zip(D.split(max(1, _BLOCK // D.size(1))), B.split(max(1, _BLOCK // D.size(1))), strict=True):
-        total += frobenius(torch.addmm(rows, block.to(D.dtype), A.to(D.dtype), alpha=-1)) ** 2
+    total, step = 0.0, max(1, _BLOCK // D.size(1))
+    room = D.new_empty(min(step, D.size(0)), D.size(1))  # used again: fresh memory costs more than what is computed in it
+    for rows, block in zip(D.split(step), B.split(step), strict=True):
+        left = torch.addmm(rows, block.to(D.dtype), A.to(D.dtype), alpha=-1, out=room[: len(rows)])
+        total += frobenius(left) ** 2
     return math.sqrt(total)

@@ -54,6 +54,16 @@ def test_too_few_rounds_are_told(monkeypatch):
     assert not found.is_proved and found.excess > TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["harmonic", "gap", "of low rank"])
+def test_the_error_that_is_told_without_a_proof_is_the_error(name, monkeypatch):
+    monkeypatch.setattr("litlora.adapters.lowrank.MAX_ROUNDS", 2)
+    D = SPECTRA[name]
+    found = truncate(D, RankRule(16), seed=0)
+    A, B = found.factors
+    assert not found.is_proved
+    assert math.isclose(found.error, (D.double() - B.double() @ A.double()).norm().item(), rel_tol=1e-5)
+
+
 def test_a_seed_decides():
     D = SPECTRA["noise"]
     first, again, other = (truncate(D, RankRule(16), seed=seed) for seed in (0, 0, 1))
