@@ -150,7 +150,7 @@ def _forward(x: Tensor, layers: list[Layer], keep: Tensor | None) -> tuple[list[
     parts = iter(z.split([len(layer.lora_A) for layer in adapted], dim=1))
     for layer, y in zip(layers, outputs, strict=True):
         if layer.lora_A is not None:
-            y.addmm_(next(parts), layer.lora_B.to(x.dtype).t(), alpha=layer.scale)
+            y.addmm_(next(parts), _flat_B(layer, x.dtype), alpha=layer.scale)
     return outputs, z
 
 
@@ -169,8 +169,9 @@ def _backward(
     parts, dz, dB = iter(z.split(ranks, dim=1)), [], []
     for dy, layer in zip(upstream, layers, strict=True):
         if layer.lora_A is not None:
-            dz.append((dy @ layer.lora_B.to(dy.dtype)).mul_(layer.scale))
-            dB.append((dy.t() @ next(parts)).to(layer.lora_B.dtype).mul_(layer.scale))
+            dz.append((dy @ _flat_B(layer, dy.dtype).t()).mul_(layer.scale))
+            # (zᵀ dy)ᵀ: on the CPU dyᵀ z takes twice as long
+            dB.append((next(parts).t() @ dy).t().contiguous().to(layer.lora_B.dtype).mul_(layer.scale))
     dz = dz[0] if len(dz) == 1 else torch.cat(dz, dim=1)  # (N, Σ r)
     dA = (dz.t() @ _dropped(x, keep)).split(ranks)
     if needs_dx:
@@ -191,6 +192,11 @@ def _adapted(layers: Sequence[Layer]) -> list[Layer]:
 def _joined_A(layers: list[Layer], dtype: torch.dtype) -> Tensor:
     """The A of all updates on top of each other: (Σ r, in). One multiplication reads x once for all of them."""
     return torch.cat([layer.lora_A for layer in layers]).to(dtype) if len(layers) > 1 else layers[0].lora_A.to(dtype)
+
+
+def _flat_B(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """Bᵀ, (r, out), with long rows: on the CPU in fp32, to multiply by a narrow B takes twice as long."""
+    return layer.lora_B.t().contiguous().to(dtype)
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
