@@ -11,6 +11,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread each, or they wait for each other's
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -172,7 +175,7 @@ def command(*words: object, cwd: Path = REPO, input: str = "", timeout: float = 
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        env={"OMP_NUM_THREADS": "2", **os.environ, **environment},
     )
 
 
