@@ -12,7 +12,7 @@ from litlora.cli import run
 from litlora.errors import UserError
 from litlora.paths import checkpoint_dir
 from litlora.settings import Chat
-from litlora.untrusted import one_line
+from litlora.untrusted import one_line, say
 
 if TYPE_CHECKING:
     from litlora.conversation import Conversation
@@ -33,14 +33,14 @@ def main(settings: Chat) -> None:
     )
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
     for notice in loaded.chain.notices:
-        print(f"note: {one_line(notice)}", file=sys.stderr)
+        say(f"note: {notice}", file=sys.stderr)
     conversation = Conversation(loaded.model, loaded.tokenizer, style, settings)
     if settings.prompt is not None:
         for piece in conversation.ask(settings.prompt):
             print(piece, end="", flush=True)
         print()
         return
-    print(f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends")
+    say(f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends")
     while True:
         try:
             question = input(">>> ").strip()
@@ -62,7 +62,7 @@ def answer(conversation: "Conversation", question: str) -> None:
         for piece in conversation.ask(question):
             print(piece, end="", flush=True)
         if conversation.notice:
-            print(f"\n({conversation.notice})", end="")
+            print(f"\n({one_line(conversation.notice)})", end="")
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     except UserError as error:

@@ -16,6 +16,7 @@ import yaml
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from litlora import untrusted
 from litlora.atomic import replacing_file, setting_aside, settle
 from litlora.checkpoint import Checkpoint, write_checkpoint
 from litlora.cli import dump
@@ -62,7 +63,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     fabric = Fabric(accelerator=device.type, devices=settings.devices, strategy="ddp" if settings.devices > 1 else "auto")
     fabric.launch()
     fabric.seed_everything(settings.seed, verbose=False)
-    say = print if fabric.is_global_zero else lambda *_: None
+    say = untrusted.say if fabric.is_global_zero else lambda *_: None
     if run.start is not None:
         settings = _as_measured(settings, run.start)
     _check_device(settings.train, fabric.device)
@@ -177,9 +178,9 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     if not fabric.is_global_zero:  # with status 0, as the launcher ends all processes at once when one has another
         return
     if summary.stopped is not None:
-        print(f"stopped by {summary.stopped} after step {summary.steps}; {kept}\nresume: {how_to_resume}", flush=True)
+        say(f"stopped by {summary.stopped} after step {summary.steps}; {kept}", f"resume: {how_to_resume}")
         raise SystemExit(summary.stopped.status)
-    print(_closing_words(summary, found, run_dir, method))
+    say(*_closing_words(summary, found, run_dir, method))
 
 
 def _as_measured(settings: Finetune, start: Path) -> Finetune:
@@ -289,10 +290,10 @@ def _examples(
     return train.examples, val
 
 
-def _closing_words(summary: Summary, found: Records, run_dir: Path, method: Method) -> str:
+def _closing_words(summary: Summary, found: Records, run_dir: Path, method: Method) -> list[str]:
     result = run_dir / FINAL / WEIGHTS_FILE
     val = "" if summary.val_loss is None else f", validation loss {summary.val_loss:.4f}"
-    lines = [
+    return [
         f"{summary.steps:,} steps in {duration(summary.seconds)}, {summary.tokens / summary.seconds:,.0f} tokens/s, "
         f"peak memory {summary.peak_memory / 2**30:.2f} GiB; loss {summary.loss:.4f}{val}",
         *([f"skipped: {summary.skipped:,} steps whose loss or gradient was not finite"] if summary.skipped else []),
@@ -300,4 +301,3 @@ def _closing_words(summary: Summary, found: Records, run_dir: Path, method: Meth
         f"result: {result} ({result.stat().st_size:,} bytes: {method.stores})",
         f"next: python chat/base.py --checkpoint_dir {run_dir / FINAL}",
     ]
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from litlora.atomic import replacing_file
+from litlora.untrusted import say, shown
 
 COLUMNS = ("step", "epoch", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "skipped")
 
@@ -79,7 +80,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.write(line)
+            self._bar.write(shown(line))
         elif self._enabled:
             _tell(line, sys.stdout)
 
@@ -97,7 +98,7 @@ def _csv(row: dict[str, Any]) -> str:
 def _tell(line: str, stream: TextIO) -> None:
     """Print a line if there is room for it: a log on a full disk is no reason to lose the run."""
     try:
-        print(line, file=stream, flush=True)
+        say(line, file=stream)
     except BrokenPipeError:
         raise
     except OSError:

@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -133,7 +133,18 @@ def one_line(text: str) -> str:
     line = " ".join(text.split())
     if len(line) > 2000:
         line = f"{line[:1500]} ... {line[-400:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return shown(line)
+
+
+def shown(text: str) -> str:
+    """Text as a terminal shows it: what is not printable is escaped, line breaks too."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, on stdout unless `file` is another stream: all that a command tells goes through here, as names in it may be a
+    file's. A line stays one line, whatever it holds."""
+    print("\n".join(map(shown, lines)), file=file, flush=True)
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ from litlora.cli import dump, run
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
 from litlora.prompts import STYLE_FILE
 from litlora.settings import CombineLoRA
+from litlora.untrusted import say
 
 
 def main(settings: CombineLoRA) -> None:
@@ -31,18 +32,18 @@ def main(settings: CombineLoRA) -> None:
     meta = adapter_meta(dataclasses.asdict(lora), first.inner.top, out_dir)
     write_checkpoint(out_dir, tensors, meta, first.config, sidecars_from=first.sources, hyperparameters=dump(settings))
     for notice in dict.fromkeys(notice for chain in chains for notice in chain.notices):
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     taught = {next((file.read_bytes() for source in chain.sources if (file := source / STYLE_FILE).is_file()), b"") for chain in chains}
     if len(taught) > 1:
-        print(f"note: the adapters were taught with different prompt styles; that of {first.top.directory} is kept")
+        say(f"note: the adapters were taught with different prompt styles; that of {first.top.directory} is kept")
     if settings.density == 1 and settings.mode in ("dare_linear", "magnitude_prune"):
-        print(f"note: at --density 1 nothing is dropped, and {settings.mode} is linear")
-    print(table(changes))
+        say(f"note: at --density 1 nothing is dropped, and {settings.mode} is linear")
+    say(*table(changes))
     terms = (f"{weight:g} x {path}" for weight, path in zip(settings.each_weight, adapter_dirs, strict=True))
-    print(f"{settings.mode}: {' + '.join(terms)}")
+    say(f"{settings.mode}: {' + '.join(terms)}")
     result = out_dir / WEIGHTS_FILE
-    print(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+    say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
+    say(f"next: python chat/base.py --checkpoint_dir {out_dir}")
 
 
 if __name__ == "__main__":

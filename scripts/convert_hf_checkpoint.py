@@ -10,6 +10,7 @@ from litlora.convert.folder import is_model_folder
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
 from litlora.settings import ConvertHF
+from litlora.untrusted import say
 
 
 def main(settings: ConvertHF) -> None:
@@ -27,10 +28,10 @@ def main(settings: ConvertHF) -> None:
     Tokenizer(directory)  # a checkpoint directory needs one
     write_checkpoint(out_dir, source.tensors, full_meta(), source.config, sidecars_from=directory)
     for notice in chain.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE
-    print(f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})")
-    print(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
+    say(f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})")
+    say(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
 
 
 if __name__ == "__main__":

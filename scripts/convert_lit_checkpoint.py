@@ -11,6 +11,7 @@ from pathlib import Path
 from litlora.cli import run
 from litlora.paths import HF_NAMES, checkpoint_dir, output_dir
 from litlora.settings import ConvertLit
+from litlora.untrusted import say
 
 
 def main(settings: ConvertLit) -> None:
@@ -26,15 +27,15 @@ def main(settings: ConvertLit) -> None:
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
     for notice in chain.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     tensors, config = merge_chain(chain)
     check_finite(tensors, chain.base.file)
     with replacing_directory(out_dir) as staging:
         what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes)
     if chain.adapters:
-        print(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
+        say(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
     size = sum(file.stat().st_size for file in Path(out_dir).glob("*.safetensors"))
-    print(f"result: {out_dir} ({size:,} bytes of weights: {what})")
+    say(f"result: {out_dir} ({size:,} bytes of weights: {what})")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ from pathlib import Path
 from litlora.cli import run
 from litlora.hub import check_directory, download
 from litlora.settings import Download
+from litlora.untrusted import say
 
 
 def main(settings: Download) -> None:
     directory = Path(settings.out_dir or f"checkpoints/{settings.repo_id}")
     check_directory(directory)
     download(settings.repo_id, directory, revision=settings.revision, token=settings.access_token, say=print)
-    print(f"result: {directory}")
-    print(f"next: python finetune/lora.py --checkpoint_dir {directory}")
+    say(f"result: {directory}")
+    say(f"next: python finetune/lora.py --checkpoint_dir {directory}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from litlora.convert.families import FAMILIES, HF_CONFIG_FILE, load_config, writ
 from litlora.errors import CheckpointError, UserError
 from litlora.paths import PEFT_NAMES, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import ExportPEFT
+from litlora.untrusted import say
 
 
 def main(settings: ExportPEFT) -> None:
@@ -37,7 +38,7 @@ def main(settings: ExportPEFT) -> None:
             f"merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
         )
     for notice in chain.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     base = chain.base
     is_folder = (base.directory / HF_CONFIG_FILE).is_file()
     model_type = load_config(base.directory)[0] if is_folder else write_config(chain.config, settings.model_type)["model_type"]
@@ -57,12 +58,12 @@ def main(settings: ExportPEFT) -> None:
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
     result = out_dir / "adapter_model.safetensors"
-    print(
+    say(
         f"result: {result} ({result.stat().st_size:,} bytes: for {model_type}, rank {config['r']}, {', '.join(config['target_modules'])})"
     )
     if not settings.base_model and not is_folder:
-        print(f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model")
-    print(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+        say(f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model")
+    say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from litlora.cli import run
 from litlora.paths import WEIGHTS_FILES, checkpoint_dir
 from litlora.settings import InspectCheckpoint
+from litlora.untrusted import say
 
 
 def main(settings: InspectCheckpoint) -> None:
@@ -24,7 +25,7 @@ def main(settings: InspectCheckpoint) -> None:
     from litlora.adapters.describe import describe, table
 
     found = describe(path, base_dir=base_dir)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if settings.json else table(found))
+    say(*(json.dumps(found, indent=2).replace("\x7f", "\\u007f").split("\n") if settings.json else table(found)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, PEFT_NAMES, checkpoint_dir, is_checkpoint, keep_inputs, output_dir, output_file
 from litlora.settings import LoRAExtractor
-from litlora.untrusted import read_json
+from litlora.untrusted import read_json, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ class Report:
             what = "whole" if one.rank is None else f"rank {one.rank}"
             least = f"at most {one.excess:.2%} above the least" if math.isfinite(one.excess) else "not proved to be near the least"
             error = f"error {one.error / one.norm:.3e}" + ("" if one.rank is None else f", {least}")
-            print(f"{one.name}: {' x '.join(map(str, one.shape))}, {what}, {error}", flush=True)
+            say(f"{one.name}: {' x '.join(map(str, one.shape))}, {what}, {error}")
             self._found.append(one)
             yield one
         if not self._found:
@@ -112,10 +112,10 @@ class Report:
         """Say the totals, and where the result is."""
         low_rank = [one for one in self._found if one.rank is not None]
         error, norm = (math.hypot(*values) for values in ([one.error for one in self._found], [one.norm for one in self._found]))
-        print(f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference")
+        say(f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference")
         files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
-        print(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
-        print(f"next: {next_step}")
+        say(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
+        say(f"next: {next_step}")
 
 
 def _plan(settings: LoRAExtractor) -> "Plan":
@@ -148,7 +148,7 @@ def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tens
             f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; if the rest is what is wanted, say --allow_mismatch"
         )
     for line in found:
-        print(f"left out: {line}")
+        say(f"left out: {line}")
 
 
 def _is_language_model(path: Path) -> bool:

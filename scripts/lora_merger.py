@@ -12,6 +12,7 @@ from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
 from litlora.errors import CheckpointError
 from litlora.paths import PEFT_NAMES, output_file
 from litlora.settings import LoRAMerger, num_bytes
+from litlora.untrusted import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def main(settings: LoRAMerger) -> None:
     if not additions:
         raise CheckpointError(f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?")
     for line in unmatched:
-        print(f"left out: {line}")
+        say(f"left out: {line}")
     pages = Pages()
 
     def merged(name: str) -> "Tensor":
@@ -53,8 +54,8 @@ def main(settings: LoRAMerger) -> None:
     written = write_model(output, settings.output_format, sizes, merged, largest)
     updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
     others = sum(map(len, additions.values())) - updates
-    print(f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors")
-    print(f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))")
+    say(f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors")
+    say(f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))")
 
 
 def _is_peft(path: Path) -> bool:

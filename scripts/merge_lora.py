@@ -11,6 +11,7 @@ from litlora.cli import run
 from litlora.errors import UserError
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import MergeLoRA
+from litlora.untrusted import say
 
 
 def main(settings: MergeLoRA) -> None:
@@ -53,12 +54,12 @@ def main(settings: MergeLoRA) -> None:
 
     write_checkpoint(out_dir, plan, meta, config, sidecars_from=chains[0].sources, check=check if settings.verify else None)
     for notice in notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     result = out_dir / WEIGHTS_FILE
-    print(f"merged: {' + '.join(_names(chains, weights))}")
-    print("\n".join(report))
-    print(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
-    print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+    say(f"merged: {' + '.join(_names(chains, weights))}")
+    say(*report)
+    say(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
+    say(f"next: python chat/base.py --checkpoint_dir {out_dir}")
 
 
 def _names(chains: list[Any], weights: list[float]) -> list[str]:

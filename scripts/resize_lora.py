@@ -10,6 +10,7 @@ from litlora.cli import dump, run
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, WEIGHTS_FILES, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import ResizeLoRA, check
+from litlora.untrusted import say
 
 
 def main(settings: ResizeLoRA) -> None:
@@ -42,13 +43,13 @@ def main(settings: ResizeLoRA) -> None:
     meta = adapter_meta(dataclasses.asdict(lora), chain.inner.top, out_dir)
     write_checkpoint(out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings))
     for notice in chain.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     if whole:
-        print(f"note: {', '.join(whole)}: saved whole, kept as they are")
-    print(table(changes))
+        say(f"note: {', '.join(whole)}: saved whole, kept as they are")
+    say(*table(changes))
     result = out_dir / WEIGHTS_FILE
-    print(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    print(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+    say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
+    say(f"next: python chat/base.py --checkpoint_dir {out_dir}")
 
 
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:
@@ -75,9 +76,9 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
     result = out_dir / file.name
     write_lora(result, dataclasses.replace(lora, updates=resized), dtype)
     if lora.diffs:
-        print(f"note: {', '.join(lora.diffs)}: kept as they are")
-    print(table(changes))
-    print(f"result: {result} ({result.stat().st_size:,} bytes)")
+        say(f"note: {', '.join(lora.diffs)}: kept as they are")
+    say(*table(changes))
+    say(f"result: {result} ({result.stat().st_size:,} bytes)")
 
 
 if __name__ == "__main__":

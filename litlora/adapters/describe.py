@@ -247,8 +247,8 @@ def _family(directory: Path, config: ModelConfig | None) -> str | None:
 # ---- as a table
 
 
-def table(d: Description) -> str:
-    """A description for a person."""
+def table(d: Description) -> list[str]:
+    """The lines of a description for a person."""
     lines = [f"{d['path']}: {d['kind']}, {d['format']}"]
     lines += [f"PROBLEM  {problem}" for problem in d["problems"]]
     lines += [f"note     {notice}" for notice in d["notices"]]
@@ -279,7 +279,7 @@ def table(d: Description) -> str:
         lines += [
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def _verdict(base: Description) -> str:

@@ -169,12 +169,11 @@ def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
     )
 
 
-def table(changes: list[Change]) -> str:
+def table(changes: list[Change]) -> list[str]:
     """A line a layer, ranks and relative error, and the total of both."""
     rows = [(change.layer, change.before, change.after, change.error / (change.norm or 1.0)) for change in changes]
     total_norm, total_error = (math.hypot(*(getattr(change, part) for change in changes)) for part in ("norm", "error"))
     total = ("all", sum(change.before for change in changes), sum(change.after for change in changes), total_error / (total_norm or 1.0))
     width = max((len(row[0]) for row in rows), default=0)
     lines = [f"{'layer':{width}}  rank before  after  error"]
-    lines += [f"{name:{width}}  {before:11}  {after:5}  {error:.2e}" for name, before, after, error in (*rows, total)]
-    return "\n".join(lines)
+    return lines + [f"{name:{width}}  {before:11}  {after:5}  {error:.2e}" for name, before, after, error in (*rows, total)]

@@ -75,7 +75,7 @@ def test_a_missing_base_is_said(tmp_path, base):
     assert not found["base"]["found"] and found["base"]["matches"] is None
     assert "is no checkpoint directory; name the base" in found["problems"][0]
     assert all(layer["delta_norm"] > 0 and layer["relative"] is None for layer in found["layers"])
-    assert "NOT FOUND" in table(found) and "PROBLEM" in table(found)
+    assert "NOT FOUND" in "\n".join(table(found)) and "PROBLEM" in "\n".join(table(found))
     assert describe(adapter, base_dir=tmp_path / "moved")["base"]["matches"]
 
 
@@ -84,7 +84,7 @@ def test_a_base_that_is_not_the_one_is_said(tmp_path, base, make_checkpoint):
     make_checkpoint("base", seed=7)
     found = describe(adapter)
     assert found["base"]["found"] and found["base"]["matches"] is False
-    assert "not the base that" in found["problems"][0] and "DOES NOT MATCH" in table(found)
+    assert "not the base that" in found["problems"][0] and "DOES NOT MATCH" in "\n".join(table(found))
     make_checkpoint("base", intermediate_size=96)
     found = describe(adapter)
     assert any("updates model.layers.0.mlp.gate_proj as 64 x 32; the base has (96, 32)" in problem for problem in found["problems"])

@@ -1,14 +1,17 @@
 """Every attack is refused in one line, within bounds, and leaves nothing behind; every document here is about an attack."""
 
+import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REPO, tiny_config
+from safetensors.torch import save_file
 
 from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
 from litlora.errors import CheckpointError
@@ -91,3 +94,65 @@ def test_an_answer_does_not_steer_the_terminal():
     assert printable("a\x1b[31mred\x07\x9b2J\tb\nc\x7f é😀") == "a[31mred2J\tb\nc é😀"
     assert printable("\x1b]52;c;cm0gLXJm\x07\rover\u202ednim\u2066x\u2069") == "]52;c;cm0gLXJmoverdnimx"
     assert printable("שלום \u200fمرحبا\u200e e\u0301") == "שלום \u200fمرحبا\u200e e\u0301"
+
+
+HOSTILE = "layer\x1b[2J\x1b]0;owned\x07\r\u202e\x9b31m"
+
+
+@pytest.mark.parametrize("command", ["inspect", "inspect as JSON", "resize", "merge", "extract"])
+def test_a_name_in_a_file_does_not_steer_the_terminal(command, forked, tmp_path):
+    """terminal.md"""
+    lora = {f"{HOSTILE}.diff": torch.ones(8)}
+    for name in ("plain", HOSTILE):
+        lora |= {f"{name}.lora_down.weight": torch.randn(2, 8), f"{name}.lora_up.weight": torch.randn(8, 2)}
+    save_file(lora, tmp_path / "style.safetensors")
+    for name in ("model", "tuned"):
+        tensors = {"plain.weight": torch.randn(8, 8), f"{HOSTILE}\nerror: fake.weight": torch.randn(8, 8)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    words = {
+        "inspect": ["scripts/inspect_checkpoint.py", "style.safetensors"],
+        "inspect as JSON": ["scripts/inspect_checkpoint.py", "style.safetensors", "--json"],
+        "resize": ["scripts/resize_lora.py", "--lora_path", "style.safetensors", "--rank", 1, "--out_dir", "out"],
+        "merge": ["scripts/lora_merger.py", "--source-model", "model.safetensors", "--lora-model", "style.safetensors", "--output", "out"],
+        "extract": ["scripts/lora_extractor.py", "--source-model", "model.safetensors", "--target-model", "tuned.safetensors"],
+    }[command]
+    more = {"merge": ["--allow_unmatched"], "extract": ["--output", "out", "--rank", 2, "--min_size", 0]}.get(command, [])
+    done = forked.run(*words, *more, cwd=tmp_path)
+    assert done["status"] == 0, done
+    said = done["stdout"] + done["stderr"]
+    assert all(line.isprintable() for line in said.split("\n")), said
+    assert not any(line.startswith("error: fake") for line in said.split("\n"))
+    assert re.search(r"layer\\(x1b|u001b)\[2J", said)
+    if command == "inspect as JSON":
+        assert HOSTILE in [layer["name"] for layer in json.loads(done["stdout"])["layers"]]
+
+
+def test_a_name_in_an_adapter_does_not_steer_the_terminal(sound, forked, tmp_path):
+    """terminal.md: notes, of commands that are not chat, about directories of a hostile name"""
+    shutil.copytree(sound, tmp_path / "it\x1b[2J")
+    file = tmp_path / "it\x1b[2J/adapter/tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    done = forked.run("scripts/merge_lora.py", "--lora_path", "it\x1b[2J/adapter", "--out_dir", "out", cwd=tmp_path)
+    assert done["status"] == 0 and "\x1b" not in done["stdout"] + done["stderr"]
+    assert "note: it\\x1b[2J/adapter/tokenizer.json: is not the tokenizer" in done["stdout"]
+
+
+def test_commands_print_nothing_but_through_say():
+    """Beside it there are constants, a model's answer in pieces, which its conversation made printable, and what escapes itself."""
+    safe = {"Constant", "piece", "one_line", "shown", "map"}
+
+    def kind(node: ast.expr) -> set[str]:
+        if isinstance(node, ast.JoinedStr):
+            return {name for value in node.values for name in kind(value.value if isinstance(value, ast.FormattedValue) else value)}
+        if isinstance(node, ast.Call):
+            return {node.func.id} if isinstance(node.func, ast.Name) else {*kind(node.args[0])}
+        return {node.id if isinstance(node, ast.Name) else type(node).__name__}
+
+    own = {"render_template.py", "build_quickstart.py"}  # JSON for the process that asked; a tool for whoever develops this
+    folders = ("litlora", "scripts", "finetune", "chat")
+    files = [file for folder in folders for file in (REPO / folder).rglob("*.py") if file.name not in own]
+    assert len(files) > 50
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                assert set().union(*map(kind, node.args)) <= safe, f"{file.name}:{node.lineno}: print() of what a file may say; use say()"
