@@ -52,6 +52,14 @@ def merge(setting: str) -> dict:
     return {"cmd": shlex.join(words), "fresh": ["{out}"], "size": {"merged_bytes": "{out}/lit_model.pth"}}
 
 
+def generate(checkpoint: str) -> dict:
+    script, adapter = str(REPO / "benchmarks/generate_speed.py"), "{scratch}/train-bf16-qv-ours/final"
+    words = [sys.executable, script, "--checkpoint_dir", checkpoint, "--adapter_dir", adapter]
+    kept = {"tok_s": "[\\d.]+ s ([\\d.]+) tok/s", "prefill_ms": ".* prefill ([\\d.]+) ms"}
+    keep = {f"{name}_{what}": f"GEN {name} {regex}" for name in ("base", "adapter") for what, regex in kept.items()}
+    return {"cmd": shlex.join(words), "keep": keep}
+
+
 def main() -> None:
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else "{work}/hf"
     rows = {
@@ -60,6 +68,7 @@ def main() -> None:
             "bf16-all": train("all-linear", 13, checkpoint),
             "fp32-qv": train("qv", 9, checkpoint, "32-true"),
         },
+        "generate": {"bf16": generate(checkpoint)},
         "merge": {"bf16-qv": merge("bf16-qv"), "bf16-all": merge("bf16-all")},
     }
     print(json.dumps({"ours": rows}, indent=1))

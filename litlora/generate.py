@@ -1,6 +1,7 @@
 """Text generation with a key/value cache: one token after another, as they come."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def generate(
     cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device)
     new_ids = torch.tensor([prompt_ids], device=weight.device)
     for _ in range(length - len(prompt_ids)):
-        hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head is needed at the last position only
-        logits = model.logits(hidden)[0]
+        with _one_token() if new_ids.numel() == 1 else nullcontext():
+            hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head is needed at the last position only
+            logits = model.logits(hidden)[0]
         if not torch.isfinite(logits).all():
             raise UserError(
                 "the model computes numbers that are not finite: its weights or configuration are broken, or its dtype too narrow"
@@ -46,6 +48,17 @@ def generate(
             return
         yield found
         new_ids = token.view(1, 1)
+
+
+@contextmanager
+def _one_token() -> Iterator[None]:
+    """Multiplications without oneDNN: for one token they but read the weights: in bf16 torch at the memory's speed, oneDNN at half."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def sample(

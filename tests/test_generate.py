@@ -37,6 +37,16 @@ def test_a_prompt_that_leaves_no_room_is_an_error(model):
         next(generate(model, [], max_new_tokens=1))
 
 
+def test_single_tokens_go_without_onednn_and_nothing_else_does(model):
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append((output.size(1), torch.backends.mkldnn.enabled)))
+    answer = generate(model, [1, 2, 3], max_new_tokens=9)
+    for _ in range(3):
+        next(answer)
+        assert torch.backends.mkldnn.enabled
+    assert seen == [(3, True), (1, False), (1, False)]
+
+
 def test_a_seed_repeats_the_answer(model):
     def answer(seed):
         return list(generate(model, [1, 2], max_new_tokens=30, temperature=1.0, generator=torch.Generator().manual_seed(seed)))
