@@ -1,6 +1,7 @@
 """Is a merged model the model that was tested? Its file beside the base with its adapters live, on real tokens and number by number."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,9 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     `tolerance`. Raises CheckpointError where they are not.
     """
     written = open_checkpoint(directory)
-    with one_thread():  # as the sums were made
-        lost, worst = _check_weights(plan, written.tensors)
-    live = _logits(live_model(plan, config), ids)
-    merged = _logits(GPT.from_tensors(written.config, written.tensors), ids)
+    lost, worst = _check_weights(plan, written.tensors)
+    live = logits(*live_model(plan, config), ids)
+    merged = logits(GPT.from_tensors(written.config, written.tensors), {}, ids)
     columns = zip(*map(_compared, live, merged), strict=True)  # a position at a time: logits of a large vocabulary are large in float64
     squared_spread, squared_difference, largest, kl, agreement = (torch.tensor(column, dtype=torch.float64) for column in columns)
     spread = squared_spread.mean().sqrt().item()
@@ -127,22 +127,34 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     return report
 
 
-def live_model(plan: Plan, config: ModelConfig) -> GPT:
-    """The model before its last merge, adapters live, all other weights as exact as they can be."""
-    tensors, updates = {}, {}
-    linears = {name for name, module in GPT.without_weights(config).named_modules() if isinstance(module, nn.Linear)}
+Computed = dict[nn.Parameter, Callable[[slice], Tensor]]
+"""Weights of which no more than some rows are in memory, when they are asked for."""
+
+
+def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
+    """The model before its last merge, adapters live, all other weights as exact as they can be.
+
+    What is not mapped from a file (a weight below the last link of a chain, one that was put in another's place, or one that is
+    stored in a few bits) may be most of the model: those of linear layers and embeddings have no memory of their own.
+    """
+    tensors, updates, parts = {}, {}, {}
+    modules = dict(GPT.without_weights(config).named_modules())
     for name, tensor in plan.items():
         module = name.rpartition(".")[0]
-        if tensor.links and module in linears and all(isinstance(update, LowRank) for update in tensor.links[-1]):
+        kind = modules.get(module)
+        live = isinstance(kind, nn.Linear) and bool(tensor.links) and all(isinstance(update, LowRank) for update in tensor.links[-1])
+        if live:
             updates[module] = tensor.links[-1]
-            # What a single link adds to is the base's own tensor, still memory-mapped.
-            mapped = isinstance(tensor.start, Tensor) and len(tensor.links) == 1 and tensor.start.dtype == tensor.own
-            tensors[name] = tensor.start if mapped else _filled(tensor, tensor.before)
-        elif tensor.links:
-            tensors[name] = _filled(tensor, tensor.exact)
+        part = tensor.before if live or not tensor.links else tensor.exact
+        # What a single link adds to is the base's own tensor, still memory-mapped.
+        if isinstance(tensor.start, Tensor) and len(tensor.links) == live and tensor.start.dtype == tensor.own:
+            tensors[name] = tensor.start
+        elif isinstance(kind, (nn.Linear, nn.Embedding)) and name.endswith(".weight"):
+            tensors[name], parts[name] = torch.empty(1, dtype=tensor.own).expand(tensor.shape), part
         else:
-            tensors[name] = tensor.start if isinstance(tensor.start, Tensor) else _filled(tensor, tensor.before)
+            tensors[name] = torch.cat([part(rows) for rows in tensor.row_slices()])
     model = GPT.from_tensors(config, tensors)
+    computed = {model.get_parameter(name): part for name, part in parts.items()}
     for module, added in updates.items():
         linear = model.get_submodule(module)
         rank = sum(update.A.size(0) for update in added)
@@ -150,16 +162,13 @@ def live_model(plan: Plan, config: ModelConfig) -> GPT:
         layer.lora_A = nn.Parameter(torch.cat([update.A.float() for update in added]))
         layer.lora_B = nn.Parameter(torch.cat([update.B.float() * update.factor for update in added], dim=1))
         model.set_submodule(module, layer)
-    return model
+    return model, computed
 
 
-def _filled(tensor: MergedTensor, part: Callable[[slice], Tensor]) -> Tensor:
-    return torch.cat([part(rows) for rows in tensor.row_slices()])
-
-
-def _logits(model: GPT, ids: Tensor) -> Tensor:
-    with _computing_in_fp32(model):
-        return model.eval()(ids)[0]  # (1, T, V) -> (T, V)
+def logits(model: GPT, computed: Computed, ids: Tensor) -> Tensor:
+    """(T, V) of ids (1, T), in fp32 throughout."""
+    with _computing_in_fp32(model, computed):
+        return model.eval()(ids)[0]
 
 
 def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float, bool]:
@@ -173,7 +182,7 @@ def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float,
 
 
 @contextmanager
-def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
+def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
     """The model as it is stored, without the roundings of its activations: weights become fp32 while they are computed with."""
     kept: dict[nn.Parameter, Tensor] = {}
 
@@ -193,25 +202,34 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
         elif not isinstance(module, nn.Linear):
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
     try:
-        with _WideningLinear():
+        with _RowsAtATime(computed):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _WideningLinear(TorchFunctionMode):
+class _RowsAtATime(TorchFunctionMode):
     """F.linear with a weight that is not fp32 makes it so a block of rows at a time: an output head may take gigabytes."""
 
+    def __init__(self, computed: Computed) -> None:
+        super().__init__()
+        self._computed = computed
+
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.linear or args[1].dtype == torch.float32:
+        if func is F.embedding and args[1] in self._computed:
+            part = self._computed[args[1]]
+            return torch.cat([part(slice(i, i + 1)) for i in args[0].flatten().tolist()]).view(*args[0].shape, -1)
+        if func is not F.linear or (args[1].dtype == torch.float32 and args[1] not in self._computed):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, None)[:3]
+        part = self._computed.get(weight, weight.__getitem__)
         step = rows_at_a_time(weight.shape, torch.float32.itemsize)
         wide = torch.empty(min(step, weight.size(0)), weight.size(1))  # used again: fresh memory costs more than the product
         result = x.new_empty(*x.shape[:-1], weight.size(0))
-        for rows, block in zip(result.split(step, dim=-1), weight.split(step), strict=True):
-            rows.copy_(func(x, wide[: len(block)].copy_(block)))
+        for first in range(0, weight.size(0), step):
+            block = part(slice(first, first + step))
+            result[..., first : first + step] = func(x, wide[: len(block)].copy_(block))
         return result if bias is None else result.add_(bias)
 
 
@@ -220,31 +238,38 @@ def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple
     if plan.keys() != written.keys():
         raise CheckpointError("the merge is not kept: the file holds other tensors than were merged")
     losses, updates, shares = 0.0, 0.0, {}
-    for name, tensor in plan.items():
-        found = written[name]
-        fits = found.shape == tensor.shape and found.dtype == tensor.dtype
-        if fits and tensor.is_stored:
-            same = (
-                a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True)
-            )
-            fits = tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found)
-        elif fits:
-            lost = update = 0.0
-            exact, scratch = None, [torch.empty(0)] * 3
-            for rows in tensor.row_slices():
-                exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
-                if exact.shape != scratch[0].shape:  # the first rows, and the last; fresh memory costs more than the sums
-                    scratch = [torch.empty_like(exact) for _ in scratch]
-                error = scratch[0].copy_(found[rows]).sub_(exact)
-                lost += _square(error)
-                fits = fits and bool((error.abs_() <= _rounding_error(exact, before, tensor, scratch[1:])).all())
-                update += _square(scratch[1].copy_(before).sub_(exact)) if tensor.links else 0.0
+    threads = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # as the sums were made
+        found = pool.map(_compare, plan.values(), [written[name] for name in plan])
+        for name, (fits, lost, update) in zip(plan, found, strict=True):
+            if not fits:
+                pool.shutdown(cancel_futures=True)
+                raise CheckpointError(f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk")
             if update:
                 shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
                 losses, updates = losses + lost, updates + update
-        if not fits:
-            raise CheckpointError(f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk")
     return (losses / updates) ** 0.5 if updates else 0.0, max(shares.items(), key=lambda item: item[1], default=None)
+
+
+@torch.inference_mode()
+def _compare(tensor: MergedTensor, found: Tensor) -> tuple[bool, float, float]:
+    """Whether what was found is the tensor, rounded; and the squares of what rounding took and of the updates."""
+    if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        return False, 0.0, 0.0
+    if tensor.is_stored:
+        same = (a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True))
+        return tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found), 0.0, 0.0
+    fits, lost, update = True, 0.0, 0.0
+    exact, scratch = None, [torch.empty(0)] * 3
+    for rows in tensor.row_slices():
+        exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
+        if exact.shape != scratch[0].shape:  # the first rows, and the last; fresh memory costs more than the sums
+            scratch = [torch.empty_like(exact) for _ in scratch]
+        error = scratch[0].copy_(found[rows]).sub_(exact)
+        lost += _square(error)
+        fits = fits and bool((error.abs_() <= _rounding_error(exact, before, tensor, scratch[1:])).all())
+        update += _square(scratch[1].copy_(before).sub_(exact)) if tensor.links else 0.0
+    return fits, lost, update
 
 
 def _square(block: Tensor) -> float:

@@ -5,12 +5,13 @@ import torch
 from test_checkpoint import write_adapter
 from test_merge import merge
 
-from litlora.adapters.merge import MergedTensor, converted, plan_merge
-from litlora.adapters.verify import bytes_needed, live_model, tolerance, verify
+from litlora.adapters.merge import MergedTensor, converted, plan_merge, plan_sum
+from litlora.adapters.verify import bytes_needed, live_model, logits, tolerance, verify
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.convert.torch_file import TorchFile
 from litlora.errors import CheckpointError
 from litlora.load import load
+from litlora.model import GPT
 
 IDS = torch.arange(30).view(1, 30)
 
@@ -65,9 +66,36 @@ def test_a_refused_merge_keeps_what_it_was_to_replace(tmp_path, adapter, monkeyp
 
 def test_the_live_side_is_the_live_model(tmp_path, adapter):
     plan, config = plan_merge(resolve(adapter))
-    ours, theirs = live_model(plan, config), load(adapter, live=True).model
+    theirs = load(adapter, live=True).model
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS), theirs(IDS), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(*live_model(plan, config), IDS), theirs.float()(IDS)[0], atol=1e-5, rtol=1e-5)
+
+
+WHOLE = {"targets": "qv", "modules_to_save": ["lm_head", "norm", "embed_tokens"]}
+
+
+def test_of_a_chain_no_weight_below_the_last_link_is_held(tmp_path, make_checkpoint):
+    first = write_adapter(tmp_path / "first", make_checkpoint("base", dtype=torch.bfloat16), **WHOLE)
+    second = write_adapter(tmp_path / "second", first, seed=2, targets="qv")
+    model, computed = live_model(*plan_merge(resolve(second)))
+    assert all(p.untyped_storage().nbytes() <= 4 for p in computed)
+    names = {name.rpartition(".linear")[0].rpartition(".")[2] for name, p in model.named_parameters() if p in computed}
+    assert names == {"q_proj", "v_proj"}
+    with torch.no_grad():
+        theirs = load(second, live=True).model.float()(IDS)[0]
+        torch.testing.assert_close(logits(model, computed, IDS), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_sum_of_whole_tensors_none_is_held(tmp_path, make_checkpoint):
+    base = make_checkpoint("base", dtype=torch.bfloat16)
+    adapters = [write_adapter(tmp_path / f"{seed}", base, seed=seed, **WHOLE) for seed in (1, 2)]
+    plan, config, _ = plan_sum(adapters, [0.5, 0.25])
+    model, computed = live_model(plan, config)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} == {name for name, p in model.named_parameters() if p in computed}
+    assert all(p.untyped_storage().nbytes() <= 4 for p in computed)
+    theirs = GPT.from_tensors(config, {name: tensor.exact(slice(None)) for name, tensor in plan.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, computed, IDS), theirs(IDS)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_report_holds_what_was_measured(tmp_path, adapter):
