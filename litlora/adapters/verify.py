@@ -103,8 +103,12 @@ def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Rep
     """
     written = open_checkpoint(directory)
     lost, worst = _check_weights(plan, written.tensors)
-    live = logits(*live_model(plan, config), ids)
-    merged = logits(GPT.from_tensors(written.config, written.tensors), {}, ids)
+    threads = torch.get_num_threads()
+    models = live_model(plan, config), (GPT.from_tensors(written.config, written.tensors), {})
+    # Side by side: threads that share one small product wait for each other, and for long where others use the processor.
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, threads // 2),)) as pool:
+        live, merged = pool.map(lambda model: logits(*model, ids), models)
+    torch.set_num_threads(threads)
     columns = zip(*map(_compared, live, merged), strict=True)  # a position at a time: logits of a large vocabulary are large in float64
     squared_spread, squared_difference, largest, kl, agreement = (torch.tensor(column, dtype=torch.float64) for column in columns)
     spread = squared_spread.mean().sqrt().item()
@@ -165,6 +169,7 @@ def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
     return model, computed
 
 
+@torch.inference_mode()
 def logits(model: GPT, computed: Computed, ids: Tensor) -> Tensor:
     """(T, V) of ids (1, T), in fp32 throughout."""
     with _computing_in_fp32(model, computed):
