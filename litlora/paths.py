@@ -51,6 +51,11 @@ def checkpoint_dir(path: str | Path) -> Path:
     raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
 
 
+def is_lora_file(path: Path) -> bool:
+    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of another tool."""
+    return path.is_file() and path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES
+
+
 def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path], option: str = "--out_dir") -> Path:
     """The path, if results may be written there. Raises UserError, and changes nothing, if
 

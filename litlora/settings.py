@@ -418,7 +418,8 @@ class CombineLoRA(_AdapterToAdapter):
     largest and the modes that drop or elect entries have the sum of the ranks; linear and cat need none."""
 
     lora_path: list[str]
-    """The adapters: each a lit_model.pth, or the directory that holds it."""
+    """The adapters: each a lit_model.pth, or the directory that holds it. Or LoRA files of another tool (.safetensors, as kohya and
+    ComfyUI have them), which give one in the format and under the name of the first in out_dir."""
     weights: list[float] = field(default_factory=list)
     """The factor of each, in the order of lora_path, of any sign; default: 1 each. An adapter of weight 0 is left out."""
     mode: Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"

@@ -1,16 +1,24 @@
 """Make one adapter out of several that were trained on the same base.
 
 python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 --out_dir $dir
+python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16 --out_dir $dir
 """
 
+from pathlib import Path
+
 from litlora.cli import dump, run
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, keep_inputs, output_dir
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, is_lora_file, keep_inputs, output_dir
 from litlora.prompts import STYLE_FILE
-from litlora.settings import CombineLoRA
+from litlora.settings import CombineLoRA, check
 from litlora.untrusted import say
 
 
 def main(settings: CombineLoRA) -> None:
+    files = [Path(path) for path in settings.lora_path if is_lora_file(Path(path))]
+    if files:
+        check(len(files) == len(settings.lora_path), f"--lora_path {files[0]}: is a LoRA file, but not all are; name files or directories")
+        _combine_files(files, settings)
+        return
     adapter_dirs = [checkpoint_dir(path) for path in settings.lora_path]
     base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
     inputs = [*adapter_dirs, base_dir] if base_dir else adapter_dirs
@@ -44,6 +52,34 @@ def main(settings: CombineLoRA) -> None:
     result = out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
     say(f"next: python chat/base.py --checkpoint_dir {out_dir}")
+
+
+def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
+    """LoRA files of another tool: names and format stay those of the first."""
+    check(settings.checkpoint_dir is None, f"{files[0]}: needs no base; leave --checkpoint_dir out")
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files)
+
+    import functools
+
+    import torch
+
+    from litlora.adapters.combine import combine_files
+    from litlora.adapters.resize import table
+    from litlora.checkpoint import check_finite
+    from litlora.convert.lora_files import read_lora, write_lora
+
+    loras, dtypes = [read_lora(file) for file in files], []
+    for file, lora in zip(files, loras, strict=True):
+        tensors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"} | lora.diffs
+        check_finite(tensors, file)
+        dtypes += [tensor.dtype for tensor in tensors.values()]
+    combined, changes = combine_files(loras, settings)
+    result, dtype = out_dir / files[0].name, functools.reduce(torch.promote_types, dtypes)
+    write_lora(result, combined, dtype)
+    say(*table(changes))
+    terms = (f"{weight:g} x {file}" for weight, file in zip(settings.each_weight, files, strict=True))
+    say(f"{settings.mode}: {' + '.join(terms)}")
+    say(f"result: {result} ({result.stat().st_size:,} bytes, in {str(dtype).removeprefix('torch.')} as the files are)")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from litlora.cli import dump, run
 from litlora.errors import CheckpointError
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, WEIGHTS_FILES, checkpoint_dir, keep_inputs, output_dir
+from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, is_lora_file, keep_inputs, output_dir
 from litlora.settings import ResizeLoRA, check
 from litlora.untrusted import say
 
 
 def main(settings: ResizeLoRA) -> None:
     file = Path(settings.lora_path)
-    if file.is_file() and file.suffix == ".safetensors" and file.name not in WEIGHTS_FILES:
+    if is_lora_file(file):
         _resize_file(file, settings)
         return
     adapter_dir = checkpoint_dir(settings.lora_path)

@@ -37,7 +37,7 @@ from litlora.adapters.resize import (
     with_matrices,
 )
 from litlora.checkpoint import Chain, whole_tensors
-from litlora.convert.lora_files import Update
+from litlora.convert.lora_files import LoRAFile, Update
 from litlora.errors import CheckpointError, UserError
 from litlora.lora import stored_config
 from litlora.settings import CombineLoRA, LoRAConfig
@@ -66,6 +66,29 @@ def combine_adapters(chains: list[Chain], settings: CombineLoRA) -> tuple[dict[s
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
     )
     return tensors_of(updates) | _combine_whole(chains, settings, generator), settings_for(updates, like), changes
+
+
+def combine_files(loras: list[LoRAFile], settings: CombineLoRA) -> tuple[LoRAFile, list[Change]]:
+    """The same of LoRA files of other tools, under the names and in the format of the first.
+
+    Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose layers are called otherwise,
+    which might be the same layers, and for shapes that differ.
+    """
+    generator, first = torch.Generator().manual_seed(settings.seed), loras[0]
+    for other in loras[1:]:
+        if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (other.updates.keys() | other.diffs.keys()):
+            raise CheckpointError(f"{other.path}: has no layer of a name that {first.path} has; files of one model and format are needed")
+    updates, changes = combine_all([lora.path for lora in loras], [lora.updates for lora in loras], settings, generator)
+    diffs = {}
+    for key in dict.fromkeys(key for lora in loras for key in lora.diffs):
+        _check_shapes(key, [(lora.path, lora.diffs[key].shape) for lora in loras if key in lora.diffs])
+        weighted = zip(settings.each_weight, loras, strict=True)
+        terms = [(weight, lora.diffs[key]) for weight, lora in weighted if key in lora.diffs and weight != 0]
+        if len(terms) == 1 and terms[0][0] == 1 and settings.density == 1:
+            diffs[key] = terms[0][1]
+        elif terms:
+            diffs[key] = combine_dense([weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], settings, generator)
+    return dataclasses.replace(first, updates=updates, diffs=diffs, alpha=any(lora.alpha for lora in loras)), changes
 
 
 def combine_all(

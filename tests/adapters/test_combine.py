@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from conftest import fails, random_adapter, succeeds
+from safetensors.torch import load_file, save_file
 
-from litlora.adapters.combine import _drop, _factor, _trim, combine_adapters, combine_dense, combine_layer
+from litlora.adapters.combine import _drop, _factor, _trim, combine_adapters, combine_dense, combine_files, combine_layer
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_modules, open_checkpoint, resolve, whole_tensors
-from litlora.convert.lora_files import Update
+from litlora.convert.lora_files import Update, read_lora, write_lora
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.lora import LoRAConfig, layer_rank, layer_scale, stored_config
@@ -413,3 +414,62 @@ def test_shapes_and_kinds_that_do_not_go_together_are_refused(adapters, make_che
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         CombineLoRA(**{"lora_path": ["a"], "out_dir": "out", **settings})
+
+
+# ---- LoRA files of other tools
+
+
+def lora_file(path, *, alpha: bool, seed: int) -> dict[str, torch.Tensor]:
+    """A file with a linear layer, a convolution and a whole difference, each file of another rank; returns the changes it means."""
+    torch.manual_seed(seed)
+    rank, tensors, means = 2 + seed, {}, {}
+    for name, shape in (("unet_a", (12, 20)), ("unet_conv", (6, 4, 3, 3))):
+        A, B = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *(1,) * (len(shape) - 2))
+        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+        tensors |= {f"{name}.alpha": torch.tensor(3.0)} if alpha else {}
+        means[name] = (3.0 / rank if alpha else 1.0) * (B.flatten(1).double() @ A.flatten(1).double()).view(shape)
+    tensors["unet_norm.diff"] = means["unet_norm"] = torch.randn(7)
+    save_file(tensors, path)
+    return means
+
+
+def meant(path) -> dict[str, torch.Tensor]:
+    found = read_lora(path)
+    deltas = {name: update.scale * (update.B.flatten(1).double() @ update.A.flatten(1).double()) for name, update in found.updates.items()}
+    return {name: delta.view(found.updates[name].shape) for name, delta in deltas.items()} | {"unet_norm": found.diffs["unet_norm.diff"]}
+
+
+@pytest.mark.parametrize("alphas", [(True, True), (False, False), (False, True)])
+def test_files_of_other_tools_are_added_up_in_their_own_format(alphas, tmp_path):
+    one, other = (lora_file(tmp_path / f"{seed}.safetensors", alpha=alpha, seed=seed) for seed, alpha in enumerate(alphas))
+    words = ["--lora_path", tmp_path / "0.safetensors", tmp_path / "1.safetensors", "--weights", 0.5, -2, "--out_dir", tmp_path / "out"]
+    assert "unet_conv" in succeeds("scripts/combine_lora.py", *words).stdout
+    found = meant(tmp_path / "out/0.safetensors")
+    assert all(relative(found[name].double(), 0.5 * one[name].double() - 2 * other[name].double()) < 1e-6 for name in one)
+    assert ("unet_a.alpha" in load_file(tmp_path / "out/0.safetensors")) == any(alphas)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [True, False])
+def test_one_file_at_weight_1_stays_what_it_is(mode, alpha, tmp_path):
+    lora_file(tmp_path / "one.safetensors", alpha=alpha, seed=1)
+    combined, _ = combine_files([read_lora(tmp_path / "one.safetensors")], asked(mode))
+    write_lora(tmp_path / "out.safetensors", combined, torch.float32)
+    before, after = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "out.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_files_that_do_not_go_together_are_refused(base, tmp_path):
+    lora_file(tmp_path / "a.safetensors", alpha=True, seed=0)
+    tensors = load_file(tmp_path / "a.safetensors")
+    save_file({f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+    save_file(tensors | {"unet_norm.diff": torch.ones(5)}, tmp_path / "c.safetensors")
+
+    def said(*paths, more=()) -> str:
+        return fails("scripts/combine_lora.py", "--lora_path", tmp_path / "a.safetensors", *paths, "--out_dir", tmp_path / "out", *more)
+
+    assert "has no layer of a name that" in said(tmp_path / "b.safetensors")
+    assert "unet_norm.diff is 5, but 7 in" in said(tmp_path / "c.safetensors")
+    assert "is a LoRA file, but not all are" in said(base)
+    assert "needs no base" in said(more=("--checkpoint_dir", base))
+    assert not (tmp_path / "out").exists()
