@@ -1,6 +1,6 @@
 """How long a merge takes, and how much memory, beside `cp` of the base's file and the merges of others.
 
-python benchmarks/merge_speed.py [--size small|large|huge|head] [--rounds 3] [--peers PYTHON]
+python benchmarks/merge_speed.py [--size small|medium|large|huge|head] [--rounds 3] [--peers PYTHON]
 
 It makes a Llama of random bf16 weights and a rank-8 adapter on all linear layers, once, in a temporary directory on the disk that
 TMPDIR names. Each row is a process of its own, timed from outside until its result is on the disk (`sync -f`); rounds are
@@ -25,6 +25,7 @@ sys.path.insert(0, str(REPO))
 
 SIZES = {  # hidden, intermediate, layers, vocabulary, layers to adapt
     "small": (512, 1408, 12, 32_000, "all-linear"),  # 71 M parameters, 143 MB
+    "medium": (2048, 5632, 13, 32_000, "all-linear"),  # 0.8 B, 1.6 GB
     "large": (2048, 5632, 32, 32_000, "all-linear"),  # 1.8 B, 3.6 GB
     "huge": (3072, 8192, 25, 128_256, "all-linear"),  # 3.6 B, 7.2 GB
     "head": (8192, 1024, 1, 131_072, ["lm_head", "q_proj"]),  # an output head of 2.1 GB
