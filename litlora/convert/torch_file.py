@@ -103,12 +103,14 @@ class TorchFile:
         """A tensor of this file, memory-mapped."""
         self._writer.wait()
         self._stream.flush()
-        offset = self._offsets[written.key]
-        end = offset + written.shape.numel() * written.dtype.itemsize
+        size, offset = written.shape.numel() * written.dtype.itemsize, self._offsets[written.key]
+        if size == 0:
+            return torch.empty(written.shape, dtype=written.dtype)
+        before = offset % mmap.ALLOCATIONGRANULARITY  # a map begins at a page
         with self._path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY)
+            mapped = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=offset - before)
         mapped.madvise(mmap.MADV_RANDOM)  # a few bytes here and there, which may have to come from the disk
-        return torch.frombuffer(mapped, dtype=torch.uint8)[offset:].view(written.dtype).view(written.shape)
+        return torch.frombuffer(mapped, dtype=torch.uint8)[before:].view(written.dtype).view(written.shape)
 
     def finish(self, content: Any) -> None:
         """Write what the file holds: plain values, with a Written wherever one of its tensors belongs."""

@@ -79,11 +79,12 @@ def test_equal_tensors_make_equal_files(tmp_path):
 
 
 def test_what_was_written_can_be_read_before_the_file_is_finished(tmp_path):
-    tensor = torch.randn(5, 6).bfloat16()
+    tensors = [torch.zeros(3), torch.randn(500, 60).bfloat16(), torch.empty(0, 4), torch.randn(7), torch.empty(0)]
     with TorchFile(tmp_path / "x.pth") as file:
-        file.add(torch.zeros(3))
-        again = file.read(file.add(tensor))
-        assert same(again, tensor)
+        written = [file.add(tensor) for tensor in tensors]
+        assert all(same(file.read(place), tensor) for place, tensor in zip(written, tensors, strict=True))
+        more = torch.randn(9)
+        assert same(file.read(file.add(more)), more)
 
 
 def test_an_unfinished_file_is_no_torch_file(tmp_path):
