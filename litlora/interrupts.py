@@ -1,4 +1,4 @@
-"""What ends a run before its last step: SIGINT (Ctrl-C), SIGTERM (a cluster's preemption), --train.max_time."""
+"""What ends a run before its last step: SIGINT (Ctrl-C), SIGTERM (preemption), SIGHUP (the terminal is gone), --train.max_time."""
 
 import os
 import signal
@@ -14,16 +14,17 @@ from lightning_fabric import Fabric
 
 
 class Stop(IntEnum):
-    """Why a run stops early. Where devices disagree, the larger counts."""
+    """Why a run stops early; a signal by the exit status of what it ends. Where devices disagree, the larger counts."""
 
     TIME = 1
-    SIGINT = signal.SIGINT
-    SIGTERM = signal.SIGTERM
+    SIGHUP = 129
+    SIGINT = 130
+    SIGTERM = 143
 
     @property
     def status(self) -> int:
         """The exit status: that of a process ended by the signal, as the shell sees it; 0 if the time was up."""
-        return 0 if self is Stop.TIME else 128 + self
+        return 0 if self is Stop.TIME else int(self)
 
     def __str__(self) -> str:
         return "--train.max_time" if self is Stop.TIME else self.name
@@ -34,7 +35,10 @@ class GivenUp(Exception):
 
 
 class Interrupts:
-    """Inside `with`, the first SIGINT or SIGTERM asks the loop to end after its step; a second one ends the process at once."""
+    """Inside `with`, the first signal of `Stop` asks the loop to end after its step; a second one ends the process at once.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         """The time runs from here."""
@@ -43,7 +47,11 @@ class Interrupts:
         self._at_once = False
 
     def __enter__(self) -> "Interrupts":
-        self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._terminals = [stream for stream in (0, 1, 2) if os.isatty(stream)]
+        numbers = [stop - 128 for stop in Stop if stop is not Stop.TIME]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        self._former = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -73,7 +81,11 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             os._exit(128 + number)
-        self._signal = Stop(number)
+        self._signal = Stop(128 + number)
+        if self._signal is Stop.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in self._terminals:  # what is said to a terminal that is gone must not end the run before it is saved
+                os.dup2(nowhere, stream)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with suppress(OSError):  # whatever becomes of the words
                 # Not print(): the signal may come in the middle of one.

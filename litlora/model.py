@@ -30,7 +30,6 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.max_length = max_length
         self.length = 0
         """Tokens held; the next one gets this position."""
         self._layers = [

@@ -1,12 +1,15 @@
 """What ends or disturbs a run: signals, the time limit, too little memory, steps that are not finite. Nothing of it loses the run."""
 
 import csv
+import fcntl
 import os
+import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -64,6 +67,36 @@ def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, expected, numb
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], cwd=REPO, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (out / "final/lit_model.pth").read_bytes() == expected
+
+
+def test_a_terminal_that_closes_loses_nothing(tmp_path):
+    out = tmp_path / "out"
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), "--train.max_steps", "5000"],
+        cwd=REPO, stdin=side, stdout=side, stderr=side, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(side)
+    said = b""
+    while not re.search(rb" [1-9][0-9]*/5000", said):
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    (step,) = step_directories(out)
+    assert open_checkpoint(step).is_adapter and (step / "state.pth").is_file()
+
+
+def test_under_nohup_a_hangup_is_ignored():
+    code = (
+        "import os, signal; from litlora.interrupts import Interrupts\n"
+        "with Interrupts() as interrupts:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); print('still here')"
+    )
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **ignoring)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")
 
 
 def test_two_devices_stop_together_and_resume_to_the_same_result(tmp_path):
