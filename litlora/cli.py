@@ -33,7 +33,7 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     With LITLORA_DEBUG=1 in the environment a mistake shows its traceback as well.
     """
     # Importing torch makes a million objects; to look for garbage among them every 700 took a fifth of the time.
-    gc.set_threshold(100_000)
+    gc.set_threshold(500_000)
     try:
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:

@@ -13,7 +13,7 @@ from litlora.data.batches import Batch
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
-from litlora.memory import DryRun, checkpoint_activations, expected_peak, free_ram, largest_fitting, offloading, saved_bytes
+from litlora.memory import DryRun, checkpoint_activations, expected_peak, free_ram, generous_peak, largest_fitting, offloading, saved_bytes
 from litlora.model import GPT
 
 CPU = torch.device("cpu")
@@ -187,6 +187,7 @@ def test_short_pieces_tell_what_the_whole_keeps(family):
     logits, gradients = 2 * 511 * 400 * 12, sum(p.nbytes for p in wide.parameters() if p.requires_grad)
     assert (expected - logits - gradients) / (1.2 + 1 / 4) == pytest.approx(kept, rel=0.1)
     assert torch.equal(torch.get_rng_state(), state)
+    assert generous_peak(wide, wide.model.config, all_learned(ids)) > 1.5 * expected
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
