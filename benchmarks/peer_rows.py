@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 STEP = r"step (?P<i>\d+)/\d+ \| loss (?P<loss>[\d.]+|nan) \| lr \S+ \| (?P<tokens>\d+) tokens"
 
 
-def train(targets: str, steps: int, checkpoint: str, precision: str = "bf16-true") -> dict:
+def train(targets: str, steps: int, checkpoint: str, precision: str = "bf16-true", pack: int = 512) -> dict:
     settings = {
         "checkpoint_dir": checkpoint,
         "precision": precision,
@@ -28,6 +28,7 @@ def train(targets: str, steps: int, checkpoint: str, precision: str = "bf16-true
         "lora.dropout": 0.05,
         "train.global_batch_size": 4,
         "train.max_seq_length": 512,
+        "train.micro_batch_tokens": pack,  # the peers' micro-batch of 4 has up to 2,048
         "train.max_steps": steps,
         "train.warmup_steps": 5,
         "train.weight_decay": 0.01,
@@ -66,7 +67,7 @@ def main() -> None:
         "train": {
             "bf16-qv": train("qv", 45, checkpoint),
             "bf16-all": train("all-linear", 13, checkpoint),
-            "fp32-qv": train("qv", 9, checkpoint, "32-true"),
+            "fp32-qv": train("qv", 9, checkpoint, "32-true", pack=1024),
         },
         "generate": {"bf16": generate(checkpoint)},
         "merge": {"bf16-qv": merge("bf16-qv"), "bf16-all": merge("bf16-all")},
