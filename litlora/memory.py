@@ -172,7 +172,7 @@ class DryRun:
     def __init__(self, objective: nn.Module, device: torch.device) -> None:
         """Raises UserError on a device whose memory cannot be measured."""
         if available_memory(device) is None:
-            raise UserError(f"--train.auto_batch: memory in use cannot be measured on {device.type} here; give --train.micro_batch_size")
+            raise UserError(f"--train.auto_batch: memory in use cannot be measured on {device.type} here; leave it out")
         self.objective, self._device = objective, device
         self.must_know = device.type == "cpu"
         """Whether a batch that does not fit must not be tried: on the CPU nobody says no before the process is ended."""

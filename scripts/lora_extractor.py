@@ -54,7 +54,9 @@ def main(settings: LoRAExtractor) -> None:
         for one in found:
             for key, tensor in result_tensors(one.name, one.result, settings.format, plan.dtype).items():
                 add(key, tensor)
-    report.sum_up(output, f"python scripts/lora_merger.py --source-model {source} --lora-model {output} --output MERGED")
+    kinds = (("--source-type", settings.source_type), ("--lora-type", settings.output_format))
+    words = "".join(f" {option} {kind}" for option, kind in kinds if kind != "safetensors")
+    report.sum_up(output, f"python scripts/lora_merger.py --source-model {source} --lora-model {output}{words} --output MERGED")
 
 
 def extract_adapter(settings: LoRAExtractor) -> None:

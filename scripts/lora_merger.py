@@ -54,6 +54,8 @@ def main(settings: LoRAMerger) -> None:
     written = write_model(output, settings.output_format, sizes, merged, largest)
     updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
     others = sum(map(len, additions.values())) - updates
+    if other := {str(tensor.dtype).removeprefix("torch.") for name, tensor in model.items() if tensor.dtype != dtypes[name]}:
+        say(f"note: the model's {', '.join(sorted(other))} is written as {settings.output_dtype}; --output_dtype says otherwise")
     say(f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors")
     say(f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))")
 

@@ -1,6 +1,8 @@
 """scripts/lora_extractor.py and lora_merger.py: what is extracted, added to the source, gives the target, in every format."""
 
 import io
+import re
+import shlex
 from contextlib import redirect_stdout
 
 import pytest
@@ -148,6 +150,19 @@ def test_a_model_may_be_a_folder_or_a_nested_torch_file(tmp_path, pair):
     torch.testing.assert_close(found["diffusion_model.blocks.1.conv.diff"], target["blocks.1.conv.weight"] - source["blocks.1.conv.weight"])
     save_file({"frozen.weight": target["blocks.0.attn.weight"]}, tmp_path / "folder/c.safetensors")
     assert "c.safetensors: frozen.weight is also in b.safetensors" in fails(EXTRACT, *given, "--output", tmp_path / "b.safetensors")
+
+
+def test_the_printed_command_merges_what_was_extracted(tmp_path, pair):
+    source, target = pair
+    torch.save(source, tmp_path / "source.pth")
+    given = ["--source-model", tmp_path / "source.pth", "--source-type", "pytorch", "--target-model", tmp_path / "target.safetensors"]
+    said = succeeds(EXTRACT, *given, "--output", tmp_path / "lora.pt", "--output-format", "pytorch", "--rank", RANK, "--min_size", 100)
+    program, script, *printed = shlex.split(re.search("next: (.*)", said)[1].replace("MERGED", str(tmp_path / "merged")))
+    assert (program, script) == ("python", MERGE)
+    assert "note: the model's float32 is written as bf16; --output_dtype says otherwise\n" in succeeds(MERGE, *printed)
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged["step"].dtype == torch.int64 and error_of(merged, source, target, "blocks.0.attn.weight") < 0.1
+    assert "note" not in succeeds(MERGE, *printed, "--output_dtype", "fp32")
 
 
 def test_what_cannot_be_subtracted_is_listed_and_fatal(tmp_path, pair):
