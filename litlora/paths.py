@@ -52,7 +52,12 @@ def checkpoint_dir(path: str | Path) -> Path:
 
 
 def is_lora_file(path: Path) -> bool:
-    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of another tool."""
+    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of another tool.
+
+    Raises CheckpointError for one that is named like such a file and is not there.
+    """
+    if path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES and not path.exists():
+        raise CheckpointError(f"{path}: no such file")
     return path.is_file() and path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES
 
 

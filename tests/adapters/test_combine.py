@@ -375,6 +375,7 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
     assert "is a full model already; --lora_path needs an adapter" in fails(*words, base, adapters[0])
     assert f"{base}: is what {adapters[0]} was trained on" in fails(*words, adapters[0], base)
     assert "no such directory" in fails(*words, adapters[0], tmp_path / "nowhere")
+    assert fails(*words, "nowhere.safetensors", "neither.safetensors") == "error: nowhere.safetensors: no such file\n"
     assert f"holds {adapters[0]}, which is read" in fails(*words, adapters[0], "--out_dir", adapters[0], "--overwrite")
     dora = tmp_path / "dora"
     dora.mkdir()

@@ -203,6 +203,7 @@ def test_a_mistake_leaves_nothing(base, tmp_path):
     assert "--rank 0: must be at least 1" in fails(*words, adapter, "--rank", 0)
     assert "name one" in fails(*words, adapter, "--energy", 0.9, "--max_error", 0.1)
     assert "is a full model; --lora_path needs an adapter" in fails(*words, base, "--rank", 2)
+    assert fails(*words, "nowhere.safetensors", "--rank", 2) == "error: nowhere.safetensors: no such file\n"
     content = torch.load(adapter / "lit_model.pth", weights_only=True)
     content["model"]["model.layers.0.mlp.up_proj.lora_B"][0, 0] = math.nan
     torch.save(content, adapter / "lit_model.pth")
