@@ -79,12 +79,13 @@ def plain_packed_attention(
     q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
     """Attention of several sequences one behind the other, each by itself: q (1, H, N, D), k and v (1, G, N, D) -> (1, H, N, D)."""
-    outputs, start = [], 0
-    for T in pack.lengths:
-        part = [_sequence(x, start, T) for x in (q, k, v)]
-        mask = causal_mask(part[0].size(2), 0, window, q.device)
-        outputs.append(attend(*part, mask, scale=scale, softcap=softcap)[:, :, :T])
-        start += T
+    parts = zip(*(part.split(pack.lengths, dim=2) for part in (q, k, v)), strict=True)
+    outputs = []
+    for part, T in zip(parts, pack.lengths, strict=True):
+        size = few(T, q, least=32, parts=8)
+        if size != T:  # nobody sees what is behind
+            part = [F.pad(tensor, (0, 0, 0, size - T)) for tensor in part]
+        outputs.append(attend(*part, causal_mask(size, 0, window, q.device), scale=scale, softcap=softcap)[:, :, :T])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
