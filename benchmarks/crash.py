@@ -39,7 +39,6 @@ QUICKSTART = REPO / "checkpoints/litlora/quickstart"
 sys.path.insert(0, str(REPO / "finetune"))
 lora = importlib.import_module("lora")
 importlib.import_module("litlora.finetune")
-importlib.import_module("torch._dynamo")  # what the first optimizer would import, in every process anew
 
 
 def make_inputs(scratch: Path) -> None:

@@ -260,10 +260,9 @@ def plan(job: argparse.Namespace) -> list[list[int]]:
 
 
 def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    from lightning_fabric import Fabric
-
     from litlora.config import ModelConfig, RopeScaling
     from litlora.data.examples import Example
+    from litlora.fabric import Fabric
     from litlora.lora import add_lora
     from litlora.loss import SupervisedLoss
     from litlora.memory import checkpoint_activations

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from litlora import untrusted
@@ -25,6 +24,7 @@ from litlora.data.batches import padding_share, plan_epoch
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import Records
 from litlora.errors import UserError
+from litlora.fabric import Fabric
 from litlora.interrupts import Interrupts
 from litlora.load import Loaded, load, pick_device
 from litlora.log import Metrics, duration

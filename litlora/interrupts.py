@@ -10,7 +10,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
+
+from litlora.fabric import Fabric
 
 
 class Stop(IntEnum):

@@ -10,7 +10,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from litlora.config import ModelConfig
 from litlora.data.batches import Batch
 from litlora.errors import UserError
+from litlora.fabric import Fabric
 from litlora.kernels.cross_entropy import chunk_rows
 from litlora.model import GPT
 from litlora.optim import state_bytes

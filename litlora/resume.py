@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from litlora.convert.files import open_torch
 from litlora.data.examples import Example
 from litlora.errors import CheckpointError, UserError
+from litlora.fabric import Fabric
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
 from litlora.untrusted import read_yaml
 

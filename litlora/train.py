@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from litlora.atomic import remove_directory
 from litlora.data.batches import Batch, Step, collate, num_supervised, plan_epoch
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
+from litlora.fabric import Fabric
 from litlora.interrupts import GivenUp, Interrupts, Stop
 from litlora.log import Metrics, Progress
 from litlora.optim import lr_at, make_optimizer

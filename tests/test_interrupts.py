@@ -14,11 +14,11 @@ import termios
 import pytest
 import torch
 from conftest import REPO, succeeds, tiny_config
-from lightning_fabric import Fabric
 from test_train import examples, train
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
+from litlora.fabric import Fabric
 from litlora.interrupts import Interrupts, Stop
 from litlora.log import Metrics
 from litlora.lora import LoRAConfig, add_lora

@@ -6,15 +6,16 @@ from array import array
 import pytest
 import torch
 from conftest import tiny_config
-from lightning_fabric import Fabric
 
 from litlora.data.batches import collate
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
+from litlora.fabric import Fabric
 from litlora.log import Metrics
 from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
 from litlora.model import GPT
+from litlora.optim import AdamW
 from litlora.settings import TrainConfig
 from litlora.train import evaluate, fit
 
@@ -140,7 +141,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     """SGD would show it directly; under AdamW the logged norm is the one before, and the step stays finite."""
     model, data = GPT(tiny_config()), examples(4)
     captured = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
     def step(self, *arguments):
         grads = [p.grad for group in self.param_groups for p in group["params"]]
@@ -148,7 +149,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(AdamW, "step", step)
         train(model, data, tmp_path, micro_batch_size=4, global_batch_size=4, max_grad_norm=1e-3)
         train(model, data, tmp_path, micro_batch_size=4, global_batch_size=4, max_grad_norm=0)
     assert captured[0] == pytest.approx(1e-3, rel=1e-3) and captured[1] > 1e-2
