@@ -17,6 +17,8 @@ from litlora.kernels.sizes import few
 
 QUERIES = 256
 """Rows of scores that exist at a time: few enough to skip most of what nobody sees, enough for multiplications at full speed."""
+BLOCK = 128
+"""Queries, and keys, that FlexAttention takes or leaves as one."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None) -> Tensor:
@@ -59,20 +61,47 @@ class Pack:
         self._block_masks: dict[int | None, Any] = {}
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
-        """FlexAttention's mask: a token sees those of its own sequence that came before, `window` of them if there is one."""
-        if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
+        """FlexAttention's mask: a token sees those of its own sequence that came before, `window` of them if there is one.
 
-            lengths = torch.tensor(self.lengths)
-            sequence = torch.repeat_interleave(lengths).to(device, non_blocking=True)  # (N,): which sequence a token is of
+        Which blocks of tokens see one another follows from the lengths: to ask for every pair of tokens takes N² bytes.
+        """
+        if window not in self._block_masks:
+            from torch.nn.attention.flex_attention import BlockMask
+
+            sequence = torch.repeat_interleave(torch.tensor(self.lengths))  # (N,): which sequence a token is of
+            parts = [part for blocks in visible_blocks(sequence, window) for part in _listed(blocks.to(device, non_blocking=True))]
+            sequence = sequence.to(device, non_blocking=True)
 
             def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 seen = (sequence[query] == sequence[key]) & (query >= key)
                 return seen if window is None else seen & (query - key < window)
 
             N = len(sequence)
-            self._block_masks[window] = create_block_mask(sees, None, None, N, N, device=device)
+            self._block_masks[window] = BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(N, N))
         return self._block_masks[window]
+
+
+def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Of which blocks of BLOCK keys some, and of which all are seen by a block of queries: (blocks, blocks) each, True in one of the two.
+
+    `sequence` (N,) counts the sequences up. Of two blocks, all that is between them is of one sequence if their near ends are.
+    """
+    starts = torch.arange(0, len(sequence), BLOCK)
+    ends = (starts + BLOCK - 1).clamp(max=len(sequence) - 1)
+    first, last = sequence[starts], sequence[ends]
+    query_start, query_end, query_first, query_last = (part[:, None] for part in (starts, ends, first, last))
+    seen = (starts <= query_start) & (last >= query_first)
+    full = (starts < query_start) & (first == query_last) & (query_end - query_start == BLOCK - 1)
+    if window is not None:
+        seen &= query_start - ends < window
+        full &= query_end - starts < window
+    return seen & ~full, full
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, (1, 1, rows), and which, those first, (1, 1, rows, blocks)."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def plain_packed_attention(

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora.kernels import attention, cross_entropy, lora, norm
@@ -205,6 +206,18 @@ def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
     if score_mod is not None:
         scores = score_mod(scores, None, None, query, key)
     return scores.masked_fill(~block_mask.mask_mod(None, None, query, key), -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+@pytest.mark.parametrize("lengths", [[5], [128, 128], [127, 1, 130], [1000], [300, 7, 256, 128, 65, 64, 1, 1, 400], [1] * 300])
+def test_the_blocks_that_flex_attention_takes_are_those_that_torch_finds(lengths, window):
+    N = sum(lengths)
+    ours = Pack(lengths).block_mask(window, torch.device("cpu"))
+    theirs = create_block_mask(ours.mask_mod, None, None, N, N, device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices", "full_q_indices"):
+        one, other = getattr(ours, name), getattr(theirs, name)
+        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
