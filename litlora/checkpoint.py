@@ -138,6 +138,9 @@ def open_checkpoint(path: Path, *, base_dir: Path | None = None, above: tuple[Pa
         return Checkpoint(directory, tensors, meta, file)
     if meta.get("kind") != "full":
         raise CheckpointError(f"{file}: kind is {meta.get('kind')!r}; it must be full or adapter")
+    merged = meta.get("merged", {"chain": "", "result": ""})
+    if not isinstance(merged, dict) or {name: type(value) for name, value in merged.items()} != {"chain": str, "result": str}:
+        raise CheckpointError(f"{file}: merged is {merged!r}; it must name the chain and the result")
     return _fitting(Checkpoint(directory, tensors, meta, file, ModelConfig.load(directory / CONFIG_FILE)))
 
 
@@ -201,7 +204,7 @@ def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
         if A is None or B is None:
             raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
         rank = layer_rank(config, module)
-        if A.ndim != 2 or B.ndim != 2 or A.size(0) != rank or B.size(1) != rank:
+        if A.ndim != 2 or B.ndim != 2 or A.size(0) != rank or B.size(1) != rank or not (A.numel() and B.numel()):
             raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}")
     whole = [f".{name}." for name in config.modules_to_save]
     if odd := sorted(name for name in whole_tensors(tensors) if not any(part in f".{name}" for part in whole)):

@@ -25,6 +25,8 @@ from litlora.settings import Alpaca, DataSource
 from litlora.untrusted import one_line, read_yaml
 
 Settings = TypeVar("Settings")
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+"""What is a value although it begins like an option: argparse by itself does not know -1e-3."""
 
 
 def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> None:
@@ -59,9 +61,9 @@ def _fail(message: str) -> NoReturn:
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and `--print_config` exit."""
     for number, word in enumerate(argv):
-        option, _, value = word.partition("=")
-        if option == "--config" and Path(file := value or "".join(argv[number + 1 : number + 2])).is_file():
-            read_yaml(Path(file))  # a run's hyperparameters.yaml may be somebody else's
+        option, equals, value = word.partition("=")
+        if option == "--config":
+            _check_config(value if equals else "".join(argv[number + 1 : number + 2]))
     parser = _make_parser(settings_class, argv)
     words = [_spelled(settings_class, word) for word in argv]
     argv = _name_positional(settings_class, _join_lists(settings_class, words))
@@ -72,6 +74,18 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     except Exception as error:  # ArgumentError, and whatever else jsonargparse meets in a strange --config file
         raise UserError(_explain(error, parser, argv)) from error
     return settings_class(**{field.name: getattr(values, field.name) for field in dataclasses.fields(settings_class)})
+
+
+def _check_config(file: str) -> None:
+    """Raise UserError unless it is a file of settings: a run's hyperparameters.yaml may be somebody else's."""
+    if not file or file.startswith("--"):
+        raise UserError("--config: needs a file of settings, such as a run's hyperparameters.yaml")
+    if Path(file).is_file():  # else jsonargparse says so
+        content = read_yaml(Path(file))
+        if not isinstance(content, dict):
+            raise UserError(f"--config {file}: holds no settings; a mapping of names to values is needed")
+        if "\\u0000" in json.dumps(content, default=str):
+            raise UserError(f"--config {file}: holds a zero character, which no path or name has")
 
 
 def dump(settings: Any) -> str:
@@ -89,6 +103,7 @@ def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
     if "--data" in argv or "--data=Alpaca" in argv:
         # A source that is asked for has its own defaults; jsonargparse would keep those of a default of the same class.
         parser.set_defaults(data=Alpaca())
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     flags = _flags(settings_class)
     for action in parser._actions:
         if action.dest in flags:
@@ -104,7 +119,10 @@ def _name_positional(settings_class: type, argv: list[str]) -> list[str]:
     for before, word in zip(["", *argv], argv, strict=False):
         # Behind a flag stands its value only if it says so: `--json X` names X.
         is_value = before.startswith("--") and "=" not in before and (before not in flags or word.lower() in ("true", "false"))
-        named.append(f"--{name}={word}" if name and not word.startswith("-") and not is_value else word)
+        stands_alone = name and not word.startswith("-") and not is_value
+        if stands_alone and any(other.startswith(f"--{name}=") for other in named):
+            raise UserError(f"{word}: one {name} at a time")
+        named.append(f"--{name}={word}" if stands_alone else word)
     return named
 
 
@@ -137,6 +155,8 @@ def _join_lists(settings_class: type, argv: list[str]) -> list[str]:
             current = None
             rest.append(word)
     for option, words in found.items():
+        if not any(words):
+            raise UserError(f"{option}: needs a value")
         if len(words) == 1 and words[0].startswith("["):
             rest.append(f"{option}={words[0]}")
         else:
@@ -170,6 +190,7 @@ def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:
     text = re.sub(r"--(\w+): (\w+): --(\w+): ", r"--\1.\3: ", text)  # --data: Alpaca: --source: -> --data.source:
     text = re.sub(r"^argument (--[\w.]+): ", r"\1: ", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.+?)\]", lambda literal: literal[1].replace("'", ""), text).replace(", NoneType", "")
     text = re.sub(r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ", r"expected \1, got ", text)
     text = re.sub(r"Expected an? (?:typing\.)?(.+?)\. Got value: ", r"expected \1, got ", text)
     return f"{text}; see --help"

@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = dropout
-        self._base_weight: Tensor | None = None  # W's own tensor, while the update is folded in
+        self._base_weight: nn.Parameter | None = None  # W's own tensor, while the update is folded in
 
     @property
     def merged(self) -> bool:
@@ -98,6 +98,10 @@ class LoRALinear(nn.Module):
         if self.merged:
             self.linear.weight = self._base_weight
             self._base_weight = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}_base_weight", None)  # a parameter, so that it follows W to other devices and dtypes
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
@@ -153,6 +157,13 @@ def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
 def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
     """The factor in front of B A."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def fitting(factor: float, what: str) -> float:
+    """The factor of an update, if fp32 can hold it. Raises UserError that begins with `what`."""
+    if not abs(factor) <= torch.finfo(torch.float32).max:
+        raise UserError(f"{what}: times {factor:g}, which is beyond fp32; name a smaller strength or weight")
+    return factor
 
 
 def layer_rank(config: LoRAConfig, name: str) -> int:

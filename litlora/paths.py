@@ -40,6 +40,9 @@ def is_checkpoint(directory: Path) -> bool:
 def checkpoint_dir(path: str | Path) -> Path:
     """The path, if it is a checkpoint directory, or the directory of a weights' file. Raises CheckpointError. Opens nothing."""
     directory = Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
+    if directory.is_file():
+        hint = "; LoRA files of other tools are for scripts/lora_merger.py" if directory.suffix == ".safetensors" else ""
+        raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
     if any((directory / name).is_file() for name in CHECKPOINT_MARKS):
@@ -61,22 +64,27 @@ def is_lora_file(path: Path) -> bool:
     return path.is_file() and path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES
 
 
-def output_dir(path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path], option: str = "--out_dir") -> Path:
+def output_dir(
+    path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path], option: str = "--out_dir", replaced: bool = True
+) -> Path:
     """The path, if results may be written there. Raises UserError, and changes nothing, if
 
     - it holds something and `overwrite` is off, or something that matches none of `names` (which we would not have written),
-    - it is or holds one of `inputs`, or
+    - it is or holds one of `inputs`,
+    - it is or holds the current directory, and will be `replaced` as a whole, or
     - it is a file or cannot be written.
     """
     directory = Path(path)
     keep_inputs(directory, inputs, option)
+    if replaced and Path.cwd().is_relative_to(directory.resolve()):
+        raise UserError(f"{option} {directory}: is the directory you are in, or holds it, and would be replaced; name another")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{option} {directory}: is a file; name a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
-    if there and not overwrite:
-        raise UserError(f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite")
     if foreign := [name for name in there if not any(Path(name).match(pattern) for pattern in names)]:
         raise UserError(f"{option} {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
+    if there and not overwrite:
+        raise UserError(f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite")
     _check_writable(option, directory, directory.absolute())
     return directory
 
@@ -116,12 +124,12 @@ def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDi
             raise CheckpointError(f"--resume {start}: no state of a training there, {STATE_FILE}; {hint}")
         path = Path(settings.out_dir) if settings.out_dir else start.parent
         if path.resolve() != start.resolve().parent:
-            return RunDirectory(output_dir(str(path), overwrite=False, names=RUN_NAMES, inputs=inputs), start)
+            return RunDirectory(output_dir(str(path), overwrite=False, names=RUN_NAMES, inputs=inputs, replaced=False), start)
         if (path / FINAL).exists():
             raise UserError(f"--resume {start}: the run in {path} is complete; to go another way from there, name another --out_dir")
-        return RunDirectory(output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs), start)
+        return RunDirectory(output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs, replaced=False), start)
     path = Path(settings.out_dir or default)
-    there = output_dir(str(path), overwrite=settings.overwrite or settings.resume == "auto", names=RUN_NAMES, inputs=inputs)
+    there = output_dir(str(path), overwrite=settings.overwrite or settings.resume == "auto", names=RUN_NAMES, inputs=inputs, replaced=False)
     if settings.resume == "auto":
         settle(path)
         if (path / FINAL).exists():

@@ -12,7 +12,8 @@ def free_ram(root: Path = Path("/")) -> int | None:
     if not meminfo.is_file():
         return None
     free = [field_of(meminfo, "MemAvailable:") * 1024]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         number, controllers, group = line.split(":", 2)
         if number == "0":  # version 2
             mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")

@@ -13,6 +13,8 @@ from litlora.untrusted import check_pattern
 
 QUICKSTART = "checkpoints/litlora/quickstart"
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+LEAST_ALPHA = 1e-30
+"""The smallest magnitude of an alpha, and one over it the largest: fp32 holds them, and their product with some weight of an adapter's."""
 PRESETS = ("qv", "attention", "all-linear")
 
 
@@ -41,7 +43,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         check(self.rank >= 1, f"--lora.rank {self.rank}: must be at least 1")
         object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
-        check(math.isfinite(self.alpha) and self.alpha != 0, f"--lora.alpha {self.alpha}: must be a finite number other than 0")
+        check_alpha(f"--lora.alpha {self.alpha}", self.alpha)
         check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")
         for name in ("rank_pattern", "alpha_pattern"):  # an adapter stores them, and whoever reads it must be able to use them
@@ -53,7 +55,7 @@ class LoRAConfig:
         for target, rank in self.rank_pattern.items():
             check(rank >= 1, f"--lora.rank_pattern {target}: {rank}: must be at least 1")
         for target, alpha in self.alpha_pattern.items():
-            check(math.isfinite(alpha) and alpha != 0, f"--lora.alpha_pattern {target}: {alpha}: must be a finite number other than 0")
+            check_alpha(f"--lora.alpha_pattern {target}: {alpha}", alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,17 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_alpha(what: str, alpha: float) -> None:
+    """Raise UserError unless it is a number that fp32 can hold, other than 0: what scales an update."""
+    size = f"its size from {LEAST_ALPHA:g} to {1 / LEAST_ALPHA:g}"
+    check(LEAST_ALPHA <= abs(alpha) <= 1 / LEAST_ALPHA, f"{what}: must be a finite number other than 0, {size}")
+
+
+def check_seed(seed: int, below: int = 2**63) -> None:
+    """Raise UserError unless a generator of random numbers takes it."""
+    check(0 <= seed < below, f"--seed {seed}: must be at least 0 and below {below:,}")
+
+
 def num_bytes(size: str) -> int:
     """A size such as 500MB as a number."""
     unit = SIZE_UNITS.get(size[-2:].upper())
@@ -261,6 +274,7 @@ class Finetune:
     """If checkpoint_dir is an adapter: use a base whose weights are not those that the adapter was trained on."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, below=2**32)  # Fabric's limit
         check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
         check(not (self.resume and self.overwrite), "--resume goes on with what --overwrite would remove; leave one of the two out")
         check(bool(self.resume) or not self.resume_force, "--resume_force has no use without --resume")
@@ -315,6 +329,7 @@ class Chat:
     """Use a base whose weights are not those that the adapter was trained on."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed or 0)
         check(self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
         check(math.isfinite(self.temperature) and self.temperature >= 0, f"--temperature {self.temperature}: must be 0 or more, and finite")
         check(self.top_k is None or self.top_k >= 1, f"--top_k {self.top_k}: must be at least 1")
@@ -358,8 +373,7 @@ class MergeLoRA:
         )
         for name, value in (("strength", self.strength), *(("weights", weight) for weight in self.weights)):
             check(math.isfinite(value), f"--{name} {value}: must be a finite number")
-        twice = [path for path in self.lora_path if self.lora_path.count(path) > 1]
-        check(not twice, f"--lora_path {twice[0] if twice else ''}: named twice; give it a weight instead")
+        check_seed(self.seed)
         check(
             self.rounding == "nearest" or self.dtype != "fp32",
             "--rounding stochastic: is for bf16 and fp16, not for --dtype fp32; leave it out",
@@ -388,6 +402,7 @@ class _AdapterToAdapter:
     """Take a base whose weights are not those that the adapter was trained on."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         check(self.rank is None or self.rank >= 1, f"--rank {self.rank}: must be at least 1")
         check(self.energy is None or 0 < self.energy <= 1, f"--energy {self.energy}: must be above 0 and at most 1")
         check(self.max_error is None or 0 <= self.max_error < 1, f"--max_error {self.max_error}: must be at least 0 and below 1")
@@ -582,6 +597,7 @@ class LoRAExtractor:
     """For the formats peft and litlora: replace what the directory holds."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         criteria = {name: getattr(self, name) for name in ("energy", "sv_ratio", "max_error") if getattr(self, name) is not None}
         check(self.rank == "auto" or self.rank >= 1, f"--rank {self.rank}: must be at least 1")
         check(self.rank != "auto" or criteria, "--rank auto: needs --energy, --sv_ratio or --max_error to go by")

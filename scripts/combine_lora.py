@@ -27,7 +27,7 @@ def main(settings: CombineLoRA) -> None:
     import dataclasses
 
     from litlora.adapters.combine import combine_adapters
-    from litlora.adapters.merge import resolve_sharing
+    from litlora.adapters.merge import plan_merge, resolve_sharing
     from litlora.adapters.resize import table
     from litlora.checkpoint import adapter_meta, check_finite, write_checkpoint
 
@@ -35,6 +35,7 @@ def main(settings: CombineLoRA) -> None:
     for chain in chains:
         keep_inputs(out_dir, chain.directories)
         check_finite(chain.top.tensors, chain.top.file)
+        plan_merge(chain)  # whether it fits its base
     tensors, lora, changes = combine_adapters(chains, settings)
     first = chains[0]
     meta = adapter_meta(dataclasses.asdict(lora), first.inner.top, out_dir)
@@ -57,7 +58,7 @@ def main(settings: CombineLoRA) -> None:
 def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     """LoRA files of another tool: names and format stay those of the first."""
     check(settings.checkpoint_dir is None, f"{files[0]}: needs no base; leave --checkpoint_dir out")
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files)
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files, replaced=False)
 
     import functools
 
@@ -68,13 +69,15 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     from litlora.checkpoint import check_finite
     from litlora.convert.lora_files import read_lora, write_lora
 
+    twice = {file.resolve() for file in files}
+    check(len(twice) == len(files), "--lora_path: names a file twice; give it a weight instead")
     loras, dtypes = [read_lora(file) for file in files], []
     for file, lora in zip(files, loras, strict=True):
         tensors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"} | lora.diffs
         check_finite(tensors, file)
         dtypes += [tensor.dtype for tensor in tensors.values()]
-    combined, changes = combine_files(loras, settings)
     result, dtype = out_dir / files[0].name, functools.reduce(torch.promote_types, dtypes)
+    combined, changes = combine_files(loras, settings, dtype)
     write_lora(result, combined, dtype)
     say(*table(changes))
     terms = (f"{weight:g} x {file}" for weight, file in zip(settings.each_weight, files, strict=True))

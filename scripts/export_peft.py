@@ -22,7 +22,7 @@ def main(settings: ExportPEFT) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
 
     from litlora.atomic import replacing_directory
-    from litlora.checkpoint import resolve
+    from litlora.checkpoint import check_finite, resolve
     from litlora.convert.peft import to_peft, write_peft
     from litlora.lora import stored_config
     from litlora.tokenizer import find_sidecars
@@ -37,6 +37,7 @@ def main(settings: ExportPEFT) -> None:
             f"{adapter_dir}: its base {inner} is an adapter itself, and a PEFT folder names a full model; "
             f"merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
         )
+    check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:
         say(f"note: {notice}")
     base = chain.base

@@ -25,7 +25,7 @@ def main(settings: InspectCheckpoint) -> None:
     from litlora.adapters.describe import describe, table
 
     found = describe(path, base_dir=base_dir)
-    say(*(json.dumps(found, indent=2).replace("\x7f", "\\u007f").split("\n") if settings.json else table(found)))
+    say(*(json.dumps(found, indent=2, allow_nan=False).replace("\x7f", "\\u007f").split("\n") if settings.json else table(found)))
 
 
 if __name__ == "__main__":

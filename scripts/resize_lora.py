@@ -27,6 +27,7 @@ def main(settings: ResizeLoRA) -> None:
 
     import torch
 
+    from litlora.adapters.merge import plan_merge
     from litlora.adapters.resize import resize_all, settings_for, table, tensors_of, updates_of
     from litlora.checkpoint import adapter_meta, check_finite, resolve, whole_tensors, write_checkpoint
     from litlora.lora import stored_config
@@ -36,6 +37,7 @@ def main(settings: ResizeLoRA) -> None:
     if not chain.adapters:
         raise CheckpointError(f"{adapter_dir}: is a full model; --lora_path needs an adapter")
     check_finite(chain.top.tensors, chain.top.file)
+    plan_merge(chain)  # whether it fits its base
     generator = torch.Generator().manual_seed(settings.seed)
     resized, changes = resize_all(updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator)
     lora, whole = settings_for(resized, stored_config(chain.top.meta["lora"])), whole_tensors(chain.top.tensors)
@@ -55,7 +57,7 @@ def main(settings: ResizeLoRA) -> None:
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:
     """A LoRA file of another tool: names, format and dtype stay, and so does what it holds beside factors."""
     check(settings.checkpoint_dir is None, f"{file}: needs no base; leave --checkpoint_dir out")
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(file.name,), inputs=[file])
+    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(file.name,), inputs=[file], replaced=False)
 
     import dataclasses
     import functools
@@ -64,15 +66,21 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
 
     from litlora.adapters.resize import resize_all, table
     from litlora.checkpoint import check_finite
-    from litlora.convert.lora_files import read_lora, write_lora
+    from litlora.convert.lora_files import as_stored, read_lora, write_lora
 
     lora = read_lora(file)
     factors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"}
     check(bool(factors), f"{file}: holds no factors, so there is no rank to change")
-    check_finite(factors, file)
+    check_finite(factors | lora.diffs, file)
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()))
     generator = torch.Generator().manual_seed(settings.seed)
-    resized, changes = resize_all(lora.updates, rank=settings.rank, max_error=settings.error_bound, generator=generator, dtype=dtype)
+    resized, changes = resize_all(
+        lora.updates,
+        rank=settings.rank,
+        max_error=settings.error_bound,
+        generator=generator,
+        form=lambda update: as_stored(update, alpha=lora.alpha, dtype=dtype),
+    )
     result = out_dir / file.name
     write_lora(result, dataclasses.replace(lora, updates=resized), dtype)
     if lora.diffs:

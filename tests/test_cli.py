@@ -70,7 +70,7 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--data", "Dolly"], "--data Dolly: no such data source; there are Alpaca, JSON"),
         (["--data", "os.path"], "--data"),
         (["--data", "JSON"], "--data: JSON: the following arguments are required: path"),
-        (["--data.source", "some"], "--data.source: expected Literal['auto', 'full', 'sample'], got some"),
+        (["--data.source", "some"], "--data.source: expected auto, full, sample, got some"),
         (["--lora.rnk", "4"], "did you mean --lora.rank"),
         (["--trian.epochs=4"], "did you mean --train.epochs"),
         (["--checkpoint_dir"], "--checkpoint_dir: expected one argument"),
@@ -165,3 +165,28 @@ def test_a_list_of_something_else_is_one_line():
         parse(MergeLoRA, ["--lora_path", "a", "--weights", "heavy", "--out_dir", "o"])
     with pytest.raises(UserError, match="lora_path"):
         parse(MergeLoRA, ["--lora_path", "--out_dir", "o"])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        ("scripts/merge_lora.py", ["--lora_path", "a", "--out_dir", "o", "--strength", "-1e-3"], "a: no such directory"),
+        ("scripts/merge_lora.py", ["--lora_path", "a", "--out_dir", "o", "--dtype", "fp8"], "--dtype: expected bf16, fp16, fp32, got fp8"),
+        ("scripts/merge_lora.py", ["--lora_path", __file__, "--out_dir", "o"], "is a file; a checkpoint directory is needed"),
+        ("scripts/merge_lora.py", ["--config", "--out_dir", "o"], "--config: needs a file of settings"),
+        ("scripts/combine_lora.py", ["--lora_path", "a", "--weights", "", "--out_dir", "o"], "--weights: needs a value"),
+        ("scripts/inspect_checkpoint.py", ["a", "b"], "b: one checkpoint_dir at a time"),
+        ("finetune/lora.py", ["--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
+        ("chat/base.py", ["--seed", str(2**64)], "--seed 18446744073709551616: must be at least 0"),
+        ("scripts/lora_merger.py", ["--source-model", "a", "--lora-model", "b", "--output", "c", "--alpha", "-1e-3"], "--source-model a:"),
+    ],
+)
+def test_a_mistake_names_itself(script, words, says):
+    assert says in fails(script, *words)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "word", 'out_dir: "a\\0b"'])
+def test_a_config_file_that_holds_no_settings(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    said = fails("scripts/merge_lora.py", "--config", tmp_path / "c.yaml", "--lora_path", "a")
+    assert "holds no settings" in said or "zero character" in said

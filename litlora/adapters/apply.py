@@ -1,7 +1,7 @@
 """LoRA files added to whatever model they are for: which tensor each update means, and the sum, a tensor at a time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from litlora.convert.lora_files import DIFF_OF, LoRAFile, Update
 from litlora.errors import CheckpointError
+from litlora.lora import fitting
 
 PREFIXES = ("diffusion_model.", "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
 """What tools put before a module's name in a LoRA file, and some before a tensor's in a model."""
@@ -111,15 +112,16 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
     else:
         exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
         for addition in additions:
-            value, factor = addition.value, addition.factor
+            value, of = addition.value, f"{addition.file}: {addition.key}"
+            factor = fitting(addition.factor * (value.scale if isinstance(value, Update) else 1), of)
             if not isinstance(value, Update):
                 value = value.to(exact.dtype)
                 exact = exact.add_(value - tensor.to(exact.dtype) if addition.replaces else value, alpha=factor)
             elif value.kind == "linear":
                 A, B = value.A.flatten(1).to(exact.dtype), value.B.flatten(1).to(exact.dtype)
-                exact.view(len(exact), -1).addmm_(B, A, alpha=factor * value.scale)
+                exact.view(len(exact), -1).addmm_(B, A, alpha=factor)
             else:
-                exact.add_(value.delta(), alpha=factor)
+                exact.add_(replace(value, scale=1.0).delta(), alpha=factor)
         result = exact.to(dtype)
     if not torch.isfinite(result).all():
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"

@@ -25,7 +25,9 @@ from torch import Generator, Tensor
 from litlora.adapters.merge import EMBEDDING, HEAD, plan_merge
 from litlora.adapters.resize import (
     Change,
+    Form,
     difference,
+    finite,
     least_rank,
     matrices,
     norm,
@@ -37,7 +39,7 @@ from litlora.adapters.resize import (
     with_matrices,
 )
 from litlora.checkpoint import Chain, whole_tensors
-from litlora.convert.lora_files import LoRAFile, Update
+from litlora.convert.lora_files import LoRAFile, Update, as_stored
 from litlora.errors import CheckpointError, UserError
 from litlora.lora import stored_config
 from litlora.settings import CombineLoRA, LoRAConfig
@@ -68,8 +70,8 @@ def combine_adapters(chains: list[Chain], settings: CombineLoRA) -> tuple[dict[s
     return tensors_of(updates) | _combine_whole(chains, settings, generator), settings_for(updates, like), changes
 
 
-def combine_files(loras: list[LoRAFile], settings: CombineLoRA) -> tuple[LoRAFile, list[Change]]:
-    """The same of LoRA files of other tools, under the names and in the format of the first.
+def combine_files(loras: list[LoRAFile], settings: CombineLoRA, dtype: torch.dtype) -> tuple[LoRAFile, list[Change]]:
+    """The same of LoRA files of other tools, under the names and in the format of the first, to be stored in `dtype`.
 
     Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose layers are called otherwise,
     which might be the same layers, and for shapes that differ.
@@ -78,7 +80,13 @@ def combine_files(loras: list[LoRAFile], settings: CombineLoRA) -> tuple[LoRAFil
     for other in loras[1:]:
         if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (other.updates.keys() | other.diffs.keys()):
             raise CheckpointError(f"{other.path}: has no layer of a name that {first.path} has; files of one model and format are needed")
-    updates, changes = combine_all([lora.path for lora in loras], [lora.updates for lora in loras], settings, generator)
+    updates, changes = combine_all(
+        [lora.path for lora in loras],
+        [lora.updates for lora in loras],
+        settings,
+        generator,
+        form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),
+    )
     diffs = {}
     for key in dict.fromkeys(key for lora in loras for key in lora.diffs):
         _check_shapes(key, [(lora.path, lora.diffs[key].shape) for lora in loras if key in lora.diffs])
@@ -88,33 +96,43 @@ def combine_files(loras: list[LoRAFile], settings: CombineLoRA) -> tuple[LoRAFil
             diffs[key] = terms[0][1]
         elif terms:
             diffs[key] = combine_dense([weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], settings, generator)
-    return dataclasses.replace(first, updates=updates, diffs=diffs, alpha=any(lora.alpha for lora in loras)), changes
+        if key in diffs and not torch.isfinite(diffs[key].to(dtype)).all():
+            raise CheckpointError(f"{key}: the result has numbers beyond what {str(dtype).removeprefix('torch.')} can hold")
+    return dataclasses.replace(first, updates=updates, diffs=diffs), changes
 
 
 def combine_all(
-    files: list[Path], found: list[dict[str, Update]], settings: CombineLoRA, generator: Generator
+    files: list[Path],
+    found: list[dict[str, Update]],
+    settings: CombineLoRA,
+    generator: Generator,
+    form: Form = lambda update: update,
 ) -> tuple[dict[str, Update], list[Change]]:
-    """The combination of the updates that each of `files` holds, by the layers' names, and what became of every layer."""
+    """The combination of the updates that each of `files` holds, by the layers' names, in the form in which it will be stored, and
+    what became of every layer."""
     updates, changes = {}, []
     for name in dict.fromkeys(name for one in found for name in one):
         _check_shapes(name, [(file, one[name].shape) for file, one in zip(files, found, strict=True) if name in one])
         terms = [(weight, one[name]) for weight, one in zip(settings.each_weight, found, strict=True) if name in one and weight != 0]
         if not terms:
             continue
-        updates[name], full, lost = combine_layer(terms, settings, generator)
+        updates[name], full, lost = combine_layer(terms, settings, generator, form)
+        finite(name, updates[name])
         changes.append(Change(name, sum(update.rank for _, update in terms), updates[name].rank, full, lost))
     return updates, changes
 
 
-def combine_layer(terms: list[tuple[float, Update]], settings: CombineLoRA, generator: Generator) -> tuple[Update, float, float]:
-    """One layer's combination, the norm of the ΔW that was to be stored, and that of what the stored one lacks."""
+def combine_layer(
+    terms: list[tuple[float, Update]], settings: CombineLoRA, generator: Generator, form: Form = lambda update: update
+) -> tuple[Update, float, float]:
+    """One layer's combination in its form, the norm of the ΔW that was to be stored, and that of what the stored one lacks."""
     exact = _finite(concatenate(terms))
     alone = len(terms) == 1
     if settings.density < 1 or (settings.mode in ELECTING and not alone):
         dense = combine_dense([weight * _delta(update) for weight, update in terms], settings, generator)
         most = exact.rank if settings.error_bound is None else min(dense.shape)
         stored = with_matrices(exact, *_factor(dense, settings.rank or most, settings.error_bound, generator))
-        stored = dataclasses.replace(stored, scale=1.0)
+        stored = form(dataclasses.replace(stored, scale=1.0))
         lost = torch.linalg.norm(dense.double() - _delta(stored).double()).item()
         return stored, torch.linalg.norm(dense.double()).item(), lost
     stored = exact
@@ -125,13 +143,14 @@ def combine_layer(terms: list[tuple[float, Update]], settings: CombineLoRA, gene
         # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of their product.
         if not alone or (rank or exact.rank) < exact.rank or settings.error_bound is not None:
             stored = shrink(exact, rank=rank, max_error=settings.error_bound or 0.0)
+    stored = form(stored)
     return stored, norm(exact), difference(exact, stored)
 
 
 def concatenate(terms: list[tuple[float, Update]]) -> Update:
-    """Σ w_i s_i B_i A_i, the factors side by side. The first term's weight goes into the scale, the others' share of it into their B."""
+    """Σ w_i s_i B_i A_i, the factors side by side. The largest factor becomes the scale, the others' shares of it go into their B."""
     first = terms[0][1]
-    scale = terms[0][0] * first.scale
+    scale = max((weight * update.scale for weight, update in terms), key=abs)
     columns = []
     for weight, update in terms:
         factor, B = weight * update.scale / scale, matrices(update)[0]
@@ -178,8 +197,9 @@ def _drop(delta: Tensor, density: float, generator: Generator) -> Tensor:
 
 def _delta(update: Update) -> Tensor:
     """s · B A, (out, in), in fp32 or better."""
-    B, A = (factor.to(wide(factor.dtype)) for factor in matrices(update))
-    return update.scale * (B @ A)
+    B, A = matrices(update)
+    exact = wide(torch.promote_types(B.dtype, A.dtype))
+    return update.scale * (B.to(exact) @ A.to(exact))
 
 
 def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
+from litlora.adapters.resize import norm
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, check_finite, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.convert import bitsandbytes, litgpt, peft
 from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.families import HF_CONFIG_FILE, load_config, write_config
-from litlora.convert.files import open_tensors, open_torch
+from litlora.convert.files import at_least_16_bits, open_tensors, open_torch
 from litlora.convert.folder import weight_files
 from litlora.convert.lora_files import LoRAFile, Update, read_lora
 from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.lora import layer_rank, layer_scale, stored_config
+from litlora.lora import layer_scale, stored_config
 from litlora.paths import WEIGHTS_FILES, checkpoint_dir
 from litlora.prompts import STYLE_FILE
 from litlora.tokenizer import find_sidecars
@@ -63,7 +64,7 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
         described["chain"] = [str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])]
         layers, misfit = _layers(found, chain)
         described["layers"], described["total"] = layers, _total(layers)
-        problems += misfit
+        problems += misfit + _broken(found.tensors, found.file)
     return described | {"notices": chain.notices if chain else [], "problems": problems}
 
 
@@ -85,7 +86,7 @@ def _base(adapter: Checkpoint, chain: Chain | None) -> Description:
     wanted = adapter.meta["base"]["fingerprint"]
     if chain is None:
         return {"path": adapter.meta["base"]["absolute_path"], "found": False, "wanted": wanted, "fingerprint": None, "matches": None}
-    base = open_checkpoint(chain.directories[-2]) if len(chain.adapters) > 1 else chain.base
+    base = chain.inner.top
     matches = None if wanted is None else base.answers_to(wanted)
     return {"path": str(base.directory), "found": True, "wanted": wanted, "fingerprint": base.fingerprint, "matches": matches}
 
@@ -105,13 +106,23 @@ def _layers(adapter: Checkpoint, chain: Chain | None) -> tuple[list[Description]
     layers = []
     for module in adapter_modules(adapter.tensors):
         A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
-        scale, W = layer_scale(lora, module), _fitting(weights.get(f"{module}.weight"), (B.size(0), A.size(1)))
-        layers.append(_layer(module, (B.size(0), A.size(1)), update_norm(A, B, scale), W, layer_rank(lora, module), scale))
+        update = Update(A, B, layer_scale(lora, module))
+        W = _fitting(weights.get(f"{module}.weight"), update.shape)
+        layers.append(_layer(module, update.shape, norm(update), W, update.rank, update.scale))
     for name, tensor in whole_tensors(adapter.tensors).items():
         W = _fitting(weights.get(name), tuple(tensor.shape))
         size = None if W is None else _norm(tensor[rows] - W.exact(rows) for rows in W.row_slices())
         layers.append(_layer(name, tuple(tensor.shape), size, W))
     return layers, problems
+
+
+def _broken(tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+    """What is to be said of numbers that are not finite, of which no size can be told."""
+    try:
+        check_finite({name: at_least_16_bits(tensor) for name, tensor in tensors.items()}, file)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _fitting(W: MergedTensor | None, shape: tuple[int, ...]) -> MergedTensor | None:
@@ -127,6 +138,7 @@ def _layer(
 ) -> Description:
     """`rank` is None for a tensor that the adapter holds whole."""
     weight = None if W is None else _norm(W.exact(rows) for rows in W.row_slices())
+    size, weight = (value if value is not None and math.isfinite(value) else None for value in (size, weight))
     share = size / weight if size is not None and weight else None
     return {"name": name, "shape": list(shape), "rank": rank, "scale": scale, "delta_norm": size, "weight_norm": weight, "relative": share}
 
@@ -135,22 +147,10 @@ def _total(layers: list[Description]) -> Description:
     """Norms over all layers together."""
     known = [layer for layer in layers if layer["relative"] is not None]
     deltas = [layer["delta_norm"] for layer in layers]
-    delta = None if None in deltas else sum(size**2 for size in deltas) ** 0.5
-    weight = sum(layer["weight_norm"] ** 2 for layer in known) ** 0.5
-    share = sum(layer["delta_norm"] ** 2 for layer in known) ** 0.5 / weight if weight and len(known) == len(layers) else None
+    delta = None if None in deltas else math.hypot(*deltas)
+    weight = math.hypot(*(layer["weight_norm"] for layer in known))
+    share = delta / weight if weight and len(known) == len(layers) else None
     return {"delta_norm": delta, "weight_norm": weight or None, "relative": share}
-
-
-def update_norm(A: Tensor, B: Tensor, scale: float) -> float:
-    """|scale · B A|, Frobenius, from two r x r matrices: |B A|² = tr(AᵀBᵀBA) = Σ (BᵀB) ∘ (A Aᵀ)."""
-    A, B = A.flatten(1), B.flatten(1)
-    inner = _gram(B.t()) * _gram(A)
-    return abs(scale) * max(inner.sum().item(), 0.0) ** 0.5
-
-
-def _gram(rows: Tensor) -> Tensor:
-    rows = rows.double()
-    return rows @ rows.t()
 
 
 # ---- what cannot be opened as it should
@@ -195,12 +195,12 @@ def _lora_file(path: Path, lora: LoRAFile, problems: list[str]) -> Description:
         "layers": layers,
         "total": _total(layers),
         "notices": [],
-        "problems": problems + unknown,
+        "problems": problems + unknown + _broken(open_tensors(lora.path), lora.path),
     }
 
 
 def _of_update(name: str, update: Update) -> Description:
-    return _layer(name, update.shape, update_norm(update.A, update.B, update.scale), None, update.rank, update.scale)
+    return _layer(name, update.shape, norm(update), None, update.rank, update.scale)
 
 
 def _unknown_base(name: str | None) -> Description:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoi
 from litlora.config import ModelConfig
 from litlora.convert.bitsandbytes import Quantized
 from litlora.convert.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
-from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.lora import OUTPUT_HEAD, layer_scale, stored_config
+from litlora.errors import BaseMismatchError, CheckpointError, UserError
+from litlora.lora import OUTPUT_HEAD, fitting, layer_scale, stored_config
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -71,18 +71,23 @@ class MergedTensor(LazyTensor):
         if self.is_stored:
             yield from row_blocks(self.start)
             return
-        generator = None
-        if self.seed is not None:  # a tensor's own, so that it does not depend on what else there is
-            digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
-        sums = None
+        sums, rounding = None, self.rounding()
         for rows in self.row_slices():
             sums = self.exact(rows, into=sums)
             block = memory.empty(sums.shape, self.dtype) if memory else torch.empty(sums.shape, dtype=self.dtype)
-            block.copy_(sums if generator is None else rounded(sums, self.dtype, generator))
+            block.copy_(sums if self.seed is None else rounding(sums))
             if not all(math.isfinite(bound.item()) for bound in block.aminmax()):
                 raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
             yield block
+
+    def rounding(self) -> Callable[[Tensor], Tensor]:
+        """What makes `dtype` of the exact rows, in the order of row_slices."""
+        if self.seed is None:
+            return lambda exact: exact.to(self.dtype)
+        # A generator of its own, so that a tensor does not depend on what else there is.
+        digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+        return lambda exact: rounded(exact, self.dtype, generator)
 
     def row_slices(self) -> Iterator[slice]:
         """The rows that are computed at a time."""
@@ -178,6 +183,8 @@ def resolve_sharing(paths: list[Path], *, base_dir: Path | None = None, allow_ba
     """
     chains: list[Chain] = []
     for path in paths:
+        if any(path.resolve() == chain.top.directory.resolve() for chain in chains):
+            raise UserError(f"--lora_path {path}: named twice; give it a weight instead")
         below = chains[0].directories[:-1] if chains else []
         if path.resolve() in (place.resolve() for place in below):
             raise BaseMismatchError(f"{path}: is what {paths[0]} was trained on; adapters that are added up must share their base")
@@ -233,7 +240,7 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
             if sole:
                 merged[name] = dataclasses.replace(merged[name], start=tensor, links=())
             else:
-                updates.setdefault(name, []).append(Whole(tensor, weight))
+                updates.setdefault(name, []).append(Whole(tensor, fitting(weight, f"{adapter.file}: {name}")))
     if num_rows != config.vocab_size:
         if HEAD in merged and merged[HEAD].shape[0] != num_rows:
             raise CheckpointError(f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head to go with it")
@@ -248,7 +255,8 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
             shape = tuple(merged[name].shape)
             if shape != (B.size(0), A.size(1)):
                 raise CheckpointError(f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {shape}")
-            updates.setdefault(name, []).append(LowRank(A, B, weight * layer_scale(lora, module)))
+            factor = fitting(weight * layer_scale(lora, module), f"{adapter.file}: {module}")
+            updates.setdefault(name, []).append(LowRank(A, B, factor))
     for name, added in updates.items():
         merged[name] = dataclasses.replace(merged[name], links=(*merged[name].links, tuple(added)))
     return merged, config

@@ -8,6 +8,7 @@ of it is in float64, which costs milliseconds a layer; the factors are stored in
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,14 @@ from torch import Generator, Tensor
 
 from litlora.checkpoint import Checkpoint, adapter_modules
 from litlora.convert.lora_files import Update
+from litlora.errors import CheckpointError
 from litlora.lora import layer_rank, layer_scale, stored_config
 from litlora.settings import LoRAConfig
 
 ROUNDING = 1e-9
 """A share of ΔW that factors in fp32 could not hold: what is smaller is no part of its rank."""
+NOISE = 1e-14
+"""A share of ‖B‖ ‖A‖ that float64 does not tell from zero: terms that cancel out leave as much of themselves."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,28 @@ def updates_of(adapter: Checkpoint) -> dict[str, Update]:
     }
 
 
+Form = Callable[[Update], Update]
+"""What an update is once it is stored."""
+
+
 def resize_all(
-    updates: dict[str, Update], *, rank: int | None, max_error: float | None, generator: Generator, dtype: torch.dtype | None = None
+    updates: dict[str, Update], *, rank: int | None, max_error: float | None, generator: Generator, form: Form = lambda update: update
 ) -> tuple[dict[str, Update], list[Change]]:
-    """Every update resized, and what became of it. See `resize`. With a dtype, what changes is stored in that."""
+    """Every update resized, in the form in which it will be stored, and what became of it. See `resize`."""
     resized, changes = {}, []
     for name, update in updates.items():
-        new = resize(update, rank=rank, max_error=max_error, generator=generator)
-        if dtype is not None and new is not update:
-            new = dataclasses.replace(new, A=new.A.to(dtype), B=new.B.to(dtype))
-        resized[name] = new
-        changes.append(Change(name, update.rank, new.rank, norm(update), difference(update, new)))
+        resized[name] = finite(name, form(resize(update, rank=rank, max_error=max_error, generator=generator)))
+        changes.append(Change(name, update.rank, resized[name].rank, norm(update), difference(update, resized[name])))
     return resized, changes
+
+
+def finite(name: str, update: Update) -> Update:
+    """The update, if its dtype could hold all of its numbers. Raises CheckpointError if not."""
+    for factor in (update.A, update.B):
+        if not torch.isfinite(factor).all():
+            kind = str(factor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name}: the result has numbers beyond what {kind} can hold, so nothing is written")
+    return update
 
 
 def resize(update: Update, *, rank: int | None, max_error: float | None, generator: Generator) -> Update:
@@ -83,7 +97,8 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
     With an error of 0: at the rank that ΔW has. Where nothing can go, the update itself.
     """
     U, S, Vt = svd(update)
-    needed = least_rank(S, max_error)
+    B, A = matrices(update)
+    needed = least_rank(S, max_error, NOISE * (B.double().norm() * A.double().norm()).item())
     needed = needed if rank is None else min(needed, rank)
     return update if needed >= update.rank else _truncate(update, needed, U, S, Vt)
 
@@ -97,10 +112,10 @@ def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     return Q_B @ U, S, Vt @ Q_A.T
 
 
-def least_rank(S: Tensor, max_error: float) -> int:
-    """How many of these singular values, largest first, keep the rest within `max_error` of the whole; at least 1."""
+def least_rank(S: Tensor, max_error: float, noise: float = 0.0) -> int:
+    """How many of these singular values, largest first, keep the rest within `max_error` of the whole, or within `noise`; at least 1."""
     rest = S.square().flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: the norm of all from the k-th on
-    return max(1, int((rest > max(max_error, ROUNDING) * rest[0]).sum()))
+    return max(1, int((rest > max(max(max_error, ROUNDING) * rest[0].item(), noise)).sum()))
 
 
 def _truncate(update: Update, rank: int, U: Tensor, S: Tensor, Vt: Tensor) -> Update:
@@ -140,7 +155,9 @@ def difference(one: Update, other: Update) -> float:
 
 
 def _norm(B: Tensor, A: Tensor) -> float:
-    return torch.linalg.norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T).item()
+    R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
+    found = torch.linalg.norm(R_B @ R_A.T).item()
+    return 0.0 if found <= NOISE * (R_B.norm() * R_A.norm()).item() else found
 
 
 def tensors_of(updates: dict[str, Update]) -> dict[str, Tensor]:

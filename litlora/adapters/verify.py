@@ -265,15 +265,14 @@ def _compare(tensor: MergedTensor, found: Tensor) -> tuple[bool, float, float]:
         same = (a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True))
         return tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found), 0.0, 0.0
     fits, lost, update = True, 0.0, 0.0
-    exact, scratch = None, [torch.empty(0)] * 3
+    exact, scratch, rounding = None, torch.empty(0), tensor.rounding()
     for rows in tensor.row_slices():
         exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
-        if exact.shape != scratch[0].shape:  # the first rows, and the last; fresh memory costs more than the sums
-            scratch = [torch.empty_like(exact) for _ in scratch]
-        error = scratch[0].copy_(found[rows]).sub_(exact)
-        lost += _square(error)
-        fits = fits and bool((error.abs_() <= _rounding_error(exact, before, tensor, scratch[1:])).all())
-        update += _square(scratch[1].copy_(before).sub_(exact)) if tensor.links else 0.0
+        if exact.shape != scratch.shape:  # the first rows, and the last; fresh memory costs more than the sums
+            scratch = torch.empty_like(exact)
+        fits = fits and (torch.equal(rounding(exact), found[rows]) or _is_rounded(found[rows], exact, before, tensor))
+        lost += _square(scratch.copy_(found[rows]).sub_(exact))
+        update += _square(scratch.copy_(before).sub_(exact)) if tensor.links else 0.0
     return fits, lost, update
 
 
@@ -282,14 +281,13 @@ def _square(block: Tensor) -> float:
     return torch.dot(block.flatten(), block.flatten()).item()
 
 
-def _rounding_error(exact: Tensor, before: Tensor, tensor: MergedTensor, scratch: list[Tensor]) -> Tensor:
-    """How far a rounded number may be from the exact one: half the distance of two numbers, the whole if rounded at random.
-
-    Below the smallest normal number the distance stays the same. The fp32 sum itself may come out a little differently, as how a
-    product is added up depends on the number of threads. It is computed in the two tensors of `scratch`.
+def _is_rounded(found: Tensor, exact: Tensor, before: Tensor, tensor: MergedTensor) -> bool:
+    """Whether these rows are what the exact ones round to, give or take that the fp32 sum itself may come out a little differently, as
+    how a product is added up depends on where its numbers lie and how many threads share it.
     """
-    info, sum_eps = torch.finfo(tensor.dtype), torch.finfo(exact.dtype).eps
-    steps = 0.5 if tensor.seed is None else 1.0
-    size = torch.abs(exact, out=scratch[0])
-    of_sum = scratch[1].copy_(before).abs_().add_(size).mul_(16 * sum_eps)
-    return of_sum.add_(size.clamp_(min=info.smallest_normal), alpha=steps * info.eps)
+    slack = (exact.abs() + before.abs()).mul_(16 * torch.finfo(exact.dtype).eps)
+    if tensor.seed is None:  # rounding keeps the order of numbers
+        return bool(((exact - slack).to(found.dtype) <= found).all() and (found <= (exact + slack).to(found.dtype)).all())
+    info = torch.finfo(tensor.dtype)
+    step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)  # at most the distance of two numbers
+    return bool(((found.to(exact.dtype) - exact).abs() <= slack + step).all())

@@ -69,6 +69,11 @@ def _broken(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file}: broken ({file.stat().st_size:,} bytes): {reason}; copy or make it again")
 
 
+def at_least_16_bits(tensor: Tensor) -> Tensor:
+    """A tensor in 8 bits as fp16, which holds every number of either kind of them, and which torch can compute with."""
+    return tensor.to(torch.float16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
 # ---- writing
 
 

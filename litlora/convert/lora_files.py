@@ -23,10 +23,11 @@ from torch import Tensor
 
 from litlora.atomic import replacing_file
 from litlora.convert import peft
-from litlora.convert.files import write_safetensors
+from litlora.convert.files import at_least_16_bits, write_safetensors
 from litlora.convert.model_files import open_model
 from litlora.errors import CheckpointError
 from litlora.lora import scale_of
+from litlora.settings import check_alpha
 
 PARTS = ("lora_down", "lora_up")
 """What most tools call A and B."""
@@ -125,7 +126,7 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         elif key.endswith(_DORA) or ".lora_mid." in key:
             raise CheckpointError(f"{file}: {key} is not supported: only a plain LoRA's factors, .alpha and differences are")
         elif key.endswith(DIFFS):
-            found.diffs[key] = tensor
+            found.diffs[key] = at_least_16_bits(tensor)
         elif config is not None and not re.search(r"\.lora_|\.token_adapter\.", key):
             if ".original_module." not in key:  # what a module was before it was trained, without effect
                 found.whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
@@ -145,10 +146,10 @@ def _update(found: LoRAFile, module: str, pair: dict[str, Tensor], alpha: float 
     if pair.keys() != {"A", "B"}:
         raise CheckpointError(f"{found.path}: {module} has only one of its two factors")
     A, B = pair["A"], pair["B"]
-    fits = A.ndim >= 2 and B.ndim in (2, A.ndim) and A.size(0) == B.size(1) > 0 and B[0, 0].numel() == 1
+    fits = A.ndim >= 2 and B.ndim in (2, A.ndim) and A.size(0) == B.size(1) and A.numel() and B.numel() and B[0, 0].numel() == 1
     if not fits or not (A.is_floating_point() and B.is_floating_point()):
         raise CheckpointError(f"{found.path}: {module}: {tuple(A.shape)} and {tuple(B.shape)} make no update")
-    rank = A.size(0)
+    A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
     if found.config is None:
         return Update(A, B, 1.0 if alpha is None else alpha / rank, "embedding" if embedding else "linear")
     config, name = found.config, module.removeprefix(peft.PREFIX)
@@ -191,18 +192,24 @@ def _keys(name: str, format: str) -> tuple[str, str]:
     return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + DIFF_OF.get(end, ".diff")
 
 
-def update_tensors(module: str, update: Update, parts: tuple[str, str], *, alpha: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The keys and tensors of one update, in `dtype`. Without `alpha` (the format has none) its scale goes into B.
+def as_stored(update: Update, *, alpha: bool, dtype: torch.dtype) -> Update:
+    """The update as a file holds it: in `dtype`, and without `alpha` (the format has none) with its scale in B."""
+    B = update.B if alpha or update.scale == 1 else update.B.float() * update.scale
+    return replace(update, A=update.A.to(dtype), B=B.to(dtype), scale=update.scale if alpha else 1.0)
 
-    An alpha that `dtype` cannot hold is rounded, and B makes up for it.
-    """
-    told = torch.tensor(update.scale * update.rank, dtype=torch.float64).to(dtype)
-    factor = update.scale * update.rank / told.item() if alpha else update.scale
-    B = (update.B if factor == 1 else update.B.float() * factor).to(dtype)
+
+def update_tensors(module: str, update: Update, parts: tuple[str, str], *, alpha: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The keys and tensors of one update, in `dtype`; its alpha in fp32 if `dtype` cannot hold it. See `as_stored`."""
+    stored = as_stored(update, alpha=alpha, dtype=dtype)
     if update.kind == "embedding":
-        return {f"{module}.lora_embedding_A": update.A.to(dtype), f"{module}.lora_embedding_B": B}
-    pair = {f"{module}.{parts[0]}.weight": update.A.to(dtype), f"{module}.{parts[1]}.weight": B}
-    return pair | ({f"{module}.alpha": told} if alpha else {})
+        return {f"{module}.lora_embedding_A": stored.A, f"{module}.lora_embedding_B": stored.B}
+    tensors = {f"{module}.{parts[0]}.weight": stored.A, f"{module}.{parts[1]}.weight": stored.B}
+    if alpha:
+        told = update.scale * update.rank
+        check_alpha(f"{module}.alpha {told:g}", told)
+        rounded = torch.tensor(told, dtype=dtype)
+        tensors[f"{module}.alpha"] = rounded if rounded.item() == told else torch.tensor(told, dtype=torch.float32)
+    return tensors
 
 
 def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.convert.bitsandbytes import Quantized
-from litlora.convert.files import open_tensors
+from litlora.convert.files import at_least_16_bits, open_tensors
 from litlora.convert.layout import Layout, Rule
 from litlora.convert.layout import layout as layout_of
 from litlora.errors import CheckpointError
 from litlora.lora import layer_scale
-from litlora.settings import LoRAConfig
+from litlora.settings import LEAST_ALPHA, LoRAConfig
 from litlora.untrusted import check_pattern, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -88,7 +88,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     whole: dict[str, Tensor] = {}
     untrained: list[str] = []
     for key, tensor in stored.items():
-        name = key.removeprefix(PREFIX)
+        name, tensor = key.removeprefix(PREFIX), at_least_16_bits(tensor)
         if found := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name):
             # An embedding's factors come transposed, so that its A is our B.
             part, value = ({"A": "B", "B": "A"}[found[3]], tensor.T) if found[2] else (found[3], tensor)
@@ -121,7 +121,8 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
             raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
         A, B = pair["A"], pair["B"]
         rank = by_pattern(config["rank_pattern"], module, lora.rank)
-        if A.ndim != 2 or B.ndim != 2 or A.size(0) != rank or B.size(1) != rank:
+        fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) == rank and A.numel() and B.numel()
+        if not fits or not (A.is_floating_point() and B.is_floating_point()):
             raise CheckpointError(f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}")
         rule = rule_of(module)
         if not all(f"{ours}.weight" in known for ours in rule.ours):
@@ -181,25 +182,27 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name} is {config[name]!r}")
     if (name := config["base_model_name_or_path"]) is not None and not isinstance(name, str):
         raise CheckpointError(f"{path}: base_model_name_or_path is {name!r}; it must be text")
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+    for name, allowed in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         for pattern, value in config[name].items():
             try:
                 check_pattern(pattern)
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from None
-            if (
-                not isinstance(value, kind)
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-                or value == 0
-                or (kind is int and value < 1)
-            ):
+            if not allowed(value):
                 raise CheckpointError(f"{path}: {name}: {pattern!r} has the value {value!r}")
     if not 0 <= config["lora_dropout"] < 1:
         raise CheckpointError(f"{path}: lora_dropout is {config['lora_dropout']!r}; it must be at least 0 and below 1")
-    if config["r"] < 1 or not math.isfinite(config["lora_alpha"]) or config["lora_alpha"] == 0:
+    if not (_is_rank(config["r"]) and _is_alpha(config["lora_alpha"])):
         raise CheckpointError(f"{path}: r {config['r']} and lora_alpha {config['lora_alpha']} make no adapter")
     return config
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and LEAST_ALPHA <= abs(value) <= 1 / LEAST_ALPHA
 
 
 def refuse_variants(path: Path, config: dict[str, Any]) -> None:

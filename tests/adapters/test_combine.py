@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from litlora.adapters.combine import _drop, _factor, _trim, combine_adapters, combine_dense, combine_files, combine_layer
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_modules, open_checkpoint, resolve, whole_tensors
-from litlora.convert.lora_files import Update, read_lora, write_lora
+from litlora.convert.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.lora import LoRAConfig, layer_rank, layer_scale, stored_config
@@ -447,14 +447,14 @@ def test_files_of_other_tools_are_added_up_in_their_own_format(alphas, tmp_path)
     assert "unet_conv" in succeeds("scripts/combine_lora.py", *words).stdout
     found = meant(tmp_path / "out/0.safetensors")
     assert all(relative(found[name].double(), 0.5 * one[name].double() - 2 * other[name].double()) < 1e-6 for name in one)
-    assert ("unet_a.alpha" in load_file(tmp_path / "out/0.safetensors")) == any(alphas)
+    assert ("unet_a.alpha" in load_file(tmp_path / "out/0.safetensors")) == alphas[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("alpha", [True, False])
 def test_one_file_at_weight_1_stays_what_it_is(mode, alpha, tmp_path):
     lora_file(tmp_path / "one.safetensors", alpha=alpha, seed=1)
-    combined, _ = combine_files([read_lora(tmp_path / "one.safetensors")], asked(mode))
+    combined, _ = combine_files([read_lora(tmp_path / "one.safetensors")], asked(mode), torch.float32)
     write_lora(tmp_path / "out.safetensors", combined, torch.float32)
     before, after = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -474,3 +474,44 @@ def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     assert "is a LoRA file, but not all are" in said(base)
     assert "needs no base" in said(more=("--checkpoint_dir", base))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("weight", "size"), [(600, 1.0), (1e-10, 1.0), (0.7, 1e-4)])
+def test_the_error_that_is_told_is_that_of_what_is_stored(weight, size, dtype, tmp_path):
+    """In 16 bits: an alpha that they cannot hold, and factors that they hold badly."""
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, file in enumerate(files):
+        generator = torch.Generator().manual_seed(seed)
+        A, B = (size * torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 30), (20, 4)))
+        write_lora(file, LoRAFile(file, {"x": Update(A, B, 32.0)}, alpha=True), dtype)
+    words = ["scripts/combine_lora.py", "--lora_path", *files, "--weights", weight, -weight / 3, "--out_dir", tmp_path / "out"]
+    told = float(succeeds(*words).stdout.splitlines()[1].split()[-1])
+    exact = sum(factor * weight * read_lora(file).updates["x"].delta().double() for factor, file in zip((1, -1 / 3), files, strict=True))
+    found = read_lora(tmp_path / "out/a.safetensors").updates["x"].delta().double()
+    assert 0 < told == pytest.approx(relative(found, exact), rel=0.01, abs=1e-6) and told < 0.5
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path):
+    for name, scale in (("a", 300.0), ("b", -300.0)):
+        file = tmp_path / f"{name}.safetensors"
+        write_lora(file, LoRAFile(file, {"x": Update(torch.full((1, 5), scale), torch.full((6, 1), 300.0), 1.0)}), torch.float16)
+    words = ["--lora_path", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--weights", 3000, 1, "--out_dir", tmp_path / "out"]
+    assert "x: the result has numbers beyond what float16 can hold" in fails("scripts/combine_lora.py", *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["linear", "cat", "svd"])
+def test_adapters_that_cancel_out_leave_nothing_and_an_error_of_nothing(mode):
+    one = Update(torch.randn(4, 30), torch.randn(20, 4), 2.0)
+    stored, full, lost = combine_layer([(1.0, one), (-1.0, one)], asked(mode), seeded())
+    assert full == lost == 0 and stored.rank == (8 if mode == "cat" else 1) and stored.delta().abs().max() < 1e-5
+
+
+def test_factors_of_two_dtypes_are_one_update(base, tmp_path):
+    adapter = random_adapter(tmp_path / "adapter", base, LoRAConfig(rank=2))
+    content = torch.load(adapter / "lit_model.pth", weights_only=True)
+    content["model"] = {name: tensor.double() if name.endswith("lora_A") else tensor for name, tensor in content["model"].items()}
+    torch.save(content, adapter / "lit_model.pth")
+    words = ["--lora_path", adapter, "--weights", 0.5, "--mode", "ties", "--density", 0.5, "--out_dir", tmp_path / "out"]
+    succeeds("scripts/combine_lora.py", *words)

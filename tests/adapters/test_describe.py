@@ -11,16 +11,18 @@ from test_checkpoint import write_adapter
 from test_foreign import LITGPT, write_peft
 from test_merge import merge
 
-from litlora.adapters.describe import describe, table, update_norm
+from litlora.adapters.describe import describe, table
 from litlora.adapters.merge import merge_chain
+from litlora.adapters.resize import norm
 from litlora.checkpoint import open_checkpoint, resolve
+from litlora.convert.lora_files import Update
 from litlora.errors import CheckpointError
 
 
 def test_the_norm_of_an_update_needs_no_update():
     for shape in ((7, 5, 3), (40, 50, 8), (3, 3, 3)):
         B, A = torch.randn(shape[0], shape[2]), torch.randn(shape[2], shape[1])
-        assert update_norm(A, B, -1.5) == pytest.approx((1.5 * B.double() @ A.double()).norm().item(), rel=1e-9)
+        assert norm(Update(A, B, -1.5)) == pytest.approx((1.5 * B.double() @ A.double()).norm().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -142,3 +144,25 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path, base):
     for path in (tmp_path / "note.safetensors", base):
         with pytest.raises(CheckpointError, match="broken"):
             describe(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_a_problem_and_no_size(tmp_path, make_checkpoint, value):
+    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
+    content = torch.load(adapter / "lit_model.pth", weights_only=True)
+    name = next(iter(content["model"]))
+    content["model"][name][0, 0] = value
+    torch.save(content, adapter / "lit_model.pth")
+    said = json.loads(succeeds("scripts/inspect_checkpoint.py", adapter, "--json").stdout, parse_constant=lambda word: pytest.fail(word))
+    assert f"{name} holds numbers that are not finite" in said["problems"][0]
+    assert said["layers"][0]["delta_norm"] is said["total"]["delta_norm"] is said["total"]["relative"] is None
+    assert f"PROBLEM  {adapter}" in succeeds("scripts/inspect_checkpoint.py", adapter).stdout
+
+
+def test_an_adapter_on_a_foreign_one_whose_base_moved_finds_it_where_it_is_said_to_be(tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    foreign = write_peft(tmp_path / "peft", base)
+    second = write_adapter(tmp_path / "second", foreign)
+    base.rename(tmp_path / "moved")
+    found = describe(second, base_dir=tmp_path / "moved")
+    assert found["base"]["matches"] and found["base"]["path"] == str(foreign) and not found["problems"]

@@ -13,7 +13,7 @@ from litlora.adapters.merge import LowRank, MergedTensor, merge_chain, plan_merg
 from litlora.checkpoint import adapter_modules, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load
-from litlora.lora import LoRAConfig, attach_lora, merge_lora, unmerge_lora, unwrap_lora
+from litlora.lora import LoRAConfig, add_lora, attach_lora, merge_lora, unmerge_lora, unwrap_lora
 from litlora.settings import MergeLoRA
 
 IDS = torch.arange(40).view(2, 20)
@@ -33,6 +33,10 @@ def merge(out, *adapters, **settings):
     main = runpy.run_path(str(REPO / "scripts/merge_lora.py"))["main"]
     main(MergeLoRA(lora_path=[str(path) for path in adapters], out_dir=str(out), **settings))
     return open_checkpoint(out)
+
+
+def remains(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
 
 
 def logits(directory, **options):
@@ -251,7 +255,8 @@ def test_the_command_takes_several_adapters_and_says_what_it_did(tmp_path, make_
         ({"strength": float("inf")}, "--strength inf: must be a finite number"),
         ({"weights": [float("nan")]}, "--weights nan: must be a finite number"),
         ({"lora_path": []}, "--lora_path is empty"),
-        ({"lora_path": ["a", "a"]}, "--lora_path a: named twice"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808: must be"),
         ({"dtype": "fp32", "rounding": "stochastic"}, "--rounding stochastic: is for bf16 and fp16"),
     ],
 )
@@ -275,3 +280,38 @@ def test_a_resized_vocabulary_has_no_other_strength(tmp_path, base):
         CheckpointError, match="vocabulary from 400 to 403 rows; such an adapter can only be merged alone and at strength 1"
     ):
         merging.add_adapters(plan, config, [(larger, 0.5)])
+
+
+@pytest.mark.parametrize("settings", [["--strength", "1e39"], ["--weights", "1e300"], ["--strength", "-1e200", "--weights", "1e200"]])
+def test_a_factor_beyond_fp32_is_one_line(tmp_path, make_checkpoint, settings):
+    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
+    said = fails("scripts/merge_lora.py", "--lora_path", adapter, "--out_dir", tmp_path / "out", *settings)
+    assert "which is beyond fp32; name a smaller strength or weight" in said and not (tmp_path / "out").exists()
+
+
+def test_one_adapter_under_two_names_is_one(tmp_path, make_checkpoint):
+    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
+    for script in ("merge", "combine"):
+        said = fails(f"scripts/{script}_lora.py", "--lora_path", adapter, adapter / "lit_model.pth", "--out_dir", tmp_path / "out")
+        assert "named twice; give it a weight instead" in said
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, make_checkpoint, monkeypatch):
+    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "", tmp_path):
+        with pytest.raises(UserError, match="is the directory you are in|holds .*, which is read"):
+            merge(out, adapter)
+    assert remains(tmp_path) == ["adapter", "base", "here"]
+
+
+def test_a_merged_layer_stores_its_weight_once():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    add_lora(model, LoRAConfig(rank=2, targets=["0"]))
+    names = list(model.state_dict())
+    merge_lora(model)
+    assert list(model.state_dict()) == names
+    model.half()
+    unmerge_lora(model)
+    assert model[0].linear.weight.dtype == torch.float16

@@ -44,6 +44,23 @@ def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypat
     merge(tmp_path / "out", adapter, verify=False)
 
 
+@pytest.mark.parametrize("steps", [1, -1])
+def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps, monkeypatch):
+    """The last bit of one number: nearer than another number of its dtype, yet not what the sum rounds to."""
+    blocks = MergedTensor.blocks
+
+    def other_neighbour(self, memory=None):
+        for block in blocks(self, memory):
+            if self.links and self.name.endswith("up_proj.weight"):
+                block = block.clone()
+                block.view(torch.int16 if block.itemsize == 2 else torch.int32).view(-1)[3] += steps * (1 if block.itemsize == 2 else 64)
+            yield block
+
+    monkeypatch.setattr(MergedTensor, "blocks", other_neighbour)
+    with pytest.raises(CheckpointError, match="up_proj.weight is not the sum that was to be written"):
+        merge(tmp_path / "out", adapter)
+
+
 def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
     """The update subtracted instead of added: each number is what the sum says, yet it is not the live model."""
     exact = MergedTensor.exact

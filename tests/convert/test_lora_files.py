@@ -92,14 +92,23 @@ def test_a_format_without_alpha_keeps_its_spelling_and_has_the_scale_in_b(tmp_pa
     torch.testing.assert_close(read_lora(tmp_path / "b.safetensors").updates["x"].delta(), 0.3 * update.delta())
 
 
-def test_an_alpha_beyond_the_dtype_loses_nothing(tmp_path):
-    A, B = torch.randn(301, 400), torch.randn(400, 301)
-    write_lora(tmp_path / "a.safetensors", LoRAFile(tmp_path, {"x": Update(A, B, 1.0)}, alpha=True), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [4.0, 301.7, 1e9, 1e-9])
+def test_an_alpha_beyond_the_dtype_is_stored_in_fp32_and_the_factors_stay(tmp_path, alpha, dtype):
+    A, B = torch.randn(3, 4).to(dtype), torch.randn(4, 3).to(dtype)
+    write_lora(tmp_path / "a.safetensors", LoRAFile(tmp_path, {"x": Update(A, B, alpha / 3)}, alpha=True), dtype)
+    assert load_file(tmp_path / "a.safetensors")["x.alpha"].dtype == (dtype if alpha == 4 else torch.float32)
     stored = read_lora(tmp_path / "a.safetensors").updates["x"]
-    assert stored.scale != 1, "301 is no number of bf16"
-    error = (stored.delta() - B @ A).norm() / (B @ A).norm()
-    plain = (B.bfloat16().float() @ A.bfloat16().float() - B @ A).norm() / (B @ A).norm()
-    assert error < 1.05 * plain
+    assert stored.scale == pytest.approx(alpha / 3, rel=1e-7) and torch.equal(stored.A, A) and torch.equal(stored.B, B)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_8_bits_are_read_as_16_exactly(tmp_path, kind):
+    tensors = {name: tensor.to(kind) for name, tensor in pair("x").items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    update = read_lora(tmp_path / "a.safetensors").updates["x"]
+    for part, name in ((update.A, "x.lora_down.weight"), (update.B, "x.lora_up.weight")):
+        assert part.dtype == torch.float16 and torch.equal(part.float(), tensors[name].float())
 
 
 @pytest.mark.parametrize(
@@ -108,6 +117,8 @@ def test_an_alpha_beyond_the_dtype_loses_nothing(tmp_path):
         ({"x.lora_up.weight": torch.ones(4, 2)}, "only one of its two factors"),
         ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(3, 4)}, "make no update"),
         ({"x.lora_up.weight": torch.ones(4, 0), "x.lora_down.weight": torch.ones(0, 4)}, "make no update"),
+        ({"x.lora_up.weight": torch.ones(0, 2), "x.lora_down.weight": torch.ones(2, 4)}, "make no update"),
+        ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 0)}, "make no update"),
         ({"x.lora_up.weight": torch.ones(4), "x.lora_down.weight": torch.ones(4)}, "make no update"),
         ({"x.lora_up.weight": torch.ones(4, 2, 3, 3), "x.lora_down.weight": torch.ones(2, 4, 3, 3)}, "make no update"),
         ({"x.lora_up.weight": torch.ones(4, 2).int(), "x.lora_down.weight": torch.ones(2, 4).int()}, "make no update"),
