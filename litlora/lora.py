@@ -150,8 +150,8 @@ def _frozen(linear: nn.Module) -> kernels.Layer | None:
 
 def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
     """The mask that the updates of these layers share in training."""
-    p = max((linear.dropout for linear in linears if type(linear) is LoRALinear and not linear.merged and linear.training), default=0)
-    return kernels.dropout_mask(x, p) if p else None
+    shares = [linear.dropout for linear in linears if type(linear) is LoRALinear and not linear.merged and linear.training]
+    return kernels.dropout_mask(x, max(shares)) if any(shares) else None
 
 
 def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:

@@ -13,7 +13,8 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As plain_rms_norm, by the quickest way to the same numbers and gradients."""
-    if torch.is_grad_enabled() and x.device.type == "cpu" and not weight.requires_grad:
+    # A compiler fuses the plain one by itself; torch 2.11's would make a wrong gradient of what changes in place below.
+    if torch.is_grad_enabled() and x.device.type == "cpu" and not weight.requires_grad and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps)
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # computes in fp32 by itself
