@@ -51,6 +51,7 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
 def replacing_file(file: Path) -> Iterator[Path]:
     """The same for a file: a path to write to that takes the name `file` when the block ends well."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    settle(file.parent, file.name)
     staging = _beside(file, "new")
     try:
         yield staging

@@ -157,7 +157,7 @@ def _join_lists(settings_class: type, argv: list[str]) -> list[str]:
     for option, words in found.items():
         if not any(words):
             raise UserError(f"{option}: needs a value")
-        if len(words) == 1 and words[0].startswith("["):
+        if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
             rest.append(f"{option}={words[0]}")
         else:
             rest.append(f"{option}=[{', '.join(json.dumps(word) if lists[option] == list[str] else word for word in words)}]")

@@ -584,7 +584,8 @@ class LoRAExtractor:
     energy: float | None = None
     """For --rank auto: share of the squared difference to keep, such as 0.95."""
     sv_ratio: float | None = None
-    """For --rank auto: keep the singular values of at least the layer's largest divided by this, such as 20."""
+    """For --rank auto: keep the singular values of at least the layer's largest divided by this, such as 20. The randomised
+    decomposition finds small ones a little smaller than they are."""
     max_error: float | None = None
     """For --rank auto: largest error of a layer relative to its difference, such as 0.1."""
     min_size: int | None = None
@@ -597,6 +598,8 @@ class LoRAExtractor:
     """For the formats peft and litlora: replace what the directory holds."""
 
     def __post_init__(self) -> None:
+        for name in ("source_model", "target_model", "output"):
+            check(bool(getattr(self, name)), f"--{name} is empty: name a file")
         check_seed(self.seed)
         criteria = {name: getattr(self, name) for name in ("energy", "sv_ratio", "max_error") if getattr(self, name) is not None}
         check(self.rank == "auto" or self.rank >= 1, f"--rank {self.rank}: must be at least 1")
@@ -611,6 +614,12 @@ class LoRAExtractor:
                 odd = getattr(self, name) not in (False, "safetensors")
                 check(not odd, f"--{name}: is for the formats comfyui and kohya; leave it out for --format {self.format}")
         check(self.is_directory or not self.overwrite, f"--overwrite: is for directories; with --format {self.format} a file is replaced")
+
+    @property
+    def error_bound(self) -> float:
+        """The largest error of a layer that was asked for, relative to its difference; 1 if none was."""
+        bounds = [self.max_error, None if self.energy is None else math.sqrt(1 - self.energy)]
+        return min((bound for bound in bounds if bound is not None), default=1.0)
 
     @property
     def lowest_size(self) -> int:
@@ -657,6 +666,8 @@ class LoRAMerger:
 
     def __post_init__(self) -> None:
         check(len(self.lora_model) > 0, "--lora_model is empty: name a LoRA")
+        for name in ("source_model", "output"):
+            check(bool(getattr(self, name)), f"--{name} is empty: name a file")
         check(
             len(self.weights) in (0, len(self.lora_model)),
             f"--weights {' '.join(map(str, self.weights))}: {len(self.weights)} for {len(self.lora_model)} LoRA(s); give one for each",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
-from litlora.convert.families import HF_CONFIG_FILE, write_config
+from litlora.convert.families import FAMILIES, HF_CONFIG_FILE, write_config
 from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, PEFT_NAMES, checkpoint_dir, is_checkpoint, keep_inputs, output_dir, output_file
@@ -41,9 +41,9 @@ def main(settings: LoRAExtractor) -> None:
     from litlora.convert.model_files import open_model, writing
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
-    _check_comparable(before, after, settings.allow_mismatch)
-    plan, report = _plan(settings), Report()
-    found = report.told(extract(before, after, plan))
+    left_out = _check_comparable(before, after, settings.allow_mismatch)
+    plan, report = _plan(settings), Report(settings)
+    found = report.told(extract(before, after, plan, left_out))
     if settings.format == "peft":
         lora = as_peft(found, after, str(source.resolve()))
         with replacing_directory(output) as staging:
@@ -76,9 +76,9 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     if settings.format == "peft" and base.adapters:
         raise CheckpointError(f"{source}: is an adapter, and a PEFT folder names a full model; merge it with scripts/merge_lora.py first")
     before, after = merge_chain(base)[0], merge_chain(tuned)[0]
-    _check_comparable(before, after, settings.allow_mismatch)
-    report = Report()
-    tensors, lora = as_adapter(report.told(extract(before, after, _plan(settings))))
+    left_out = _check_comparable(before, after, settings.allow_mismatch)
+    report = Report(settings)
+    tensors, lora = as_adapter(report.told(extract(before, after, _plan(settings), left_out)))
     if settings.format == "litlora":
         meta = adapter_meta(asdict(lora), base.top, output)
         write_checkpoint(output, tensors, meta, base.config, sidecars_from=[*tuned.sources, *base.sources])
@@ -95,8 +95,9 @@ def extract_adapter(settings: LoRAExtractor) -> None:
 class Report:
     """Says what became of each tensor as soon as it is known, and of all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: LoRAExtractor) -> None:
         self._found: list[Extracted] = []
+        self._dtype, self._largest = settings.output_dtype, settings.error_bound
 
     def told(self, extracted: "Iterable[Extracted]") -> "Iterator[Extracted]":
         """Pass on what is extracted. Raises CheckpointError if that is nothing."""
@@ -114,6 +115,9 @@ class Report:
         """Say the totals, and where the result is."""
         low_rank = [one for one in self._found if one.rank is not None]
         error, norm = (math.hypot(*values) for values in ([one.error for one in self._found], [one.norm for one in self._found]))
+        missed = [one.name for one in self._found if one.error > 1.001 * self._largest * one.norm]
+        if missed:
+            say(f"note: {len(missed)} tensor(s), {missed[0]} first, have a larger error than asked for, as {self._dtype} rounds; take fp32")
         say(f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference")
         files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
         say(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
@@ -140,24 +144,27 @@ def _plan(settings: LoRAExtractor) -> "Plan":
     )
 
 
-def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool) -> None:
-    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list them."""
+def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool) -> "Mapping[str, str]":
+    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list and return them."""
     from litlora.adapters.extract import mismatches
 
-    found = [f"{name} ({why})" for name, why in mismatches(source, target).items()]
+    left_out = mismatches(source, target)
+    found = [f"{name} ({why})" for name, why in left_out.items()]
     if found and not allow_mismatch:
         raise CheckpointError(
             f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; if the rest is what is wanted, say --allow_mismatch"
         )
     for line in found:
         say(f"left out: {line}")
+    return left_out
 
 
 def _is_language_model(path: Path) -> bool:
     """Whether it is a checkpoint directory that tells its architecture, and so what PEFT calls its layers."""
     if not path.is_dir() or not is_checkpoint(path):
         return False
-    return not (path / HF_CONFIG_FILE).is_file() or "model_type" in read_json(path / HF_CONFIG_FILE)
+    config = read_json(path / HF_CONFIG_FILE) if (path / HF_CONFIG_FILE).is_file() else None
+    return config is None or (isinstance(config, dict) and config.get("model_type") in FAMILIES)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def main(settings: LoRAMerger) -> None:
     dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in model.items()}
     sizes = {name: (model[name].numel() * dtypes[name].itemsize, dtypes[name].itemsize) for name in model}
     largest = num_bytes(settings.max_shard_size) if settings.max_shard_size else None
-    written = write_model(output, settings.output_format, sizes, merged, largest)
+    read_files = [*files, *(file for each in lora_files.values() for file in each)]
+    written = write_model(output, settings.output_format, sizes, merged, largest, inputs=read_files)
     updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
     others = sum(map(len, additions.values())) - updates
     if other := {str(tensor.dtype).removeprefix("torch.") for name, tensor in model.items() if tensor.dtype != dtypes[name]}:

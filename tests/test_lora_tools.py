@@ -10,6 +10,7 @@ import torch
 from conftest import REPO
 from conftest import fails as fails_as_a_process
 from conftest import succeeds as succeeds_as_a_process
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
@@ -217,7 +218,7 @@ def test_underscored_names_are_matched_or_refused(tmp_path):
     save_file({"a.b_c.weight": torch.zeros(4, 4), "a_b.c.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
     assert "may mean a.b_c.weight or a_b.c.weight" in fails(MERGE, *given)
     save_file({"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors")
-    assert "have the same name in the format kohya" in fails(EXTRACT, *words(tmp_path, "--format", "kohya"))
+    assert "two tensors would be called lora_unet_a_b_c.diff in it" in fails(EXTRACT, *words(tmp_path, "--format", "kohya"))
 
 
 @pytest.mark.parametrize(
@@ -320,3 +321,148 @@ def test_peft_loads_what_is_extracted_from_checkpoints_and_from_files(tmp_path, 
     merged = load_file(tmp_path / "merged.safetensors")
     for name, tensor in load_file(files[1]).items():
         torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-5)
+
+
+def kohya(path, name: str, value: float, **more: torch.Tensor) -> None:
+    save_file({f"{name}.lora_up.weight": torch.full((4, 1), value), f"{name}.lora_down.weight": torch.ones(1, 4), **more}, path)
+
+
+def merges(tmp_path, source: dict, *more: object) -> dict[str, torch.Tensor]:
+    save_file(source, tmp_path / "source.safetensors")
+    words = ["--source-model", tmp_path / "source.safetensors", "--output", tmp_path / "out", "--output_dtype", "fp32", *more]
+    succeeds(MERGE, *words)
+    return load_file(tmp_path / "out.safetensors")
+
+
+def test_two_files_and_a_pair_and_a_difference_of_one_underscored_name(tmp_path):
+    kohya(tmp_path / "a.safetensors", "lora_unet_a_q", 1.0)
+    kohya(tmp_path / "b.safetensors", "lora_unet_a_q", 2.0, **{"lora_unet_a_q.diff": torch.full((4, 4), 10.0)})
+    loras = ["--lora-model", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--weights", 1, 0.5]
+    assert (merges(tmp_path, {"a.q.weight": torch.zeros(4, 4)}, *loras)["a.q.weight"] == 1 + 1 + 5).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_base_in_8_bits_is_added_to_in_fp32_unless_it_has_scales(tmp_path, kind):
+    kohya(tmp_path / "a.safetensors", "diffusion_model.x", 0.25)
+    source = {"x.weight": torch.full((4, 4), 1.5).to(kind)}
+    assert (merges(tmp_path, source, "--lora-model", tmp_path / "a.safetensors")["x.weight"] == 1.75).all()
+    save_file({**source, "x.scale_weight": torch.ones(1)}, tmp_path / "source.safetensors")
+    words = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "a.safetensors", "--output", tmp_path / "out"]
+    assert "stored as 8 bits and a scale" in fails(MERGE, *words)
+
+
+def test_the_very_name_comes_before_one_with_a_prefix(tmp_path):
+    kohya(tmp_path / "a.safetensors", "diffusion_model.x", 1.0)
+    source = {name: torch.zeros(4, 4) for name in ("x.weight", "transformer.x.weight", "diffusion_model.x.weight")}
+    merged = merges(tmp_path, source, "--lora-model", tmp_path / "a.safetensors")
+    assert {name: tensor.max().item() for name, tensor in merged.items()} == dict.fromkeys(source, 0.0) | {"x.weight": 1.0}
+
+
+@pytest.mark.parametrize("name", ["lora_A.default", "lora.down"])
+def test_other_spellings_of_the_factors(tmp_path, name):
+    up = {"lora_A.default": "lora_B.default", "lora.down": "lora.up"}[name]
+    factors = {f"base_model.model.diffusion_model.x.{name}.weight": torch.ones(1, 4)}
+    save_file(factors | {f"base_model.model.diffusion_model.x.{up}.weight": torch.ones(4, 1)}, tmp_path / "[style] a.safetensors")
+    merged = merges(tmp_path, {"x.weight": torch.zeros(4, 4)}, "--lora-model", tmp_path / "[style] a.safetensors")
+    assert (merged["x.weight"] == 1).all()
+
+
+def test_a_layer_with_factors_of_two_spellings_is_refused(tmp_path):
+    more = {"x.lora_A.weight": torch.ones(1, 4), "x.lora_B.weight": torch.ones(4, 1)}
+    kohya(tmp_path / "a.safetensors", "x", 1.0, **more)
+    save_file({"x.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
+    words = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "a.safetensors", "--output", tmp_path / "out"]
+    assert "x has factors of two kinds" in fails(MERGE, *words)
+
+
+def test_shards_take_no_inputs_place(tmp_path):
+    source, lora = tmp_path / "m-00001-of-00002.safetensors", tmp_path / "m-00002-of-00002.safetensors"
+    save_file({"x.weight": torch.zeros(4, 4), "y.weight": torch.zeros(4, 4)}, source)
+    kohya(lora, "x", 1.0)
+    before = source.read_bytes(), lora.read_bytes()
+    words = ["--source-model", source, "--lora-model", lora, "--output", tmp_path / "m.safetensors", "--max_shard_size", 40]
+    assert "would be a part of it, and is read" in fails(MERGE, *words)
+    assert "would be taken for a part of it" in fails(MERGE, *words[:-2])
+    assert before == (source.read_bytes(), lora.read_bytes()) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_infinite_in_both_models_stays(tmp_path):
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    source = {"mask": mask, "x.weight": torch.zeros(4, 4)}
+    save_file(source, tmp_path / "source.safetensors")
+    save_file(source | {"x.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors")
+    succeeds(EXTRACT, *words(tmp_path))
+    assert torch.equal(merges(tmp_path, source, "--lora-model", tmp_path / "lora.safetensors")["mask"], mask)
+
+
+def test_parameters_in_torch_files(tmp_path):
+    layer, other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    for name, module in (("a", layer), ("b", other)):
+        torch.save(dict(module.named_parameters()), tmp_path / f"{name}.pt")
+    kinds = ["--source-type", "pytorch", "--target-type", "pytorch", "--min_size", 0, "--rank", 8]
+    succeeds(EXTRACT, "--source-model", tmp_path / "a.pt", "--target-model", tmp_path / "b.pt", *kinds, "--output", tmp_path / "lora")
+    lora = ["--lora-model", tmp_path / "lora.safetensors", "--output", tmp_path / "out", "--output_dtype", "fp32"]
+    succeeds(MERGE, "--source-model", tmp_path / "a.pt", "--source-type", "pytorch", *lora)
+    assert (load_file(tmp_path / "out.safetensors")["weight"] - other.weight).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("names", [("proj", "blocks.0.proj"), ("blocks.0.proj", "proj")])
+def test_a_peft_folder_of_layers_whose_names_end_alike(tmp_path, names):
+    generator = torch.Generator().manual_seed(0)
+    source = {f"{name}.weight": torch.randn(12, 10, generator=generator) for name in names}
+    change = [torch.randn(12, rank, generator=generator) @ torch.randn(rank, 10, generator=generator) for rank in (1, 4)]
+    target = {name: tensor + by for (name, tensor), by in zip(source.items(), change, strict=True)}
+    save_file(source, tmp_path / "source.safetensors")
+    save_file(target, tmp_path / "target.safetensors")
+    model = ["--source-model", tmp_path / "source.safetensors"]
+    more = ["--rank", "auto", "--max_error", 1e-4, "--output-dtype", "fp32", "--format", "peft"]
+    succeeds(EXTRACT, *model, "--target-model", tmp_path / "target.safetensors", *more, "--output", tmp_path / "peft")
+    merged = merges(tmp_path, source, "--lora-model", tmp_path / "peft")
+    module = torch.nn.ModuleDict({"proj": torch.nn.Linear(10, 12, bias=False)})
+    module.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(10, 12, bias=False)})])
+    module.load_state_dict(source)
+    theirs = PeftModel.from_pretrained(module, tmp_path / "peft").merge_and_unload().state_dict()
+    for name in source:
+        assert (merged[name] - target[name]).abs().max() < 1e-2 and (theirs[name] - merged[name]).abs().max() < 1e-5
+
+
+def test_what_peft_cannot_load_is_refused(tmp_path):
+    save_file({"norm.weight": torch.zeros(4), "x.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
+    save_file({"norm.weight": torch.ones(4), "x.weight": torch.zeros(4, 4)}, tmp_path / "target.safetensors")
+    assert "PEFT loads no adapter without factors" in fails(EXTRACT, *words(tmp_path, "--format", "peft"))
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_the_proof_holds_for_differences_of_any_size(tmp_path, unit):
+    generator = torch.Generator().manual_seed(0)
+    D = torch.randn(300, 280, generator=generator) * torch.linspace(1, 0.2, 280) * unit
+    save_file({"x.weight": torch.zeros(300, 280)}, tmp_path / "source.safetensors")
+    save_file({"x.weight": D}, tmp_path / "target.safetensors")
+    said = succeeds(EXTRACT, *words(tmp_path, "--output-dtype", "fp32"))
+    told = float(re.search("error ([0-9.e+-]+), at most", said)[1])
+    values = torch.linalg.svdvals(D.double())
+    assert told <= 1.01 * (values[RANK:].norm() / values.norm()).item()
+
+
+def test_a_bound_that_rounding_breaks_is_said(tmp_path, pair):
+    names = ["--source-model", tmp_path / "source.safetensors", "--target-model", tmp_path / "target.safetensors"]
+    auto = ["--rank", "auto", "--max_error", 1e-3, "--min_size", 0]
+    assert "have a larger error than asked for, as bf16 rounds" in succeeds(EXTRACT, *names, "--output", tmp_path / "lora", *auto)
+    assert "larger error" not in succeeds(EXTRACT, *names, "--output", tmp_path / "lora", *auto, "--output-dtype", "fp32")
+
+
+def test_an_index_that_names_what_a_file_lacks(tmp_path, pair):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "source.safetensors").rename(tmp_path / "folder/model.safetensors")
+    (tmp_path / "folder/model.safetensors.index.json").write_text('{"weight_map": {"gone": "model.safetensors"}}')
+    more = ["--target-model", tmp_path / "target.safetensors", "--output", tmp_path / "lora"]
+    assert "lacks gone, though model.safetensors.index.json lists it" in fails(EXTRACT, "--source-model", tmp_path / "folder", *more)
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(tmp_path):
+    kohya(tmp_path / "a.safetensors", "x", 1.0)
+    left = tmp_path / ".out.safetensors.999999999.new"
+    left.write_text("half a model")
+    merges(tmp_path, {"x.weight": torch.zeros(4, 4)}, "--lora-model", tmp_path / "a.safetensors")
+    assert not left.exists()

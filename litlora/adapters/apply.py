@@ -11,9 +11,10 @@ from litlora.convert.lora_files import DIFF_OF, LoRAFile, Update
 from litlora.errors import CheckpointError
 from litlora.lora import fitting
 
-PREFIXES = ("diffusion_model.", "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
+COMFYUI = "diffusion_model."
+PREFIXES = (COMFYUI, "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
 """What tools put before a module's name in a LoRA file, and some before a tensor's in a model."""
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
 """What stands before a name whose dots are underscores."""
 
 
@@ -57,6 +58,8 @@ def match(loras: Iterable[tuple[LoRAFile, float]], model: Mapping[str, Tensor]) 
                 raise CheckpointError(f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them")
             else:
                 found.setdefault(name, []).append(addition)
+    if scaled := [name for name in found if f"{name.removesuffix('.weight')}.scale_weight" in model]:
+        raise CheckpointError(f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; take the model in 16 bits")
     return found, unmatched
 
 
@@ -73,8 +76,11 @@ class _Names:
                         self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
 
     def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
-        """The tensor that a key means: that of the first end that gives one."""
+        """The tensor that a key means: that of the first end that gives one, of the very name rather than of one with another prefix."""
         for end in ends:
+            for exact in (key.removeprefix(COMFYUI) + end, key + end):
+                if exact in self._names:
+                    return exact
             hits = {other + stem + end for stem in _stems(key) for other in ("", *PREFIXES)} & self._names
             for prefix in FLAT_PREFIXES:
                 if key.startswith(prefix) and not hits:
@@ -82,13 +88,14 @@ class _Names:
             if len(hits) > 1:
                 raise CheckpointError(f"{addition.file}: {addition.key} may mean {' or '.join(sorted(hits))}; rename it")
             if hits:
-                return hits.pop()
+                return next(iter(hits))
         return None
 
 
 def _stems(name: str) -> list[str]:
-    """A name, and what is left of it without a prefix that it has."""
-    return [name, *(name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix))]
+    """A name, and what is left of it without a prefix that it has, and without the one behind that."""
+    shorter = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
+    return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
 
 def _fits(value: Update | Tensor, tensor: Tensor) -> bool:
@@ -100,17 +107,21 @@ def _fits(value: Update | Tensor, tensor: Tensor) -> bool:
     return value.shape == tensor.shape or (value.shape == tensor.shape[:2] and tensor[0, 0].numel() == 1)
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dtype) -> Tensor:
     """W and all that is added to it, summed in fp32 or better and rounded once to `dtype`; integers stay what they are.
 
-    Raises CheckpointError for a result that is not finite.
+    Raises CheckpointError for a result that is not finite; what is not so in the model itself, a mask perhaps, stays.
     """
     if not tensor.is_floating_point():
         return tensor
     if not additions:
         result = tensor.to(dtype)
     else:
-        exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+        exact = tensor.to(_wide(tensor), copy=True, memory_format=torch.contiguous_format)
         for addition in additions:
             value, of = addition.value, f"{addition.file}: {addition.key}"
             factor = fitting(addition.factor * (value.scale if isinstance(value, Update) else 1), of)
@@ -123,7 +134,7 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
             else:
                 exact.add_(replace(value, scale=1.0).delta(), alpha=factor)
         result = exact.to(dtype)
-    if not torch.isfinite(result).all():
+    if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
         raise CheckpointError(f"{name}: with {files} added it holds numbers that are not finite (NaN or infinity) in {dtype}")
     return result

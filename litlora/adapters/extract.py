@@ -1,7 +1,7 @@
 """Extraction: the low-rank updates, and the differences, that make one model of another, a tensor at a time."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,18 +80,17 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def extract(source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan) -> Iterator[Extracted]:
+def extract(source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan, left_out: Collection[str] = ()) -> Iterator[Extracted]:
     """What became of every tensor that differs, in the order of their names; a tensor of each model is in memory at a time.
 
-    Tensors of `mismatches` are left out. Raises CheckpointError for numbers that are not finite.
+    `left_out`: those of `mismatches`. Raises CheckpointError for numbers that are not finite, but in tensors that are equal.
     """
-    left_out = mismatches(source, target)
     pages, memory = Pages(), Memory(1)
-    for name in sorted(source.keys() & target.keys() - left_out.keys()):
+    for name in sorted(source.keys() & target.keys() - set(left_out)):
         before, after = source[name], target[name]
         if before.is_floating_point():
             D = _difference(before, after, memory)
-            if norm := frobenius(D):
+            if (norm := frobenius(D)) and not (math.isnan(norm) and torch.equal(before, after)):
                 yield _extract(name, D, norm, after, plan)
         pages.done_with(before, after)
     pages.release()

@@ -105,7 +105,12 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
 
     D is decomposed after all if a large part of its singular values is needed. After MAX_ROUNDS the result may be unproved.
     """
-    total, least = frobenius(D) ** 2, min(D.shape)
+    norm = frobenius(D)
+    if norm and not 1e-12 < norm < 1e12:  # whose fourth powers leave fp32's range: a power of two changes no digit
+        unit = 2.0 ** round(math.log2(norm))
+        found = truncate(D / unit, rule, seed)
+        return replace(found, S=found.S * unit, norm=norm, error=found.error * unit, optimum=found.optimum * unit)
+    total, least = norm**2, min(D.shape)
     generator = torch.Generator().manual_seed(seed)
     rank = rule.rank or OVERSAMPLING
     width = rank + max(OVERSAMPLING, rank // 2)

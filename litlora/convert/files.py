@@ -56,8 +56,12 @@ def open_torch(file: Path) -> Any:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         check_content(content)
         return content
-    except (pickle.UnpicklingError, Forbidden):
-        raise CheckpointError(f"{file}: refused: it holds Python objects beyond tensors and plain values, which could run code") from None
+    except (pickle.UnpicklingError, Forbidden) as error:
+        named = f" ({error})" if isinstance(error, Forbidden) else ""
+        raise CheckpointError(
+            f"{file}: refused: it holds Python objects beyond tensors and plain values{named}, which could run code; "
+            "if you trust it, save its tensors alone"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError and others for broken files
@@ -96,6 +100,12 @@ _SAFETENSORS_NAMES = {
 }
 
 
+ENTRY = 192
+"""Bytes of a tensor's entry in the header, its name apart, at most: 62, two places of 15 digits, and 7 sizes of 12."""
+LARGEST_HEADER = 100_000_000
+"""Bytes: what the format allows."""
+
+
 class SafetensorsWriter:
     """A safetensors file written tensor by tensor, so that only one of them need be in memory.
 
@@ -105,7 +115,9 @@ class SafetensorsWriter:
     """
 
     def __init__(self, file: Path, names: Iterable[str]) -> None:
-        self._room = -(-sum(len(json.dumps(name)) + 256 for name in names) // 8) * 8 + 64  # an entry with 8 sizes takes less than 256
+        self._room = -(-sum(len(json.dumps(name)) + ENTRY for name in names) // 8) * 8 + 64
+        if self._room > LARGEST_HEADER:
+            raise CheckpointError(f"{file}: the names of its tensors need {self._room:,} bytes; the format allows {LARGEST_HEADER:,}")
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._file = file.open("wb")
         self._file.seek(8 + self._room)
@@ -117,7 +129,7 @@ class SafetensorsWriter:
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
             header = json.dumps(self._header).encode()
-            assert len(header) <= self._room
+            assert len(header) <= self._room, "an entry of more than ENTRY bytes"
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.close()

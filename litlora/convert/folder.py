@@ -77,6 +77,8 @@ def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str
     if not path.exists():
         raise CheckpointError(f"{option} {path}: no such file or directory")
     suffixes = GENERIC_SUFFIXES[kind]
+    if not path.is_dir() and not path.is_file():
+        raise CheckpointError(f"{option} {path}: is no ordinary file")
     if not path.is_dir():
         if path.suffix not in suffixes:
             other = next((name for name, ends in GENERIC_SUFFIXES.items() if path.suffix in ends), None)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,12 @@ from litlora.settings import check_alpha
 PARTS = ("lora_down", "lora_up")
 """What most tools call A and B."""
 PEFT_PARTS = ("lora_A", "lora_B")
+SPELLINGS = (PARTS, PEFT_PARTS, ("lora_A.default", "lora_B.default"), ("lora.down", "lora.up"))
+"""What A and B are called in a file, one of these for each layer."""
 DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
 """What the difference of a tensor is called: of any other, its whole name and .diff."""
 DIFFS = tuple(DIFF_OF.values())
+_FACTOR = r"(.+)\.(lora_(?:down|up|[AB]|[AB]\.default)|lora\.(?:down|up))\.weight|(.+)\.lora_embedding_([AB])"
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
@@ -111,13 +114,15 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     found = LoRAFile(file, {}, config=config)
-    spelled: set[str] = set()
+    spelled: dict[str, tuple[str, str]] = {}
     embeddings: set[str] = set()
     for key, tensor in open_model(file, files).items():
-        if part := re.fullmatch(r"(.+)\.(lora_down|lora_up|lora_A|lora_B)\.weight|(.+)\.lora_embedding_([AB])", key):
+        if part := re.fullmatch(_FACTOR, key):
             module, name = (part[1], part[2]) if part[1] else (part[3], f"lora_{part[4]}")
-            pairs.setdefault(module, {})["A" if name in (PARTS[0], PEFT_PARTS[0]) else "B"] = tensor
-            spelled.add(name)
+            spelling = next(spelling for spelling in SPELLINGS if name in spelling)
+            if spelled.setdefault(module, spelling) != spelling:
+                raise CheckpointError(f"{file}: {module} has factors of two kinds, {spelled[module][0]} and {spelling[0]}; keep one")
+            pairs.setdefault(module, {})["AB"[spelling.index(name)]] = tensor
             embeddings |= {module} if part[3] else set()
         elif key.endswith(".alpha"):
             if tensor.numel() != 1 or not math.isfinite(value := tensor.item()) or value == 0:
@@ -138,8 +143,9 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
     for module, pair in pairs.items():
         found.updates[module] = _update(found, module, pair, alphas.get(module), module in embeddings)
     if not (found.updates or found.diffs or found.whole):
-        raise CheckpointError(f"{file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff")
-    return replace(found, parts=PEFT_PARTS if spelled & {*PEFT_PARTS} else PARTS, alpha=bool(alphas))
+        first = f"; its {found.unknown[0]} means nothing to us" if found.unknown else ""
+        raise CheckpointError(f"{file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff{first}")
+    return replace(found, parts=next(iter(spelled.values()), PARTS), alpha=bool(alphas))
 
 
 def _update(found: LoRAFile, module: str, pair: dict[str, Tensor], alpha: float | None, embedding: bool) -> Update:
@@ -171,15 +177,16 @@ def result_tensors(name: str, result: Update | Tensor, format: str, dtype: torch
     return {diff: result.to(dtype)}
 
 
-def possible_keys(names: Iterable[str], format: str) -> list[str]:
-    """Every key that `result_tensors` may give for tensors of these names. Raises CheckpointError for two that would share one."""
-    owners: dict[str, str] = {}
-    for name in names:
+def possible_keys(tensors: Mapping[str, Tensor], format: str) -> list[str]:
+    """Every key that `result_tensors` may give for tensors of these names."""
+    keys: dict[str, None] = {}
+    for name, tensor in tensors.items():
         layer, diff = _keys(name, format)
-        for key in (diff, *(f"{layer}.{end}" for end in (*(f"{part}.weight" for part in PARTS), "alpha"))):
-            if (owner := owners.setdefault(key, name)) != name:
-                raise CheckpointError(f"{owner} and {name}: have the same name in the format {format}; choose another --format")
-    return list(owners)
+        keys[diff] = None
+        if tensor.ndim > 1:
+            keys |= dict.fromkeys(f"{layer}.{part}.weight" for part in PARTS)
+            keys |= {f"{layer}.alpha": None} if format == "kohya" else {}
+    return list(keys)
 
 
 def _keys(name: str, format: str) -> tuple[str, str]:
@@ -245,13 +252,22 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
     alphas = {names[module]: update.scale * update.rank for module, update in lora.updates.items()}
     rank, alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
     saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - ranks.keys()
+    if not ranks:
+        raise CheckpointError("no matrix differs, and PEFT loads no adapter without factors; choose another --format")
+    if "" in saved:
+        raise CheckpointError("a tensor outside of any module differs, and PEFT saves modules only; choose another --format")
+
+    def pattern(name: str) -> str:
+        """PEFT takes a name for the end of one, too."""
+        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
+
     told = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if any(name.rpartition(".")[0] in lora.updates for name in lora.whole) else "none",
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litlora.atomic import replacing_file
 from litlora.convert.files import SafetensorsWriter, open_tensors, open_torch
+from litlora.convert.folder import INDEX_SUFFIX, indexed_shards
 from litlora.convert.torch_file import TorchFile, Written
 from litlora.errors import CheckpointError, UserError
 
@@ -30,6 +31,11 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 """What an option for a number format may say."""
+READ = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool),
+}
+"""What a model's tensors may be."""
 _HELD = 128 << 20
 """Bytes of mapped tensors that may have been read before their memory is given back."""
 
@@ -40,11 +46,18 @@ def open_model(path: Path, files: list[Path]) -> dict[str, Tensor]:
     where: dict[str, Path] = {}
     for file in files:
         for name, tensor in _open(file).items():
+            if tensor.dtype not in READ:
+                raise CheckpointError(f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}, which is not read")
+            tensor = tensor.detach()  # a Parameter in a torch file
             if name in tensors and not (tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)):
                 raise CheckpointError(f"{file}: {name} is also in {where[name].name}, and not the same; keep one of the two files there")
             tensors[name], where[name] = tensor, file
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    for index in sorted({place for file in files for place in file.parent.glob(f"*{INDEX_SUFFIX}")} if path.is_dir() else ()):
+        for shard, names in indexed_shards(index).items():
+            if shard in files and (missing := sorted(names - tensors.keys())):
+                raise CheckpointError(f"{shard}: lacks {missing[0]}, though {index.name} lists it there; copy the folder again")
     return tensors
 
 
@@ -64,15 +77,17 @@ def _open(file: Path) -> dict[str, Tensor]:
 @contextmanager
 def writing(file: Path, kind: Literal["safetensors", "pytorch"], names: Iterable[str]) -> Iterator[Callable[[str, Tensor], None]]:
     """A function that adds a tensor to a new file, which takes the name `file` when the block ends well; `names` are all there may be."""
-    with replacing_file(file) as staging:
-        if kind == "safetensors":
-            with SafetensorsWriter(staging, names) as writer:
-                yield writer.add
-        else:
-            written: dict[str, Written] = {}
-            with TorchFile(staging) as torch_file:
-                yield lambda name, tensor: written.__setitem__(name, torch_file.add(tensor))
-                torch_file.finish(written)
+    written: dict[str, Written | None] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        if name in written:
+            raise CheckpointError(f"{file}: two tensors would be called {name} in it; choose another --format")
+        written[name] = writer.add(name, tensor) if kind == "safetensors" else writer.add(tensor)
+
+    with replacing_file(file) as staging, SafetensorsWriter(staging, names) if kind == "safetensors" else TorchFile(staging) as writer:
+        yield add
+        if kind == "pytorch":
+            writer.finish(written)
 
 
 def write_model(
@@ -81,10 +96,13 @@ def write_model(
     sizes: Mapping[str, tuple[int, int]],
     tensor_of: Callable[[str], Tensor],
     largest: int | None = None,
+    *,
+    inputs: Iterable[Path] = (),
 ) -> list[Path]:
     """Write tensors, one in memory at a time, as one file, or as shards of at most `largest` bytes (or one tensor) with an index.
 
-    `sizes`: the bytes of each tensor and of its items. All files appear at the end, or none. Returns them, the index first.
+    `sizes`: the bytes of each tensor and of its items. All files appear at the end, or none. Returns them, the index first. Raises
+    UserError if one of them would take the place of one of `inputs`, or if older shards would be taken for parts of it.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -98,7 +116,9 @@ def write_model(
     files = [output] if count == 1 else [output.with_name(f"{stem}-{n:05}-of-{count:05}{output.suffix}") for n in range(1, count + 1)]
     index = output.with_name(f"{output.name}.index.json")
     made = {*files, *([index] if count > 1 else [])}
-    others = [output, index, *output.parent.glob(f"{glob.escape(stem)}-*-of-*{output.suffix}")] if largest is not None else []
+    if read := sorted({file.resolve() for file in made} & {file.resolve() for file in inputs}):
+        raise UserError(f"--output {output}: {read[0].name} would be a part of it, and is read; name another")
+    others = [output, index, *output.parent.glob(f"{glob.escape(stem)}-*-of-*{output.suffix}")]
     if stale := sorted(file for file in others if file.exists() and file not in made):
         raise UserError(
             f"--output {output}: {stale[0].name} is there and would be taken for a part of it; remove it, or name another"
@@ -124,11 +144,13 @@ class Pages:
     """
 
     _read: list[Tensor] = field(default_factory=list)
+    _held: int = 0
 
     def done_with(self, *tensors: Tensor) -> None:
         """These have been read and are not needed soon."""
         self._read += tensors
-        if sum(tensor.nbytes for tensor in self._read) > _HELD:
+        self._held += sum(tensor.nbytes for tensor in tensors)
+        if self._held > _HELD:
             self.release()
 
     def release(self) -> None:
@@ -140,6 +162,7 @@ class Pages:
             if tensor.is_contiguous() and first < last and any(start <= first and last <= end for start, end in mapped):
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
         self._read.clear()
+        self._held = 0
 
 
 def _file_mappings() -> list[tuple[int, int]]:

@@ -250,7 +250,7 @@ def check_content(content: Any) -> None:
                 break
             if type(value) in (Tensor, nn.Parameter):
                 check_tensor(value)
-            elif value is not None and type(value) not in (str, int, float, bool, bytes):
+            elif value is not None and type(value) not in (str, int, float, bool):
                 raise Forbidden(type(value).__name__)
         else:
             pending.pop()

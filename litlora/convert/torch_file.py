@@ -78,9 +78,9 @@ class TorchFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self._writer.close(cancel=kind is not None)
-            if self._open_record is not None:  # which a failure left open
-                self._open_record.close()
-            self._zip.close()
+            if kind is None:
+                self._zip.close()
+            self._zip.fp = None  # after a failure there is nothing to end: its end would be written, now or when it is forgotten
         finally:
             self._stream.close(cancel=kind is not None)
 

@@ -1,13 +1,16 @@
 """torch's own reader takes what is written a block at a time, mapped or not, and finds the very bits."""
 
+import errno
+import gc
 import math
+import os
 import zipfile
 
 import pytest
 import torch
 
 from litlora.convert import torch_file
-from litlora.convert.torch_file import LazyTensor, TorchFile, row_blocks
+from litlora.convert.torch_file import LazyTensor, TorchFile, row_blocks, save
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 OTHERS = [torch.int64, torch.uint16, torch.int8, torch.bool]
@@ -99,3 +102,15 @@ def test_a_tensor_is_cut_into_blocks_of_limited_size(small_blocks):
         blocks = list(row_blocks(tensor))
         assert torch.equal(torch.cat([block.reshape(-1) for block in blocks]), tensor.reshape(-1))
         assert max(math.prod(block.shape) for block in blocks) <= 16
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    """And nothing else, although the archive is left without an end."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "a.pth", {"x": torch.zeros(20 << 20, dtype=torch.uint8), "y": torch.zeros(9)})
+    gc.collect()  # an archive that is forgotten must not try again
