@@ -80,6 +80,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.linear(x)
+        if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
+            return kernels.project_one(x, _frozen(self))
         keep = _dropout_mask(x, (self,))
         return (kernels.project if _fused(x) else kernels.plain_project)(x, [_frozen(self)], keep)[0]
 

@@ -129,6 +129,17 @@ def test_head_loss_in_bf16_rounds_the_gradient_once(block, monkeypatch):
     assert (got.double() - gradient).norm() < 0.01 * gradient.norm()
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 5, 6)])
+def test_one_layer_without_a_gradient(shape, rank):
+    torch.manual_seed(0)
+    x, one = torch.randn(shape, dtype=torch.float64), layer(4, 6, rank, bias=True, scale=-1.5)
+    before = x.clone()
+    with torch.inference_mode():
+        torch.testing.assert_close(lora.project_one(x, one), lora.plain_project(x, [one])[0], rtol=0, atol=1e-12)
+    assert torch.equal(x, before)
+
+
 def test_rms_norm():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
