@@ -4,6 +4,7 @@ import torch
 
 from litlora.errors import UserError
 from litlora.kernels.attention import packed_attention
+from litlora.memory import computed_again
 from litlora.model import GPT
 
 
@@ -18,12 +19,14 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--train.compile: torch.compile does not work here ({reason}); it needs {need}") from None
 
 
-def compile_blocks(model: GPT) -> None:
-    """Compile every block in place, for any number of tokens. Names stay: nothing is wrapped.
+def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
+    """Compile every block in place, for any number of tokens; `recomputed`: and compute it again in the backward. Names stay.
 
     Attention over a pack stays as it is: its loop over the lengths would be compiled anew for every pack.
     """
     attention = torch.compiler.disable(packed_attention)
     for block in model.model.layers:
         block.self_attn.packed_attention = attention
-        block.compile(dynamic=True)
+        # A block that computes itself again is compiled inside of that: the compiler leaves alone what it cannot take in one piece.
+        forward = torch.compile(type(block).forward.__get__(block), dynamic=True)
+        block.forward = computed_again(forward) if recomputed else forward

@@ -93,6 +93,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
     if found.notice:
         say(f"data: {found.notice}")
     say(f"prompt style: {style.name} ({reason})")
+    _check_padding(settings.train, model)
     train, val = _examples(settings, found, loaded, style, say)
     contexts = [lambda: precision.computing(fabric.device)]
     if settings.train.offload_activations:
@@ -109,7 +110,7 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
         say,
     )
     if config.compile:
-        compile_blocks(model)
+        compile_blocks(model, recomputed=config.checkpoint_activations == "full")
     here = facts(fabric, base.fingerprint, train, val)
     # As resolved; what is said about a directory once is no part of the configuration that repeats the run.
     resolved = dataclasses.replace(
@@ -259,6 +260,16 @@ def _check_device(config: TrainConfig, device: torch.device) -> None:
         check_compiler(device)
 
 
+def _check_padding(config: TrainConfig, model: GPT) -> None:
+    """Raise UserError where padding would change what an example is."""
+    rope = model.config.rope(0)
+    if not config.packing and rope is not None and rope[1] is not None and rope[1].rope_type == "longrope":
+        raise UserError(
+            "--train.packing false: this model turns the positions of a long example otherwise than those of a short one (longrope), "
+            "and would take a short one beside a long one for long; leave packing on"
+        )
+
+
 def _examples(
     settings: Finetune, found: Records, loaded: Loaded, style: Any, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example]]:
@@ -278,10 +289,10 @@ def _examples(
         longest_first=True,
     )
     largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
-    how = f"packed, at most {largest:,} at a time" if config.packing else f"padding {padding_share(lengths, steps):.1%}"
+    how = f"; packed, at most {largest:,} at a time" if config.packing else f"; padding {padding_share(lengths, steps):.1%}"
     say(
         f"data: {len(lengths):,} examples to train on, {len(val):,} to validate; {sum(lengths):,} tokens, "
-        f"the longest example {max(lengths):,}; {how}"
+        f"the longest example {max(lengths):,}{'' if config.auto_batch else how}"
     )
     if train.num_cut:
         say(f"data: {train.num_cut:,} examples are longer than {limit:,} tokens: their answers were cut, each keeps its end-of-text")

@@ -112,10 +112,10 @@ class LoRALinear(nn.Module):
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear layers of one input x (..., in): a tuple of (..., out). Frozen ones go through one fused function.
 
-    In training, the updates share one dropout mask of x.
+    In training, the updates share one dropout mask of x, and hooks of the modules are not called.
     """
     layers = [_frozen(linear) for linear in linears]
-    if None in layers or not _fused(x):
+    if None in layers or not _fused(x) or len({linear.dropout for linear in linears if type(linear) is LoRALinear}) > 1:
         return tuple(linear(x) for linear in linears)
     return kernels.project(x, layers, _dropout_mask(x, linears))
 
@@ -123,7 +123,7 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are frozen."""
     layers = [_frozen(linear) for linear in (gate, up, down)]
-    if None in layers or not _fused(x):
+    if None in layers or not _fused(x) or len({linear.dropout for linear in (gate, up) if type(linear) is LoRALinear}) > 1:
         g, u = project(x, gate, up)
         return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
     keep = _dropout_mask(x, (gate, up))
@@ -213,8 +213,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     for name in names:
         linear, rank = model.get_submodule(name), layer_rank(config, name)
         if rank > (most := min(linear.in_features, linear.out_features)):
+            option = "rank" if rank == config.rank else "rank_pattern"
             raise UserError(
-                f"--lora.rank {rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
+                f"--lora.{option} {rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
             )
     whole = select_whole(model, config.modules_to_save, names)
     attach_lora(model, names, config, dtype)

@@ -41,6 +41,12 @@ def available_memory(device: torch.device) -> int | None:
     return free_ram() if device.type == "cpu" else None
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error of torch's, or of Python's, says that memory ran out."""
+    told = ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in told)
+
+
 # ---- which activations are kept
 
 
@@ -54,10 +60,12 @@ def checkpoint_activations(model: GPT, how: str) -> None:
         for module, wanted in ((block, how == "full"), (block.mlp, how == "selective")):
             module.__dict__.pop("forward", None)
             if wanted:
-                module.forward = _recomputed(module.forward)
+                module.forward = computed_again(module.forward)
 
 
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def computed_again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A forward that keeps its inputs only: what its backward needs besides is computed again."""
+
     def run(*inputs: object, **options: object) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
@@ -185,7 +193,9 @@ class DryRun:
             with _same_random_numbers(self._device):
                 self.objective(*batch).backward()
             fits = True
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
             fits = False
         finally:
             for parameter in self.objective.parameters():

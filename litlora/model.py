@@ -83,7 +83,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D); k and v (B, G, T, D)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = (rotate(part, *rope).to(v.dtype) for part in (q, k))  # under autocast fp32 comes out; attention wants one dtype
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             if T == 1 and self.window is not None:
@@ -214,7 +214,9 @@ class Decoder(nn.Module):
         """
         num_tokens = input_ids.size(1)
         if lengths is not None and (spare := few(num_tokens, self.embed_tokens.weight, least=16, parts=32) - num_tokens):
-            input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, spare]  # a sequence more, which nobody looks at
+            # Sequences more, which nobody looks at; none longer than the others, so within the context and the windows.
+            pieces = [min(max(lengths), spare - start) for start in range(0, spare, max(lengths))]
+            input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, *pieces]
         num_wanted = num_tokens
         if wanted is not None:
             num_wanted = len(wanted)
@@ -319,7 +321,7 @@ class RMSNormPlusOne(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, 1 + self.weight.float(), self.eps)
+        return rms_norm(x, 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), self.eps)
 
 
 class HeadNorms(nn.Module):

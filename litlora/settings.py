@@ -44,7 +44,7 @@ class LoRAConfig:
         check(self.rank >= 1, f"--lora.rank {self.rank}: must be at least 1")
         object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
         check_alpha(f"--lora.alpha {self.alpha}", self.alpha)
-        check(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
+        check(0 <= self.dropout <= 0.999, f"--lora.dropout {self.dropout}: must be at least 0 and at most 0.999")
         check(len(self.targets) > 0, "--lora.targets is empty: an adapter without layers trains nothing")
         for name in ("rank_pattern", "alpha_pattern"):  # an adapter stores them, and whoever reads it must be able to use them
             for target in getattr(self, name):
@@ -115,15 +115,16 @@ class TrainConfig:
     global_batch_size: int = 16
     """Examples an optimizer step learns from, over all devices."""
     packing: bool = True
-    """Compute the examples of a step one behind the other, without padding; none sees another, and the learning is the same.
-    false: pad them to the longest of a micro-batch, all of like length."""
+    """Compute the examples of a step one behind the other, without padding; none sees another.
+    false: pad them to the longest of a micro-batch; so that this takes little padding, a step then learns from other examples, of like
+    length, micro_batch_size by micro_batch_size."""
     micro_batch_tokens: int | None = None
     """With packing: tokens a device computes at a time, if no example alone has more; default: max_seq_length."""
     micro_batch_size: int = 4
     """Without packing: examples a device computes at a time."""
     auto_batch: bool = False
     """Find the largest micro-batch that fits into memory (micro_batch_tokens, or micro_batch_size without packing), by a dry run of the
-    longest batch; what is learned stays the same."""
+    longest batch; with packing, what is learned stays the same."""
     max_seq_length: int = 2048
     """Longest example in tokens; a longer one loses the end of its answer, never its end-of-text. At most the model's context."""
     mask_prompt: bool = True
@@ -175,6 +176,10 @@ class TrainConfig:
         check(
             self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
             f"--train.micro_batch_tokens {self.micro_batch_tokens}: must be at least 1",
+        )
+        check(
+            not self.auto_batch or self.micro_batch_tokens is None,
+            f"--train.micro_batch_tokens {self.micro_batch_tokens}: is what --train.auto_batch looks for; take one of the two",
         )
         check(
             self.packing or self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,
@@ -275,7 +280,7 @@ class Finetune:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, below=2**32)  # Fabric's limit
-        check(self.devices >= 1, f"--devices {self.devices}: must be at least 1")
+        check(1 <= self.devices <= 1024, f"--devices {self.devices}: must be from 1 to 1024")
         check(not (self.resume and self.overwrite), "--resume goes on with what --overwrite would remove; leave one of the two out")
         check(bool(self.resume) or not self.resume_force, "--resume_force has no use without --resume")
         by_size = not (self.train.packing or self.train.auto_batch)

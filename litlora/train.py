@@ -20,6 +20,7 @@ from litlora.errors import DataError, UserError
 from litlora.fabric import Fabric
 from litlora.interrupts import GivenUp, Interrupts, Stop
 from litlora.log import Metrics, Progress
+from litlora.memory import is_lack_of_memory
 from litlora.optim import lr_at, make_optimizer
 from litlora.paths import step_directories, step_directory, step_of
 from litlora.resume import Position, State, capture
@@ -187,7 +188,8 @@ def fit(
 def evaluate(fabric: Fabric, objective: nn.Module, examples: list[Example], config: TrainConfig) -> float:
     """Mean loss over the supervised tokens of all examples, in nats; every token counts the same."""
     micro_batches = evaluation_plan(examples, config)
-    total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    exact = torch.float32 if fabric.device.type == "mps" else torch.float64  # which mps does not have
+    total = torch.zeros((), dtype=exact, device=fabric.device)
     with evaluating(objective):
         for micro in micro_batches[fabric.global_rank :: fabric.world_size]:
             batch = make_batch([examples[index] for index in micro], config, fabric.device)
@@ -323,7 +325,7 @@ def _memory_advice(examples: list[Example], micro_batches: Step, config: TrainCo
         yield
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text or "out of memory" in text):
+        if not is_lack_of_memory(error):
             raise
         sizes = ([len(examples[index].ids) for index in micro] for micro in micro_batches)
         largest = max(sizes, key=sum if config.packing else lambda sizes: len(sizes) * max(sizes))

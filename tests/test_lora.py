@@ -8,7 +8,7 @@ from conftest import tiny_config
 from torch import nn
 
 from litlora.errors import UserError
-from litlora.lora import LoRALinear, add_lora, lora_tensors, merge_lora, select_layers, unmerge_lora, unwrap_lora
+from litlora.lora import LoRALinear, add_lora, lora_tensors, merge_lora, project, select_layers, unmerge_lora, unwrap_lora
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
 
@@ -234,6 +234,7 @@ def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
 @pytest.mark.parametrize(
     "settings",
     [{"rank": 0}, {"rank": -3}, {"alpha": float("nan")}, {"alpha": float("inf")}, {"alpha": 0.0}, {"dropout": 1.0}, {"dropout": -0.1},
+     {"dropout": 0.9999},
      {"targets": []}, {"targets": ""}],
     ids=str,
 )
@@ -252,3 +253,12 @@ def test_a_second_adapter_on_top_is_refused():
     add_lora(model, LoRAConfig(rank=2))
     with pytest.raises(UserError, match="already has an adapter"):
         add_lora(model, LoRAConfig(rank=2))
+
+
+def test_layers_of_one_input_with_dropouts_of_their_own():
+    """The mask is shared by layers of one share only: each is scaled by its own."""
+    torch.manual_seed(0)
+    one, other = (LoRALinear(nn.Linear(64, 4), 2, 4.0, dropout) for dropout in (0.0, 0.5))
+    nn.init.normal_(one.lora_B)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(project(x, one.train(), other.train())[0], one.eval()(x))

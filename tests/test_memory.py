@@ -15,6 +15,7 @@ from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
 from litlora.memory import DryRun, checkpoint_activations, expected_peak, free_ram, generous_peak, largest_fitting, offloading, saved_bytes
 from litlora.model import GPT
+from litlora.settings import TrainConfig
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -239,3 +240,22 @@ def test_activations_are_computed_again_where_memory_would_not_hold_them(base, a
     kept, again = (open_checkpoint(tmp_path / name / "final").tensors for name in ("kept", "again"))
     for name in kept:
         torch.testing.assert_close(again[name], kept[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_allocator_that_refuses_means_a_batch_that_does_not_fit():
+    class Refused(nn.Module):
+        def forward(self, *_):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    class Broken(nn.Module):
+        def forward(self, *_):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    assert DryRun(Refused(), torch.device("cpu")).peak((1,)) is None
+    with pytest.raises(RuntimeError, match="shapes"):
+        DryRun(Broken(), torch.device("cpu")).peak((1,))
+
+
+def test_what_is_looked_for_is_not_given():
+    with pytest.raises(UserError, match="--train.micro_batch_tokens 300: is what --train.auto_batch looks for"):
+        TrainConfig(auto_batch=True, micro_batch_tokens=300)

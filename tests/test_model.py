@@ -110,3 +110,14 @@ def test_weights_that_do_not_fit_are_named():
         GPT.from_tensors(config, {**tensors, "model.extra": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(3, 3\)"):
         GPT.from_tensors(config, {**tensors, name: torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_rows_added_for_the_sake_of_few_sizes_stay_within_the_context(length):
+    """A pack of many short examples in bf16 gets more empty rows than there are positions to be learned."""
+    model = GPT(tiny_config(positions="learned", max_position_embeddings=8)).bfloat16()
+    lengths = [length] * (1100 // length) + [1]
+    ids = torch.randint(400, (1, sum(lengths)))
+    got = model.model(ids, lengths=lengths)
+    assert got.shape == (1, sum(lengths), 32)
+    torch.testing.assert_close(got[:, :length], model.model(ids[:, :length]), atol=0.05, rtol=0.05)

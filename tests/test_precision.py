@@ -178,3 +178,14 @@ def test_small_updates_are_kept_where_full_trains_by_default(make_checkpoint, al
 
 def test_an_unknown_precision_is_one_line(tmp_path):
     assert "--precision" in fails("finetune/lora.py", "--precision", "16", "--out_dir", tmp_path / "out")
+
+
+def test_attention_meets_one_dtype_under_autocast():
+    """Rotation makes fp32 of queries and keys; a kernel wants them as the values are."""
+    model, met = GPT(tiny_config()), []
+    attention = model.model.layers[0].self_attn
+    plain = attention.packed_attention
+    attention.packed_attention = lambda q, k, v, pack, **more: met.extend((q.dtype, k.dtype, v.dtype)) or plain(q, k, v, pack, **more)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.model(torch.randint(400, (1, 12)), lengths=[5, 7])
+    assert met == [torch.bfloat16] * 3

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from litlora.config import RopeScaling
 from litlora.data.batches import collate
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
 from litlora.fabric import Fabric
+from litlora.finetune import _check_padding
 from litlora.log import Metrics
 from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
@@ -173,3 +175,13 @@ def test_a_trainable_weight_without_effect_is_an_error(tmp_path):
     model.idle = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"idle\.weight and 1 other trainable weights take no part"):
         train(model, examples(), tmp_path, micro_batch_size=2, global_batch_size=2)
+
+
+def test_padding_that_would_change_an_example_is_refused():
+    scaling = RopeScaling(
+        rope_type="longrope", original_max_position_embeddings=64, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, attention_factor=1.0
+    )
+    model = GPT.without_weights(tiny_config(rope_scaling=scaling))
+    _check_padding(TrainConfig(), model)
+    with pytest.raises(UserError, match="--train.packing false: this model .*longrope"):
+        _check_padding(TrainConfig(packing=False), model)

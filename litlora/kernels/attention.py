@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from litlora.kernels.cross_entropy import exact_dtype
 from litlora.kernels.sizes import few
@@ -28,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float
     the scores are cap · tanh(scores / cap) (Gemma 2).
     """
     if softcap is None:
-        causal = mask is None and q.size(2) > 1
+        causal = True if mask is None and q.size(2) > 1 else False  # a bool to a compiler, too, to which a size is a symbol
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
@@ -154,6 +155,7 @@ class _PackedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, log_sums = ctx.saved_tensors
         (_, H, _, D), G, exact = q.shape, k.size(1), exact_dtype(q)

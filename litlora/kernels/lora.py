@@ -90,8 +90,8 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
 
     In x's dtype: on the CPU, to multiply by a bool takes six times as long.
     """
-    if x.device.type != "cpu":
-        return (torch.rand(x.shape, device=x.device) >= p).to(x.dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return (torch.rand(x.shape, device=x.device) >= dropout_share(p)).to(x.dtype)
     # The CPU's generator makes one number at a time: four decisions of 16 bits from each take a quarter of the time.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return (bits[: x.numel()] >= round(p * 2**16) - 2**15).to(x.dtype).view(x.shape)

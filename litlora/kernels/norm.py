@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,6 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * inverse).mul_(weight).to(x.dtype)  # a bf16 x times an fp32 column is fp32
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         # y = x · i · w with i = (mean(x²) + eps)^-½: dx = i · (g - x · i² · mean(g · x)) for g = dy · w
