@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import torch  # noqa: F401  (before Fabric: what torch itself imports of the compiler is its own affair)
+import torch
 
-COMPILER = "torch._dynamo"
+COMPILER = f"{torch.__name__}._dynamo"
 
 
 class _Compiled(type):
     def __instancecheck__(cls, instance: object) -> bool:
-        return COMPILER in sys.modules and isinstance(instance, sys.modules[COMPILER].OptimizedModule)
+        real = getattr(sys.modules.get(COMPILER), "OptimizedModule", cls)  # not there yet, or this very class
+        return real is not cls and isinstance(instance, real)
 
 
 class OptimizedModule(metaclass=_Compiled):

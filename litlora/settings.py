@@ -124,7 +124,7 @@ class TrainConfig:
     """Without packing: examples a device computes at a time."""
     auto_batch: bool = False
     """Find the largest micro-batch that fits into memory (micro_batch_tokens, or micro_batch_size without packing), by a dry run of the
-    longest batch; with packing, what is learned stays the same."""
+    longest batch, whatever size is given; with packing, what is learned stays the same."""
     max_seq_length: int = 2048
     """Longest example in tokens; a longer one loses the end of its answer, never its end-of-text. At most the model's context."""
     mask_prompt: bool = True
@@ -176,10 +176,6 @@ class TrainConfig:
         check(
             self.micro_batch_tokens is None or self.micro_batch_tokens >= 1,
             f"--train.micro_batch_tokens {self.micro_batch_tokens}: must be at least 1",
-        )
-        check(
-            not self.auto_batch or self.micro_batch_tokens is None,
-            f"--train.micro_batch_tokens {self.micro_batch_tokens}: is what --train.auto_batch looks for; take one of the two",
         )
         check(
             self.packing or self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,

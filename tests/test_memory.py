@@ -15,7 +15,6 @@ from litlora.lora import LoRAConfig, add_lora
 from litlora.loss import SupervisedLoss
 from litlora.memory import DryRun, checkpoint_activations, expected_peak, free_ram, generous_peak, largest_fitting, offloading, saved_bytes
 from litlora.model import GPT
-from litlora.settings import TrainConfig
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -254,8 +253,3 @@ def test_an_allocator_that_refuses_means_a_batch_that_does_not_fit():
     assert DryRun(Refused(), torch.device("cpu")).peak((1,)) is None
     with pytest.raises(RuntimeError, match="shapes"):
         DryRun(Broken(), torch.device("cpu")).peak((1,))
-
-
-def test_what_is_looked_for_is_not_given():
-    with pytest.raises(UserError, match="--train.micro_batch_tokens 300: is what --train.auto_batch looks for"):
-        TrainConfig(auto_batch=True, micro_batch_tokens=300)
