@@ -65,7 +65,10 @@ def project_one(x: Tensor, layer: Layer) -> Tensor:
     y = F.linear(x, layer.weight, layer.bias)
     if layer.lora_A is not None:
         z = F.linear(x, layer.lora_A.to(x.dtype))
-        y.view(-1, y.size(-1)).addmm_(z.view(-1, z.size(-1)), _flat_B(layer, x.dtype), alpha=layer.scale)
+        if z.numel() == z.size(-1):  # one token
+            y.view(-1).addmv_(layer.lora_B.to(x.dtype), z.view(-1), alpha=layer.scale)
+        else:
+            y.view(-1, y.size(-1)).addmm_(z.view(-1, z.size(-1)), _flat_B(layer, x.dtype), alpha=layer.scale)
     return y
 
 
