@@ -262,8 +262,8 @@ def _check_device(config: TrainConfig, device: torch.device) -> None:
 
 def _check_padding(config: TrainConfig, model: GPT) -> None:
     """Raise UserError where padding would change what an example is."""
-    rope = model.config.rope(0)
-    if not config.packing and rope is not None and rope[1] is not None and rope[1].rope_type == "longrope":
+    scaling = model.config.rope_scaling
+    if not config.packing and scaling is not None and scaling.rope_type == "longrope":
         raise UserError(
             "--train.packing false: this model turns the positions of a long example otherwise than those of a short one (longrope), "
             "and would take a short one beside a long one for long; leave packing on"

@@ -14,7 +14,7 @@ from litlora.untrusted import check_pattern
 QUICKSTART = "checkpoints/litlora/quickstart"
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 LEAST_ALPHA = 1e-30
-"""The smallest magnitude of an alpha, and one over it the largest: fp32 holds them, and their product with some weight of an adapter's."""
+"""The smallest magnitude of an alpha, and one over it the largest: fp32 holds them, and every scale that comes of them."""
 PRESETS = ("qv", "attention", "all-linear")
 
 

@@ -69,8 +69,7 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     from litlora.checkpoint import check_finite
     from litlora.convert.lora_files import read_lora, write_lora
 
-    twice = {file.resolve() for file in files}
-    check(len(twice) == len(files), "--lora_path: names a file twice; give it a weight instead")
+    check(len({file.resolve() for file in files}) == len(files), "--lora_path: names a file twice; give it a weight instead")
     loras, dtypes = [read_lora(file) for file in files], []
     for file, lora in zip(files, loras, strict=True):
         tensors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"} | lora.diffs

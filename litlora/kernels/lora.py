@@ -61,7 +61,7 @@ def project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> t
 
 
 def project_one(x: Tensor, layer: Layer) -> Tensor:
-    """As plain_project of one layer without dropout, in place: where no gradient is wanted. A token then takes half as long."""
+    """As plain_project of one layer without dropout, in place: where no gradient is wanted."""
     y = F.linear(x, layer.weight, layer.bias)
     if layer.lora_A is not None:
         z = F.linear(x, layer.lora_A.to(x.dtype))
