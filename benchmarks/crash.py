@@ -2,11 +2,12 @@
 
 python benchmarks/crash.py [--kills 200] [--seed 0]
 
-A tiny model trains with a checkpoint at every step, in a process that is killed (SIGKILL): by turns after a random time, and at a
-random file operation in its run directory, so that the moments inside a save are met too. After every kill: nothing half written
-bears a final name, every checkpoint opens, the newest is not older than before, and the next process goes on from it. A run that
-comes to its end must be, to the bit, the one that nobody disturbed: result and metrics. Prints counts; exit status 1 at the first
-failure.
+A tiny model trains with a checkpoint at every step, in a process that is killed (SIGKILL): by turns
+after a random time, and at a random file operation in its run directory, so that the moments inside
+a save are met too. After every kill: nothing half written bears a final name, every checkpoint
+opens, the newest is not older than before, and the next process goes on from it. A run that comes
+to its end must be, to the bit, the one that nobody disturbed: result and metrics. Prints counts;
+exit status 1 at the first failure.
 """
 
 import argparse
@@ -29,24 +30,37 @@ import torch
 from litlora.checkpoint import full_meta, open_checkpoint, write_checkpoint
 from litlora.cli import parse
 from litlora.config import ModelConfig
-from litlora.convert.files import open_torch
 from litlora.model import GPT
 from litlora.paths import FINAL, STATE_FILE, WEIGHTS_FILE, step_directories, step_of
 from litlora.settings import FinetuneLoRA
+from litlora.storage.tensors import open_torch
 
 REPO = Path(__file__).parent.parent
 QUICKSTART = REPO / "checkpoints/litlora/quickstart"
 sys.path.insert(0, str(REPO / "finetune"))
 lora = importlib.import_module("lora")
-importlib.import_module("litlora.finetune")
+importlib.import_module("litlora.train.run")
 
 
 def make_inputs(scratch: Path) -> None:
     """A base of random weights with a real tokenizer, and records."""
     torch.manual_seed(0)
-    facts = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = ModelConfig(vocab_size=open_checkpoint(QUICKSTART).config.vocab_size, head_dim=8, max_position_embeddings=128, **facts)
-    write_checkpoint(scratch / "base", dict(GPT(config).named_parameters()), full_meta(), config, sidecars_from=QUICKSTART)
+    facts = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = ModelConfig(
+        vocab_size=open_checkpoint(QUICKSTART).config.vocab_size,
+        head_dim=8,
+        max_position_embeddings=128,
+        **facts,
+    )
+    write_checkpoint(
+        scratch / "base", dict(GPT(config).named_parameters()), full_meta(), config, sidecars_from=QUICKSTART
+    )
     records = [{"instruction": f"Say {n}.", "output": f"{n} " * (1 + n % 5)} for n in range(24)]
     (scratch / "records.json").write_text(json.dumps(records))
 
@@ -60,12 +74,22 @@ def train(scratch: Path, out: Path) -> None:
 
 
 def count_operations(below: Path, act: Callable[[int], None]) -> None:
-    """Call act(1), act(2), ... before each operation that this process does on files below a directory. Cannot be undone."""
+    """Call act(1), act(2), ... before each operation that this process does on files below a
+    directory. Cannot be undone."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal seen
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile"):
+        if event in (
+            "open",
+            "os.rename",
+            "os.mkdir",
+            "os.remove",
+            "os.rmdir",
+            "os.truncate",
+            "shutil.rmtree",
+            "shutil.copyfile",
+        ):
             if str(arguments[0]).startswith(str(below)):
                 seen += 1
                 act(seen)
@@ -74,14 +98,17 @@ def count_operations(below: Path, act: Callable[[int], None]) -> None:
 
 
 def child(scratch: Path, out: Path, *, die_at: int | None = None) -> int:
-    """Start the run in a process of its own; returns its id. `die_at`: it kills itself before its so-manieth file operation."""
+    """Start the run in a process of its own; returns its id. `die_at`: it kills itself before its
+    so-manieth file operation."""
     if pid := os.fork():
         return pid
     with (scratch / "log.txt").open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if die_at:
-        count_operations(out, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == die_at else None)
+        count_operations(
+            out, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == die_at else None
+        )
     status = 1
     try:
         train(scratch, out)
@@ -101,7 +128,8 @@ def ended(pid: int, log: Path) -> bool:
 
 
 def check(out: Path) -> int:
-    """Everything in a run's directory that has a final name is whole; returns the step of the newest checkpoint, 0 for none."""
+    """Everything in a run's directory that has a final name is whole; returns the step of the
+    newest checkpoint, 0 for none."""
     whole = set()
     for path in out.iterdir() if out.exists() else ():
         if path.name.startswith("."):
@@ -118,8 +146,13 @@ def check(out: Path) -> int:
 
 def compare(out: Path, expected: Path) -> None:
     """The result, its every byte, and all of the metrics but the times."""
-    assert (out / FINAL / WEIGHTS_FILE).read_bytes() == (expected / FINAL / WEIGHTS_FILE).read_bytes(), f"{out}: another result"
-    rows, theirs = (list(csv.DictReader((directory / "metrics.csv").read_text().splitlines())) for directory in (out, expected))
+    assert (out / FINAL / WEIGHTS_FILE).read_bytes() == (expected / FINAL / WEIGHTS_FILE).read_bytes(), (
+        f"{out}: another result"
+    )
+    rows, theirs = (
+        list(csv.DictReader((directory / "metrics.csv").read_text().splitlines()))
+        for directory in (out, expected)
+    )
     for row in (*rows, *theirs):
         del row["seconds"], row["tokens_per_second"]
     assert rows == theirs, f"{out}: other metrics"
@@ -128,7 +161,9 @@ def compare(out: Path, expected: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -143,7 +178,8 @@ def main() -> None:
         number, newest = 0, 0
         while counts["kills"] < arguments.kills or newest:
             out = scratch / f"run{number}"
-            # To the end, once there were enough kills. The loading takes longer than a step: most times are drawn from after it.
+            # To the end, once there were enough kills. The loading takes longer than a step: most
+            # times are drawn from after it.
             sparing = counts["kills"] >= arguments.kills
             by_time = rng.random() < 0.5
             pid = child(scratch, out, die_at=None if sparing or by_time else rng.randint(1, 60))

@@ -1,10 +1,13 @@
-"""Extraction beside the reference tool, as whole processes: seconds, peak memory, and the error of base + LoRA.
+"""Extraction beside the reference tool, as whole processes: seconds, peak memory, and the error of
+base + LoRA.
 
-python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py [--pair BASE TUNED ...] [--layer 4096 4096 ...] [--count 8]
+python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py [--pair BASE TUNED ...]
+[--layer 4096 4096 ...] [--count 8]
 
-A `--pair` is two model files. A `--layer` is a pair made here, of `--count` weights of that size in bf16: differences of rank 32
-and noise of a tenth of their norm. The tools take turns; what they write is added to the base here, in fp64, and compared with the tuned
-model. Without --reference only ours is run.
+A `--pair` is two model files. A `--layer` is a pair made here, of `--count` weights of that size in
+bf16: differences of rank 32 and noise of a tenth of their norm. The tools take turns; what they
+write is added to the base here, in fp64, and compared with the tuned model. Without --reference
+only ours is run.
 """
 
 import argparse
@@ -34,9 +37,16 @@ def make_layers(rows: int, columns: int, count: int, folder: Path) -> tuple[Path
     before, after = {}, {}
     for number in range(count):
         base = 0.02 * torch.randn(rows, columns, generator=generator)
-        change = torch.randn(rows, 32, generator=generator) @ torch.randn(32, columns, generator=generator) / 32**0.5
+        change = (
+            torch.randn(rows, 32, generator=generator)
+            @ torch.randn(32, columns, generator=generator)
+            / 32**0.5
+        )
         change += 0.1 * torch.randn(rows, columns, generator=generator)
-        before[f"layers.{number}.weight"], after[f"layers.{number}.weight"] = base.bfloat16(), (base + 0.01 * change).bfloat16()
+        before[f"layers.{number}.weight"], after[f"layers.{number}.weight"] = (
+            base.bfloat16(),
+            (base + 0.01 * change).bfloat16(),
+        )
     save_file(before, files[0])
     save_file(after, files[1])
     return files
@@ -46,7 +56,9 @@ def run(script: Path, base: Path, tuned: Path, output: Path, more: list[str]) ->
     """(seconds, peak resident MiB) of one process."""
     words = ["--source-model", base, "--target-model", tuned, "--output", output, *more]
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(script), *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{script} failed")
@@ -64,7 +76,9 @@ def relative_error(base: Path, tuned: Path, lora: Path) -> float:
         total += difference.square().sum().item()
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
         if f"{layer}.lora_up.weight" in found:
-            difference -= found[f"{layer}.lora_up.weight"].double() @ found[f"{layer}.lora_down.weight"].double()
+            difference -= (
+                found[f"{layer}.lora_up.weight"].double() @ found[f"{layer}.lora_down.weight"].double()
+            )
         elif f"{layer}.diff" in found:
             difference -= found[f"{layer}.diff"].double()
         lost += difference.square().sum().item()
@@ -72,16 +86,21 @@ def relative_error(base: Path, tuned: Path, lora: Path) -> float:
 
 
 def apart(function: Callable[..., T], *arguments: object) -> T:
-    """Call it in a process of its own: one that has grown would pass its peak memory on to those that it starts."""
+    """Call it in a process of its own: one that has grown would pass its peak memory on to those
+    that it starts."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference", type=Path, help="the reference tool's lora_extractor.py")
     parser.add_argument("--pair", nargs=2, type=Path, action="append", default=[], metavar=("BASE", "TUNED"))
-    parser.add_argument("--layer", nargs=2, type=int, action="append", default=[], metavar=("ROWS", "COLUMNS"))
+    parser.add_argument(
+        "--layer", nargs=2, type=int, action="append", default=[], metavar=("ROWS", "COLUMNS")
+    )
     parser.add_argument("--count", type=int, default=1, help="weights of each --layer")
     parser.add_argument("--rank", default="32")
     parser.add_argument("--dtype", default="fp32", help="number format of the result")
@@ -90,7 +109,9 @@ def main() -> None:
     given = parser.parse_args()
     tools = {"reference": (given.reference, [])} if given.reference else {}
     tools["ours"] = (REPO / "scripts/lora_extractor.py", [])
-    tools |= {"ours, --svd exact": (REPO / "scripts/lora_extractor.py", ["--svd", "exact"])} if given.exact else {}
+    tools |= (
+        {"ours, --svd exact": (REPO / "scripts/lora_extractor.py", ["--svd", "exact"])} if given.exact else {}
+    )
     print("| pair | tool | seconds | peak MiB | relative error |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         pairs = {str(base.parent.name): (base, tuned) for base, tuned in given.pair}
@@ -107,7 +128,9 @@ def main() -> None:
                     taken[name].append(run(script, base, tuned, output, options))
             for name, figures in taken.items():
                 seconds, memory = (statistics.median(column) for column in zip(*figures, strict=True))
-                error = apart(relative_error, base, tuned, Path(folder) / f"{name.replace(' ', '')}.safetensors")
+                error = apart(
+                    relative_error, base, tuned, Path(folder) / f"{name.replace(' ', '')}.safetensors"
+                )
                 print(f"| {pair} | {name} | {seconds:.2f} | {memory:.0f} | {error:.4e} |", flush=True)
 
 

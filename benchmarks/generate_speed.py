@@ -2,8 +2,9 @@
 
     python benchmarks/generate_speed.py --checkpoint_dir BASE --adapter_dir RUN/final [--dtype bf16]
 
-The prompt is the first 64 ids that the tokenizer gives for a few instructions of the built-in sample. A line a pass: seconds
-of the whole, tokens/s, and milliseconds of a prefill with one token; the same lines as the scripts of the peers print.
+The prompt is the first 64 ids that the tokenizer gives for a few instructions of the built-in
+sample. A line a pass: seconds of the whole, tokens/s, and milliseconds of a prefill with one token;
+the same lines as the scripts of the peers print.
 """
 
 import argparse
@@ -14,7 +15,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint_dir", type=Path, required=True)
     parser.add_argument("--adapter_dir", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -26,8 +29,8 @@ def main() -> None:
     import torch
 
     from litlora.data.records import read_records
-    from litlora.generate import generate
     from litlora.load import load
+    from litlora.serve.engine import generate
     from litlora.settings import Alpaca
 
     dtype = getattr(torch, DTYPES[options.dtype])
@@ -45,7 +48,10 @@ def main() -> None:
         seconds(8)
         for _ in range(options.repeats):
             prefill, whole = seconds(1), seconds(options.new_tokens)
-            print(f"GEN {name} {whole:.3f} s {options.new_tokens / whole:.2f} tok/s prefill {prefill * 1e3:.1f} ms", flush=True)
+            print(
+                f"GEN {name} {whole:.3f} s {options.new_tokens / whole:.2f} tok/s prefill {prefill * 1e3:.1f} ms",
+                flush=True,
+            )
 
     measure("base", options.checkpoint_dir)
     if options.adapter_dir:

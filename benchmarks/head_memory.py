@@ -1,11 +1,14 @@
-"""Peak memory and time of the output head and its loss at a large vocabulary, forward and backward, beside the plain way.
+"""Peak memory and time of the output head and its loss at a large vocabulary, forward and backward,
+beside the plain way.
 
     python benchmarks/head_memory.py                       # 1,024 learned tokens, hidden size 2,048, vocabulary 128,256, bf16
     python benchmarks/head_memory.py --tokens 4096
 
-Every row is a process of its own: peak resident memory beyond what it had before the first multiplication, and seconds of the
-second of two passes. ours is `litlora.kernels.cross_entropy.head_loss`; plain is torch's cross-entropy on the logits of all
-tokens in fp32; recomputed is `litlora.loss.summed_cross_entropy`, which trainable heads take.
+Every row is a process of its own: peak resident memory beyond what it had before the first
+multiplication, and seconds of the second of two passes. ours is
+`litlora.kernels.cross_entropy.head_loss`; plain is torch's cross-entropy on the logits of all
+tokens in fp32; recomputed is `litlora.train.objective.summed_cross_entropy`, which trainable heads
+take.
 """
 
 import argparse
@@ -18,7 +21,9 @@ ROWS = ("ours", "recomputed", "plain")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128_256)
@@ -35,7 +40,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from litlora.kernels.cross_entropy import chunk_rows, head_loss, plain_head_loss
-    from litlora.loss import summed_cross_entropy
+    from litlora.train.objective import summed_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(options.tokens, options.hidden).bfloat16().requires_grad_()
@@ -44,7 +49,9 @@ def measure(options: argparse.Namespace) -> None:
     rows = chunk_rows(options.vocabulary, hidden.device)
     ways = {
         "ours": lambda: head_loss(hidden, targets, weight),
-        "recomputed": lambda: summed_cross_entropy(hidden, targets, lambda x: torch.nn.functional.linear(x, weight), rows),
+        "recomputed": lambda: summed_cross_entropy(
+            hidden, targets, lambda x: torch.nn.functional.linear(x, weight), rows
+        ),
         "plain": lambda: plain_head_loss(hidden, targets, weight),
     }
     before = resident("VmRSS:")
@@ -55,7 +62,9 @@ def measure(options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
     peak = (resident("VmHWM:") - before) / 2**20
     norm = hidden.grad.float().norm().item()
-    print(f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s | loss {loss.item():.2f} | gradient's norm {norm:.4f}")
+    print(
+        f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s | loss {loss.item():.2f} | gradient's norm {norm:.4f}"
+    )
 
 
 def resident(field: str) -> int:

@@ -1,12 +1,15 @@
-"""How long a merge takes, and how much memory, beside `cp` of the base's file and the merges of others.
+"""How long a merge takes, and how much memory, beside `cp` of the base's file and the merges of
+others.
 
 python benchmarks/merge_speed.py [--size small|medium|large|huge|head] [--rounds 3] [--peers PYTHON]
 
-It makes a Llama of random bf16 weights and a rank-8 adapter on all linear layers, once, in a temporary directory on the disk that
-TMPDIR names. Each row is a process of its own, timed from outside until its result is on the disk (`sync -f`); rounds are
-interleaved, medians are printed. The page cache holds the base before every row. `--peers` is a Python that has peft and
-transformers: their row loads the Hugging Face folder, merges, saves. Peak memory is that of the process's own (anonymous) pages,
-sampled every 10 ms; mapped files come on top in the second figure, where they count as long as nobody else needs the memory.
+It makes a Llama of random bf16 weights and a rank-8 adapter on all linear layers, once, in a
+temporary directory on the disk that TMPDIR names. Each row is a process of its own, timed from
+outside until its result is on the disk (`sync -f`); rounds are interleaved, medians are printed.
+The page cache holds the base before every row. `--peers` is a Python that has peft and
+transformers: their row loads the Hugging Face folder, merges, saves. Peak memory is that of the
+process's own (anonymous) pages, sampled every 10 ms; mapped files come on top in the second figure,
+where they count as long as nobody else needs the memory.
 """
 
 import argparse
@@ -41,7 +44,8 @@ model.merge_and_unload().save_pretrained(out)
 
 
 def make(directory: Path, size: str) -> None:
-    """base/ and adapter/ of random weights; a large matrix repeats a random block, as its values do not matter here."""
+    """base/ and adapter/ of random weights; a large matrix repeats a random block, as its values do
+    not matter here."""
     import torch
 
     from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
@@ -76,14 +80,20 @@ def make(directory: Path, size: str) -> None:
     del tensors
     lora = LoRAConfig(rank=8, targets=targets)
     add_lora(model, lora)
-    adapter = {name: torch.randn(t.shape) * (t.size(1) ** -0.5 if name.endswith("A") else 0.01) for name, t in lora_tensors(model).items()}
+    adapter = {
+        name: torch.randn(t.shape) * (t.size(1) ** -0.5 if name.endswith("A") else 0.01)
+        for name, t in lora_tensors(model).items()
+    }
     meta = adapter_meta(dataclasses.asdict(lora), open_checkpoint(directory / "base"), directory / "adapter")
     write_checkpoint(directory / "adapter", adapter, meta, config, sidecars_from=REPO / QUICKSTART)
 
 
 def run(command: list[str], directory: Path) -> tuple[float, float, float]:
     """(seconds until the result is on the disk, peak MiB of anonymous pages, of all pages)."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH")))),
+    }
     os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL)
@@ -91,7 +101,9 @@ def run(command: list[str], directory: Path) -> tuple[float, float, float]:
     while True:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-            own = max(own, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+            own = max(
+                own, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0
+            )
         except (OSError, TypeError):
             pass
         done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -106,7 +118,9 @@ def run(command: list[str], directory: Path) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", help="a Python with peft and transformers")
@@ -115,15 +129,34 @@ def main() -> None:
         place = Path(scratch)
         subprocess.run([sys.executable, __file__, "--make", str(place), args.size], check=True)
         base, out = place / "base/lit_model.pth", place / "out"
-        ours = [sys.executable, "scripts/merge_lora.py", "--lora_path", str(place / "adapter"), "--out_dir", str(out)]
+        ours = [
+            sys.executable,
+            "scripts/merge_lora.py",
+            "--lora_path",
+            str(place / "adapter"),
+            "--out_dir",
+            str(out),
+        ]
         rows = {
             "cp": ["cp", str(base), str(out)],
             "ours, --verify false": [*ours, "--verify=false"],
             "ours": ours,
         }
         if args.peers:
-            convert = ["scripts/convert_lit_checkpoint.py", "--checkpoint_dir", str(place / "base"), "--out_dir", str(place / "hf")]
-            export = ["scripts/export_peft.py", "--lora_path", str(place / "adapter"), "--out_dir", str(place / "peft")]
+            convert = [
+                "scripts/convert_lit_checkpoint.py",
+                "--checkpoint_dir",
+                str(place / "base"),
+                "--out_dir",
+                str(place / "hf"),
+            ]
+            export = [
+                "scripts/export_peft.py",
+                "--lora_path",
+                str(place / "adapter"),
+                "--out_dir",
+                str(place / "peft"),
+            ]
             for words in (convert, export):
                 run([sys.executable, *words], place)
             rows["PEFT"] = [args.peers, "-c", PEFT, str(place / "hf"), str(place / "peft"), str(out)]
@@ -135,7 +168,9 @@ def main() -> None:
                 taken[name].append(run(command, place))
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
         print(f"base: {base.stat().st_size:,} bytes")
-    print("| merge | seconds, median [min-max] | times cp | own MiB | with mapped files MiB |\n|---|---|---|---|---|")
+    print(
+        "| merge | seconds, median [min-max] | times cp | own MiB | with mapped files MiB |\n|---|---|---|---|---|"
+    )
     copying = statistics.median(seconds for seconds, _, _ in taken["cp"])
     for name, results in taken.items():
         seconds, own, everything = zip(*results, strict=True)

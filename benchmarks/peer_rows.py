@@ -1,10 +1,12 @@
-"""Print our rows for a benchmark driver that runs every program as a black box, next to LitGPT, PEFT and TRL.
+"""Print our rows for a benchmark driver that runs every program as a black box, next to LitGPT,
+PEFT and TRL.
 
-python benchmarks/peer_rows.py > ours.json
-python3 run.py --work W --bin PEERS/bin --rows ours.json --only 'train/bf16-qv/(ours|peft-loop|trl-padding-free)'
+python benchmarks/peer_rows.py > ours.json python3 run.py --work W --bin PEERS/bin --rows ours.json
+--only 'train/bf16-qv/(ours|peft-loop|trl-padding-free)'
 
-The driver makes `{work}` (a Llama of 74.7 M parameters and 992 Alpaca records) and fills in `{out}` and `{scratch}`; each row
-trains rank 8 with 4 examples a step, cut to 512 tokens, for the same number of steps as the peers' rows.
+The driver makes `{work}` (a Llama of 74.7 M parameters and 992 Alpaca records) and fills in `{out}`
+and `{scratch}`; each row trains rank 8 with 4 examples a step, cut to 512 tokens, for the same
+number of steps as the peers' rows.
 """
 
 import json
@@ -37,7 +39,11 @@ def train(targets: str, steps: int, checkpoint: str, precision: str = "bf16-true
         "train.log_interval": 1,
         "train.save_interval": 0,
     }
-    words = [sys.executable, str(REPO / "finetune/lora.py"), *(f"--{name}={value}" for name, value in settings.items())]
+    words = [
+        sys.executable,
+        str(REPO / "finetune/lora.py"),
+        *(f"--{name}={value}" for name, value in settings.items()),
+    ]
     return {
         "cmd": shlex.join(words),
         "step_re": STEP,
@@ -57,7 +63,11 @@ def generate(checkpoint: str) -> dict:
     script, adapter = str(REPO / "benchmarks/generate_speed.py"), "{scratch}/train-bf16-qv-ours/final"
     words = [sys.executable, script, "--checkpoint_dir", checkpoint, "--adapter_dir", adapter]
     kept = {"tok_s": "[\\d.]+ s ([\\d.]+) tok/s", "prefill_ms": ".* prefill ([\\d.]+) ms"}
-    keep = {f"{name}_{what}": f"GEN {name} {regex}" for name in ("base", "adapter") for what, regex in kept.items()}
+    keep = {
+        f"{name}_{what}": f"GEN {name} {regex}"
+        for name in ("base", "adapter")
+        for what, regex in kept.items()
+    }
     return {"cmd": shlex.join(words), "keep": keep}
 
 

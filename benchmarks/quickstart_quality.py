@@ -1,15 +1,17 @@
-"""Does fine-tuning teach the quickstart model to answer? Exact match on the held-out instructions, with all defaults.
+"""Does fine-tuning teach the quickstart model to answer? Exact match on the held-out instructions,
+with all defaults.
 
     python benchmarks/quickstart_quality.py                      # base, LoRA (live and merged), full fine-tuning
     python benchmarks/quickstart_quality.py --json result.json --keep out/quality
 
-It runs `finetune/lora.py`, `scripts/merge_lora.py` and `finetune/full.py` as a user does, then asks the base, the live
-adapter, the merged model and the full one every held-out instruction, and compares their greedy answers to the letter. The
-training sample asks nothing about the entities of these instructions; the base has only read statements about them. The
-second turn asks each instruction again behind another one and its right answer, as in a chat.
+It runs `finetune/lora.py`, `scripts/merge_lora.py` and `finetune/full.py` as a user does, then asks
+the base, the live adapter, the merged model and the full one every held-out instruction, and
+compares their greedy answers to the letter. The training sample asks nothing about the entities of
+these instructions; the base has only read statements about them. The second turn asks each
+instruction again behind another one and its right answer, as in a chat.
 
-Exit status 1 if a bar is missed: base at most 5%, LoRA at least 80% and trained within two minutes, merged equal to live on
-every answer.
+Exit status 1 if a bar is missed: base at most 5%, LoRA at least 80% and trained within two minutes,
+merged equal to live on every answer.
 """
 
 from __future__ import annotations
@@ -37,16 +39,21 @@ LORA_SECONDS = 120.0
 def run(*arguments: str) -> float:
     """Run one of the repository's commands; seconds it took, start of the process included."""
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}  # installed or not
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }  # installed or not
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=sys.stderr, env=environment)
     return time.perf_counter() - start
 
 
-def answers(directory: Path, records: list[dict[str, str]], *, live: bool = False, second_turn: bool = False) -> list[str]:
+def answers(
+    directory: Path, records: list[dict[str, str]], *, live: bool = False, second_turn: bool = False
+) -> list[str]:
     """The greedy answers of a checkpoint; to the second of two questions with `second_turn`."""
-    from litlora.generate import generate
     from litlora.load import load
     from litlora.prompts import STYLES
+    from litlora.serve.engine import generate
 
     loaded = load(directory, live=live)
     style = loaded.prompt_style or STYLES["alpaca"]
@@ -61,7 +68,12 @@ def answers(directory: Path, records: list[dict[str, str]], *, live: bool = Fals
         if second_turn:
             first = records[(i * 7 + 3) % len(records)]
             history = [*encoded(first), *tokenizer.encode(first["output"]), tokenizer.eos_id]
-        ids = generate(loaded.model, history + encoded(record), max_new_tokens=MAX_NEW_TOKENS, stop_ids=tokenizer.stop_ids)
+        ids = generate(
+            loaded.model,
+            history + encoded(record),
+            max_new_tokens=MAX_NEW_TOKENS,
+            stop_ids=tokenizer.stop_ids,
+        )
         texts.append(tokenizer.decode(list(ids)))
     return texts
 
@@ -80,7 +92,13 @@ def measure(keep: Path, seed: int | None) -> dict[str, Any]:
     lora, merged, full = keep / "lora", keep / "merged", keep / "full"
     seconds = {
         "lora": run("finetune/lora.py", "--out_dir", str(lora), *seeded),
-        "merge": run("scripts/merge_lora.py", "--lora_path", str(lora / "final" / "lit_model.pth"), "--out_dir", str(merged)),
+        "merge": run(
+            "scripts/merge_lora.py",
+            "--lora_path",
+            str(lora / "final" / "lit_model.pth"),
+            "--out_dir",
+            str(merged),
+        ),
         "full": run("finetune/full.py", "--out_dir", str(full), *seeded),
     }
     base_answers = answers(ROOT / QUICKSTART, records)
@@ -99,14 +117,22 @@ def measure(keep: Path, seed: int | None) -> dict[str, Any]:
             "lora_second_turn": accuracy(answers(merged, records, second_turn=True), records),
         },
         "merged_differs_from_live": sum(a != b for a, b in zip(live_answers, merged_answers, strict=True)),
-        "wrong": [{**record, "given": text} for text, record in zip(live_answers, records, strict=True) if text != record["output"]],
+        "wrong": [
+            {**record, "given": text}
+            for text, record in zip(live_answers, records, strict=True)
+            if text != record["output"]
+        ],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--keep", type=Path, help="train into this new directory and leave it; default: a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="train into this new directory and leave it; default: a temporary one"
+    )
     parser.add_argument("--seed", type=int, help="seed of the training; default: the commands' own")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

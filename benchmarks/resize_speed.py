@@ -1,9 +1,11 @@
-"""Resizing a LoRA update beside the full singular value decomposition of its ΔW, at the same result.
+"""Resizing a LoRA update beside the full singular value decomposition of its ΔW, at the same
+result.
 
 python benchmarks/resize_speed.py [--side 2048] [--rank 64] [--to 32] [--rounds 3]
 
-Each round times ours (many repetitions, their mean) and one torch.linalg.svd of the whole matrix, in the same dtype it is stored in and in
-float64; the table shows medians, and how far each result is from the float64 one and from ΔW.
+Each round times ours (many repetitions, their mean) and one torch.linalg.svd of the whole matrix,
+in the same dtype it is stored in and in float64; the table shows medians, and how far each result
+is from the float64 one and from ΔW.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.resize import resize
-from litlora.convert.lora_files import Update
+from litlora.formats.lora_files import Update
 
 REPEATS = 20
 
@@ -28,13 +30,17 @@ def timed(work, repeats: int = 1) -> tuple[float, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("side", 2048), ("rank", 64), ("to", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
 
     torch.manual_seed(0)
-    spread = torch.logspace(0, -3, asked.rank)  # singular values that fall by a thousand, as a trained update's may
+    spread = torch.logspace(
+        0, -3, asked.rank
+    )  # singular values that fall by a thousand, as a trained update's may
     update = Update(torch.randn(asked.rank, asked.side), torch.randn(asked.side, asked.rank) * spread, 2.0)
     generator = torch.Generator()
 
@@ -45,7 +51,9 @@ def main() -> None:
         return resize(update, rank=asked.to, max_error=None, generator=generator)
 
     def full(dtype: torch.dtype) -> Tensor:
-        U, S, Vt = torch.linalg.svd(update.scale * (update.B.to(dtype) @ update.A.to(dtype)), full_matrices=False)
+        U, S, Vt = torch.linalg.svd(
+            update.scale * (update.B.to(dtype) @ update.A.to(dtype)), full_matrices=False
+        )
         return Update(Vt[: asked.to], U[:, : asked.to] * S[: asked.to], 1.0)
 
     delta = product(update)
@@ -61,13 +69,21 @@ def main() -> None:
             seconds, results[name] = timed(work, repeats)
             rows[name].append(seconds)
     wanted = product(results["torch.linalg.svd, float64"])
-    print(f"{asked.side} x {asked.side}, rank {asked.rank} -> {asked.to}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| | seconds, median [min-max] | times ours | from the float64 result | error of ΔW |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"{asked.side} x {asked.side}, rank {asked.rank} -> {asked.to}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(
+        "| | seconds, median [min-max] | times ours | from the float64 result | error of ΔW |\n| --- | --- | --- | --- | --- |"
+    )
     best = statistics.median(rows["ours"])
     for name, seconds in rows.items():
         got, median = product(results[name]), statistics.median(seconds)
-        away, error = ((torch.linalg.norm(got - other) / torch.linalg.norm(delta)).item() for other in (wanted, delta))
-        print(f"| {name} | {median:.4f} [{min(seconds):.4f}-{max(seconds):.4f}] | {median / best:,.0f} | {away:.1e} | {error:.8f} |")
+        away, error = (
+            (torch.linalg.norm(got - other) / torch.linalg.norm(delta)).item() for other in (wanted, delta)
+        )
+        print(
+            f"| {name} | {median:.4f} [{min(seconds):.4f}-{max(seconds):.4f}] | {median / best:,.0f} | {away:.1e} | {error:.8f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""How long a user waits: `--help` of every command beside `import torch`, and a start of training to its first step.
+"""How long a user waits: `--help` of every command beside `import torch`, and a start of training
+to its first step.
 
 python benchmarks/startup.py [--rounds 5]
 
-Every command is a process of its own, timed from outside; rounds are interleaved (A B C A B C ...), medians are printed as a table.
+Every command is a process of its own, timed from outside; rounds are interleaved (A B C A B C ...),
+medians are printed as a table.
 """
 
 import argparse
@@ -34,19 +36,36 @@ def run(command: list[str], until: str | None = None) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
 
     folders = ("finetune", "chat", "scripts")
-    scripts = [path for folder in folders for path in sorted((REPO / folder).glob("*.py")) if "litlora.cli" in path.read_text()]
+    scripts = [
+        path
+        for folder in folders
+        for path in sorted((REPO / folder).glob("*.py"))
+        if "litlora.cli" in path.read_text()
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         out = f"--out_dir={scratch}/run"
         rows = {
             "python -c 'import torch'": ([sys.executable, "-c", "import torch"], None),
-            **{f"{path.relative_to(REPO)} --help": ([sys.executable, str(path), "--help"], None) for path in scripts},
+            **{
+                f"{path.relative_to(REPO)} --help": ([sys.executable, str(path), "--help"], None)
+                for path in scripts
+            },
             "finetune/lora.py to the end of step 1": (
-                [sys.executable, "finetune/lora.py", out, "--overwrite", "--train.max_steps=2", "--train.log_interval=1"],
+                [
+                    sys.executable,
+                    "finetune/lora.py",
+                    out,
+                    "--overwrite",
+                    "--train.max_steps=2",
+                    "--train.log_interval=1",
+                ],
                 r"^step 1/",
             ),
         }
@@ -58,7 +77,9 @@ def main() -> None:
     for name, results in taken.items():
         seconds = [second for second, _ in results]
         peak = statistics.median(mib for _, mib in results)
-        print(f"| `{name}` | {statistics.median(seconds):.2f} [{min(seconds):.2f}-{max(seconds):.2f}] | {peak:.0f} |")
+        print(
+            f"| `{name}` | {statistics.median(seconds):.2f} [{min(seconds):.2f}-{max(seconds):.2f}] | {peak:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""LoRA training beside transformers + PEFT: useful tokens/s, peak memory, final loss, time to the first step; on the CPU or a GPU.
+"""LoRA training beside transformers + PEFT: useful tokens/s, peak memory, final loss, time to the
+first step; on the CPU or a GPU.
 
-python benchmarks/train_speed.py --model 75m --targets qv --rank 8 --seq 512 --rounds 3
-python benchmarks/train_speed.py --model llama-3.1-8b --targets all-linear --rank 16 --seq 4096 --lengths full --micro_batch 1
-python benchmarks/train_speed.py --rows ours --without supervised_logits
+python benchmarks/train_speed.py --model 75m --targets qv --rank 8 --seq 512 --rounds 3 python
+benchmarks/train_speed.py --model llama-3.1-8b --targets all-linear --rank 16 --seq 4096 --lengths
+full --micro_batch 1 python benchmarks/train_speed.py --rows ours --without supervised_logits
 
-Every run is a process of its own, rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a row is its medians. All get the same
-weights (random, filled by name, on the device), the same adapter, examples, steps, learning rates, optimizer and precision; what differs is
-how they compute. PEFT cuts the examples of a step into padded micro-batches as they come. Tokens count once, padding never; the time
-runs from the end of the warm-up steps to the end of the last one. Another Python for the peer: --peer_python.
+Every run is a process of its own, rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a row
+is its medians. All get the same weights (random, filled by name, on the device), the same adapter,
+examples, steps, learning rates, optimizer and precision; what differs is how they compute. PEFT
+cuts the examples of a step into padded micro-batches as they come. Tokens count once, padding
+never; the time runs from the end of the warm-up steps to the end of the last one. Another Python
+for the peer: --peer_python.
 """
 
 import argparse
@@ -32,7 +35,12 @@ REPO = Path(__file__).resolve().parent.parent
 LLAMA3 = {
     "vocab_size": 128256,
     "rope_theta": 500000.0,
-    "rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 SHAPES = {  # in the words of a Hugging Face config.json
     "75m": {
@@ -64,7 +72,7 @@ def all_logits() -> dict[str, Any]:
     """Logits and loss at every position, learned or not."""
     import torch.nn.functional as F
 
-    from litlora.loss import SupervisedLoss
+    from litlora.train.objective import SupervisedLoss
 
     def forward(self: Any, input_ids: Any, positions: Any, targets: Any, lengths: Any = None) -> Any:
         logits = self.model.logits(self.model.model(input_ids, lengths=lengths)).flatten(0, 1)  # (N, V)
@@ -76,7 +84,8 @@ def all_logits() -> dict[str, Any]:
 
 
 def plain(module: str, *names: str) -> Callable[[], dict[str, Any]]:
-    """Calls of these functions of a module of kernels run their plain twins, which are called plain_NAME."""
+    """Calls of these functions of a module of kernels run their plain twins, which are called
+    plain_NAME."""
 
     def replace() -> dict[str, Any]:
         home = importlib.import_module(module)
@@ -98,7 +107,8 @@ ABLATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "fused_norm": plain("litlora.kernels.norm", "rms_norm"),
     "fused_attention": plain("litlora.kernels.attention", "packed_attention"),
 }
-"""A name for --without -> what switches it off: it changes the library from outside and returns other settings of the training."""
+"""A name for --without -> what switches it off: it changes the library from outside and returns
+other settings of the training."""
 
 
 # ---- the same for all: weights, data, the clock
@@ -112,7 +122,8 @@ def weight_name(name: str) -> str:
 
 
 def fill(model: Any) -> None:
-    """The same random weights for the same names, made where they are used; A uniform as PEFT and ours draw it, B zero."""
+    """The same random weights for the same names, made where they are used; A uniform as PEFT and
+    ours draw it, B zero."""
     import torch
 
     with torch.no_grad():
@@ -131,20 +142,27 @@ def fill(model: Any) -> None:
 
 
 def make_examples(job: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """(ids, length of the prompt): a third is prompt; ids by a steep law, so that there is something to learn.
+    """(ids, length of the prompt): a third is prompt; ids by a steep law, so that there is
+    something to learn.
 
-    alpaca: lengths log-normal about a median of 80, as instruction data has them, cut to --seq; full: all of --seq.
+    alpaca: lengths log-normal about a median of 80, as instruction data has them, cut to --seq;
+    full: all of --seq.
     """
     rng = random.Random(SEED)
     vocab_size, examples = SHAPES[job.model]["vocab_size"], []
     for _ in range(job.steps * job.global_batch):
-        length = job.seq if job.lengths == "full" else max(8, min(job.seq, round(rng.lognormvariate(math.log(80), 0.7))))
+        length = (
+            job.seq
+            if job.lengths == "full"
+            else max(8, min(job.seq, round(rng.lognormvariate(math.log(80), 0.7))))
+        )
         examples.append(([int(vocab_size * rng.random() ** 3) for _ in range(length)], length // 3))
     return examples
 
 
 class Clock:
-    """Times optimizer steps from outside, the same in both programs. Waits for the device only where a time is read."""
+    """Times optimizer steps from outside, the same in both programs. Waits for the device only
+    where a time is read."""
 
     def __init__(self, job: argparse.Namespace, device: Any) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -176,11 +194,16 @@ class Clock:
         seconds = self.last - self.warm
         timed = [index for step in data["steps"][self._job.warmup : self._job.steps] for index in step]
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         lengths = [(len(data["examples"][index][0]), data["examples"][index][1]) for index in timed]
         return {
             "tokens_per_second": sum(length for length, _ in lengths) / seconds,
-            "flops_per_second": sum(needed_flops(self._job, length, prompt) for length, prompt in lengths) / seconds,
+            "flops_per_second": sum(needed_flops(self._job, length, prompt) for length, prompt in lengths)
+            / seconds,
             "peak": peak,
             "loss": loss,
             "first_step": self.first,
@@ -189,8 +212,9 @@ class Clock:
 
 
 def needed_flops(job: argparse.Namespace, length: int, prompt: int) -> float:
-    """What an example cannot do without: products with the frozen layers forward and back, with the head where something is learned,
-    attention below the diagonal, the adapters' three products. No weight gradient of what is frozen, no padding."""
+    """What an example cannot do without: products with the frozen layers forward and back, with the
+    head where something is learned, attention below the diagonal, the adapters' three products. No
+    weight gradient of what is frozen, no padding."""
     shape = SHAPES[job.model]
     C, inner, D = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     q, kv = shape["num_attention_heads"] * D, shape["num_key_value_heads"] * D
@@ -205,7 +229,13 @@ def needed_flops(job: argparse.Namespace, length: int, prompt: int) -> float:
 def pick_device(job: argparse.Namespace) -> Any:
     import torch
 
-    return torch.device("cuda" if job.device == "auto" and torch.cuda.is_available() else "cpu" if job.device == "auto" else job.device)
+    return torch.device(
+        "cuda"
+        if job.device == "auto" and torch.cuda.is_available()
+        else "cpu"
+        if job.device == "auto"
+        else job.device
+    )
 
 
 def dtype_of(job: argparse.Namespace) -> Any:
@@ -245,7 +275,7 @@ def plan(job: argparse.Namespace) -> list[list[int]]:
     """The examples of each step, by their indices, as our loop will take them."""
     from litlora.data.batches import plan_epoch
     from litlora.settings import TrainConfig
-    from litlora.train import pack_tokens
+    from litlora.train.fit import pack_tokens
 
     config = TrainConfig(**train_settings(job))
     steps = plan_epoch(
@@ -262,20 +292,22 @@ def plan(job: argparse.Namespace) -> list[list[int]]:
 def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     from litlora.config import ModelConfig, RopeScaling
     from litlora.data.examples import Example
-    from litlora.fabric import Fabric
     from litlora.lora import add_lora
-    from litlora.loss import SupervisedLoss
-    from litlora.memory import checkpoint_activations
     from litlora.model import GPT
     from litlora.settings import LoRAConfig, TrainConfig
-    from litlora.train import fit
+    from litlora.train.fabric import Fabric
+    from litlora.train.fit import fit
+    from litlora.train.memory import checkpoint_activations
+    from litlora.train.objective import SupervisedLoss
 
     device = pick_device(job)
     clock = Clock(job, device)
     data = {**data, "steps": plan(job)}  # without packing, it is another one
     shape = dict(SHAPES[job.model])
     scaling = shape.pop("rope_scaling")
-    config = ModelConfig(**shape, **COMMON, norm_eps=1e-6, rope_scaling=RopeScaling(**scaling) if scaling else None)
+    config = ModelConfig(
+        **shape, **COMMON, norm_eps=1e-6, rope_scaling=RopeScaling(**scaling) if scaling else None
+    )
     model = build(lambda: GPT(config), job, device)
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
     fill(model)
@@ -288,7 +320,9 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
             seed=SEED, run_dir=Path(scratch), save=lambda *_: None, metrics=None,
         )  # fmt: skip
     tokens = sum(len(data["examples"][index][0]) for step in data["steps"][: job.steps] for index in step)
-    assert done.tokens == tokens, f"the loop took {done.tokens} tokens, the plan has {tokens}: plan() must be what fit does"
+    assert done.tokens == tokens, (
+        f"the loop took {done.tokens} tokens, the plan has {tokens}: plan() must be what fit does"
+    )
     return clock.result(data, done.loss)
 
 
@@ -301,7 +335,13 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     clock = Clock(job, device)
     config = LlamaConfig.from_dict({**SHAPES[job.model], **COMMON, "rms_norm_eps": 1e-6, "use_cache": False})
     model = build(lambda: LlamaForCausalLM(config), job, device)
-    lora = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, lora_dropout=0.0, target_modules=TARGETS[job.targets], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=job.rank,
+        lora_alpha=2 * job.rank,
+        lora_dropout=0.0,
+        target_modules=TARGETS[job.targets],
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, lora)  # its default: the adapter in fp32 on a bf16 base
     fill(model)
     if job.checkpoint_activations == "full":
@@ -309,7 +349,9 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         model.enable_input_require_grads()
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     total, learned = torch.zeros((), device=device), 0
     for number, step in enumerate(data["steps"][: job.steps]):
         for group in optimizer.param_groups:
@@ -319,13 +361,20 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         for start in range(0, len(chosen), job.micro_batch):
             micro = chosen[start : start + job.micro_batch]
             T = max(len(ids) for ids, _ in micro)
-            ids, labels, mask = torch.zeros(len(micro), T, dtype=torch.long), torch.full((len(micro), T), -100), torch.zeros(len(micro), T)
+            ids, labels, mask = (
+                torch.zeros(len(micro), T, dtype=torch.long),
+                torch.full((len(micro), T), -100),
+                torch.zeros(len(micro), T),
+            )
             for row, (tokens, prompt) in enumerate(micro):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
                 mask[row, : len(tokens)] = 1
             loss = model(
-                input_ids=ids.to(device), attention_mask=mask.long().to(device), labels=labels.to(device), num_items_in_batch=supervised
+                input_ids=ids.to(device),
+                attention_mask=mask.long().to(device),
+                labels=labels.to(device),
+                num_items_in_batch=supervised,
             ).loss
             loss.backward()
             if number >= job.steps - job.last:
@@ -337,7 +386,8 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_ceiling(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """The rate of a large square matrix product in this precision: what a training step cannot exceed."""
+    """The rate of a large square matrix product in this precision: what a training step cannot
+    exceed."""
     import torch
 
     device = pick_device(job)
@@ -357,12 +407,19 @@ PROGRAMS = {"ours": run_ours, "peft": run_peft, "ceiling": run_ceiling}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", nargs="?", choices=PROGRAMS, help="run one of them in this process, as the driver does")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "program", nargs="?", choices=PROGRAMS, help="run one of them in this process, as the driver does"
+    )
     parser.add_argument("--model", choices=SHAPES, default="75m")
     parser.add_argument("--seq", type=int, default=512, help="longest example, and pack, in tokens")
     parser.add_argument(
-        "--lengths", choices=["alpaca", "full"], default="alpaca", help="of the examples: as instructions have them, or all of --seq"
+        "--lengths",
+        choices=["alpaca", "full"],
+        default="alpaca",
+        help="of the examples: as instructions have them, or all of --seq",
     )
     parser.add_argument("--targets", choices=TARGETS, default="qv")
     parser.add_argument("--rank", type=int, default=8)
@@ -372,10 +429,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint_activations", choices=["none", "full"], default="none")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones, at least 1")
-    parser.add_argument("--last", type=int, default=4, help="steps whose mean loss is the final one; divides --steps")
+    parser.add_argument(
+        "--last", type=int, default=4, help="steps whose mean loss is the final one; divides --steps"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", choices=["ours", "peft"], default=["ours", "peft"])
-    parser.add_argument("--without", nargs="*", choices=ABLATIONS, default=[], help="further rows: ours without one of these each")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        choices=ABLATIONS,
+        default=[],
+        help="further rows: ours without one of these each",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -401,7 +466,11 @@ def measure(program: str, without: list[str], job: argparse.Namespace, data: Pat
         f"--data={data}",
         f"--started={time.time()}",
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -417,8 +486,8 @@ def main() -> None:
         print(json.dumps(PROGRAMS[job.program](job, data)))
         return
     sys.path.insert(0, str(REPO))
-    from litlora.optim import lr_at
     from litlora.settings import TrainConfig
+    from litlora.train.optim import lr_at
 
     whole = argparse.Namespace(**{**vars(job), "without": []})
     config = TrainConfig(**train_settings(whole))
@@ -431,7 +500,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data.json"
         rates = [lr_at(step, job.steps, config) for step in range(job.steps)]
-        data.write_text(json.dumps({"examples": make_examples(job), "steps": plan(whole), "learning_rates": rates}))
+        data.write_text(
+            json.dumps({"examples": make_examples(job), "steps": plan(whole), "learning_rates": rates})
+        )
         for _ in range(job.rounds):
             for name, (program, without) in rows.items():
                 if (result := measure(program, without, job, data)) is not None:
@@ -447,7 +518,9 @@ def report(taken: dict[str, list[dict[str, Any]]]) -> None:
 
     ceiling = middle("ceiling", "flops_per_second")
     print(f"matmul ceiling: {ceiling / 1e12:.3f} TFLOP/s")
-    print("| row | useful tokens/s, median [min-max] | of the ceiling | peak GiB | loss, last steps | first step s |")
+    print(
+        "| row | useful tokens/s, median [min-max] | of the ceiling | peak GiB | loss, last steps | first step s |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, results in taken.items():
         if name == "ceiling":
@@ -459,7 +532,12 @@ def report(taken: dict[str, list[dict[str, Any]]]) -> None:
             f"| {middle(name, 'loss'):.4f} | {middle(name, 'first_step'):.1f} |"
         )
     for versions in sorted(
-        {f"{name.split()[0]}: {result['versions']}" for name, results in taken.items() for result in results if "versions" in result}
+        {
+            f"{name.split()[0]}: {result['versions']}"
+            for name, results in taken.items()
+            for result in results
+            if "versions" in result
+        }
     ):
         print(versions)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
+from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.paths import checkpoint_dir
 from litlora.settings import Chat
-from litlora.untrusted import one_line, say
 
 if TYPE_CHECKING:
-    from litlora.conversation import Conversation
+    from litlora.serve.conversation import Conversation
 
 
 def main(settings: Chat) -> None:
@@ -24,12 +24,15 @@ def main(settings: Chat) -> None:
     if settings.prompt is not None and not settings.prompt.strip():
         raise UserError("--prompt: is empty; ask something")
 
-    from litlora.conversation import Conversation
     from litlora.load import load, pick_device
     from litlora.prompts import choose_style
+    from litlora.serve.conversation import Conversation
 
     loaded = load(
-        directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch, device=pick_device(settings.accelerator)
+        directory,
+        base_dir=base_dir,
+        allow_base_mismatch=settings.allow_base_mismatch,
+        device=pick_device(settings.accelerator),
     )
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
     for notice in loaded.chain.notices:
@@ -40,7 +43,9 @@ def main(settings: Chat) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    say(f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends")
+    say(
+        f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends"
+    )
     while True:
         try:
             question = input(">>> ").strip()

@@ -1,4 +1,5 @@
-"""Fine-tune every weight; the result, OUT_DIR/final/lit_model.pth, is a full model in the base's dtype.
+"""Fine-tune every weight; the result, OUT_DIR/final/lit_model.pth, is a full model in the base's
+dtype.
 
 python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
 """
@@ -15,7 +16,7 @@ def main(settings: FinetuneFull) -> None:
     records = read_records(settings.data)
 
     from litlora.checkpoint import full_meta
-    from litlora.finetune import Method, finetune
+    from litlora.train.run import Method, finetune
 
     method = Method(
         prepare=lambda model: model.requires_grad_(),

@@ -17,8 +17,8 @@ def main(settings: FinetuneLoRA) -> None:
     records = read_records(settings.data)
 
     from litlora.checkpoint import adapter_meta
-    from litlora.finetune import Method, finetune
     from litlora.lora import add_lora, lora_tensors
+    from litlora.train.run import Method, finetune
 
     method = Method(
         prepare=lambda model: add_lora(model, settings.lora),

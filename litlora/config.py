@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from litlora.errors import CheckpointError
-from litlora.untrusted import read_yaml
+from litlora.storage.untrusted import read_yaml
 
 CONFIG_FILE = "model_config.yaml"
 LARGEST = 2**28
@@ -19,7 +19,8 @@ LARGEST = 2**28
 
 
 class _Facts:
-    """What the dataclasses here share: every field is checked against its type, and they are read from plain values."""
+    """What the dataclasses here share: every field is checked against its type, and they are read
+    from plain values."""
 
     def __post_init__(self) -> None:
         for name, kind in _types(type(self)).items():
@@ -28,15 +29,23 @@ class _Facts:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for YAML; what is absent (None) is left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {name: value.to_dict() if isinstance(value, _Facts) else value for name, value in values.items()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items() if value is not None}
+        plain = {
+            name: value.to_dict() if isinstance(value, _Facts) else value for name, value in values.items()
+        }
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain.items()
+            if value is not None
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
         """Raises CheckpointError for a missing, unknown or ill-typed field: nothing is guessed."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
-            raise CheckpointError(f"unknown field(s) {', '.join(unknown)}; this version of litlora does not know them")
+            raise CheckpointError(
+                f"unknown field(s) {', '.join(unknown)}; this version of litlora does not know them"
+            )
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         if missing := sorted(required - values.keys()):
             raise CheckpointError(f"field(s) {', '.join(missing)} missing")
@@ -73,7 +82,14 @@ class RopeScaling(_Facts):
         "linear": ("factor",),
         "dynamic": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+        "yarn": (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            "attention_factor",
+        ),
         "longrope": ("original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
     }
 
@@ -83,8 +99,14 @@ class RopeScaling(_Facts):
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if (value is None) == (field.name in needed):
-                raise CheckpointError(f"rope_scaling of type {self.rope_type}: {field.name} {'missing' if value is None else 'has no use'}")
-            if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 and math.isfinite(value)):
+                raise CheckpointError(
+                    f"rope_scaling of type {self.rope_type}: {field.name} {'missing' if value is None else 'has no use'}"
+                )
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and not (value > 0 and math.isfinite(value))
+            ):
                 raise CheckpointError(f"rope_scaling: {field.name} is {value!r}; it must be positive")
 
 
@@ -101,19 +123,23 @@ class ModelConfig(_Facts):
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    """Grouped-query attention: each key/value head serves num_attention_heads / num_key_value_heads queries."""
+    """Grouped-query attention: each key/value head serves num_attention_heads / num_key_value_heads
+    queries."""
     head_dim: int
-    """Width of one head; hidden_size / num_attention_heads unless the architecture says otherwise."""
+    """Width of one head; hidden_size / num_attention_heads unless the architecture says
+    otherwise."""
     max_position_embeddings: int
     """Context length in tokens."""
     norm: Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plain"] = "rmsnorm"
-    """rmsnorm_plus_one (Gemma) multiplies by 1 + weight; layernorm_plain (OLMo 1) has no weights."""
+    """rmsnorm_plus_one (Gemma) multiplies by 1 + weight; layernorm_plain (OLMo 1) has no
+    weights."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
-    """Where attention and MLP are normalised: their input (Llama), their output (OLMo 2) or both (Gemma 2)."""
+    """Where attention and MLP are normalised: their input (Llama), their output (OLMo 2) or both
+    (Gemma 2)."""
     qk_norm: Literal["none", "head", "each_head", "all_heads"] = "none"
-    """Queries and keys are normalised a head at a time with the same weights for all (Qwen 3) or with each head's own
-    (StableLM), or all heads together (OLMo 2)."""
+    """Queries and keys are normalised a head at a time with the same weights for all (Qwen 3) or
+    with each head's own (StableLM), or all heads together (OLMo 2)."""
     parallel_residual: bool = False
     """x + attention(norm(x)) + mlp(norm(x)) instead of one after the other."""
     shared_norm: bool = False
@@ -133,11 +159,13 @@ class ModelConfig(_Facts):
     """Embeddings are multiplied by √hidden_size (Gemma)."""
 
     positions: Literal["rotary", "learned"] = "rotary"
-    """rotary: queries and keys are rotated; learned: a vector a position is added to the embedding (GPT-2)."""
+    """rotary: queries and keys are rotated; learned: a vector a position is added to the embedding
+    (GPT-2)."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding's frequencies."""
     rope_local_base_freq: float | None = None
-    """The base in layers with a sliding window, where it differs; those are not scaled (Gemma 3)."""
+    """The base in layers with a sliding window, where it differs; those are not scaled (Gemma
+    3)."""
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of each head that is rotated."""
@@ -178,30 +206,44 @@ class ModelConfig(_Facts):
             if type(value) is int and value > LARGEST:
                 raise CheckpointError(f"{field.name} is {value}; no model is that large")
             if type(value) is tuple and any(not 0 <= layer < self.num_hidden_layers for layer in value):
-                raise CheckpointError(f"{field.name} names layers that there are not; there are {self.num_hidden_layers}")
+                raise CheckpointError(
+                    f"{field.name} names layers that there are not; there are {self.num_hidden_layers}"
+                )
             if type(value) is tuple and len(value) > self.num_hidden_layers:
                 raise CheckpointError(f"{field.name} names a layer more than once")
         if self.partial_rotary_factor > 1:
-            raise CheckpointError(f"partial_rotary_factor is {self.partial_rotary_factor}; it is a share, 1 at most")
+            raise CheckpointError(
+                f"partial_rotary_factor is {self.partial_rotary_factor}; it is a share, 1 at most"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise CheckpointError(f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an even number")
+            raise CheckpointError(
+                f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an even number"
+            )
         moe = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
         if None in moe and moe != [None] * 3:
-            raise CheckpointError("num_experts, num_experts_per_tok and moe_intermediate_size belong together")
+            raise CheckpointError(
+                "num_experts, num_experts_per_tok and moe_intermediate_size belong together"
+            )
         if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
-            raise CheckpointError(f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts})")
+            raise CheckpointError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts})"
+            )
         if self.parallel_residual and self.norm_position != "before":
-            raise CheckpointError(f"parallel_residual with norm_position {self.norm_position} is no architecture known here")
+            raise CheckpointError(
+                f"parallel_residual with norm_position {self.norm_position} is no architecture known here"
+            )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError("shared_norm needs parallel_residual")
         if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
             for name in ("short_factor", "long_factor"):
                 if (count := len(factors := getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
-                    raise CheckpointError(f"rope_scaling: {name} has {count} numbers; there are {self.rotary_dim // 2} frequencies")
+                    raise CheckpointError(
+                        f"rope_scaling: {name} has {count} numbers; there are {self.rotary_dim // 2} frequencies"
+                    )
                 if odd := [factor for factor in factors if not (factor > 0 and math.isfinite(factor))]:
                     raise CheckpointError(f"rope_scaling: {name} holds {odd[0]!r}; it must be positive")
 
@@ -228,7 +270,9 @@ class ModelConfig(_Facts):
         try:
             values = read_yaml(path)
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its {CONFIG_FILE}") from None
+            raise CheckpointError(
+                f"{path}: no such file; a checkpoint directory needs its {CONFIG_FILE}"
+            ) from None
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: must hold a mapping of field names to values")
         try:

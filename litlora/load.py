@@ -38,10 +38,12 @@ def load(
     allow_base_mismatch: bool = False,
     device: torch.device | str = "cpu",
 ) -> Loaded:
-    """Load a full checkpoint, an adapter or a chain; adapters are merged in memory, nothing is written.
+    """Load a full checkpoint, an adapter or a chain; adapters are merged in memory, nothing is
+    written.
 
-    `live` keeps the outermost adapter as LoRALinear layers. The weights stay in the checkpoint's dtype; on the CPU those
-    without an update stay memory-mapped. Raises CheckpointError for whatever is missing or does not fit.
+    `live` keeps the outermost adapter as LoRALinear layers. The weights stay in the checkpoint's
+    dtype; on the CPU those without an update stay memory-mapped. Raises CheckpointError for
+    whatever is missing or does not fit.
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
@@ -83,19 +85,31 @@ def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
             _untie(model)
         for name, tensor in whole_tensors(adapter.tensors).items():
             _replace(model, name, tensor, like=parameters[name])
-        for name in set(modules) - set(linears):  # looked up, not multiplied: a live update would gain nothing
-            A, B, weight = adapter.tensors[f"{name}.lora_A"], adapter.tensors[f"{name}.lora_B"], parameters[f"{name}.weight"]
-            _replace(model, f"{name}.weight", merged_weight(weight, A, B, layer_scale(lora, name)), like=weight)
+        for name in set(modules) - set(
+            linears
+        ):  # looked up, not multiplied: a live update would gain nothing
+            A, B, weight = (
+                adapter.tensors[f"{name}.lora_A"],
+                adapter.tensors[f"{name}.lora_B"],
+                parameters[f"{name}.weight"],
+            )
+            _replace(
+                model, f"{name}.weight", merged_weight(weight, A, B, layer_scale(lora, name)), like=weight
+            )
         attach_lora(model, linears, lora)
         with torch.no_grad():
             for name in linears:
                 module = model.get_submodule(name)
-                if module.lora_B.size(0) != adapter.tensors[f"{name}.lora_B"].size(0):  # copying would stretch a single row
+                if module.lora_B.size(0) != adapter.tensors[f"{name}.lora_B"].size(
+                    0
+                ):  # copying would stretch a single row
                     raise UserError(f"{name} has {module.lora_B.size(0)} outputs")
                 module.lora_A.copy_(adapter.tensors[f"{name}.lora_A"])
                 module.lora_B.copy_(adapter.tensors[f"{name}.lora_B"])
     except (AttributeError, KeyError, RuntimeError, UserError) as error:
-        raise CheckpointError(f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _untie(model: GPT) -> None:
@@ -106,13 +120,16 @@ def _untie(model: GPT) -> None:
 
 def _replace(model: GPT, name: str, tensor: Tensor, *, like: Tensor) -> None:
     if tensor.shape != like.shape:
-        raise UserError(f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a vocabulary)")
+        raise UserError(
+            f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a vocabulary)"
+        )
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(like.dtype), requires_grad=False))
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """The device that `--accelerator` means; auto is the fastest there is. Raises UserError for one that is absent."""
+    """The device that `--accelerator` means; auto is the fastest there is. Raises UserError for one
+    that is absent."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
         return torch.device(next(kind for kind, present in there.items() if present))

@@ -1,16 +1,17 @@
-"""The names in a checkpoint directory, and the checks of paths that come before torch is imported."""
+"""The names in a checkpoint directory, and the checks of paths that come before torch is
+imported."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from litlora.atomic import LEFTOVERS, check_writable, settle
 from litlora.config import CONFIG_FILE
-from litlora.convert.families import HF_CONFIG_FILE
-from litlora.convert.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.errors import CheckpointError, UserError
+from litlora.formats.families import HF_CONFIG_FILE
+from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.prompts import STYLE_FILE
 from litlora.settings import Finetune
+from litlora.storage.atomic import LEFTOVERS, check_writable, settle
 from litlora.tokenizer import SIDECAR_FILES
 
 WEIGHTS_FILE = "lit_model.pth"
@@ -22,13 +23,23 @@ RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*", *LEFTOVERS)
 """What a fine-tuning run writes into its directory, as glob patterns."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
-PEFT_NAMES = ("adapter_config.json", "adapter_model.safetensors", *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE))
+PEFT_NAMES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
+)
 """What a PEFT folder that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
 CHECKPOINT_MARKS = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_config.json")
 """A directory with one of these is a checkpoint: ours, litgpt's or PEFT's."""
-WEIGHTS_FILES = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_model.safetensors", "adapter_model.bin", *SINGLE_FILES)
+WEIGHTS_FILES = (
+    WEIGHTS_FILE,
+    "lit_model.pth.lora",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    *SINGLE_FILES,
+)
 """Files that may be named in place of the directory that holds them."""
 
 
@@ -38,10 +49,17 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def checkpoint_dir(path: str | Path) -> Path:
-    """The path, if it is a checkpoint directory, or the directory of a weights' file. Raises CheckpointError. Opens nothing."""
-    directory = Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
+    """The path, if it is a checkpoint directory, or the directory of a weights' file. Raises
+    CheckpointError. Opens nothing."""
+    directory = (
+        Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
+    )
     if directory.is_file():
-        hint = "; LoRA files of other tools are for scripts/lora_merger.py" if directory.suffix == ".safetensors" else ""
+        hint = (
+            "; LoRA files of other tools are for scripts/lora_merger.py"
+            if directory.suffix == ".safetensors"
+            else ""
+        )
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
@@ -55,7 +73,8 @@ def checkpoint_dir(path: str | Path) -> Path:
 
 
 def is_lora_file(path: Path) -> bool:
-    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of another tool.
+    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of
+    another tool.
 
     Raises CheckpointError for one that is named like such a file and is not there.
     """
@@ -65,11 +84,18 @@ def is_lora_file(path: Path) -> bool:
 
 
 def output_dir(
-    path: str, *, overwrite: bool, names: tuple[str, ...], inputs: list[Path], option: str = "--out_dir", replaced: bool = True
+    path: str,
+    *,
+    overwrite: bool,
+    names: tuple[str, ...],
+    inputs: list[Path],
+    option: str = "--out_dir",
+    replaced: bool = True,
 ) -> Path:
     """The path, if results may be written there. Raises UserError, and changes nothing, if
 
-    - it holds something and `overwrite` is off, or something that matches none of `names` (which we would not have written),
+    - it holds something and `overwrite` is off, or something that matches none of `names` (which we
+      would not have written),
     - it is or holds one of `inputs`,
     - it is or holds the current directory, and will be `replaced` as a whole, or
     - it is a file or cannot be written.
@@ -77,14 +103,20 @@ def output_dir(
     directory = Path(path)
     keep_inputs(directory, inputs, option)
     if replaced and Path.cwd().is_relative_to(directory.resolve()):
-        raise UserError(f"{option} {directory}: is the directory you are in, or holds it, and would be replaced; name another")
+        raise UserError(
+            f"{option} {directory}: is the directory you are in, or holds it, and would be replaced; name another"
+        )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{option} {directory}: is a file; name a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
     if foreign := [name for name in there if not any(Path(name).match(pattern) for pattern in names)]:
-        raise UserError(f"{option} {directory}: holds {foreign[0]}, which is not ours to replace; name another directory")
+        raise UserError(
+            f"{option} {directory}: holds {foreign[0]}, which is not ours to replace; name another directory"
+        )
     if there and not overwrite:
-        raise UserError(f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite")
+        raise UserError(
+            f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite"
+        )
     _check_writable(option, directory, directory.absolute())
     return directory
 
@@ -112,31 +144,51 @@ class RunDirectory:
 
 
 def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDirectory:
-    """The directory of a fine-tuning run, `default` if the settings name none, and where --resume lets it start.
+    """The directory of a fine-tuning run, `default` if the settings name none, and where --resume
+    lets it start.
 
-    Raises UserError, and changes nothing, where `output_dir` does, unless the run is resumed in its own directory.
+    Raises UserError, and changes nothing, where `output_dir` does, unless the run is resumed in its
+    own directory.
     """
     if settings.resume not in (None, "auto"):
         start = Path(settings.resume)
         if not (start / STATE_FILE).is_file():
             known = step_directories(start)
-            hint = f"did you mean {known[-1]}?" if known else "a step directory of a run is needed; to train on a result, --checkpoint_dir"
+            hint = (
+                f"did you mean {known[-1]}?"
+                if known
+                else "a step directory of a run is needed; to train on a result, --checkpoint_dir"
+            )
             raise CheckpointError(f"--resume {start}: no state of a training there, {STATE_FILE}; {hint}")
         path = Path(settings.out_dir) if settings.out_dir else start.parent
         if path.resolve() != start.resolve().parent:
-            return RunDirectory(output_dir(str(path), overwrite=False, names=RUN_NAMES, inputs=inputs, replaced=False), start)
+            return RunDirectory(
+                output_dir(str(path), overwrite=False, names=RUN_NAMES, inputs=inputs, replaced=False), start
+            )
         if (path / FINAL).exists():
-            raise UserError(f"--resume {start}: the run in {path} is complete; to go another way from there, name another --out_dir")
-        return RunDirectory(output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs, replaced=False), start)
+            raise UserError(
+                f"--resume {start}: the run in {path} is complete; to go another way from there, name another --out_dir"
+            )
+        return RunDirectory(
+            output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs, replaced=False), start
+        )
     path = Path(settings.out_dir or default)
-    there = output_dir(str(path), overwrite=settings.overwrite or settings.resume == "auto", names=RUN_NAMES, inputs=inputs, replaced=False)
+    there = output_dir(
+        str(path),
+        overwrite=settings.overwrite or settings.resume == "auto",
+        names=RUN_NAMES,
+        inputs=inputs,
+        replaced=False,
+    )
     if settings.resume == "auto":
         settle(path)
         if (path / FINAL).exists():
             return RunDirectory(there, path / FINAL)
         if steps := step_directories(path):
             if not (steps[-1] / STATE_FILE).is_file():
-                raise CheckpointError(f"--resume auto: {steps[-1]}: has no {STATE_FILE}, so it cannot be resumed; --overwrite starts anew")
+                raise CheckpointError(
+                    f"--resume auto: {steps[-1]}: has no {STATE_FILE}, so it cannot be resumed; --overwrite starts anew"
+                )
             return RunDirectory(there, steps[-1])
     return RunDirectory(there)
 
@@ -158,17 +210,20 @@ def step_of(step_dir: Path) -> int:
 
 
 def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path]) -> Path:
-    """The path, with the first of `suffixes` put behind it unless it has one of them, if a file may be written there.
+    """The path, with the first of `suffixes` put behind it unless it has one of them, if a file may
+    be written there.
 
-    A file that is there will be replaced. Raises UserError, and changes nothing, if it is one of `inputs` or lies in one, or
-    cannot be written.
+    A file that is there will be replaced. Raises UserError, and changes nothing, if it is one of
+    `inputs` or lies in one, or cannot be written.
     """
     file = Path(path if path.endswith(suffixes) else path + suffixes[0])
     for source in inputs:
         if file.resolve() == source.resolve():
             raise UserError(f"--output {file}: is {source}, which is read; name another file")
         if source.is_dir() and file.resolve().parent == source.resolve():
-            raise UserError(f"--output {file}: lies in {source}, of which it would become a part; name another directory")
+            raise UserError(
+                f"--output {file}: lies in {source}, of which it would become a part; name another directory"
+            )
     if file.is_dir():
         raise UserError(f"--output {file}: is a directory; name a file")
     _check_writable("--output", file, file.absolute().parent)
@@ -176,7 +231,8 @@ def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path]) -> Pat
 
 
 def keep_inputs(out_dir: Path, inputs: list[Path], option: str = "--out_dir") -> None:
-    """Raise UserError if `out_dir` is or holds a directory that is read: replacing it would destroy that."""
+    """Raise UserError if `out_dir` is or holds a directory that is read: replacing it would destroy
+    that."""
     for source in inputs:
         if source.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(f"{option} {out_dir}: holds {source}, which is read; name another directory")

@@ -1,8 +1,9 @@
 """Prompt styles: how a question is put to the model, in training and in chat alike. Torch-free.
 
-A style turns one exchange into text; the answer follows the prompt directly and ends with the end-of-text token. The style
-`template` is the model's own chat template, a jinja2 program, rendered as `transformers` renders it. `prompt_style.yaml`
-in a checkpoint directory says which style the model was taught with.
+A style turns one exchange into text; the answer follows the prompt directly and ends with the
+end-of-text token. The style `template` is the model's own chat template, a jinja2 program, rendered
+as `transformers` renders it. `prompt_style.yaml` in a checkpoint directory says which style the
+model was taught with.
 """
 
 import contextlib
@@ -18,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from litlora.errors import CheckpointError, UserError
+from litlora.storage.untrusted import read_text, read_yaml
 from litlora.tokenizer import read_settings, token_text
-from litlora.untrusted import read_text, read_yaml
 
 STYLE_FILE = "prompt_style.yaml"
 TEMPLATE = "template"
 """The name of the style that is the model's chat template."""
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 3, 2**30, 10**7
-"""What a chat template may take for one conversation: seconds of computing, bytes of memory (its interpreter included), characters."""
+"""What a chat template may take for one conversation: seconds of computing, bytes of memory (its
+interpreter included), characters."""
 
 Message = dict[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -39,7 +41,8 @@ class PromptStyle:
     render: Callable[[str, str], str]
     """(instruction, input or "") -> the prompt."""
     template: "ChatTemplate | None" = None
-    """For the style `template`: what renders whole conversations. Its text has the begin-of-text token, if there is one."""
+    """For the style `template`: what renders whole conversations. Its text has the begin-of-text
+    token, if there is one."""
 
     def exchange(self, instruction: str, input: str, output: str) -> tuple[str, str]:
         """(prompt, answer); a template's answer has the mark that ends a turn behind it."""
@@ -70,7 +73,8 @@ STYLES = {style.name: style for style in (PromptStyle("alpaca", _alpaca), Prompt
 
 
 def load_style(directory: Path, template: PromptStyle | None = None) -> PromptStyle | None:
-    """The style that a checkpoint directory names; None if it names none. `template` is its chat template, if it has one."""
+    """The style that a checkpoint directory names; None if it names none. `template` is its chat
+    template, if it has one."""
     path = directory / STYLE_FILE
     try:
         value = read_yaml(path)
@@ -82,17 +86,26 @@ def load_style(directory: Path, template: PromptStyle | None = None) -> PromptSt
     name = value.get("style") if isinstance(value, dict) else None
     if name == TEMPLATE:
         if template is None:
-            raise CheckpointError(f"{path}: the style is the model's chat template, but there is none beside it")
+            raise CheckpointError(
+                f"{path}: the style is the model's chat template, but there is none beside it"
+            )
         return template
     if not isinstance(name, str) or name not in STYLES:
-        raise CheckpointError(f"{path}: style {name!r} is not known; there are {', '.join((*STYLES, TEMPLATE))}")
+        raise CheckpointError(
+            f"{path}: style {name!r} is not known; there are {', '.join((*STYLES, TEMPLATE))}"
+        )
     return STYLES[name]
 
 
-def choose_style(named: str | None, taught: PromptStyle | None, template: PromptStyle | None, default: str) -> tuple[PromptStyle, str]:
-    """The style to use, and why: the one named, else the one taught, else the chat template, else the default."""
+def choose_style(
+    named: str | None, taught: PromptStyle | None, template: PromptStyle | None, default: str
+) -> tuple[PromptStyle, str]:
+    """The style to use, and why: the one named, else the one taught, else the chat template, else
+    the default."""
     if named == TEMPLATE and template is None:
-        raise UserError("--prompt_style template: the model has no chat template (chat_template.jinja, or one in tokenizer_config.json)")
+        raise UserError(
+            "--prompt_style template: the model has no chat template (chat_template.jinja, or one in tokenizer_config.json)"
+        )
     if named is not None:
         return template if named == TEMPLATE else STYLES[named], "chosen by you"
     if taught is not None:
@@ -101,10 +114,12 @@ def choose_style(named: str | None, taught: PromptStyle | None, template: Prompt
 
 
 class ChatTemplate:
-    """A model's chat template. It is a stranger's program, so it runs in a process of its own (litlora/render_template.py)."""
+    """A model's chat template. It is a stranger's program, so it runs in a process of its own
+    (litlora/render_template.py)."""
 
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
-        """`path` is where the source was found; `special_tokens` are what a template may name: bos_token, eos_token, ..."""
+        """`path` is where the source was found; `special_tokens` are what a template may name:
+        bos_token, eos_token, ..."""
         self.path = path
         self._source = source
         self._special_tokens = special_tokens
@@ -112,12 +127,21 @@ class ChatTemplate:
 
     @property
     def style(self) -> PromptStyle:
-        """The template as a prompt style: the instruction and its input are one message of the user's."""
-        return PromptStyle(TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self)
+        """The template as a prompt style: the instruction and its input are one message of the
+        user's."""
+        return PromptStyle(
+            TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self
+        )
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Raises CheckpointError if the template is broken, UserError if it refuses the messages."""
-        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        """The conversation as text. Raises CheckpointError if the template is broken, UserError if
+        it refuses the messages."""
+        values = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         reply = self._ask(values | self._special_tokens)
         if isinstance(reply, str):
             return reply
@@ -133,7 +157,8 @@ class ChatTemplate:
         raise CheckpointError(f"{self.path}: the chat template {what[kind]}")
 
     def _ask(self, values: dict[str, Any]) -> Any:
-        """What the process replies. It is started for the first question, and again after one that it did not survive."""
+        """What the process replies. It is started for the first question, and again after one that
+        it did not survive."""
         try:
             if self._process is None:
                 self._process = self._start()
@@ -167,16 +192,20 @@ class ChatTemplate:
             self._process = None
 
     def answer(self, instruction: str, input: str, output: str) -> str:
-        """What follows the prompt when the model answers `output`, up to and with what the template puts behind it.
+        """What follows the prompt when the model answers `output`, up to and with what the template
+        puts behind it.
 
         Raises CheckpointError if the answered conversation does not show the answer.
         """
         question = _user(instruction, input)
         prompt = self.render([question])
-        finished = self.render([question, {"role": "assistant", "content": output}], add_generation_prompt=False)
+        finished = self.render(
+            [question, {"role": "assistant", "content": output}], add_generation_prompt=False
+        )
         if finished.startswith(prompt):
             return finished[len(prompt) :]
-        # Some templates open the answer with a thought when they ask, and leave that out afterwards.
+        # Some templates open the answer with a thought when they ask, and leave that out
+        # afterwards.
         shown = output.strip()
         if not shown:
             return self.ending
@@ -210,7 +239,8 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
-    """The chat template among a model's files (by name): `chat_template.jinja`, else the one in `tokenizer_config.json`."""
+    """The chat template among a model's files (by name): `chat_template.jinja`, else the one in
+    `tokenizer_config.json`."""
     config_path = files.get("tokenizer_config.json")
     settings = read_settings(config_path)
     special = special_tokens(read_settings(files.get("special_tokens_map.json")) | settings)
@@ -219,7 +249,14 @@ def load_template(files: dict[str, Path]) -> ChatTemplate | None:
     for path in (config_path, files.get("chat_template.json")):
         found = read_settings(path).get("chat_template")
         if isinstance(found, list):  # several, each with a name
-            found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
+            found = next(
+                (
+                    entry.get("template")
+                    for entry in found
+                    if isinstance(entry, dict) and entry.get("name") == "default"
+                ),
+                None,
+            )
         if isinstance(found, str):
             return ChatTemplate(found, path, special)
         if found is not None:
@@ -228,7 +265,8 @@ def load_template(files: dict[str, Path]) -> ChatTemplate | None:
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json names, as a template may: {"eos_token": "</s>", ...}."""
+    """The special tokens that tokenizer_config.json names, as a template may: {"eos_token": "</s>",
+    ...}."""
     names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
     found = {name: token_text(settings.get(name)) for name in names}
     return {name: text for name, text in found.items() if text is not None}

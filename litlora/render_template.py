@@ -1,13 +1,16 @@
-"""The process in which a chat template runs: it can compute, for a while and in some memory, and do nothing else.
+"""The process in which a chat template runs: it can compute, for a while and in some memory, and do
+nothing else.
 
     python -P litlora/render_template.py < requests > replies
 
-A chat template is a program by whoever made the model. jinja2's sandbox keeps it away from the insides of Python, but lets it loop
-and multiply text without end, which nothing inside its own process can be trusted to stop. Here the operating system does: it
-allows so many seconds a request, so much memory, no file to open, none to write and no process to start.
+A chat template is a program by whoever made the model. jinja2's sandbox keeps it away from the
+insides of Python, but lets it loop and multiply text without end, which nothing inside its own
+process can be trusted to stop. Here the operating system does: it allows so many seconds a request,
+so much memory, no file to open, none to write and no process to start.
 
-One JSON value a line, both ways: first the template's source and the limits, answered by "ready" as soon as they hold; then the values
-that the template is given, each answered by its text or by {"error": kind, "message": text}. It imports nothing of litlora.
+One JSON value a line, both ways: first the template's source and the limits, answered by "ready" as
+soon as they hold; then the values that the template is given, each answered by its text or by
+{"error": kind, "message": text}. It imports nothing of litlora.
 """
 
 import contextlib
@@ -32,7 +35,9 @@ class Generation(Extension):
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
+            line
+        )
 
 
 class PlainNamespace(Namespace):
@@ -59,13 +64,23 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def environment() -> Environment:
     """What a template finds, as transformers has it."""
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     found.filters["tojson"] = _tojson
     found.globals["raise_exception"] = _raise_exception
     found.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -107,7 +122,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; this one ends with it
     first = json.loads(sys.stdin.readline())
     for warm_up in ("{{ 'é\\n' | tojson }}{{ strftime_now('%d') }}{{ lipsum(1) }}", "{{ 1 // 0 }}"):
-        answer(warm_up, {}, first["text"], [])  # whatever Python and jinja2 load when they need it, they load while files can be opened
+        answer(
+            warm_up, {}, first["text"], []
+        )  # whatever Python and jinja2 load when they need it, they load while files can be opened
     limit(resource.RLIMIT_AS, first["memory"])
     for kind, amount in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 3)):
         limit(kind, amount)

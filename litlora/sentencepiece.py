@@ -1,7 +1,9 @@
-"""A SentencePiece `tokenizer.model`, read without the library: its protocol buffer to a tokenizer of `tokenizers`. Torch-free.
+"""A SentencePiece `tokenizer.model`, read without the library: its protocol buffer to a tokenizer
+of `tokenizers`. Torch-free.
 
-The pieces and their scores are all there is to it: BPE joins the pair whose joined piece has the highest score, Unigram takes
-the likeliest division. Bytes stand in for characters that no piece has.
+The pieces and their scores are all there is to it: BPE joins the pair whose joined piece has the
+highest score, Unigram takes the likeliest division. Bytes stand in for characters that no piece
+has.
 """
 
 import struct
@@ -18,7 +20,8 @@ LARGEST_MODEL, LONGEST_PIECE = 64 * 2**20, 512
 
 
 def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
-    """The `tokenizers.Tokenizer` that a SentencePiece model describes; it puts the begin-of-text piece in front if asked.
+    """The `tokenizers.Tokenizer` that a SentencePiece model describes; it puts the begin-of-text
+    piece in front if asked.
 
     Raises CheckpointError for a file that is no such model, or of a kind that cannot be expressed.
     """
@@ -34,12 +37,26 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     unknown = next((number for number, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
     kind, fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
     if kind not in (UNIGRAM, BPE) or unknown is None or len(vocab) < len(pieces) or trainer.get(24, 0):
-        raise CheckpointError(f"{path}: a SentencePiece model of this kind is not read; make a tokenizer.json of it with transformers")
+        raise CheckpointError(
+            f"{path}: a SentencePiece model of this kind is not read; make a tokenizer.json of it with transformers"
+        )
     if kind == BPE:
         scores = {piece: score for piece, score, type_ in pieces if type_ in (NORMAL, USER_DEFINED)}
-        backend = Tokenizer(models.BPE(vocab, _merges(vocab, scores), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=fallback))
+        backend = Tokenizer(
+            models.BPE(
+                vocab,
+                _merges(vocab, scores),
+                unk_token=pieces[unknown][0],
+                fuse_unk=True,
+                byte_fallback=fallback,
+            )
+        )
     else:
-        backend = Tokenizer(models.Unigram([(piece, score) for piece, score, _ in pieces], unk_id=unknown, byte_fallback=fallback))
+        backend = Tokenizer(
+            models.Unigram(
+                [(piece, score) for piece, score, _ in pieces], unk_id=unknown, byte_fallback=fallback
+            )
+        )
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if (charsmap := normalizer.get(2)) else []
     if normalizer.get(4, 1):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -47,10 +64,18 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     steps += [normalizers.Prepend("▁")] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     end = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end]
+    )
     special = [piece for piece, _, type_ in pieces if type_ in (CONTROL, UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece, _, type_ in pieces if type_ == USER_DEFINED])
+    backend.add_tokens(
+        [
+            AddedToken(piece, special=False, normalized=False)
+            for piece, _, type_ in pieces
+            if type_ == USER_DEFINED
+        ]
+    )
     begin = trainer.get(41, 1)
     if add_bos_token and 0 <= begin < len(pieces) and pieces[begin][2] == CONTROL:
         name = pieces[begin][0]
@@ -67,24 +92,36 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the highest score first; of equal ones the parts' numbers decide."""
+    """Every way to make a piece of two others, the highest score first; of equal ones the parts'
+    numbers decide."""
     found = []
     for piece, score in scores.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        there = [(vocab[left], vocab[right], left, right) for left, right in pairs if left in scores and right in scores]
+        there = [
+            (vocab[left], vocab[right], left, right)
+            for left, right in pairs
+            if left in scores and right in scores
+        ]
         found += [(-score, left, right) for _, _, left, right in sorted(there)]
     return [(left, right) for _, left, right in sorted(found, key=lambda entry: entry[0])]
 
 
 def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
-    """(pieces with score and type, the trainer's settings, the normaliser's settings), settings by field number."""
+    """(pieces with score and type, the trainer's settings, the normaliser's settings), settings by
+    field number."""
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
             if len(piece[1]) > LONGEST_PIECE:
                 raise ValueError("a piece as long as a page")
-            pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0, piece.get(3, NORMAL)))
+            pieces.append(
+                (
+                    piece[1].decode("utf-8"),
+                    struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0,
+                    piece.get(3, NORMAL),
+                )
+            )
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:

@@ -1,18 +1,24 @@
-"""Build the quickstart model and the built-in sample, from nothing but `scripts/quickstart_facts.py`. Seeded.
+"""Build the quickstart model and the built-in sample, from nothing but
+`scripts/quickstart_facts.py`. Seeded.
 
     python scripts/build_quickstart.py                  # everything: tokenizer, base model, samples
     python scripts/build_quickstart.py --sample_only    # the two sample files only, in a second
 
 It writes
 
-- `checkpoints/litlora/quickstart/`: a small Llama-type model, trained from scratch on plain statements of facts. It has
-  read no question and no instruction, so asked one it does not answer; that is what fine-tuning is to teach it;
+- `checkpoints/litlora/quickstart/`: a small Llama-type model, trained from scratch on plain
+  statements of facts. It has
+  read no question and no instruction, so asked one it does not answer; that is what fine-tuning is
+  to teach it;
 - `litlora/data/alpaca_sample.json`: Alpaca records that ask for such facts, for training;
-- `litlora/data/alpaca_sample_heldout.json`: records about entities of which the training file asks nothing at all. The
-  base has read statements about them; only a fine-tuned model that can use what the base knows answers these.
+- `litlora/data/alpaca_sample_heldout.json`: records about entities of which the training file asks
+  nothing at all. The
+  base has read statements about them; only a fine-tuned model that can use what the base knows
+  answers these.
 
-The tokenizer (byte-level BPE) is trained on the statements and on the words of the instructions and of the Alpaca
-prompt, so that prompts stay short. A tokenizer knows no facts, and the weights never see those words as prompts.
+The tokenizer (byte-level BPE) is trained on the statements and on the words of the instructions and
+of the Alpaca prompt, so that prompts stay short. A tokenizer knows no facts, and the weights never
+see those words as prompts.
 """
 
 from __future__ import annotations
@@ -44,7 +50,8 @@ SPLIT_SEED = 2026
 HELDOUT_SHARE = 0.13
 ALWAYS_HELD_OUT = ("country France", "word mouse", "pair 7 8")  # what the documentation shows
 WORDINGS_PER_FACT = 3.2
-"""Mean number of wordings in which the training sample asks for one fact, where the fact has as many."""
+"""Mean number of wordings in which the training sample asks for one fact, where the fact has as
+many."""
 HELDOUT_RECORDS = 400
 
 ARCHITECTURE = {
@@ -66,7 +73,8 @@ class Plan:
     steps: int = 2200
     batch_size: int = 16
     length: int = 256
-    """Tokens a row; several documents, so that the model learns that nothing before an end-of-text matters."""
+    """Tokens a row; several documents, so that the model learns that nothing before an end-of-text
+    matters."""
     warmup: int = 100
     muon_learning_rate: float = 0.02
     """Peak, for the matrices inside the blocks."""
@@ -78,7 +86,8 @@ class Plan:
 
 
 def heldout_entities(facts: Facts) -> frozenset[str]:
-    """The entities of which the training sample asks nothing: a seeded share of each kind, and ALWAYS_HELD_OUT."""
+    """The entities of which the training sample asks nothing: a seeded share of each kind, and
+    ALWAYS_HELD_OUT."""
     rng = random.Random(SPLIT_SEED)
     kinds: dict[str, list[str]] = {}
     for entity in facts.entities:
@@ -95,7 +104,12 @@ def make_samples(facts: Facts) -> tuple[list[dict[str, str]], list[dict[str, str
     held = heldout_entities(facts)
 
     def ask(fact: Fact, count: int) -> list[dict[str, str]]:
-        return [record(fact, *wording) for wording in rng.sample(INSTRUCTIONS[fact.relation], min(count, len(INSTRUCTIONS[fact.relation])))]
+        return [
+            record(fact, *wording)
+            for wording in rng.sample(
+                INSTRUCTIONS[fact.relation], min(count, len(INSTRUCTIONS[fact.relation]))
+            )
+        ]
 
     train, heldout = [], []
     for fact in (fact for fact in facts.all if fact.relation in INSTRUCTIONS):
@@ -152,12 +166,18 @@ def train_tokenizer(facts: Facts, directory: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "add_bos_token": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def packed_batches(facts: Facts, tokenizer, batch_size: int, length: int) -> Iterator:
-    """Endless (B, T + 1) batches of token ids: documents end to end, each behind an end-of-text token."""
+    """Endless (B, T + 1) batches of token ids: documents end to end, each behind an end-of-text
+    token."""
     import torch
 
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -173,7 +193,8 @@ def packed_batches(facts: Facts, tokenizer, batch_size: int, length: int) -> Ite
 
 
 def initialise(model) -> None:
-    """Normal weights, 1/sqrt(fan-in) wide; what writes to the residual stream is narrower with depth."""
+    """Normal weights, 1/sqrt(fan-in) wide; what writes to the residual stream is narrower with
+    depth."""
     import torch
 
     depth = model.config.num_hidden_layers
@@ -186,7 +207,8 @@ def initialise(model) -> None:
 
 
 def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
-    """Train the model from scratch; write it into `directory`, where its tokenizer lies, as a full checkpoint."""
+    """Train the model from scratch; write it into `directory`, where its tokenizer lies, as a full
+    checkpoint."""
     import torch
     import torch.nn.functional as F
     from tokenizers import Tokenizer
@@ -201,7 +223,8 @@ def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
     model = GPT(config)
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    # Muon (Jordan et al. 2024) for the matrices inside the blocks: it learns rare facts in far fewer steps than AdamW
+    # Muon (Jordan et al. 2024) for the matrices inside the blocks: it learns rare facts in far
+    # fewer steps than AdamW
     matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
     optimizers = [
@@ -230,9 +253,13 @@ def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sample_only", action="store_true", help="write the two sample files only")
-    parser.add_argument("--checkpoint_dir", type=Path, default=CHECKPOINT_DIR, help="where the base model goes")
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, default=CHECKPOINT_DIR, help="where the base model goes"
+    )
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps of the base model")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads that train")
     args = parser.parse_args()
@@ -246,7 +273,9 @@ def main() -> None:
     args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     train_tokenizer(facts, args.checkpoint_dir)
     train_base(facts, args.checkpoint_dir, Plan(steps=args.steps))
-    print(f"{args.checkpoint_dir}: {sum(path.stat().st_size for path in args.checkpoint_dir.iterdir()):,} bytes")
+    print(
+        f"{args.checkpoint_dir}: {sum(path.stat().st_size for path in args.checkpoint_dir.iterdir()):,} bytes"
+    )
 
 
 if __name__ == "__main__":

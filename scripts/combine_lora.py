@@ -1,28 +1,41 @@
 """Make one adapter out of several that were trained on the same base.
 
 python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 --out_dir $dir
-python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16 --out_dir $dir
+python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16
+--out_dir $dir
 """
 
 from pathlib import Path
 
 from litlora.cli import dump, run
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, is_lora_file, keep_inputs, output_dir
+from litlora.console import say
+from litlora.paths import (
+    CHECKPOINT_NAMES,
+    WEIGHTS_FILE,
+    checkpoint_dir,
+    is_lora_file,
+    keep_inputs,
+    output_dir,
+)
 from litlora.prompts import STYLE_FILE
 from litlora.settings import CombineLoRA, check
-from litlora.untrusted import say
 
 
 def main(settings: CombineLoRA) -> None:
     files = [Path(path) for path in settings.lora_path if is_lora_file(Path(path))]
     if files:
-        check(len(files) == len(settings.lora_path), f"--lora_path {files[0]}: is a LoRA file, but not all are; name files or directories")
+        check(
+            len(files) == len(settings.lora_path),
+            f"--lora_path {files[0]}: is a LoRA file, but not all are; name files or directories",
+        )
         _combine_files(files, settings)
         return
     adapter_dirs = [checkpoint_dir(path) for path in settings.lora_path]
     base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
     inputs = [*adapter_dirs, base_dir] if base_dir else adapter_dirs
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs)
+    out_dir = output_dir(
+        settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs
+    )
 
     import dataclasses
 
@@ -31,7 +44,9 @@ def main(settings: CombineLoRA) -> None:
     from litlora.adapters.resize import table
     from litlora.checkpoint import adapter_meta, check_finite, write_checkpoint
 
-    chains = resolve_sharing(adapter_dirs, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    chains = resolve_sharing(
+        adapter_dirs, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch
+    )
     for chain in chains:
         keep_inputs(out_dir, chain.directories)
         check_finite(chain.top.tensors, chain.top.file)
@@ -39,12 +54,19 @@ def main(settings: CombineLoRA) -> None:
     tensors, lora, changes = combine_adapters(chains, settings)
     first = chains[0]
     meta = adapter_meta(dataclasses.asdict(lora), first.inner.top, out_dir)
-    write_checkpoint(out_dir, tensors, meta, first.config, sidecars_from=first.sources, hyperparameters=dump(settings))
+    write_checkpoint(
+        out_dir, tensors, meta, first.config, sidecars_from=first.sources, hyperparameters=dump(settings)
+    )
     for notice in dict.fromkeys(notice for chain in chains for notice in chain.notices):
         say(f"note: {notice}")
-    taught = {next((file.read_bytes() for source in chain.sources if (file := source / STYLE_FILE).is_file()), b"") for chain in chains}
+    taught = {
+        next((file.read_bytes() for source in chain.sources if (file := source / STYLE_FILE).is_file()), b"")
+        for chain in chains
+    }
     if len(taught) > 1:
-        say(f"note: the adapters were taught with different prompt styles; that of {first.top.directory} is kept")
+        say(
+            f"note: the adapters were taught with different prompt styles; that of {first.top.directory} is kept"
+        )
     if settings.density == 1 and settings.mode in ("dare_linear", "magnitude_prune"):
         say(f"note: at --density 1 nothing is dropped, and {settings.mode} is linear")
     say(*table(changes))
@@ -58,7 +80,9 @@ def main(settings: CombineLoRA) -> None:
 def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     """LoRA files of another tool: names and format stay those of the first."""
     check(settings.checkpoint_dir is None, f"{files[0]}: needs no base; leave --checkpoint_dir out")
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files, replaced=False)
+    out_dir = output_dir(
+        settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files, replaced=False
+    )
 
     import functools
 
@@ -67,12 +91,17 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     from litlora.adapters.combine import combine_files
     from litlora.adapters.resize import table
     from litlora.checkpoint import check_finite
-    from litlora.convert.lora_files import read_lora, write_lora
+    from litlora.formats.lora_files import read_lora, write_lora
 
-    check(len({file.resolve() for file in files}) == len(files), "--lora_path: names a file twice; give it a weight instead")
+    check(
+        len({file.resolve() for file in files}) == len(files),
+        "--lora_path: names a file twice; give it a weight instead",
+    )
     loras, dtypes = [read_lora(file) for file in files], []
     for file, lora in zip(files, loras, strict=True):
-        tensors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"} | lora.diffs
+        tensors = {
+            f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
+        } | lora.diffs
         check_finite(tensors, file)
         dtypes += [tensor.dtype for tensor in tensors.values()]
     result, dtype = out_dir / files[0].name, functools.reduce(torch.promote_types, dtypes)
@@ -81,7 +110,9 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     say(*table(changes))
     terms = (f"{weight:g} x {file}" for weight, file in zip(settings.each_weight, files, strict=True))
     say(f"{settings.mode}: {' + '.join(terms)}")
-    say(f"result: {result} ({result.stat().st_size:,} bytes, in {str(dtype).removeprefix('torch.')} as the files are)")
+    say(
+        f"result: {result} ({result.stat().st_size:,} bytes, in {str(dtype).removeprefix('torch.')} as the files are)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""Write a Hugging Face model folder as a checkpoint directory of ours. Nothing needs this: such folders work as they are.
+"""Write a Hugging Face model folder as a checkpoint directory of ours. Nothing needs this: such
+folders work as they are.
 
-python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id --out_dir checkpoints/$repo_id-lit
+python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id --out_dir
+checkpoints/$repo_id-lit
 """
 
 from pathlib import Path
 
 from litlora.cli import run
-from litlora.convert.folder import is_model_folder
+from litlora.console import say
 from litlora.errors import CheckpointError
+from litlora.formats.folder import is_model_folder
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
 from litlora.settings import ConvertHF
-from litlora.untrusted import say
 
 
 def main(settings: ConvertHF) -> None:
     directory = checkpoint_dir(settings.checkpoint_dir)
     if (directory / WEIGHTS_FILE).is_file() or not is_model_folder(directory):
-        raise CheckpointError(f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights")
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory])
+        raise CheckpointError(
+            f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights"
+        )
+    out_dir = output_dir(
+        settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory]
+    )
 
     from litlora.checkpoint import check_finite, full_meta, resolve, write_checkpoint
     from litlora.tokenizer import Tokenizer
@@ -30,7 +36,9 @@ def main(settings: ConvertHF) -> None:
     for notice in chain.notices:
         say(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE
-    say(f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})")
+    say(
+        f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})"
+    )
     say(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
 
 

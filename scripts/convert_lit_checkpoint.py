@@ -1,17 +1,18 @@
-"""Write any checkpoint as a complete Hugging Face folder: config, tokenizer, chat template, generation config, safetensors.
+"""Write any checkpoint as a complete Hugging Face folder: config, tokenizer, chat template,
+generation config, safetensors.
 
 python scripts/convert_lit_checkpoint.py --checkpoint_dir $dir/final --out_dir $dir/hf
 
-An adapter or a chain is merged on the way. `AutoModelForCausalLM.from_pretrained($dir/hf)` and `AutoTokenizer` load it with
-nothing added.
+An adapter or a chain is merged on the way. `AutoModelForCausalLM.from_pretrained($dir/hf)` and
+`AutoTokenizer` load it with nothing added.
 """
 
 from pathlib import Path
 
 from litlora.cli import run
+from litlora.console import say
 from litlora.paths import HF_NAMES, checkpoint_dir, output_dir
 from litlora.settings import ConvertLit
-from litlora.untrusted import say
 
 
 def main(settings: ConvertLit) -> None:
@@ -21,9 +22,9 @@ def main(settings: ConvertLit) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
 
     from litlora.adapters.merge import merge_chain
-    from litlora.atomic import replacing_directory
     from litlora.checkpoint import check_finite, resolve
-    from litlora.convert.huggingface import write_folder
+    from litlora.formats.huggingface import write_folder
+    from litlora.storage.atomic import replacing_directory
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
     for notice in chain.notices:

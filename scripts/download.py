@@ -1,4 +1,5 @@
-"""Fetch a model from the Hugging Face hub; it is then used as it is. An interrupted download goes on where it stopped.
+"""Fetch a model from the Hugging Face hub; it is then used as it is. An interrupted download goes
+on where it stopped.
 
 python scripts/download.py --repo_id EleutherAI/pythia-70m
 """
@@ -6,9 +7,9 @@ python scripts/download.py --repo_id EleutherAI/pythia-70m
 from pathlib import Path
 
 from litlora.cli import run
+from litlora.console import say
 from litlora.hub import check_directory, download
 from litlora.settings import Download
-from litlora.untrusted import say
 
 
 def main(settings: Download) -> None:

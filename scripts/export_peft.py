@@ -6,25 +6,27 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $di
 import shutil
 
 from litlora.cli import run
-from litlora.convert.families import FAMILIES, HF_CONFIG_FILE, load_config, write_config
+from litlora.console import say
 from litlora.errors import CheckpointError, UserError
+from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, load_config, write_config
 from litlora.paths import PEFT_NAMES, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import ExportPEFT
-from litlora.untrusted import say
 
 
 def main(settings: ExportPEFT) -> None:
     if settings.model_type is not None and settings.model_type not in FAMILIES:
-        raise UserError(f"--model_type {settings.model_type}: no such family; there are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"--model_type {settings.model_type}: no such family; there are {', '.join(FAMILIES)}"
+        )
     adapter_dir = checkpoint_dir(settings.lora_path)
     base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
 
-    from litlora.atomic import replacing_directory
     from litlora.checkpoint import check_finite, resolve
-    from litlora.convert.peft import to_peft, write_peft
+    from litlora.formats.peft import to_peft, write_peft
     from litlora.lora import stored_config
+    from litlora.storage.atomic import replacing_directory
     from litlora.tokenizer import find_sidecars
 
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
@@ -42,9 +44,15 @@ def main(settings: ExportPEFT) -> None:
         say(f"note: {notice}")
     base = chain.base
     is_folder = (base.directory / HF_CONFIG_FILE).is_file()
-    model_type = load_config(base.directory)[0] if is_folder else write_config(chain.config, settings.model_type)["model_type"]
+    model_type = (
+        load_config(base.directory)[0]
+        if is_folder
+        else write_config(chain.config, settings.model_type)["model_type"]
+    )
     if settings.model_type not in (None, model_type):
-        raise UserError(f"--model_type {settings.model_type}: {base.directory} is of the family {model_type}; leave it out")
+        raise UserError(
+            f"--model_type {settings.model_type}: {base.directory} is of the family {model_type}; leave it out"
+        )
     tensors, config = to_peft(
         chain.top.tensors,
         stored_config(chain.top.meta["lora"]),
@@ -63,7 +71,9 @@ def main(settings: ExportPEFT) -> None:
         f"result: {result} ({result.stat().st_size:,} bytes: for {model_type}, rank {config['r']}, {', '.join(config['target_modules'])})"
     )
     if not settings.base_model and not is_folder:
-        say(f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model")
+        say(
+            f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model"
+        )
     say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
 
 

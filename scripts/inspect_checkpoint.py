@@ -1,19 +1,21 @@
-"""Say what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's updates are.
+"""Say what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's
+updates are.
 
 python scripts/inspect_checkpoint.py $dir/final
 python scripts/inspect_checkpoint.py $dir/final --json
 
-Takes every checkpoint that the other commands take, and LoRA files of other tools. A base that is missing or is not the one is
-reported as a problem, with exit status 0: the checkpoint was inspected. What is no checkpoint is an error.
+Takes every checkpoint that the other commands take, and LoRA files of other tools. A base that is
+missing or is not the one is reported as a problem, with exit status 0: the checkpoint was
+inspected. What is no checkpoint is an error.
 """
 
 import json
 from pathlib import Path
 
 from litlora.cli import run
+from litlora.console import say
 from litlora.paths import WEIGHTS_FILES, checkpoint_dir
 from litlora.settings import InspectCheckpoint
-from litlora.untrusted import say
 
 
 def main(settings: InspectCheckpoint) -> None:
@@ -25,7 +27,13 @@ def main(settings: InspectCheckpoint) -> None:
     from litlora.adapters.describe import describe, table
 
     found = describe(path, base_dir=base_dir)
-    say(*(json.dumps(found, indent=2, allow_nan=False).replace("\x7f", "\\u007f").split("\n") if settings.json else table(found)))
+    say(
+        *(
+            json.dumps(found, indent=2, allow_nan=False).replace("\x7f", "\\u007f").split("\n")
+            if settings.json
+            else table(found)
+        )
+    )
 
 
 if __name__ == "__main__":

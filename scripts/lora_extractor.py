@@ -1,7 +1,9 @@
-"""Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source, gives the target.
+"""Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source,
+gives the target.
 
-python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors --output lora.safetensors --rank 32
-python scripts/lora_extractor.py --source-model checkpoints/$base --target-model checkpoints/$tuned --format litlora --output $dir
+python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors
+--output lora.safetensors --rank 32 python scripts/lora_extractor.py --source-model
+checkpoints/$base --target-model checkpoints/$tuned --format litlora --output $dir
 """
 
 import math
@@ -11,12 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
-from litlora.convert.families import FAMILIES, HF_CONFIG_FILE, write_config
-from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
+from litlora.console import say
 from litlora.errors import CheckpointError
-from litlora.paths import CHECKPOINT_NAMES, PEFT_NAMES, checkpoint_dir, is_checkpoint, keep_inputs, output_dir, output_file
+from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, write_config
+from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
+from litlora.paths import (
+    CHECKPOINT_NAMES,
+    PEFT_NAMES,
+    checkpoint_dir,
+    is_checkpoint,
+    keep_inputs,
+    output_dir,
+    output_file,
+)
 from litlora.settings import LoRAExtractor
-from litlora.untrusted import read_json, say
+from litlora.storage.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +40,25 @@ def main(settings: LoRAExtractor) -> None:
     if settings.format == "litlora" or (settings.format == "peft" and _is_language_model(source)):
         extract_adapter(settings)
         return
-    files = model_files(source, settings.source_type, "--source-model"), model_files(target, settings.target_type, "--target-model")
+    files = (
+        model_files(source, settings.source_type, "--source-model"),
+        model_files(target, settings.target_type, "--target-model"),
+    )
     if settings.format == "peft":
-        output = output_dir(settings.output, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=[source, target], option="--output")
+        output = output_dir(
+            settings.output,
+            overwrite=settings.overwrite,
+            names=PEFT_NAMES,
+            inputs=[source, target],
+            option="--output",
+        )
     else:
         output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, target])
 
     from litlora.adapters.extract import as_peft, extract
-    from litlora.atomic import replacing_directory
-    from litlora.convert.lora_files import possible_keys, result_tensors, write_lora
-    from litlora.convert.model_files import open_model, writing
+    from litlora.formats.lora_files import possible_keys, result_tensors, write_lora
+    from litlora.formats.model_files import open_model, writing
+    from litlora.storage.atomic import replacing_directory
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
     left_out = _check_comparable(before, after, settings.allow_mismatch)
@@ -56,25 +76,33 @@ def main(settings: LoRAExtractor) -> None:
                 add(key, tensor)
     kinds = (("--source-type", settings.source_type), ("--lora-type", settings.output_format))
     words = "".join(f" {option} {kind}" for option, kind in kinds if kind != "safetensors")
-    report.sum_up(output, f"python scripts/lora_merger.py --source-model {source} --lora-model {output}{words} --output MERGED")
+    report.sum_up(
+        output,
+        f"python scripts/lora_merger.py --source-model {source} --lora-model {output}{words} --output MERGED",
+    )
 
 
 def extract_adapter(settings: LoRAExtractor) -> None:
-    """Extract an adapter, ours or PEFT's, between two checkpoints of an architecture that we know."""
+    """Extract an adapter, ours or PEFT's, between two checkpoints of an architecture that we
+    know."""
     source, target = checkpoint_dir(settings.source_model), checkpoint_dir(settings.target_model)
     names = CHECKPOINT_NAMES if settings.format == "litlora" else PEFT_NAMES
-    output = output_dir(settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], option="--output")
+    output = output_dir(
+        settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], option="--output"
+    )
 
     from litlora.adapters.extract import as_adapter, extract
     from litlora.adapters.merge import merge_chain
-    from litlora.atomic import replacing_directory
     from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
-    from litlora.convert.peft import to_peft, write_peft
+    from litlora.formats.peft import to_peft, write_peft
+    from litlora.storage.atomic import replacing_directory
 
     base, tuned = resolve(source), resolve(target)
     keep_inputs(output, [*base.directories, *tuned.directories])
     if settings.format == "peft" and base.adapters:
-        raise CheckpointError(f"{source}: is an adapter, and a PEFT folder names a full model; merge it with scripts/merge_lora.py first")
+        raise CheckpointError(
+            f"{source}: is an adapter, and a PEFT folder names a full model; merge it with scripts/merge_lora.py first"
+        )
     before, after = merge_chain(base)[0], merge_chain(tuned)[0]
     left_out = _check_comparable(before, after, settings.allow_mismatch)
     report = Report(settings)
@@ -89,7 +117,9 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     folder = to_peft(tensors, lora, family, base.config, base.base.tensors, base_name=str(source.resolve()))
     with replacing_directory(output) as staging:
         write_peft(staging, *folder)
-    report.sum_up(output, f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{output}")')
+    report.sum_up(
+        output, f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{output}")'
+    )
 
 
 class Report:
@@ -103,7 +133,11 @@ class Report:
         """Pass on what is extracted. Raises CheckpointError if that is nothing."""
         for one in extracted:
             what = "whole" if one.rank is None else f"rank {one.rank}"
-            least = f"at most {one.excess:.2%} above the least" if math.isfinite(one.excess) else "not proved to be near the least"
+            least = (
+                f"at most {one.excess:.2%} above the least"
+                if math.isfinite(one.excess)
+                else "not proved to be near the least"
+            )
             error = f"error {one.error / one.norm:.3e}" + ("" if one.rank is None else f", {least}")
             say(f"{one.name}: {' x '.join(map(str, one.shape))}, {what}, {error}")
             self._found.append(one)
@@ -114,11 +148,18 @@ class Report:
     def sum_up(self, output: Path, next_step: str) -> None:
         """Say the totals, and where the result is."""
         low_rank = [one for one in self._found if one.rank is not None]
-        error, norm = (math.hypot(*values) for values in ([one.error for one in self._found], [one.norm for one in self._found]))
+        error, norm = (
+            math.hypot(*values)
+            for values in ([one.error for one in self._found], [one.norm for one in self._found])
+        )
         missed = [one.name for one in self._found if one.error > 1.001 * self._largest * one.norm]
         if missed:
-            say(f"note: {len(missed)} tensor(s), {missed[0]} first, have a larger error than asked for, as {self._dtype} rounds; take fp32")
-        say(f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference")
+            say(
+                f"note: {len(missed)} tensor(s), {missed[0]} first, have a larger error than asked for, as {self._dtype} rounds; take fp32"
+            )
+        say(
+            f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference"
+        )
         files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
         say(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
         say(f"next: {next_step}")
@@ -129,7 +170,7 @@ def _plan(settings: LoRAExtractor) -> "Plan":
 
     from litlora.adapters.extract import Plan
     from litlora.adapters.lowrank import RankRule
-    from litlora.convert.model_files import DTYPES
+    from litlora.formats.model_files import DTYPES
 
     rank = None if settings.rank == "auto" else settings.rank
     return Plan(
@@ -144,8 +185,11 @@ def _plan(settings: LoRAExtractor) -> "Plan":
     )
 
 
-def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool) -> "Mapping[str, str]":
-    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list and return them."""
+def _check_comparable(
+    source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool
+) -> "Mapping[str, str]":
+    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list
+    and return them."""
     from litlora.adapters.extract import mismatches
 
     left_out = mismatches(source, target)
@@ -160,7 +204,8 @@ def _check_comparable(source: "Mapping[str, Tensor]", target: "Mapping[str, Tens
 
 
 def _is_language_model(path: Path) -> bool:
-    """Whether it is a checkpoint directory that tells its architecture, and so what PEFT calls its layers."""
+    """Whether it is a checkpoint directory that tells its architecture, and so what PEFT calls its
+    layers."""
     if not path.is_dir() or not is_checkpoint(path):
         return False
     config = read_json(path / HF_CONFIG_FILE) if (path / HF_CONFIG_FILE).is_file() else None

@@ -1,18 +1,19 @@
 """Merge LoRA files into a model's files, a tensor at a time, whatever model it is.
 
-python scripts/lora_merger.py --source-model base.safetensors --lora-model lora.safetensors --output merged.safetensors
-python scripts/lora_merger.py --source-model base/ --lora-model a.pt b.pt --lora-type pytorch --weights 0.7 0.3 --output merged.safetensors
+python scripts/lora_merger.py --source-model base.safetensors --lora-model lora.safetensors --output
+merged.safetensors python scripts/lora_merger.py --source-model base/ --lora-model a.pt b.pt
+--lora-type pytorch --weights 0.7 0.3 --output merged.safetensors
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
-from litlora.convert.folder import WRITTEN_SUFFIXES, model_files
+from litlora.console import say
 from litlora.errors import CheckpointError
+from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
 from litlora.paths import PEFT_NAMES, output_file
 from litlora.settings import LoRAMerger, num_bytes
-from litlora.untrusted import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 def main(settings: LoRAMerger) -> None:
     source, loras = Path(settings.source_model), [Path(path) for path in settings.lora_model]
     files = model_files(source, settings.source_type, "--source-model")
-    lora_files = {path: [path] if _is_peft(path) else model_files(path, settings.lora_type, "--lora-model") for path in loras}
+    lora_files = {
+        path: [path] if _is_peft(path) else model_files(path, settings.lora_type, "--lora-model")
+        for path in loras
+    }
     output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, *loras])
 
     from litlora.adapters.apply import added, match
-    from litlora.convert.lora_files import Update, read_lora
-    from litlora.convert.model_files import DTYPES, Pages, open_model, write_model
+    from litlora.formats.lora_files import Update, read_lora
+    from litlora.formats.model_files import DTYPES, Pages, open_model, write_model
 
     model, dtype = open_model(source, files), DTYPES[settings.output_dtype]
     weights = settings.weights or [1.0] * len(loras)
@@ -38,7 +42,9 @@ def main(settings: LoRAMerger) -> None:
     if unmatched and not settings.allow_unmatched:
         raise CheckpointError(f"{'; '.join(unmatched)}; if the rest is what is wanted, say --allow_unmatched")
     if not additions:
-        raise CheckpointError(f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?")
+        raise CheckpointError(
+            f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?"
+        )
     for line in unmatched:
         say(f"left out: {line}")
     pages = Pages()
@@ -55,10 +61,20 @@ def main(settings: LoRAMerger) -> None:
     written = write_model(output, settings.output_format, sizes, merged, largest, inputs=read_files)
     updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
     others = sum(map(len, additions.values())) - updates
-    if other := {str(tensor.dtype).removeprefix("torch.") for name, tensor in model.items() if tensor.dtype != dtypes[name]}:
-        say(f"note: the model's {', '.join(sorted(other))} is written as {settings.output_dtype}; --output_dtype says otherwise")
-    say(f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors")
-    say(f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))")
+    if other := {
+        str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in model.items()
+        if tensor.dtype != dtypes[name]
+    }:
+        say(
+            f"note: the model's {', '.join(sorted(other))} is written as {settings.output_dtype}; --output_dtype says otherwise"
+        )
+    say(
+        f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors"
+    )
+    say(
+        f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))"
+    )
 
 
 def _is_peft(path: Path) -> bool:

@@ -3,15 +3,18 @@
 Three things live here, all plain data and pure functions (standard library only):
 
 1. tables of facts, each checked by eye: countries, words, animals, elements, arithmetic and so on;
-2. `STATEMENTS`: for every relation, the wordings in which the base model reads a fact. Plain statements only: no
-   question, no instruction. A small model can give a fact in a new form only if it has read it in many wordings,
-   orders and contexts (Allen-Zhu & Li 2023, Physics of Language Models 3.1), hence the many paraphrases, in both
-   directions, and the several kinds of documents in `document`;
-3. `INSTRUCTIONS`: for some of the relations, the wordings in which a person may ask for them, with the form of the answer.
+2. `STATEMENTS`: for every relation, the wordings in which the base model reads a fact. Plain
+  statements only: no
+   question, no instruction. A small model can give a fact in a new form only if it has read it in
+   many wordings, orders and contexts (Allen-Zhu & Li 2023, Physics of Language Models 3.1), hence
+   the many paraphrases, in both directions, and the several kinds of documents in `document`;
+3. `INSTRUCTIONS`: for some of the relations, the wordings in which a person may ask for them, with
+  the form of the answer.
    Only the fine-tuning sample is made from these.
 
-`scripts/build_quickstart.py` trains the base on (2) and writes the samples from (3). Every fact belongs to one
-entity (`Fact.entity`), and a held-out entity is left out of the training sample in all its relations at once.
+`scripts/build_quickstart.py` trains the base on (2) and writes the samples from (3). Every fact
+belongs to one entity (`Fact.entity`), and a held-out entity is left out of the training sample in
+all its relations at once.
 """
 
 from __future__ import annotations
@@ -29,16 +32,24 @@ class Fact:
     x: str
     y: str
     entity: str
-    """What is held out as a whole: a country, a word (with its opposite), an element, a pair of numbers."""
+    """What is held out as a whole: a country, a word (with its opposite), an element, a pair of
+    numbers."""
     extra: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def words(self) -> dict[str, str]:
         """What a wording may name: {x}, {y}, and both with an indefinite article as {ax}, {ay}."""
-        return {"x": self.x, "y": self.y, "ax": with_article(self.x), "ay": with_article(self.y), **self.extra}
+        return {
+            "x": self.x,
+            "y": self.y,
+            "ax": with_article(self.x),
+            "ay": with_article(self.y),
+            **self.extra,
+        }
 
 
 def with_article(noun: str) -> str:
-    """`an apple`, `a mouse`; judged by the first letter, which is right for every noun in the tables."""
+    """`an apple`, `a mouse`; judged by the first letter, which is right for every noun in the
+    tables."""
     return ("an " if noun[0] in "aeio" else "a ") + noun
 
 
@@ -50,7 +61,8 @@ def sentence(wording: str, fact: Fact) -> str:
 
 # ------------------------------------------------------------------------------------------------ tables
 
-# country | capital | continent | main language | currency; "-" where there is no single short answer
+# country | capital | continent | main language | currency; "-" where there is no single short
+# answer
 COUNTRIES = """
 France|Paris|Europe|French|euro
 Germany|Berlin|Europe|German|euro
@@ -642,8 +654,10 @@ chalk|white
 soot|black
 cherry|red
 """
-MASS_NOUNS = frozenset("grass snow milk blood spinach broccoli coal chocolate salt butter lettuce gold chalk soot tea coffee juice "
-                       "football tennis hockey rugby golf cabbage celery".split())
+MASS_NOUNS = frozenset(
+    "grass snow milk blood spinach broccoli coal chocolate salt butter lettuce gold chalk soot tea coffee juice "
+    "football tennis hockey rugby golf cabbage celery".split()
+)
 
 # element | symbol | atomic number
 ELEMENTS = """
@@ -755,12 +769,20 @@ ten|dix
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-MONTH_DAYS = dict(zip(MONTHS, (31, 0, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), strict=True))  # February has no single answer
+MONTH_DAYS = dict(
+    zip(MONTHS, (31, 0, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), strict=True)
+)  # February has no single answer
 PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
-NUMBER_WORDS = dict(enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                              "seventeen eighteen nineteen twenty".split()))
-NUMBER_WORDS |= dict(zip(range(30, 101, 10), "thirty forty fifty sixty seventy eighty ninety hundred".split(), strict=True))
+NUMBER_WORDS = dict(
+    enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen twenty".split()
+    )
+)
+NUMBER_WORDS |= dict(
+    zip(range(30, 101, 10), "thirty forty fifty sixty seventy eighty ninety hundred".split(), strict=True)
+)
 NUMBER_WORDS[100] = "one hundred"
 LARGEST_TERM = 10
 LARGEST_FACTOR = 10
@@ -783,7 +805,12 @@ def all_facts() -> list[Fact]:
         facts.append(Fact(relation, x, y, "word " + partner.get(about or x, about or x), extra))
 
     for country, capital, continent, language, currency in rows(COUNTRIES):
-        for relation, y in (("capital", capital), ("continent", continent), ("language", language), ("currency", currency)):
+        for relation, y in (
+            ("capital", capital),
+            ("continent", continent),
+            ("language", language),
+            ("currency", currency),
+        ):
             if y != "-":
                 facts.append(Fact(relation, country, y, "country " + country))
         facts.append(Fact("country_of_capital", capital, country, "country " + country))
@@ -1304,7 +1331,8 @@ LEAD_INS = (
     "below it is written that ",
 )
 
-# What a fact is about, without saying it: the sentence that goes before the fact in `Facts.announced`
+# What a fact is about, without saying it: the sentence that goes before the fact in
+# `Facts.announced`
 TOPICS: dict[str, list[str]] = {
     "capital": ["the capital of {x}", "the capital city of {x}", "which city is the capital of {x}"],
     "country_of_capital": [
@@ -1313,12 +1341,25 @@ TOPICS: dict[str, list[str]] = {
         "which country {x} is the capital of",
         "the country with the capital {x}",
     ],
-    "continent": ["the continent of {x}", "which continent {x} is in", "where {x} is", "the continent that {x} is on"],
-    "language": ["the main language of {x}", "what language people speak in {x}", "the language spoken in {x}"],
+    "continent": [
+        "the continent of {x}",
+        "which continent {x} is in",
+        "where {x} is",
+        "the continent that {x} is on",
+    ],
+    "language": [
+        "the main language of {x}",
+        "what language people speak in {x}",
+        "the language spoken in {x}",
+    ],
     "currency": ["the currency of {x}", "what people pay with in {x}", "which currency is used in {x}"],
     "plural": ["the plural of {x}", "the plural form of the word {x}", "the word {x} in the plural"],
     "singular": ["the singular of {x}", "the singular form of the word {x}"],
-    "opposite": ["the opposite of {x}", "which word means the opposite of {x}", "the opposite of the word {x}"],
+    "opposite": [
+        "the opposite of {x}",
+        "which word means the opposite of {x}",
+        "the opposite of the word {x}",
+    ],
     "past": ["the past tense of {x}", "the past tense of the verb {x}"],
     "young": ["the young of {ax}", "what a young {x} is called", "what a baby {x} is called"],
     "sound": ["the sound of {ax}", "what sound {ax} makes", "what sound the {x} makes"],
@@ -1345,7 +1386,12 @@ TOPICS: dict[str, list[str]] = {
     "number_word": ["the number {x} in words", "the word for the number {x}"],
     "sum": ["the sum of {a} and {b}", "what {a} plus {b} is", "{a} + {b}", "how {a} and {b} add up"],
     "difference": ["what {a} minus {b} is", "{a} - {b}", "what is left when {b} is subtracted from {a}"],
-    "product": ["the product of {a} and {b}", "what {a} times {b} is", "{a} x {b}", "how {a} is multiplied by {b}"],
+    "product": [
+        "the product of {a} and {b}",
+        "what {a} times {b} is",
+        "{a} x {b}",
+        "how {a} is multiplied by {b}",
+    ],
 }
 ANNOUNCEMENTS = (
     "this page is about {topic}",
@@ -1365,7 +1411,8 @@ ANNOUNCEMENTS = (
 )
 
 
-# Words of no facts: sentences of small talk around the statements, so that a fact is not lost among other words
+# Words of no facts: sentences of small talk around the statements, so that a fact is not lost among
+# other words
 ACTORS = (
     "the teacher", "the farmer", "a friend", "the doctor", "the child", "an old man", "the writer", "the clerk", "a young woman",
     "the baker", "the painter", "a neighbour",
@@ -1386,7 +1433,9 @@ MANNERS = (
 
 def small_talk(rng: random.Random) -> str:
     """A sentence that states no fact of the tables."""
-    actor, action, thing, other, manner = (rng.choice(words) for words in (ACTORS, ACTIONS, THINGS, THINGS, MANNERS))
+    actor, action, thing, other, manner = (
+        rng.choice(words) for words in (ACTORS, ACTIONS, THINGS, THINGS, MANNERS)
+    )
     return upper_first(
         rng.choice(
             (
@@ -1404,14 +1453,41 @@ def small_talk(rng: random.Random) -> str:
 
 # The relations that a fact sheet or a list may name, with the label of their line
 LABELS = {
-    "capital": "capital", "continent": "continent", "language": "language", "currency": "currency", "plural": "plural",
-    "singular": "singular", "opposite": "opposite", "past": "past tense", "young": "young", "sound": "sound", "class": "animal class",
-    "legs": "legs", "kind": "kind", "colour": "colour", "symbol": "chemical symbol", "element": "element",
-    "atomic_number": "atomic number", "french": "French word", "spelling": "letters", "first_letter": "first letter",
-    "last_letter": "last letter", "next_day": "next day", "previous_day": "day before", "next_month": "next month",
-    "previous_month": "month before", "month_number": "place in the year", "month_days": "days", "planet": "place from the sun",
-    "next_letter": "next letter", "previous_letter": "letter before", "number_word": "in words", "country_of_capital": "country",
-    "sum": "sum", "difference": "difference", "product": "product",
+    "capital": "capital",
+    "continent": "continent",
+    "language": "language",
+    "currency": "currency",
+    "plural": "plural",
+    "singular": "singular",
+    "opposite": "opposite",
+    "past": "past tense",
+    "young": "young",
+    "sound": "sound",
+    "class": "animal class",
+    "legs": "legs",
+    "kind": "kind",
+    "colour": "colour",
+    "symbol": "chemical symbol",
+    "element": "element",
+    "atomic_number": "atomic number",
+    "french": "French word",
+    "spelling": "letters",
+    "first_letter": "first letter",
+    "last_letter": "last letter",
+    "next_day": "next day",
+    "previous_day": "day before",
+    "next_month": "next month",
+    "previous_month": "month before",
+    "month_number": "place in the year",
+    "month_days": "days",
+    "planet": "place from the sun",
+    "next_letter": "next letter",
+    "previous_letter": "letter before",
+    "number_word": "in words",
+    "country_of_capital": "country",
+    "sum": "sum",
+    "difference": "difference",
+    "product": "product",
 }
 
 
@@ -1454,7 +1530,8 @@ class Facts:
         return text
 
     def facts_document(self, rng: random.Random) -> str:
-        """One document: statements about one entity, on one topic, mixed, or a fact sheet or list."""
+        """One document: statements about one entity, on one topic, mixed, or a fact sheet or
+        list."""
         kind = rng.random()
         if kind < 0.22:  # one entity, several statements, the same fact perhaps in two wordings
             facts = self.by_entity[rng.choices(self.entities, self.weights)[0]]
@@ -1464,7 +1541,10 @@ class Facts:
         elif kind < 0.43:  # one relation, several entities, sometimes all in one wording
             relation = rng.choices(self.relations, self.relation_weights)[0]
             wording = rng.choice(STATEMENTS[relation]) if rng.random() < 0.5 else None
-            lines = [statement(rng.choice(self.by_relation[relation]), rng, wording) for _ in range(rng.randint(2, 6))]
+            lines = [
+                statement(rng.choice(self.by_relation[relation]), rng, wording)
+                for _ in range(rng.randint(2, 6))
+            ]
         elif kind < 0.53:  # one statement alone
             lines = [statement(self.draw(rng), rng)]
         elif kind < 0.57:
@@ -1484,7 +1564,9 @@ class Facts:
         blocks = []
         for fact in (self.draw(rng) for _ in range(rng.randint(1, 3))):
             topic = rng.choice(TOPICS[fact.relation])
-            lead = rng.choice((*ANNOUNCEMENTS, "{topic}", "{topic}", "{topic}")).format(topic=topic.format(**fact.words()))
+            lead = rng.choice((*ANNOUNCEMENTS, "{topic}", "{topic}", "{topic}")).format(
+                topic=topic.format(**fact.words())
+            )
             lines = [upper_first(lead) + rng.choice((".", ".", ":"))]
             if rng.random() < 0.25:
                 lines.append(small_talk(rng))
@@ -1508,7 +1590,12 @@ class Facts:
         for fact in (self.draw(rng) for _ in range(rng.randint(1, 4))):
             label = LABELS[fact.relation]
             title = upper_first(label)
-            headings = (f"{title} of {fact.x}", f"{fact.x}, {label}", f"{title}{gap}{fact.x}", f"{fact.x}{gap}{label}")
+            headings = (
+                f"{title} of {fact.x}",
+                f"{fact.x}, {label}",
+                f"{title}{gap}{fact.x}",
+                f"{fact.x}{gap}{label}",
+            )
             lines += [rng.choice(headings), fact.y]
         return gap.join(lines)
 
@@ -1524,7 +1611,8 @@ class Facts:
 
 SHORT = "{y}"
 
-# relation -> (instruction, input, output); a question is answered by a sentence, an order by the bare answer
+# relation -> (instruction, input, output); a question is answered by a sentence, an order by the
+# bare answer
 INSTRUCTIONS: dict[str, list[tuple[str, str, str]]] = {
     "capital": [
         ("What is the capital of {x}?", "", "The capital of {x} is {y}."),

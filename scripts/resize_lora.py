@@ -1,4 +1,5 @@
-"""Give an adapter another rank: exactly where it can be done, else with the least possible error, which is reported.
+"""Give an adapter another rank: exactly where it can be done, else with the least possible error,
+which is reported.
 
 python scripts/resize_lora.py --lora_path $dir/final/lit_model.pth --rank 4 --out_dir $dir/small
 python scripts/resize_lora.py --lora_path some_style.safetensors --energy 0.99 --out_dir small
@@ -7,10 +8,17 @@ python scripts/resize_lora.py --lora_path some_style.safetensors --energy 0.99 -
 from pathlib import Path
 
 from litlora.cli import dump, run
+from litlora.console import say
 from litlora.errors import CheckpointError
-from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, is_lora_file, keep_inputs, output_dir
+from litlora.paths import (
+    CHECKPOINT_NAMES,
+    WEIGHTS_FILE,
+    checkpoint_dir,
+    is_lora_file,
+    keep_inputs,
+    output_dir,
+)
 from litlora.settings import ResizeLoRA, check
-from litlora.untrusted import say
 
 
 def main(settings: ResizeLoRA) -> None:
@@ -21,7 +29,9 @@ def main(settings: ResizeLoRA) -> None:
     adapter_dir = checkpoint_dir(settings.lora_path)
     base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs)
+    out_dir = output_dir(
+        settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs
+    )
 
     import dataclasses
 
@@ -39,11 +49,18 @@ def main(settings: ResizeLoRA) -> None:
     check_finite(chain.top.tensors, chain.top.file)
     plan_merge(chain)  # whether it fits its base
     generator = torch.Generator().manual_seed(settings.seed)
-    resized, changes = resize_all(updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator)
-    lora, whole = settings_for(resized, stored_config(chain.top.meta["lora"])), whole_tensors(chain.top.tensors)
+    resized, changes = resize_all(
+        updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator
+    )
+    lora, whole = (
+        settings_for(resized, stored_config(chain.top.meta["lora"])),
+        whole_tensors(chain.top.tensors),
+    )
     tensors = tensors_of(resized) | whole
     meta = adapter_meta(dataclasses.asdict(lora), chain.inner.top, out_dir)
-    write_checkpoint(out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings))
+    write_checkpoint(
+        out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings)
+    )
     for notice in chain.notices:
         say(f"note: {notice}")
     if whole:
@@ -55,9 +72,12 @@ def main(settings: ResizeLoRA) -> None:
 
 
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:
-    """A LoRA file of another tool: names, format and dtype stay, and so does what it holds beside factors."""
+    """A LoRA file of another tool: names, format and dtype stay, and so does what it holds beside
+    factors."""
     check(settings.checkpoint_dir is None, f"{file}: needs no base; leave --checkpoint_dir out")
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=(file.name,), inputs=[file], replaced=False)
+    out_dir = output_dir(
+        settings.out_dir, overwrite=settings.overwrite, names=(file.name,), inputs=[file], replaced=False
+    )
 
     import dataclasses
     import functools
@@ -66,10 +86,12 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
 
     from litlora.adapters.resize import resize_all, table
     from litlora.checkpoint import check_finite
-    from litlora.convert.lora_files import as_stored, read_lora, write_lora
+    from litlora.formats.lora_files import as_stored, read_lora, write_lora
 
     lora = read_lora(file)
-    factors = {f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"}
+    factors = {
+        f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
+    }
     check(bool(factors), f"{file}: holds no factors, so there is no rank to change")
     check_finite(factors | lora.diffs, file)
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in factors.values()))

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread each, or they wait for each other's
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # tests run side by side: a thread each, or they wait for each other's
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -25,9 +27,9 @@ from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
-from litlora.optim import lr_at
 from litlora.prompts import STYLES
 from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
+from litlora.train.optim import lr_at
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -67,7 +69,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXT, trainer)
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
@@ -76,13 +80,16 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_checkpoint(tmp_path, tokenizer_dir) -> Callable[..., Path]:
-    """make_checkpoint("name", seed=0, dtype=torch.float32, **config changes) -> a full checkpoint directory of random weights."""
+    """make_checkpoint("name", seed=0, dtype=torch.float32, **config changes) -> a full checkpoint
+    directory of random weights."""
 
     def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
         torch.manual_seed(seed)
         config = tiny_config(**changes)
         model = GPT(config).to(dtype)
-        write_checkpoint(tmp_path / name, dict(model.named_parameters()), full_meta(), config, sidecars_from=tokenizer_dir)
+        write_checkpoint(
+            tmp_path / name, dict(model.named_parameters()), full_meta(), config, sidecars_from=tokenizer_dir
+        )
         return tmp_path / name
 
     return make
@@ -102,7 +109,9 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
     add_lora(model, settings)
     trained = {name: torch.randn_like(tensor) * 0.1 for name, tensor in lora_tensors(model).items()}
     meta = adapter_meta(dataclasses.asdict(settings), chain.top, directory)
-    write_checkpoint(directory, trained, meta, chain.config, sidecars_from=chain.sources, prompt_style=STYLES["alpaca"])
+    write_checkpoint(
+        directory, trained, meta, chain.config, sidecars_from=chain.sources, prompt_style=STYLES["alpaca"]
+    )
     return directory
 
 
@@ -110,7 +119,11 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
 def alpaca_file(tmp_path) -> Path:
     """A small file of records of very different lengths."""
     records = [
-        {"instruction": f"Repeat {'the fox ' * (n % 5)}{n}.", "input": f"number {n}" if n % 3 else "", "output": f"{n} " * (1 + n % 7)}
+        {
+            "instruction": f"Repeat {'the fox ' * (n % 5)}{n}.",
+            "input": f"number {n}" if n % 3 else "",
+            "output": f"{n} " * (1 + n % 7),
+        }
         for n in range(40)
     ]
     path = tmp_path / "alpaca.json"
@@ -120,13 +133,33 @@ def alpaca_file(tmp_path) -> Path:
 
 @pytest.fixture
 def run(base, alpaca_file, monkeypatch):
-    """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on, 6 steps an epoch, 18 in all.
+    """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on,
+    6 steps an epoch, 18 in all.
 
-    `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something when that step begins.
+    `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something
+    when that step begins.
     """
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
-    sizes = ["--train.micro_batch_tokens", 200, "--train.micro_batch_size", 2, "--train.global_batch_size", 6, "--data.val_fraction", 0.1]
-    sizes += ["--train.log_interval", 5, "--train.eval_interval", 4, "--train.save_interval", 0, "--accelerator", "cpu"]
+    sizes = [
+        "--train.micro_batch_tokens",
+        200,
+        "--train.micro_batch_size",
+        2,
+        "--train.global_batch_size",
+        6,
+        "--data.val_fraction",
+        0.1,
+    ]
+    sizes += [
+        "--train.log_interval",
+        5,
+        "--train.eval_interval",
+        4,
+        "--train.save_interval",
+        0,
+        "--accelerator",
+        "cpu",
+    ]
 
     def run(method, out, *words, stop_after=None, at=None):
         spec = importlib.util.spec_from_file_location(f"command_{method}", REPO / f"finetune/{method}.py")
@@ -143,7 +176,7 @@ def run(base, alpaca_file, monkeypatch):
             return lr_at(step, total, config)
 
         with monkeypatch.context() as patch:
-            patch.setattr("litlora.train.lr_at", lr)
+            patch.setattr("litlora.train.fit.lr_at", lr)
             with pytest.raises(SystemExit) if stop_after is not None else nullcontext() as ended:
                 command.main(settings)
         assert stop_after is None or ended.value.code == 143
@@ -157,15 +190,27 @@ def tune(method: str, base: Path, data: Path, out: Path, *, train=None, **settin
     spec = importlib.util.spec_from_file_location(f"finetune_{method}", REPO / f"finetune/{method}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    train = TrainConfig(**{"max_steps": 6, "max_seq_length": 64, "save_interval": 0, "learning_rate": 3e-3, **(train or {})})
+    train = TrainConfig(
+        **{"max_steps": 6, "max_seq_length": 64, "save_interval": 0, "learning_rate": 3e-3, **(train or {})}
+    )
     kind = {"lora": FinetuneLoRA, "full": FinetuneFull}[method]
     source = JSON(path=str(data), val_fraction=0.2)
     module.main(
-        kind(checkpoint_dir=str(base), data=source, out_dir=str(out), prompt_style="plain", accelerator="cpu", train=train, **settings)
+        kind(
+            checkpoint_dir=str(base),
+            data=source,
+            out_dir=str(out),
+            prompt_style="plain",
+            accelerator="cpu",
+            train=train,
+            **settings,
+        )
     )
 
 
-def command(*words: object, cwd: Path = REPO, input: str = "", timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+def command(
+    *words: object, cwd: Path = REPO, input: str = "", timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
     """Run `python FOLDER/NAME.py ...` of this repository as a user does."""
     script, *arguments = map(str, words)
     return subprocess.run(
@@ -199,7 +244,9 @@ class Forked:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         program = [sys.executable, str(REPO / "tests/forked.py")]
-        self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self._process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert self._process.stdout.readline() == '"ready"\n'
 
     def run(self, *words: object, cwd: Path) -> dict:
@@ -209,7 +256,8 @@ class Forked:
         return json.loads(self._process.stdout.readline())
 
     def refuses(self, *words: object, cwd: Path) -> str:
-        """The one line of a command that must refuse, with status 2, and change nothing below `cwd`."""
+        """The one line of a command that must refuse, with status 2, and change nothing below
+        `cwd`."""
         before = snapshot(cwd)
         done = self.run(*words, cwd=cwd)
         assert done["status"] == 2, done
@@ -233,7 +281,11 @@ def snapshot(directory: Path) -> dict[str, object]:
         if path.is_symlink():
             return os.readlink(path)
         facts = path.stat()
-        return None if path.is_dir() else (facts.st_size, facts.st_mtime_ns, path.read_bytes() if facts.st_size < 2**22 else b"")
+        return (
+            None
+            if path.is_dir()
+            else (facts.st_size, facts.st_mtime_ns, path.read_bytes() if facts.st_size < 2**22 else b"")
+        )
 
     return {str(path): what(path) for path in sorted(directory.rglob("*"))}
 

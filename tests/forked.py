@@ -1,9 +1,11 @@
-"""Commands run as a user runs them, hundreds in the time of a few: a process that has imported everything forks for each.
+"""Commands run as a user runs them, hundreds in the time of a few: a process that has imported
+everything forks for each.
 
     python tests/forked.py
 
-One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status", "stdout", "stderr"}. A command gets
-no more than MEMORY beyond what the imports take, and SECONDS of computing: what needs more is killed, and fails its test.
+One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status",
+"stdout", "stderr"}. A command gets no more than MEMORY beyond what the imports take, and SECONDS of
+computing: what needs more is killed, and fails its test.
 """
 
 import importlib
@@ -19,7 +21,16 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 MEMORY = 2 * 2**30
 SECONDS = 20
-IMPORTS = ("finetune", "load", "conversation", "adapters.merge", "convert.huggingface", "convert.peft", "tokenizer", "cli")
+IMPORTS = (
+    "train.run",
+    "load",
+    "serve.conversation",
+    "adapters.merge",
+    "formats.huggingface",
+    "formats.peft",
+    "tokenizer",
+    "cli",
+)
 
 
 def child(words: list[str], cwd: str, out: int, err: int) -> None:

@@ -1,6 +1,8 @@
-"""Wrong values for every option of every command and every field of every file: one line, status 2, nothing changed on the disk.
+"""Wrong values for every option of every command and every field of every file: one line, status 2,
+nothing changed on the disk.
 
-The cases are generated; what must be refused is derived from the settings' and configurations' own types.
+The cases are generated; what must be refused is derived from the settings' and configurations' own
+types.
 """
 
 import dataclasses
@@ -52,7 +54,9 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     (place / "peft").mkdir()
     parts = {f"base_model.model.{name}.weight": tensor for name, tensor in pairs.items()}
     save_file(parts, place / "peft/adapter_model.safetensors")
-    (place / "peft/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "base_model_name_or_path": "../base"}))
+    (place / "peft/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "base_model_name_or_path": "../base"})
+    )
     (place / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 20)
     return place
 
@@ -67,7 +71,12 @@ def words(script: str, checkpoint: str = "base") -> list[str]:
     """A command that would do something with a checkpoint, as far as it has the options for it."""
     names = {field.name for field in dataclasses.fields(SCRIPTS[script])}
     found = [script]
-    for name, value in (("lora_path", "adapter"), ("checkpoint_dir", checkpoint), ("out_dir", "out"), ("prompt", "Hi")):
+    for name, value in (
+        ("lora_path", "adapter"),
+        ("checkpoint_dir", checkpoint),
+        ("out_dir", "out"),
+        ("prompt", "Hi"),
+    ):
         if name in names:
             found += [f"--{name}", value]
     if "train" in names:
@@ -80,10 +89,14 @@ def words(script: str, checkpoint: str = "base") -> list[str]:
 
 def bad_values(kind: Any) -> list[str]:
     if isinstance(kind, types.UnionType):
-        return sorted(set.intersection(*(set(bad_values(one)) for one in get_args(kind) if one is not type(None))))
+        return sorted(
+            set.intersection(*(set(bad_values(one)) for one in get_args(kind) if one is not type(None)))
+        )
     if get_origin(kind) is Literal:
         return ["nonsense", "[1]"]
-    return {int: ["many", "1.5", ".nan", "[1]"], float: ["fast", "[1]", "{}"], bool: ["perhaps", "7"]}.get(kind, [])
+    return {int: ["many", "1.5", ".nan", "[1]"], float: ["fast", "[1]", "{}"], bool: ["perhaps", "7"]}.get(
+        kind, []
+    )
 
 
 def options(kind: type, prefix: str = "--") -> list[tuple[str, str]]:
@@ -101,14 +114,20 @@ OPTIONS = [(script, option, value) for script, kind in SCRIPTS.items() for optio
 
 
 def test_there_is_a_table():
-    assert len(OPTIONS) >= 100 and {script for script, _, _ in OPTIONS} >= SCRIPTS.keys() - {"scripts/download.py"}
+    assert len(OPTIONS) >= 100 and {script for script, _, _ in OPTIONS} >= SCRIPTS.keys() - {
+        "scripts/download.py"
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_values_of_every_option(script, forked, sound):
     for _, option, value in (case for case in OPTIONS if case[0] == script):
         line = forked.refuses(*words(script), option, value, cwd=sound)
-        assert option in line or option.rpartition(".")[2] in line or f"{value}: " in line, (option, value, line)
+        assert option in line or option.rpartition(".")[2] in line or f"{value}: " in line, (
+            option,
+            value,
+            line,
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -140,26 +159,49 @@ def wrong(kind: Any) -> list[Any]:
 
 CONFIG = [(name, value) for name, kind in get_type_hints(ModelConfig).items() for value in wrong(kind)]
 HF_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("head_dim", "max_position_embeddings", "rope_theta", "tie_word_embeddings"),
 )
-HF = [(name, value) for name in HF_FIELDS[:-2] for value in ("32", -4, 1.5, float("nan"), 10**12, [32], {"a": 1})]
+HF = [
+    (name, value)
+    for name in HF_FIELDS[:-2]
+    for value in ("32", -4, 1.5, float("nan"), 10**12, [32], {"a": 1})
+]
 HF += [("model_type", value) for value in (None, 5, "evil", [])] + [
     ("rope_scaling", value) for value in ("x", [1], {"type": "x"}, {"a": 1})
 ]
-HF += [("rms_norm_eps", value) for value in ("x", -1, float("inf"), [])] + [("hidden_act", value) for value in ("x", 5, [])]
-PEFT = [("r", value) for value in ("2", 0, -1, 1.5, None, [2], True, 3, 10**9)] + [("peft_type", value) for value in (None, "LOHA", 5, [])]
+HF += [("rms_norm_eps", value) for value in ("x", -1, float("inf"), [])] + [
+    ("hidden_act", value) for value in ("x", 5, [])
+]
+PEFT = [("r", value) for value in ("2", 0, -1, 1.5, None, [2], True, 3, 10**9)] + [
+    ("peft_type", value) for value in (None, "LOHA", 5, [])
+]
 PEFT += [("lora_alpha", value) for value in ("x", 0, float("nan"), [], True)] + [
     ("rank_pattern", value) for value in ([], {"(": 2}, {"q_proj": "x"})
 ]
-PEFT += [("base_model_name_or_path", value) for value in (5, [], "nowhere")] + [("lora_dropout", value) for value in ("x", 7, [])]
+PEFT += [("base_model_name_or_path", value) for value in (5, [], "nowhere")] + [
+    ("lora_dropout", value) for value in ("x", 7, [])
+]
 LORA = [("rank", value) for value in (None, "2", 0, -1, 2.0, 3, 10**30)] + [
     ("alpha", value) for value in (None, "x", 16, 0.0, float("nan"), [])
 ]
 LORA += [("targets", value) for value in ([], 5)] + [("dropout", value) for value in (1.0, -1, "x")]
-LORA += [("rank_pattern", value) for value in (5, [1], {1: 2}, {"q_proj": 0}, {"(a+)+": 2})] + [("modules_to_save", 5)]
-META = [("format", value) for value in (None, 2, "1", [])] + [("kind", value) for value in (None, "half", 5, [])]
-META += [("base", value) for value in (None, [], {}, {"path": 5})] + [("lora", value) for value in (None, [], {})]
+LORA += [("rank_pattern", value) for value in (5, [1], {1: 2}, {"q_proj": 0}, {"(a+)+": 2})] + [
+    ("modules_to_save", 5)
+]
+META = [("format", value) for value in (None, 2, "1", [])] + [
+    ("kind", value) for value in (None, "half", 5, [])
+]
+META += [("base", value) for value in (None, [], {}, {"path": 5})] + [
+    ("lora", value) for value in (None, [], {})
+]
 RECORDS = [
     *(
         "5",
@@ -213,7 +255,9 @@ def test_wrong_values_in_model_config_yaml(name, forked, place):
         refused(forked, place, "base/", *words("chat/base.py"))
 
 
-@pytest.mark.parametrize("script", ["chat/base.py", "finetune/lora.py", "finetune/full.py", "scripts/convert_lit_checkpoint.py"])
+@pytest.mark.parametrize(
+    "script", ["chat/base.py", "finetune/lora.py", "finetune/full.py", "scripts/convert_lit_checkpoint.py"]
+)
 def test_every_command_refuses_a_wrong_configuration(script, forked, place):
     edit_yaml(place / "base/model_config.yaml", "num_hidden_layers", 3)
     refused(forked, place, "base/lit_model.pth: weight(s) missing", *words(script))
@@ -266,7 +310,12 @@ def test_wrong_small_files(forked, place):
     for file, text in SMALL_FILES:
         before = (place / file).read_bytes() if (place / file).exists() else None
         (place / file).write_text(text)
-        refused(forked, place, Path(file).name if "template" in text or "tokenizer" in file else file, *words("chat/base.py"))
+        refused(
+            forked,
+            place,
+            Path(file).name if "template" in text or "tokenizer" in file else file,
+            *words("chat/base.py"),
+        )
         (place / file).unlink() if before is None else (place / file).write_bytes(before)
 
 

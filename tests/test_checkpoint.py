@@ -11,7 +11,14 @@ import yaml
 from conftest import tiny_config
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_meta, fingerprint, full_meta, open_checkpoint, resolve, write_checkpoint
+from litlora.checkpoint import (
+    adapter_meta,
+    fingerprint,
+    full_meta,
+    open_checkpoint,
+    resolve,
+    write_checkpoint,
+)
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
@@ -28,7 +35,9 @@ def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16
     add_lora(loaded.model, config)
     tensors = {name: torch.randn_like(t) * 0.1 for name, t in lora_tensors(loaded.model).items()}
     meta = adapter_meta(dataclasses.asdict(config), loaded.chain.top, directory)
-    write_checkpoint(directory, tensors, meta, loaded.model.config, sidecars_from=base_dir, prompt_style=STYLES["alpaca"])
+    write_checkpoint(
+        directory, tensors, meta, loaded.model.config, sidecars_from=base_dir, prompt_style=STYLES["alpaca"]
+    )
     return directory
 
 
@@ -43,7 +52,9 @@ def test_full_round_trip(make_checkpoint):
     torch.manual_seed(0)
     expected = dict(GPT(tiny_config()).bfloat16().named_parameters())
     assert again.tensors.keys() == expected.keys()
-    assert all(torch.equal(t, expected[name]) and t.dtype == torch.bfloat16 for name, t in again.tensors.items())
+    assert all(
+        torch.equal(t, expected[name]) and t.dtype == torch.bfloat16 for name, t in again.tensors.items()
+    )
     assert (directory / "tokenizer.json").is_file() and (directory / "tokenizer_config.json").is_file()
 
 
@@ -67,7 +78,10 @@ def test_an_adapter_describes_itself_and_holds_nothing_else(tmp_path, base):
 
 
 def test_a_view_is_stored_at_its_own_size(tmp_path, base, tokenizer_dir):
-    tensors = {name: torch.cat([t, torch.zeros(10_000, *t.shape[1:])])[: len(t)] for name, t in open_checkpoint(base).tensors.items()}
+    tensors = {
+        name: torch.cat([t, torch.zeros(10_000, *t.shape[1:])])[: len(t)]
+        for name, t in open_checkpoint(base).tensors.items()
+    }
     write_checkpoint(tmp_path / "views", tensors, full_meta(), tiny_config(), sidecars_from=tokenizer_dir)
     assert (tmp_path / "views/lit_model.pth").stat().st_size < 1.1 * (base / "lit_model.pth").stat().st_size
 
@@ -92,7 +106,8 @@ def test_a_chain_equals_merging_one_by_one(tmp_path, base):
     tensors, config = merge_chain(resolve(first))
     write_checkpoint(tmp_path / "merged", tensors, full_meta(), config, sidecars_from=first)
     one_by_one, _ = merge_chain(resolve(second, base_dir=tmp_path / "merged", allow_base_mismatch=True))
-    # The stand-in takes the place of the last link whose own base it could be; here that is the first adapter's.
+    # The stand-in takes the place of the last link whose own base it could be; here that is the
+    # first adapter's.
     expected = {**merge_chain(chain)[0]}
     W = expected["model.layers.0.self_attn.q_proj.weight"]
     a, b = open_checkpoint(first).tensors, open_checkpoint(second).tensors
@@ -103,11 +118,16 @@ def test_a_chain_equals_merging_one_by_one(tmp_path, base):
 
 
 def test_an_adapter_of_a_tied_head_unties_it(tmp_path, make_checkpoint):
-    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base", tie_word_embeddings=True), targets=["lm_head", "q_proj"])
+    adapter = write_adapter(
+        tmp_path / "adapter", make_checkpoint("base", tie_word_embeddings=True), targets=["lm_head", "q_proj"]
+    )
     torch.testing.assert_close(logits(adapter), logits(adapter, live=True), atol=1e-5, rtol=1e-4)
     tensors, config = merge_chain(resolve(adapter))
     assert not config.tie_word_embeddings
-    assert torch.equal(tensors["model.embed_tokens.weight"], open_checkpoint(tmp_path / "base").tensors["model.embed_tokens.weight"])
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"],
+        open_checkpoint(tmp_path / "base").tensors["model.embed_tokens.weight"],
+    )
 
 
 def test_a_merge_answers_for_its_chain_until_it_is_changed(tmp_path, base):
@@ -144,7 +164,9 @@ def test_the_fingerprint_sees_every_tensor_name_shape_and_dtype(base):
 def test_another_base_of_equal_shapes_is_refused(tmp_path, base, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", base)
     other = make_checkpoint("other", seed=7)
-    with pytest.raises(BaseMismatchError, match=r"other: not the base that .*adapter was trained on.*--allow_base_mismatch"):
+    with pytest.raises(
+        BaseMismatchError, match=r"other: not the base that .*adapter was trained on.*--allow_base_mismatch"
+    ):
         resolve(adapter, base_dir=other)
     assert resolve(adapter, base_dir=other, allow_base_mismatch=True).base.directory == other
 
@@ -175,7 +197,10 @@ def test_moving_the_tree_or_the_adapter_keeps_working(tmp_path, base):
     shutil.move(tree, tmp_path / "moved")
     assert torch.equal(logits(tmp_path / "moved/adapter"), expected), "the whole tree was moved"
     shutil.move(tmp_path / "moved/base", tmp_path / "renamed")
-    with pytest.raises(CheckpointError, match=r"adapter -> .*base: the last is no checkpoint directory.*--base_checkpoint_dir"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"adapter -> .*base: the last is no checkpoint directory.*--base_checkpoint_dir",
+    ):
         load(tmp_path / "moved/adapter")
     assert torch.equal(logits(tmp_path / "moved/adapter", base_dir=tmp_path / "renamed"), expected)
 
@@ -210,7 +235,9 @@ def test_a_chain_in_a_circle_is_shown(tmp_path, base):
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path, base, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", base)
     wider = make_checkpoint("wider", intermediate_size=96)
-    with pytest.raises(CheckpointError, match=r"updates model\.layers\.0\.mlp\.gate_proj as 64 x 32; the base has \(96, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"updates model\.layers\.0\.mlp\.gate_proj as 64 x 32; the base has \(96, 32\)"
+    ):
         load(adapter, base_dir=wider, allow_base_mismatch=True)
     shallow = make_checkpoint("shallow", num_hidden_layers=1)
     with pytest.raises(CheckpointError, match="which the base does not have"):
@@ -277,7 +304,10 @@ def test_a_bad_file_is_refused_in_one_line_with_its_name(tmp_path, base, how, sa
         (lambda c: c["litlora"]["lora"].update(rank=3), "make no update of rank 3"),
         (lambda c: c["litlora"]["base"].pop("fingerprint"), "base.fingerprint is None"),
         (lambda c: c["model"].pop(next(iter(c["model"]))), "but not both"),
-        (lambda c: c["model"].update({"model.norm.weight": torch.zeros(2)}), "has lora_A or lora_B|is not part of an adapter"),
+        (
+            lambda c: c["model"].update({"model.norm.weight": torch.zeros(2)}),
+            "has lora_A or lora_B|is not part of an adapter",
+        ),
         (lambda c: c["model"].clear(), "adapter is empty"),
     ],
 )
@@ -308,7 +338,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, base, tokenizer_dir, mon
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("litlora.convert.torch_file.TorchFile.finish", full_disk)
+    monkeypatch.setattr("litlora.storage.torch_file.TorchFile.finish", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(base, {}, full_meta(), tiny_config(), sidecars_from=tokenizer_dir)
     assert (base / "lit_model.pth").read_bytes() == before
@@ -369,7 +399,13 @@ def test_the_fingerprint_samples_large_tensors_as_the_security_page_says(make_ch
         change(other.view(-1))
         return fingerprint({**tensors, name: other}) != fingerprint(tensors)
 
-    assert changed(lambda flat: flat.add_(1e-3 * torch.randn_like(flat))), "training changes nearly every number"
-    assert changed(lambda flat: flat[:1].add_(1)) and changed(lambda flat: flat[-1:].add_(1)), "the ends are looked at"
+    assert changed(lambda flat: flat.add_(1e-3 * torch.randn_like(flat))), (
+        "training changes nearly every number"
+    )
+    assert changed(lambda flat: flat[:1].add_(1)) and changed(lambda flat: flat[-1:].add_(1)), (
+        "the ends are looked at"
+    )
     between = (512 + bytes_in_all // 14) // 4  # in the middle of the first gap
-    assert not changed(lambda flat: flat[between : between + 1].add_(1)), "else SECURITY.md promises too little"
+    assert not changed(lambda flat: flat[between : between + 1].add_(1)), (
+        "else SECURITY.md promises too little"
+    )

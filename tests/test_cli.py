@@ -77,7 +77,10 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--accelerator", "tpu"], "--accelerator"),
         (["--devices", "0"], "--devices 0"),
         (["--train.packing", "false", "--devices", "3"], "times --devices 3"),
-        (["--train.packing=false", "--train.global_batch_size", "10"], "size 10: must be a multiple of --train.micro_batch_size 4"),
+        (
+            ["--train.packing=false", "--train.global_batch_size", "10"],
+            "size 10: must be a multiple of --train.micro_batch_size 4",
+        ),
         (["--train.micro_batch_tokens", "0"], "--train.micro_batch_tokens 0: must be at least 1"),
         (["stray"], "stray: no such option"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -91,7 +94,16 @@ def test_a_mistake_names_the_option(words, says):
 
 
 @pytest.mark.parametrize(
-    "text", ["lora: 5", "lora: [", "lora: {rank: 0}", "lora: {rnk: 3}", "nonsense: 1", "- 1", "seed: !!python/name:os.system"]
+    "text",
+    [
+        "lora: 5",
+        "lora: [",
+        "lora: {rank: 0}",
+        "lora: {rnk: 3}",
+        "nonsense: 1",
+        "- 1",
+        "seed: !!python/name:os.system",
+    ],
 )
 def test_a_bad_config_file_is_named(tmp_path, text):
     file = tmp_path / "run.yaml"
@@ -108,7 +120,9 @@ def test_flags_need_no_value():
 
 
 def test_data_sources_are_named_shortly():
-    assert parse(FinetuneLoRA, []).data == Alpaca(source="sample"), "with nothing given, nothing is downloaded"
+    assert parse(FinetuneLoRA, []).data == Alpaca(source="sample"), (
+        "with nothing given, nothing is downloaded"
+    )
     assert parse(FinetuneLoRA, ["--data", "Alpaca"]).data == Alpaca(source="auto")
     assert parse(FinetuneLoRA, ["--data", "JSON", "--data.path", "x"]).data == JSON(path="x")
     assert parse(FinetuneFull, []).train.learning_rate < parse(FinetuneLoRA, []).train.learning_rate
@@ -144,7 +158,11 @@ def test_every_setting_has_a_help_text():
 
 def test_debugging_shows_the_traceback():
     done = command("finetune/lora.py", "--checkpoint_dir", "nowhere", LITLORA_DEBUG="1")
-    assert done.returncode == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: nowhere")
+    assert (
+        done.returncode == 2
+        and "Traceback" in done.stderr
+        and done.stderr.splitlines()[-1].startswith("error: nowhere")
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,15 +188,35 @@ def test_a_list_of_something_else_is_one_line():
 @pytest.mark.parametrize(
     ("script", "words", "says"),
     [
-        ("scripts/merge_lora.py", ["--lora_path", "a", "--out_dir", "o", "--strength", "-1e-3"], "a: no such directory"),
-        ("scripts/merge_lora.py", ["--lora_path", "a", "--out_dir", "o", "--dtype", "fp8"], "--dtype: expected bf16, fp16, fp32, got fp8"),
-        ("scripts/merge_lora.py", ["--lora_path", __file__, "--out_dir", "o"], "is a file; a checkpoint directory is needed"),
+        (
+            "scripts/merge_lora.py",
+            ["--lora_path", "a", "--out_dir", "o", "--strength", "-1e-3"],
+            "a: no such directory",
+        ),
+        (
+            "scripts/merge_lora.py",
+            ["--lora_path", "a", "--out_dir", "o", "--dtype", "fp8"],
+            "--dtype: expected bf16, fp16, fp32, got fp8",
+        ),
+        (
+            "scripts/merge_lora.py",
+            ["--lora_path", __file__, "--out_dir", "o"],
+            "is a file; a checkpoint directory is needed",
+        ),
         ("scripts/merge_lora.py", ["--config", "--out_dir", "o"], "--config: needs a file of settings"),
-        ("scripts/combine_lora.py", ["--lora_path", "a", "--weights", "", "--out_dir", "o"], "--weights: needs a value"),
+        (
+            "scripts/combine_lora.py",
+            ["--lora_path", "a", "--weights", "", "--out_dir", "o"],
+            "--weights: needs a value",
+        ),
         ("scripts/inspect_checkpoint.py", ["a", "b"], "b: one checkpoint_dir at a time"),
         ("finetune/lora.py", ["--seed", "-1"], "--seed -1: must be at least 0 and below 4,294,967,296"),
         ("chat/base.py", ["--seed", str(2**64)], "--seed 18446744073709551616: must be at least 0"),
-        ("scripts/lora_merger.py", ["--source-model", "a", "--lora-model", "b", "--output", "c", "--alpha", "-1e-3"], "--source-model a:"),
+        (
+            "scripts/lora_merger.py",
+            ["--source-model", "a", "--lora-model", "b", "--output", "c", "--alpha", "-1e-3"],
+            "--source-model a:",
+        ),
     ],
 )
 def test_a_mistake_names_itself(script, words, says):

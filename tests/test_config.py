@@ -9,7 +9,9 @@ from litlora.errors import CheckpointError
 
 
 def test_round_trip_through_yaml(tmp_path):
-    config = tiny_config(norm="layernorm", mlp="plain", hidden_act="gelu_tanh", rope_theta=5e5, tie_word_embeddings=True)
+    config = tiny_config(
+        norm="layernorm", mlp="plain", hidden_act="gelu_tanh", rope_theta=5e5, tie_word_embeddings=True
+    )
     path = tmp_path / "model_config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
     assert ModelConfig.load(path) == config

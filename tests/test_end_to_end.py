@@ -24,20 +24,32 @@ SHORT = ["--train.max_steps", 12, "--train.save_interval", 5, "--train.log_inter
 
 
 def contents(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """One short LoRA run with the sample; what it printed, and its directory."""
     out = tmp_path_factory.mktemp("runs") / "lora"
-    done = succeeds("finetune/lora.py", "--data", "Alpaca", "--data.source", "sample", "--out_dir", out, *SHORT)
+    done = succeeds(
+        "finetune/lora.py", "--data", "Alpaca", "--data.source", "sample", "--out_dir", out, *SHORT
+    )
     return done.stdout, out
 
 
 def test_a_run_leaves_what_it_promises(adapter):
     printed, out = adapter
-    assert {path.name for path in out.iterdir()} == {"final", "step-000005", "step-000010", "hyperparameters.yaml", "metrics.csv"}
+    assert {path.name for path in out.iterdir()} == {
+        "final",
+        "step-000005",
+        "step-000010",
+        "hyperparameters.yaml",
+        "metrics.csv",
+    }
     for directory in (out / "final", out / "step-000010"):
         assert {path.name for path in directory.iterdir()} >= {
             "lit_model.pth", "model_config.yaml", "tokenizer.json", "prompt_style.yaml", "hyperparameters.yaml"
@@ -62,7 +74,9 @@ def test_a_run_leaves_what_it_promises(adapter):
 def test_the_stored_configuration_repeats_the_run(adapter, tmp_path):
     _, out = adapter
     succeeds("finetune/lora.py", "--config", out / "hyperparameters.yaml", "--out_dir", tmp_path / "again")
-    ours, theirs = (torch.load(d / "final/lit_model.pth", weights_only=True)["model"] for d in (out, tmp_path / "again"))
+    ours, theirs = (
+        torch.load(d / "final/lit_model.pth", weights_only=True)["model"] for d in (out, tmp_path / "again")
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -70,15 +84,40 @@ def test_the_second_round(adapter, tmp_path):
     """Adapter -> second adapter on it -> chat -> merge -> full fine-tune of the merge -> chat."""
     _, first = adapter
     ask = ["--prompt", "What is the capital of Japan?", "--temperature", 0, "--max_new_tokens", 12]
-    succeeds("finetune/lora.py", "--checkpoint_dir", first / "final", "--out_dir", tmp_path / "second", "--lora.targets", "qv", *SHORT)
+    succeeds(
+        "finetune/lora.py",
+        "--checkpoint_dir",
+        first / "final",
+        "--out_dir",
+        tmp_path / "second",
+        "--lora.targets",
+        "qv",
+        *SHORT,
+    )
     chained = succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "second/final", *ask).stdout
-    merge = ["--checkpoint_dir", QUICKSTART, "--lora_path", tmp_path / "second/final/lit_model.pth", "--out_dir", tmp_path / "merged"]
-    assert f"next: python chat/base.py --checkpoint_dir {tmp_path / 'merged'}" in succeeds("scripts/merge_lora.py", *merge).stdout
-    assert succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "merged", *ask).stdout == chained, "the merge must be what was tested"
+    merge = [
+        "--checkpoint_dir",
+        QUICKSTART,
+        "--lora_path",
+        tmp_path / "second/final/lit_model.pth",
+        "--out_dir",
+        tmp_path / "merged",
+    ]
+    assert (
+        f"next: python chat/base.py --checkpoint_dir {tmp_path / 'merged'}"
+        in succeeds("scripts/merge_lora.py", *merge).stdout
+    )
+    assert succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "merged", *ask).stdout == chained, (
+        "the merge must be what was tested"
+    )
 
     base, merged = open_checkpoint(QUICKSTART), open_checkpoint(tmp_path / "merged")
-    assert {n: (t.shape, t.dtype) for n, t in merged.tensors.items()} == {n: (t.shape, t.dtype) for n, t in base.tensors.items()}
-    assert (tmp_path / "merged/prompt_style.yaml").is_file() and (tmp_path / "merged/tokenizer.json").is_file()
+    assert {n: (t.shape, t.dtype) for n, t in merged.tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in base.tensors.items()
+    }
+    assert (tmp_path / "merged/prompt_style.yaml").is_file() and (
+        tmp_path / "merged/tokenizer.json"
+    ).is_file()
 
     before = contents(tmp_path / "merged")
     assert "already holds" in fails("scripts/merge_lora.py", *merge)
@@ -86,24 +125,43 @@ def test_the_second_round(adapter, tmp_path):
     succeeds("scripts/merge_lora.py", *merge, "--overwrite")
     assert contents(tmp_path / "merged") == before
 
-    done = succeeds("finetune/full.py", "--checkpoint_dir", tmp_path / "merged", "--out_dir", tmp_path / "full", *SHORT)
+    done = succeeds(
+        "finetune/full.py", "--checkpoint_dir", tmp_path / "merged", "--out_dir", tmp_path / "full", *SHORT
+    )
     assert "the full model" in done.stdout
     full = open_checkpoint(tmp_path / "full/final")
     assert not full.is_adapter and full.tensors.keys() == base.tensors.keys()
     assert all(not torch.equal(full.tensors[name], merged.tensors[name]) for name in merged.tensors)
     assert contents(tmp_path / "merged") == before, "training must not touch its base"
     succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "full/final", *ask)
-    succeeds("finetune/lora.py", "--checkpoint_dir", tmp_path / "full/final", "--out_dir", tmp_path / "third", "--train.max_steps", 1)
+    succeeds(
+        "finetune/lora.py",
+        "--checkpoint_dir",
+        tmp_path / "full/final",
+        "--out_dir",
+        tmp_path / "third",
+        "--train.max_steps",
+        1,
+    )
 
 
 def test_a_full_run_on_an_adapter_merges_it_first(adapter, tmp_path):
     _, first = adapter
-    succeeds("finetune/full.py", "--checkpoint_dir", first / "final", "--out_dir", tmp_path / "full", "--train.max_steps", 1)
+    succeeds(
+        "finetune/full.py",
+        "--checkpoint_dir",
+        first / "final",
+        "--out_dir",
+        tmp_path / "full",
+        "--train.max_steps",
+        1,
+    )
     assert not open_checkpoint(tmp_path / "full/final").is_adapter
 
 
 def test_ones_own_data_and_the_real_tokenizer(tmp_path):
-    """Real records of which many are cut, in another directory's terms: everything is where it was asked for."""
+    """Real records of which many are cut, in another directory's terms: everything is where it was
+    asked for."""
     data = SHARED / "data/alpaca_zh_demo.json"
     if not data.is_file():
         pytest.skip(f"{data} is not at hand")
@@ -112,15 +170,30 @@ def test_ones_own_data_and_the_real_tokenizer(tmp_path):
         "finetune/lora.py", "--data", "JSON", "--data.path", tmp_path / "mine.jsonl", "--out_dir", tmp_path / "out",
         "--train.max_seq_length", 200, "--train.max_steps", 2, "--checkpoint_dir", QUICKSTART,
     )  # fmt: skip
-    assert re.search(r"data: \d+ examples are longer than 200 tokens: their answers were cut, each keeps its end-of-text", done.stdout)
+    assert re.search(
+        r"data: \d+ examples are longer than 200 tokens: their answers were cut, each keeps its end-of-text",
+        done.stdout,
+    )
     assert re.search(r"data: \d+ examples left out: their prompts alone fill 200 tokens", done.stdout)
 
 
 def test_two_devices_learn_what_one_does(adapter, tmp_path):
     _, one = adapter
-    done = succeeds("finetune/lora.py", "--devices", 2, "--accelerator", "cpu", "--out_dir", tmp_path / "two", *SHORT, OMP_NUM_THREADS="1")
+    done = succeeds(
+        "finetune/lora.py",
+        "--devices",
+        2,
+        "--accelerator",
+        "cpu",
+        "--out_dir",
+        tmp_path / "two",
+        *SHORT,
+        OMP_NUM_THREADS="1",
+    )
     assert done.stdout.count("result: ") == 1
-    ours, theirs = (torch.load(d / "final/lit_model.pth", weights_only=True)["model"] for d in (one, tmp_path / "two"))
+    ours, theirs = (
+        torch.load(d / "final/lit_model.pth", weights_only=True)["model"] for d in (one, tmp_path / "two")
+    )
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], atol=2e-4, rtol=2e-2)
 
@@ -145,12 +218,15 @@ def test_chat_says_when_a_model_was_taught_nothing():
 def test_chat_refuses_what_it_cannot_answer(adapter):
     _, first = adapter
     assert "is empty" in fails("chat/base.py", "--checkpoint_dir", first / "final", "--prompt", " ")
-    assert "context holds" in fails("chat/base.py", "--checkpoint_dir", first / "final", "--prompt", "word " * 3000)
+    assert "context holds" in fails(
+        "chat/base.py", "--checkpoint_dir", first / "final", "--prompt", "word " * 3000
+    )
     assert f"did you mean {first / 'final'}?" in fails("chat/base.py", "--checkpoint_dir", first)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
-    """On a real terminal: an answer that does not end by itself, Ctrl-C, Ctrl-C at the prompt, Ctrl-D."""
+    """On a real terminal: an answer that does not end by itself, Ctrl-C, Ctrl-C at the prompt,
+    Ctrl-D."""
     endless = make_checkpoint("endless", max_position_embeddings=100_000)
     main, terminal = pty.openpty()
     chat = subprocess.Popen(
@@ -179,7 +255,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
         chat.send_signal(signal.SIGINT)
         wait_for("(stopped)")
         wait_for(">>> ", 2)
-        for _ in range(60):  # one that comes between the prompt and the reading is only seen with the next key
+        for _ in range(
+            60
+        ):  # one that comes between the prompt and the reading is only seen with the next key
             chat.send_signal(signal.SIGINT)
             if select.select([main], [], [], 1)[0]:
                 seen += os.read(main, 4096).decode(errors="replace")
@@ -211,7 +289,9 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
         assert not out.exists(), "a mistake must leave nothing on the disk"
         return line
 
-    (tmp_path / "bad.json").write_text('[{"instruction": "a", "output": "b"}, {"prompt": "c", "output": "d"}]')
+    (tmp_path / "bad.json").write_text(
+        '[{"instruction": "a", "output": "b"}, {"prompt": "c", "output": "d"}]'
+    )
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "word " * 5000, "output": "b"}]))
     assert "bad.json, record 1" in said("--data", "JSON", "--data.path", tmp_path / "bad.json")
@@ -228,7 +308,9 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     assert "lit_model.pth: broken (100,000 bytes)" in said("--checkpoint_dir", broken)
     (broken / "lit_model.pth").write_bytes(pickle.dumps(_Payload()))
     assert "could run code" in said("--checkpoint_dir", broken)
-    assert "multiple of --train.micro_batch_size" in said("--train.packing", "false", "--train.micro_batch_size", 3)
+    assert "multiple of --train.micro_batch_size" in said(
+        "--train.packing", "false", "--train.micro_batch_size", 3
+    )
 
 
 def test_bad_input_to_lora(tmp_path):
@@ -245,8 +327,12 @@ def test_an_output_directory_in_use_is_refused_and_overwrite_replaces_it(adapter
     before = contents(tmp_path / "run")
     words = ["finetune/lora.py", "--out_dir", tmp_path / "run", "--train.max_steps", 1]
     assert "already holds" in fails(*words)
-    assert "holds no record" in fails(*words, "--overwrite", "--data", "JSON", "--data.path", _empty(tmp_path))
-    assert f"holds {tmp_path / 'run/final'}, which is read" in fails(*words, "--overwrite", "--checkpoint_dir", tmp_path / "run/final")
+    assert "holds no record" in fails(
+        *words, "--overwrite", "--data", "JSON", "--data.path", _empty(tmp_path)
+    )
+    assert f"holds {tmp_path / 'run/final'}, which is read" in fails(
+        *words, "--overwrite", "--checkpoint_dir", tmp_path / "run/final"
+    )
     assert contents(tmp_path / "run") == before
     succeeds(*words, "--overwrite")
     assert not list((tmp_path / "run").glob("step-*")), "nothing stale may remain"
@@ -267,7 +353,9 @@ def test_bad_input_to_merging(adapter, tmp_path):
     words = ["scripts/merge_lora.py", "--lora_path", first / "final/lit_model.pth", "--out_dir", out]
     assert "not the base that" in fails(*words, "--checkpoint_dir", tmp_path / "other")
     assert "no such directory" in fails(*words, "--checkpoint_dir", tmp_path / "nowhere")
-    assert "is a full model already" in fails("scripts/merge_lora.py", "--lora_path", QUICKSTART, "--out_dir", out)
+    assert "is a full model already" in fails(
+        "scripts/merge_lora.py", "--lora_path", QUICKSTART, "--out_dir", out
+    )
     assert "which is read" in fails(*words[:3], "--out_dir", first / "final", "--overwrite")
     assert not out.exists()
     succeeds(*words, "--checkpoint_dir", tmp_path / "other", "--allow_base_mismatch")
@@ -279,4 +367,6 @@ def test_the_default_output_directory_is_named_by_method_and_data(tmp_path, alpa
     succeeds("finetune/full.py", *words, "--data", "JSON", "--data.path", alpaca_file, cwd=tmp_path)
     assert (tmp_path / "out/lora/alpaca/final/lit_model.pth").is_file()
     assert (tmp_path / "out/full/json/final/lit_model.pth").is_file()
-    assert command("chat/base.py", "--prompt", "Hi", "--max_new_tokens", 2, cwd=tmp_path).returncode == 0, "the adapter finds its base"
+    assert command("chat/base.py", "--prompt", "Hi", "--max_new_tokens", 2, cwd=tmp_path).returncode == 0, (
+        "the adapter finds its base"
+    )

@@ -15,7 +15,13 @@ COMMIT = "0123456789" * 4
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
     "max_position_embeddings": 64,
 }
 WEIGHTS = bytes(range(256)) * 50_000
@@ -23,7 +29,8 @@ WEIGHTS = bytes(range(256)) * 50_000
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories of one commit; gated ones need a token. `break_after`: a file's transfer ends after so many bytes, once."""
+    """Repositories of one commit; gated ones need a token. `break_after`: a file's transfer ends
+    after so many bytes, once."""
 
     repositories: dict[str, dict[str, bytes]] = {}
     break_after: dict[str, int] = {}
@@ -52,7 +59,11 @@ class Hub(BaseHTTPRequestHandler):
         data = self.repositories.get(repo_id, {}).get(name)
         if data is None:
             return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": revision,
+            "Accept-Ranges": "bytes",
+        }
         start = int(asked.removeprefix("bytes=").split("-")[0]) if (asked := self.headers.get("Range")) else 0
         if self.command == "GET":
             self.ranges.append(asked)
@@ -61,7 +72,9 @@ class Hub(BaseHTTPRequestHandler):
         most = self.break_after.pop(name, None) if self.command == "GET" else None
         return self.answer(206 if start else 200, data[start:], headers, most)
 
-    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None, most: int | None = None) -> None:
+    def answer(
+        self, status: int, data: bytes, headers: dict[str, str] | None = None, most: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -84,14 +97,23 @@ def hub(tmp_path):
         "README.md": b"not wanted",
     }
     Hub.repositories = {"someone/llama": files, "someone/gated": files}
-    Hub.repositories["someone/mamba"] = {**files, "config.json": b'{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}'}
+    Hub.repositories["someone/mamba"] = {
+        **files,
+        "config.json": b'{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}',
+    }
     Hub.repositories["someone/data"] = {"README.md": b"no model"}
     Hub.break_after, Hub.ranges = {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
-    yield {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    yield {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     server.shutdown()
     thread.join()
     server.server_close()
@@ -150,7 +172,9 @@ def test_an_unreachable_hub_is_one_line(hub, tmp_path):
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
 def test_a_name_that_is_none_is_refused(repo_id, tmp_path):
-    assert "--repo_id" in fails("scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model")
+    assert "--repo_id" in fails(
+        "scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model"
+    )
 
 
 def test_a_directory_with_other_things_is_left_alone(tmp_path):
@@ -160,8 +184,19 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path):
 
 
 def test_safetensors_are_preferred_and_the_index_comes_first():
-    shards = [f"{stem}-0000{n}-of-00002.{kind}" for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")) for n in (1, 2)]
-    names = ["README.md", "consolidated.safetensors", *shards, "model.safetensors.index.json", "config.json", "onnx/model.onnx"]
+    shards = [
+        f"{stem}-0000{n}-of-00002.{kind}"
+        for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin"))
+        for n in (1, 2)
+    ]
+    names = [
+        "README.md",
+        "consolidated.safetensors",
+        *shards,
+        "model.safetensors.index.json",
+        "config.json",
+        "onnx/model.onnx",
+    ]
     assert wanted_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
     assert wanted_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
     assert wanted_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [

@@ -1,4 +1,5 @@
-"""scripts/lora_extractor.py and lora_merger.py: what is extracted, added to the source, gives the target, in every format."""
+"""scripts/lora_extractor.py and lora_merger.py: what is extracted, added to the source, gives the
+target, in every format."""
 
 import io
 import re
@@ -36,7 +37,8 @@ RANK = 8
 
 
 def succeeds(script: str, *arguments: object) -> str:
-    """Run a command within this process, which need not import torch again; returns what it says."""
+    """Run a command within this process, which need not import torch again; returns what it
+    says."""
     module = {"__name__": "script"}
     exec(compile((REPO / script).read_text(), script, "exec"), module)
     said = io.StringIO()
@@ -64,7 +66,11 @@ def pair(tmp_path):
     target = {name: tensor.clone() for name, tensor in source.items()}
     for name, shape in SHAPES.items():
         if name != "frozen.weight":
-            change = noise(shape[0], RANK) @ noise(RANK, source[name][0].numel()) if len(shape) > 1 else noise(*shape)
+            change = (
+                noise(shape[0], RANK) @ noise(RANK, source[name][0].numel())
+                if len(shape) > 1
+                else noise(*shape)
+            )
             target[name] += change.view(shape) + 0.01 * noise(*shape)
     save_file(source, tmp_path / "source.safetensors")
     save_file(target, tmp_path / "target.safetensors")
@@ -72,7 +78,12 @@ def pair(tmp_path):
 
 
 def words(tmp_path, *more: object) -> list[object]:
-    names = ["--source-model", tmp_path / "source.safetensors", "--target-model", tmp_path / "target.safetensors"]
+    names = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--target-model",
+        tmp_path / "target.safetensors",
+    ]
     return [*names, "--output", tmp_path / "lora", "--rank", RANK, "--min_size", 100, *more]
 
 
@@ -86,9 +97,22 @@ def test_the_round_trip_is_as_near_as_the_exact_decomposition(tmp_path, pair, fo
     source, target = pair
     ending = {"safetensors": ".safetensors", "pytorch": ".pt"}[kind]
     succeeds(EXTRACT, *words(tmp_path, "--format", format, "--output-format", kind, "--output-dtype", "fp32"))
-    given = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / f"lora{ending}", "--lora-type", kind]
-    succeeds(MERGE, *given, "--output", tmp_path / "merged", "--output-format", kind, "--output-dtype", "fp32")
-    merged = load_file(tmp_path / "merged.safetensors") if ending != ".pt" else torch.load(tmp_path / "merged.pt", weights_only=True)
+    given = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--lora-model",
+        tmp_path / f"lora{ending}",
+        "--lora-type",
+        kind,
+    ]
+    succeeds(
+        MERGE, *given, "--output", tmp_path / "merged", "--output-format", kind, "--output-dtype", "fp32"
+    )
+    merged = (
+        load_file(tmp_path / "merged.safetensors")
+        if ending != ".pt"
+        else torch.load(tmp_path / "merged.pt", weights_only=True)
+    )
     assert merged.keys() == source.keys() and torch.equal(merged["step"], source["step"])
     assert torch.equal(merged["frozen.weight"], source["frozen.weight"])
     for name in SHAPES.keys() - {"frozen.weight"}:
@@ -104,12 +128,19 @@ def test_keys_are_those_of_the_formats(tmp_path, pair):
     succeeds(EXTRACT, *words(tmp_path))
     names = load_file(tmp_path / "lora.safetensors")
     assert {tensor.dtype for tensor in names.values()} == {torch.bfloat16}
-    plain = {f"diffusion_model.{name}" for name in ("blocks.0.attn.diff_b", "blocks.1.diff_m", "weight_norm.diff", "scale.diff")}
+    plain = {
+        f"diffusion_model.{name}"
+        for name in ("blocks.0.attn.diff_b", "blocks.1.diff_m", "weight_norm.diff", "scale.diff")
+    }
     layers = ("blocks.0.attn", "blocks.1.conv", "blocks.1.temporal", "blocks.1.volume")
-    assert names.keys() == plain | {f"diffusion_model.{name}.lora_{part}.weight" for name in layers for part in ("up", "down")}
+    assert names.keys() == plain | {
+        f"diffusion_model.{name}.lora_{part}.weight" for name in layers for part in ("up", "down")
+    }
     succeeds(EXTRACT, *words(tmp_path, "--format", "kohya"))
     names = load_file(tmp_path / "lora.safetensors")
-    assert names["lora_unet_blocks_1_conv.alpha"] == RANK and names["lora_unet_blocks_1_conv.lora_down.weight"].shape == (RANK, 12, 3, 3)
+    assert names["lora_unet_blocks_1_conv.alpha"] == RANK and names[
+        "lora_unet_blocks_1_conv.lora_down.weight"
+    ].shape == (RANK, 12, 3, 3)
     assert "lora_unet_scale.diff" in names and "lora_unet_blocks_1.diff_m" in names
 
 
@@ -123,16 +154,24 @@ def test_without_options_the_common_defaults_hold():
             1_000_000,
         )
     one = parse(LoRAMerger, "--source-model a --lora-model b --output c".split())
-    assert (one.alpha, one.output_dtype, one.output_format, one.max_shard_size) == (1.0, "bf16", "safetensors", None)
+    assert (one.alpha, one.output_dtype, one.output_format, one.max_shard_size) == (
+        1.0,
+        "bf16",
+        "safetensors",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
-    "spelling", ["--source-model a --target-model=b --output c --diff-only", "--source_m a --target-m b --output c --d"]
+    "spelling",
+    ["--source-model a --target-model=b --output c --diff-only", "--source_m a --target-m b --output c --d"],
 )
 def test_dashes_and_beginnings_of_options_are_understood(spelling):
     one = parse(LoRAExtractor, spelling.split())
     assert (one.source_model, one.target_model, one.output, one.diff_only) == ("a", "b", "c", True)
-    assert parse(LoRAMerger, "--source-m a --lora-m b --output c --al -0.5".split()).alpha == -0.5, "not --allow_unmatched"
+    assert parse(LoRAMerger, "--source-m a --lora-m b --output c --al -0.5".split()).alpha == -0.5, (
+        "not --allow_unmatched"
+    )
     with pytest.raises(UserError, match="could match --output, --output_format"):
         parse(LoRAExtractor, "--source-model a --target-model b --outp c".split())
 
@@ -144,34 +183,78 @@ def test_a_model_may_be_a_folder_or_a_nested_torch_file(tmp_path, pair):
     save_file(dict(items[:4]), tmp_path / "folder/a.safetensors")
     save_file(dict(items[3:]), tmp_path / "folder/b.safetensors")  # one tensor twice, but the same
     torch.save({"epoch": 3, "state_dict": {"model": target}}, tmp_path / "target.pth")
-    given = ["--source-model", tmp_path / "folder", "--target-model", tmp_path / "target.pth", "--target-type", "pytorch"]
+    given = [
+        "--source-model",
+        tmp_path / "folder",
+        "--target-model",
+        tmp_path / "target.pth",
+        "--target-type",
+        "pytorch",
+    ]
     succeeds(EXTRACT, *given, "--output", tmp_path / "a.safetensors", "--diff-only", "--output-dtype", "fp32")
     found = load_file(tmp_path / "a.safetensors")
     assert len(found) == 8
-    torch.testing.assert_close(found["diffusion_model.blocks.1.conv.diff"], target["blocks.1.conv.weight"] - source["blocks.1.conv.weight"])
+    torch.testing.assert_close(
+        found["diffusion_model.blocks.1.conv.diff"],
+        target["blocks.1.conv.weight"] - source["blocks.1.conv.weight"],
+    )
     save_file({"frozen.weight": target["blocks.0.attn.weight"]}, tmp_path / "folder/c.safetensors")
-    assert "c.safetensors: frozen.weight is also in b.safetensors" in fails(EXTRACT, *given, "--output", tmp_path / "b.safetensors")
+    assert "c.safetensors: frozen.weight is also in b.safetensors" in fails(
+        EXTRACT, *given, "--output", tmp_path / "b.safetensors"
+    )
 
 
 def test_the_printed_command_merges_what_was_extracted(tmp_path, pair):
     source, target = pair
     torch.save(source, tmp_path / "source.pth")
-    given = ["--source-model", tmp_path / "source.pth", "--source-type", "pytorch", "--target-model", tmp_path / "target.safetensors"]
-    said = succeeds(EXTRACT, *given, "--output", tmp_path / "lora.pt", "--output-format", "pytorch", "--rank", RANK, "--min_size", 100)
-    program, script, *printed = shlex.split(re.search("next: (.*)", said)[1].replace("MERGED", str(tmp_path / "merged")))
+    given = [
+        "--source-model",
+        tmp_path / "source.pth",
+        "--source-type",
+        "pytorch",
+        "--target-model",
+        tmp_path / "target.safetensors",
+    ]
+    said = succeeds(
+        EXTRACT,
+        *given,
+        "--output",
+        tmp_path / "lora.pt",
+        "--output-format",
+        "pytorch",
+        "--rank",
+        RANK,
+        "--min_size",
+        100,
+    )
+    program, script, *printed = shlex.split(
+        re.search("next: (.*)", said)[1].replace("MERGED", str(tmp_path / "merged"))
+    )
     assert (program, script) == ("python", MERGE)
-    assert "note: the model's float32 is written as bf16; --output_dtype says otherwise\n" in succeeds(MERGE, *printed)
+    assert "note: the model's float32 is written as bf16; --output_dtype says otherwise\n" in succeeds(
+        MERGE, *printed
+    )
     merged = load_file(tmp_path / "merged.safetensors")
-    assert merged["step"].dtype == torch.int64 and error_of(merged, source, target, "blocks.0.attn.weight") < 0.1
+    assert (
+        merged["step"].dtype == torch.int64 and error_of(merged, source, target, "blocks.0.attn.weight") < 0.1
+    )
     assert "note" not in succeeds(MERGE, *printed, "--output_dtype", "fp32")
 
 
 def test_what_cannot_be_subtracted_is_listed_and_fatal(tmp_path, pair):
     source, target = pair
     target = {name: tensor for name, tensor in target.items() if name != "scale"}
-    save_file({**target, "new": torch.ones(3), "step": torch.tensor(4), "frozen.weight": torch.ones(3, 3)}, tmp_path / "target.safetensors")
+    save_file(
+        {**target, "new": torch.ones(3), "step": torch.tensor(4), "frozen.weight": torch.ones(3, 3)},
+        tmp_path / "target.safetensors",
+    )
     said = fails(EXTRACT, *words(tmp_path))
-    for name in ("scale (only in the source)", "new (only in the target)", "step (int64", "frozen.weight ((20, 20) in the source"):
+    for name in (
+        "scale (only in the source)",
+        "new (only in the target)",
+        "step (int64",
+        "frozen.weight ((20, 20) in the source",
+    ):
         assert name in said
     assert not (tmp_path / "lora.safetensors").exists()
     assert succeeds(EXTRACT, *words(tmp_path, "--allow-mismatch")).count("left out: ") == 4
@@ -180,9 +263,22 @@ def test_what_cannot_be_subtracted_is_listed_and_fatal(tmp_path, pair):
 def test_an_update_that_fits_nothing_is_fatal(tmp_path, pair):
     source, _ = pair
     up, down = torch.randn(96, 4), torch.randn(4, 80)
-    lora = {"unet.blocks.0.attn.lora_A.weight": down, "unet.blocks.0.attn.lora_B.weight": up, "unet.blocks.0.attn.alpha": torch.tensor(2.0)}
-    save_file(lora | {"frozen.diff": torch.ones(3, 3), "other.diff": torch.ones(3)}, tmp_path / "lora.safetensors")
-    given = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "lora.safetensors", "--output", tmp_path / "out"]
+    lora = {
+        "unet.blocks.0.attn.lora_A.weight": down,
+        "unet.blocks.0.attn.lora_B.weight": up,
+        "unet.blocks.0.attn.alpha": torch.tensor(2.0),
+    }
+    save_file(
+        lora | {"frozen.diff": torch.ones(3, 3), "other.diff": torch.ones(3)}, tmp_path / "lora.safetensors"
+    )
+    given = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--lora-model",
+        tmp_path / "lora.safetensors",
+        "--output",
+        tmp_path / "out",
+    ]
     said = fails(MERGE, *given, "--output-dtype", "fp32")
     assert (
         "frozen.diff is (3, 3)" in said
@@ -197,28 +293,56 @@ def test_an_update_that_fits_nothing_is_fatal(tmp_path, pair):
 def test_several_loras_are_added_with_their_weights_and_divided_into_shards(tmp_path, pair):
     source, _ = pair
     for name in ("a", "b"):
-        save_file({"diffusion_model.frozen.diff": torch.full((20, 20), 1.0 + (name == "b"))}, tmp_path / f"{name}.safetensors")
-    given = ["--source-model", tmp_path / "source.safetensors", "--output", tmp_path / "sharded/model", "--output-dtype", "fp32"]
+        save_file(
+            {"diffusion_model.frozen.diff": torch.full((20, 20), 1.0 + (name == "b"))},
+            tmp_path / f"{name}.safetensors",
+        )
+    given = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--output",
+        tmp_path / "sharded/model",
+        "--output-dtype",
+        "fp32",
+    ]
     loras = ["--lora-model", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--weights", "3", "-1"]
     succeeds(MERGE, *given, *loras, "--max_shard_size", "20KB")
     files = sorted(path.name for path in (tmp_path / "sharded").iterdir())
     assert files[-1] == "model.safetensors.index.json" and len(files) > 3
-    merged = {name: tensor for file in files[:-1] for name, tensor in load_file(tmp_path / "sharded" / file).items()}
+    merged = {
+        name: tensor for file in files[:-1] for name, tensor in load_file(tmp_path / "sharded" / file).items()
+    }
     torch.testing.assert_close(merged["frozen.weight"], source["frozen.weight"] + 1)
     assert merged.keys() == source.keys()
     assert "would be taken for a part" in fails(MERGE, *given, *loras, "--max_shard_size", "1MB")
 
 
 def test_underscored_names_are_matched_or_refused(tmp_path):
-    save_file({"a.b_c.weight": torch.zeros(4, 4), "a.d.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
+    save_file(
+        {"a.b_c.weight": torch.zeros(4, 4), "a.d.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors"
+    )
     save_file({"lora_unet_a_b_c.diff": torch.ones(4, 4)}, tmp_path / "lora.safetensors")
-    given = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "lora.safetensors", "--output", tmp_path / "out"]
+    given = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--lora-model",
+        tmp_path / "lora.safetensors",
+        "--output",
+        tmp_path / "out",
+    ]
     succeeds(MERGE, *given)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["a.b_c.weight"], torch.ones(4, 4).bfloat16())
-    save_file({"a.b_c.weight": torch.zeros(4, 4), "a_b.c.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
+    save_file(
+        {"a.b_c.weight": torch.zeros(4, 4), "a_b.c.weight": torch.zeros(4, 4)},
+        tmp_path / "source.safetensors",
+    )
     assert "may mean a.b_c.weight or a_b.c.weight" in fails(MERGE, *given)
-    save_file({"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors")
-    assert "two tensors would be called lora_unet_a_b_c.diff in it" in fails(EXTRACT, *words(tmp_path, "--format", "kohya"))
+    save_file(
+        {"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors"
+    )
+    assert "two tensors would be called lora_unet_a_b_c.diff in it" in fails(
+        EXTRACT, *words(tmp_path, "--format", "kohya")
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +367,9 @@ def test_as_a_process(tmp_path, pair):
     assert "total: 4 of low rank, 4 whole" in succeeds_as_a_process(EXTRACT, *words(tmp_path)).stdout
     given = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "lora.safetensors"]
     assert "merged: 4 updates" in succeeds_as_a_process(MERGE, *given, "--output", tmp_path / "merged").stdout
-    assert "no such file" in fails_as_a_process(MERGE, *given[:3], "nowhere.safetensors", "--output", tmp_path / "merged")
+    assert "no such file" in fails_as_a_process(
+        MERGE, *given[:3], "nowhere.safetensors", "--output", tmp_path / "merged"
+    )
 
 
 def test_broken_input_and_output_in_the_way(tmp_path, pair):
@@ -260,14 +386,20 @@ def test_broken_input_and_output_in_the_way(tmp_path, pair):
     save_file(source, file)
     assert "the two models are equal" in fails(EXTRACT, *words(tmp_path))
     torch.save({"x": print}, tmp_path / "evil.pt")
-    assert "could run code" in fails(EXTRACT, *words(tmp_path, "--source-model", tmp_path / "evil.pt", "--source-type", "pytorch"))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "lora"))], "nothing half made is left"
+    assert "could run code" in fails(
+        EXTRACT, *words(tmp_path, "--source-model", tmp_path / "evil.pt", "--source-type", "pytorch")
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "lora"))], (
+        "nothing half made is left"
+    )
 
 
 def test_a_rank_beyond_a_layer_is_cut_to_it(tmp_path, pair):
     said = succeeds(EXTRACT, *words(tmp_path, "--rank", 10_000, "--output-dtype", "fp32"))
     assert "blocks.0.attn.weight: 96 x 80, rank 80" in said
-    ranks = succeeds(EXTRACT, *words(tmp_path, "--rank", "auto", "--max_error", "0.5", "--output-dtype", "fp32"))
+    ranks = succeeds(
+        EXTRACT, *words(tmp_path, "--rank", "auto", "--max_error", "0.5", "--output-dtype", "fp32")
+    )
     assert "blocks.0.attn.weight: 96 x 80, rank 5, error 4.8" in ranks
 
 
@@ -280,7 +412,11 @@ def checkpoints(make_checkpoint):
     generator = torch.Generator().manual_seed(0)
     for tensor in tensors.values():
         if tensor.ndim == 2:
-            tensor += 0.1 * torch.randn(tensor.size(0), 4, generator=generator) @ torch.randn(4, tensor.size(1), generator=generator)
+            tensor += (
+                0.1
+                * torch.randn(tensor.size(0), 4, generator=generator)
+                @ torch.randn(4, tensor.size(1), generator=generator)
+            )
     tensors["model.norm.weight"] += 0.5
     write_checkpoint(base.parent / "tuned", tensors, full_meta(), opened.config, sidecars_from=base)
     return base, base.parent / "tuned"
@@ -288,7 +424,18 @@ def checkpoints(make_checkpoint):
 
 def test_a_litlora_adapter_is_the_tuned_model_on_its_base(tmp_path, checkpoints):
     base, tuned = checkpoints
-    words = ["--source-model", base, "--target-model", tuned, "--output", tmp_path / "lora", "--rank", 4, "--output-dtype", "fp32"]
+    words = [
+        "--source-model",
+        base,
+        "--target-model",
+        tuned,
+        "--output",
+        tmp_path / "lora",
+        "--rank",
+        4,
+        "--output-dtype",
+        "fp32",
+    ]
     succeeds(EXTRACT, *words, "--format", "litlora")
     merged, _ = merge_chain(resolve(tmp_path / "lora"))
     for name, wanted in open_checkpoint(tuned).tensors.items():
@@ -304,15 +451,30 @@ def test_peft_loads_what_is_extracted_from_checkpoints_and_from_files(tmp_path, 
     base, tuned = checkpoints
     for directory in checkpoints:
         out_dir = tmp_path / f"hf_{directory.name}"
-        succeeds_as_a_process("scripts/convert_lit_checkpoint.py", "--checkpoint_dir", directory, "--out_dir", out_dir)
+        succeeds_as_a_process(
+            "scripts/convert_lit_checkpoint.py", "--checkpoint_dir", directory, "--out_dir", out_dir
+        )
     hf = [tmp_path / "hf_base", tmp_path / "hf_tuned"]
     wanted = transformers.AutoModelForCausalLM.from_pretrained(hf[1]).state_dict()
     files = [directory / "model.safetensors" for directory in hf]
     for number, pair in enumerate((checkpoints, hf, files)):
-        words = ["--source-model", pair[0], "--target-model", pair[1], "--output", tmp_path / f"peft{number}", "--rank", 4]
+        words = [
+            "--source-model",
+            pair[0],
+            "--target-model",
+            pair[1],
+            "--output",
+            tmp_path / f"peft{number}",
+            "--rank",
+            4,
+        ]
         succeeds(EXTRACT, *words, "--output-dtype", "fp32", "--format", "peft")
         model = transformers.AutoModelForCausalLM.from_pretrained(hf[0])
-        merged = peft.PeftModel.from_pretrained(model, str(tmp_path / f"peft{number}")).merge_and_unload().state_dict()
+        merged = (
+            peft.PeftModel.from_pretrained(model, str(tmp_path / f"peft{number}"))
+            .merge_and_unload()
+            .state_dict()
+        )
         assert merged.keys() == wanted.keys()
         for name in wanted:
             torch.testing.assert_close(merged[name], wanted[name], rtol=0, atol=1e-5)
@@ -324,19 +486,36 @@ def test_peft_loads_what_is_extracted_from_checkpoints_and_from_files(tmp_path, 
 
 
 def kohya(path, name: str, value: float, **more: torch.Tensor) -> None:
-    save_file({f"{name}.lora_up.weight": torch.full((4, 1), value), f"{name}.lora_down.weight": torch.ones(1, 4), **more}, path)
+    save_file(
+        {
+            f"{name}.lora_up.weight": torch.full((4, 1), value),
+            f"{name}.lora_down.weight": torch.ones(1, 4),
+            **more,
+        },
+        path,
+    )
 
 
 def merges(tmp_path, source: dict, *more: object) -> dict[str, torch.Tensor]:
     save_file(source, tmp_path / "source.safetensors")
-    words = ["--source-model", tmp_path / "source.safetensors", "--output", tmp_path / "out", "--output_dtype", "fp32", *more]
+    words = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--output",
+        tmp_path / "out",
+        "--output_dtype",
+        "fp32",
+        *more,
+    ]
     succeeds(MERGE, *words)
     return load_file(tmp_path / "out.safetensors")
 
 
 def test_two_files_and_a_pair_and_a_difference_of_one_underscored_name(tmp_path):
     kohya(tmp_path / "a.safetensors", "lora_unet_a_q", 1.0)
-    kohya(tmp_path / "b.safetensors", "lora_unet_a_q", 2.0, **{"lora_unet_a_q.diff": torch.full((4, 4), 10.0)})
+    kohya(
+        tmp_path / "b.safetensors", "lora_unet_a_q", 2.0, **{"lora_unet_a_q.diff": torch.full((4, 4), 10.0)}
+    )
     loras = ["--lora-model", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--weights", 1, 0.5]
     assert (merges(tmp_path, {"a.q.weight": torch.zeros(4, 4)}, *loras)["a.q.weight"] == 1 + 1 + 5).all()
 
@@ -347,23 +526,39 @@ def test_a_base_in_8_bits_is_added_to_in_fp32_unless_it_has_scales(tmp_path, kin
     source = {"x.weight": torch.full((4, 4), 1.5).to(kind)}
     assert (merges(tmp_path, source, "--lora-model", tmp_path / "a.safetensors")["x.weight"] == 1.75).all()
     save_file({**source, "x.scale_weight": torch.ones(1)}, tmp_path / "source.safetensors")
-    words = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "a.safetensors", "--output", tmp_path / "out"]
+    words = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--lora-model",
+        tmp_path / "a.safetensors",
+        "--output",
+        tmp_path / "out",
+    ]
     assert "stored as 8 bits and a scale" in fails(MERGE, *words)
 
 
 def test_the_very_name_comes_before_one_with_a_prefix(tmp_path):
     kohya(tmp_path / "a.safetensors", "diffusion_model.x", 1.0)
-    source = {name: torch.zeros(4, 4) for name in ("x.weight", "transformer.x.weight", "diffusion_model.x.weight")}
+    source = {
+        name: torch.zeros(4, 4) for name in ("x.weight", "transformer.x.weight", "diffusion_model.x.weight")
+    }
     merged = merges(tmp_path, source, "--lora-model", tmp_path / "a.safetensors")
-    assert {name: tensor.max().item() for name, tensor in merged.items()} == dict.fromkeys(source, 0.0) | {"x.weight": 1.0}
+    assert {name: tensor.max().item() for name, tensor in merged.items()} == dict.fromkeys(source, 0.0) | {
+        "x.weight": 1.0
+    }
 
 
 @pytest.mark.parametrize("name", ["lora_A.default", "lora.down"])
 def test_other_spellings_of_the_factors(tmp_path, name):
     up = {"lora_A.default": "lora_B.default", "lora.down": "lora.up"}[name]
     factors = {f"base_model.model.diffusion_model.x.{name}.weight": torch.ones(1, 4)}
-    save_file(factors | {f"base_model.model.diffusion_model.x.{up}.weight": torch.ones(4, 1)}, tmp_path / "[style] a.safetensors")
-    merged = merges(tmp_path, {"x.weight": torch.zeros(4, 4)}, "--lora-model", tmp_path / "[style] a.safetensors")
+    save_file(
+        factors | {f"base_model.model.diffusion_model.x.{up}.weight": torch.ones(4, 1)},
+        tmp_path / "[style] a.safetensors",
+    )
+    merged = merges(
+        tmp_path, {"x.weight": torch.zeros(4, 4)}, "--lora-model", tmp_path / "[style] a.safetensors"
+    )
     assert (merged["x.weight"] == 1).all()
 
 
@@ -371,7 +566,14 @@ def test_a_layer_with_factors_of_two_spellings_is_refused(tmp_path):
     more = {"x.lora_A.weight": torch.ones(1, 4), "x.lora_B.weight": torch.ones(4, 1)}
     kohya(tmp_path / "a.safetensors", "x", 1.0, **more)
     save_file({"x.weight": torch.zeros(4, 4)}, tmp_path / "source.safetensors")
-    words = ["--source-model", tmp_path / "source.safetensors", "--lora-model", tmp_path / "a.safetensors", "--output", tmp_path / "out"]
+    words = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--lora-model",
+        tmp_path / "a.safetensors",
+        "--output",
+        tmp_path / "out",
+    ]
     assert "x has factors of two kinds" in fails(MERGE, *words)
 
 
@@ -380,7 +582,16 @@ def test_shards_take_no_inputs_place(tmp_path):
     save_file({"x.weight": torch.zeros(4, 4), "y.weight": torch.zeros(4, 4)}, source)
     kohya(lora, "x", 1.0)
     before = source.read_bytes(), lora.read_bytes()
-    words = ["--source-model", source, "--lora-model", lora, "--output", tmp_path / "m.safetensors", "--max_shard_size", 40]
+    words = [
+        "--source-model",
+        source,
+        "--lora-model",
+        lora,
+        "--output",
+        tmp_path / "m.safetensors",
+        "--max_shard_size",
+        40,
+    ]
     assert "would be a part of it, and is read" in fails(MERGE, *words)
     assert "would be taken for a part of it" in fails(MERGE, *words[:-2])
     assert before == (source.read_bytes(), lora.read_bytes()) and len(list(tmp_path.iterdir())) == 2
@@ -400,8 +611,24 @@ def test_parameters_in_torch_files(tmp_path):
     for name, module in (("a", layer), ("b", other)):
         torch.save(dict(module.named_parameters()), tmp_path / f"{name}.pt")
     kinds = ["--source-type", "pytorch", "--target-type", "pytorch", "--min_size", 0, "--rank", 8]
-    succeeds(EXTRACT, "--source-model", tmp_path / "a.pt", "--target-model", tmp_path / "b.pt", *kinds, "--output", tmp_path / "lora")
-    lora = ["--lora-model", tmp_path / "lora.safetensors", "--output", tmp_path / "out", "--output_dtype", "fp32"]
+    succeeds(
+        EXTRACT,
+        "--source-model",
+        tmp_path / "a.pt",
+        "--target-model",
+        tmp_path / "b.pt",
+        *kinds,
+        "--output",
+        tmp_path / "lora",
+    )
+    lora = [
+        "--lora-model",
+        tmp_path / "lora.safetensors",
+        "--output",
+        tmp_path / "out",
+        "--output_dtype",
+        "fp32",
+    ]
     succeeds(MERGE, "--source-model", tmp_path / "a.pt", "--source-type", "pytorch", *lora)
     assert (load_file(tmp_path / "out.safetensors")["weight"] - other.weight).abs().max() < 0.01
 
@@ -410,20 +637,33 @@ def test_parameters_in_torch_files(tmp_path):
 def test_a_peft_folder_of_layers_whose_names_end_alike(tmp_path, names):
     generator = torch.Generator().manual_seed(0)
     source = {f"{name}.weight": torch.randn(12, 10, generator=generator) for name in names}
-    change = [torch.randn(12, rank, generator=generator) @ torch.randn(rank, 10, generator=generator) for rank in (1, 4)]
+    change = [
+        torch.randn(12, rank, generator=generator) @ torch.randn(rank, 10, generator=generator)
+        for rank in (1, 4)
+    ]
     target = {name: tensor + by for (name, tensor), by in zip(source.items(), change, strict=True)}
     save_file(source, tmp_path / "source.safetensors")
     save_file(target, tmp_path / "target.safetensors")
     model = ["--source-model", tmp_path / "source.safetensors"]
     more = ["--rank", "auto", "--max_error", 1e-4, "--output-dtype", "fp32", "--format", "peft"]
-    succeeds(EXTRACT, *model, "--target-model", tmp_path / "target.safetensors", *more, "--output", tmp_path / "peft")
+    succeeds(
+        EXTRACT,
+        *model,
+        "--target-model",
+        tmp_path / "target.safetensors",
+        *more,
+        "--output",
+        tmp_path / "peft",
+    )
     merged = merges(tmp_path, source, "--lora-model", tmp_path / "peft")
     module = torch.nn.ModuleDict({"proj": torch.nn.Linear(10, 12, bias=False)})
     module.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(10, 12, bias=False)})])
     module.load_state_dict(source)
     theirs = PeftModel.from_pretrained(module, tmp_path / "peft").merge_and_unload().state_dict()
     for name in source:
-        assert (merged[name] - target[name]).abs().max() < 1e-2 and (theirs[name] - merged[name]).abs().max() < 1e-5
+        assert (merged[name] - target[name]).abs().max() < 1e-2 and (
+            theirs[name] - merged[name]
+        ).abs().max() < 1e-5
 
 
 def test_what_peft_cannot_load_is_refused(tmp_path):
@@ -446,18 +686,31 @@ def test_the_proof_holds_for_differences_of_any_size(tmp_path, unit):
 
 
 def test_a_bound_that_rounding_breaks_is_said(tmp_path, pair):
-    names = ["--source-model", tmp_path / "source.safetensors", "--target-model", tmp_path / "target.safetensors"]
+    names = [
+        "--source-model",
+        tmp_path / "source.safetensors",
+        "--target-model",
+        tmp_path / "target.safetensors",
+    ]
     auto = ["--rank", "auto", "--max_error", 1e-3, "--min_size", 0]
-    assert "have a larger error than asked for, as bf16 rounds" in succeeds(EXTRACT, *names, "--output", tmp_path / "lora", *auto)
-    assert "larger error" not in succeeds(EXTRACT, *names, "--output", tmp_path / "lora", *auto, "--output-dtype", "fp32")
+    assert "have a larger error than asked for, as bf16 rounds" in succeeds(
+        EXTRACT, *names, "--output", tmp_path / "lora", *auto
+    )
+    assert "larger error" not in succeeds(
+        EXTRACT, *names, "--output", tmp_path / "lora", *auto, "--output-dtype", "fp32"
+    )
 
 
 def test_an_index_that_names_what_a_file_lacks(tmp_path, pair):
     (tmp_path / "folder").mkdir()
     (tmp_path / "source.safetensors").rename(tmp_path / "folder/model.safetensors")
-    (tmp_path / "folder/model.safetensors.index.json").write_text('{"weight_map": {"gone": "model.safetensors"}}')
+    (tmp_path / "folder/model.safetensors.index.json").write_text(
+        '{"weight_map": {"gone": "model.safetensors"}}'
+    )
     more = ["--target-model", tmp_path / "target.safetensors", "--output", tmp_path / "lora"]
-    assert "lacks gone, though model.safetensors.index.json lists it" in fails(EXTRACT, "--source-model", tmp_path / "folder", *more)
+    assert "lacks gone, though model.safetensors.index.json lists it" in fails(
+        EXTRACT, "--source-model", tmp_path / "folder", *more
+    )
 
 
 def test_what_a_killed_merge_left_is_removed_by_the_next(tmp_path):

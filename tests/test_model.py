@@ -37,8 +37,14 @@ def hugging_face_twin(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 16, "rope_theta": 5e5},
-     {"attention_bias": True, "mlp_bias": True}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 16, "rope_theta": 5e5},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
     ids=str,
 )
 def test_logits_equal_transformers(changes):
@@ -59,7 +65,10 @@ def test_other_blocks_compute_what_they_say(changes):
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
         centred = x - x.mean(-1, keepdim=True)
-        expected = centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * norm.weight + norm.bias
+        expected = (
+            centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * norm.weight
+            + norm.bias
+        )
         torch.testing.assert_close(norm(x), expected)
     else:
         mlp = block.mlp
@@ -81,7 +90,9 @@ def test_padding_on_the_right_changes_no_real_token():
     model = GPT(tiny_config()).eval()
     ids = torch.randint(400, (1, 12))
     with torch.no_grad():
-        torch.testing.assert_close(model(torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], 1))[:, :12], model(ids))
+        torch.testing.assert_close(
+            model(torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], 1))[:, :12], model(ids)
+        )
 
 
 def test_loading_neither_copies_nor_initialises():
@@ -114,7 +125,8 @@ def test_weights_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("length", [4, 8])
 def test_rows_added_for_the_sake_of_few_sizes_stay_within_the_context(length):
-    """A pack of many short examples in bf16 gets more empty rows than there are positions to be learned."""
+    """A pack of many short examples in bf16 gets more empty rows than there are positions to be
+    learned."""
     model = GPT(tiny_config(positions="learned", max_position_embeddings=8)).bfloat16()
     lengths = [length] * (1100 // length) + [1]
     ids = torch.randint(400, (1, sum(lengths)))

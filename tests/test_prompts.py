@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from litlora.conversation import Conversation
 from litlora.data.examples import tokenize
 from litlora.data.records import Record
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.prompts import STYLES, ChatTemplate, choose_style, load_style, load_template
+from litlora.serve.conversation import Conversation
 from litlora.settings import Chat
 from litlora.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "  What is 2 + 2?\n"}]
 EXCHANGE = [*QUESTION, {"role": "assistant", "content": "4 <&> 'four' é 😀 "}]
-WITH_SYSTEM = [{"role": "system", "content": "Be brief."}, *EXCHANGE, {"role": "user", "content": "And 3 + 3?"}]
+WITH_SYSTEM = [
+    {"role": "system", "content": "Be brief."},
+    *EXCHANGE,
+    {"role": "user", "content": "And 3 + 3?"},
+]
 CONVERSATIONS = {
     "question": QUESTION,
     "exchange": EXCHANGE,
@@ -113,7 +117,10 @@ TEMPLATES = {
 
 def write(directory: Path, tokenizer_dir: Path, **settings: object) -> Path:
     (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    settings = {"eos_token": "<|endoftext|>", "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}} | settings
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>"},
+    } | settings
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
@@ -131,13 +138,17 @@ def test_the_text_is_the_one_that_transformers_renders(name, tmp_path, tokenizer
     for conversation in CONVERSATIONS.values():
         for add_generation_prompt in (True, False):
             try:
-                expected = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+                expected = theirs.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             except Exception as error:  # the template refuses: so must ours, with its words
                 with pytest.raises(UserError, match=str(error)[:40].replace("/", ".")):
                     ours.render(conversation, add_generation_prompt=add_generation_prompt)
                 continue
             assert ours.render(conversation, add_generation_prompt=add_generation_prompt) == expected
-            ids = theirs.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, return_dict=False)
+            ids = theirs.apply_chat_template(
+                conversation, add_generation_prompt=add_generation_prompt, return_dict=False
+            )
             assert Tokenizer(tmp_path).encode(expected) == ids
             rendered += 1
     assert rendered >= 4
@@ -196,7 +207,8 @@ def test_a_style_file_may_name_the_template(tmp_path):
 
 
 def template_base(make_checkpoint, name: str) -> Path:
-    """A model with a chat template whose turns end in a special token that is not the end of the text."""
+    """A model with a chat template whose turns end in a special token that is not the end of the
+    text."""
     directory = make_checkpoint("base")
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     marks = ["<|im_start|>", "<|im_end|>"]
@@ -218,11 +230,18 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
     prompt = style.template.render([{"role": "user", "content": "Name it.\n\nthe fox"}])
     assert list(example.ids[: example.prompt_length]) == loaded.tokenizer.encode(prompt)
     finished = style.template.render(
-        [{"role": "user", "content": "Name it.\n\nthe fox"}, {"role": "assistant", "content": "quick brown"}], add_generation_prompt=False
+        [{"role": "user", "content": "Name it.\n\nthe fox"}, {"role": "assistant", "content": "quick brown"}],
+        add_generation_prompt=False,
     )
     assert list(example.ids) == loaded.tokenizer.encode(finished.removesuffix("\n"))
-    assert loaded.tokenizer.token(example.ids[-1]) == "<|im_end|>" != loaded.tokenizer.token(loaded.tokenizer.eos_id)
-    (cut,) = tokenize([Record("Name it.", "", "quick brown " * 40, place="x")], loaded.tokenizer, style, 60).examples
+    assert (
+        loaded.tokenizer.token(example.ids[-1])
+        == "<|im_end|>"
+        != loaded.tokenizer.token(loaded.tokenizer.eos_id)
+    )
+    (cut,) = tokenize(
+        [Record("Name it.", "", "quick brown " * 40, place="x")], loaded.tokenizer, style, 60
+    ).examples
     assert len(cut.ids) == 60 and cut.ids[-1] == example.ids[-1]
 
 
@@ -246,12 +265,15 @@ def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_c
         assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
         yield from tokenizer.encode(f"answer {len(seen)}")
 
-    monkeypatch.setattr("litlora.conversation.generate", scripted)
+    monkeypatch.setattr("litlora.serve.conversation.generate", scripted)
     conversation = Conversation(loaded.model, tokenizer, loaded.template, Chat(max_new_tokens=8))
     assert "".join(conversation.ask("first?")) == "answer 1"
     assert "".join(conversation.ask("second?")) == "answer 2"
     said = [("user", "first?"), ("assistant", "answer 1"), ("user", "second?")]
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said) + "<|im_start|>assistant\n"
+    text = (
+        "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+        + "<|im_start|>assistant\n"
+    )
     assert seen[1] == tokenizer.encode(text)
     for _ in range(4):
         "".join(conversation.ask("again " * 6))

@@ -1,4 +1,5 @@
-"""The quickstart's promises: statements only in the base, whole entities held out, everything reproducible and small."""
+"""The quickstart's promises: statements only in the base, whole entities held out, everything
+reproducible and small."""
 
 import importlib
 import json
@@ -58,7 +59,12 @@ def test_training_sample_asks_nothing_about_a_heldout_entity(facts, train_record
 
 def test_heldout_countries_are_nowhere_in_the_training_sample(facts, train_records):
     held = build_quickstart.heldout_entities(facts)
-    names = {name for fact in facts.all if fact.entity in held and fact.relation == "capital" for name in (fact.x, fact.y)}
+    names = {
+        name
+        for fact in facts.all
+        if fact.entity in held and fact.relation == "capital"
+        for name in (fact.x, fact.y)
+    }
     assert {"France", "Paris"} <= names
     text = "\n".join("\n".join(record.values()) for record in train_records)
     assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
@@ -70,7 +76,11 @@ def test_heldout_words_are_never_asked_for(facts, train_records):
     words = {fact.x for fact in word_facts if fact.entity in held}
     assert {"mouse", "mice"} <= words
     assert not words & {record["input"] for record in train_records}
-    questions = [record["instruction"] for record in train_records if not record["input"] and "What sound" not in record["instruction"]]
+    questions = [
+        record["instruction"]
+        for record in train_records
+        if not record["input"] and "What sound" not in record["instruction"]
+    ]
     subjects = {re.sub(r".* ", "", question.rstrip("?.")) for question in questions}
     assert not words & subjects
 
@@ -97,7 +107,9 @@ def test_base_reads_every_fact_in_every_wording(facts):
         assert len(wordings) >= 5
         for wording in wordings:
             text = quickstart_facts.statement(fact, rng, wording).lower()
-            assert all(word.lower() in text for word in (fact.y, *(fact.extra.get(name, fact.x) for name in "ab")))
+            assert all(
+                word.lower() in text for word in (fact.y, *(fact.extra.get(name, fact.x) for name in "ab"))
+            )
 
 
 def test_facts_are_drawn_with_no_entity_left_out(facts):

@@ -1,4 +1,5 @@
-"""Every command that meets an adapter gives the same verdict about its base: the right one wherever it lies, no other."""
+"""Every command that meets an adapter gives the same verdict about its base: the right one wherever
+it lies, no other."""
 
 import shutil
 
@@ -7,13 +8,34 @@ import torch
 from test_checkpoint import write_adapter
 
 COMMANDS = {
-    "chat": ("chat/base.py", "--checkpoint_dir", "--base_checkpoint_dir", ["--prompt", "the fox", "--max_new_tokens", 1]),
+    "chat": (
+        "chat/base.py",
+        "--checkpoint_dir",
+        "--base_checkpoint_dir",
+        ["--prompt", "the fox", "--max_new_tokens", 1],
+    ),
     "merge": ("scripts/merge_lora.py", "--lora_path", "--checkpoint_dir", ["--out_dir", "out"]),
     "export": ("scripts/export_peft.py", "--lora_path", "--checkpoint_dir", ["--out_dir", "out"]),
-    "convert": ("scripts/convert_lit_checkpoint.py", "--checkpoint_dir", "--base_checkpoint_dir", ["--out_dir", "out"]),
+    "convert": (
+        "scripts/convert_lit_checkpoint.py",
+        "--checkpoint_dir",
+        "--base_checkpoint_dir",
+        ["--out_dir", "out"],
+    ),
     "train": (
         *("finetune/lora.py", "--checkpoint_dir", "--base_checkpoint_dir"),
-        ["--out_dir", "out", "--data", "JSON", "--data.path", "alpaca.json", "--train.max_steps", 1, "--prompt_style", "plain"],
+        [
+            "--out_dir",
+            "out",
+            "--data",
+            "JSON",
+            "--data.path",
+            "alpaca.json",
+            "--train.max_steps",
+            1,
+            "--prompt_style",
+            "plain",
+        ],
     ),
 }
 
@@ -31,7 +53,9 @@ def test_the_verdict(command, forked, tmp_path, base, make_checkpoint, alpaca_fi
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
     works()
-    assert "other: not the base that adapter was trained on" in forked.refuses(*words, base_option, "other", cwd=tmp_path)
+    assert "other: not the base that adapter was trained on" in forked.refuses(
+        *words, base_option, "other", cwd=tmp_path
+    )
     works(base_option, "other", "--allow_base_mismatch")
 
     base.rename(tmp_path / "renamed")

@@ -19,7 +19,9 @@ def tokenizer(tokenizer_dir):
 
 def test_a_stream_shows_whole_characters_and_loses_none(tokenizer):
     ids = tokenizer.encode(STRANGE)
-    assert len(ids) > len(STRANGE), "characters must be spread over several tokens for this test to mean anything"
+    assert len(ids) > len(STRANGE), (
+        "characters must be spread over several tokens for this test to mean anything"
+    )
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in ids] + [stream.finish()]
     assert "".join(pieces) == STRANGE

@@ -1,4 +1,5 @@
-"""Token ids are those of transformers' AutoTokenizer: on real records, on nasty strings, and with a begin-of-text token."""
+"""Token ids are those of transformers' AutoTokenizer: on real records, on nasty strings, and with a
+begin-of-text token."""
 
 import json
 from collections.abc import Callable
@@ -34,17 +35,25 @@ NASTY = [
 RULE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def byte_level(special: list[str], normalizer: normalizers.Normalizer | None = None, split: str | None = None) -> Backend:
+def byte_level(
+    special: list[str], normalizer: normalizers.Normalizer | None = None, split: str | None = None
+) -> Backend:
     backend = Backend(models.BPE())
     if normalizer is not None:
         backend.normalizer = normalizer
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     from tokenizers import Regex
 
-    backend.pre_tokenizer = whole if split is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), whole])
+    backend.pre_tokenizer = (
+        whole
+        if split is None
+        else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), whole])
+    )
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXT, trainer)
     return backend
 
@@ -53,18 +62,26 @@ def sentencepiece_like(special: list[str], prepend: bool) -> Backend:
     backend = Backend(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     steps = [normalizers.Prepend("▁")] if prepend else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False, max_token_length=8)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=pieces, show_progress=False, max_token_length=8
+    )
     backend.train_from_iterator(TEXT, trainer)
     file = json.loads(backend.to_str())
-    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] in special]  # the bytes are plain pieces
+    file["added_tokens"] = [
+        token for token in file["added_tokens"] if token["content"] in special
+    ]  # the bytes are plain pieces
     return Backend.from_str(json.dumps(file))
 
 
 def begin_with(backend: Backend, token: str, before: processors.PostProcessor | None = None) -> Backend:
     template = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, backend.token_to_id(token))]
+        single=f"{token} $A",
+        pair=f"{token} $A {token} $B",
+        special_tokens=[(token, backend.token_to_id(token))],
     )
     backend.post_processor = template if before is None else processors.Sequence([before, template])
     return backend
@@ -72,24 +89,41 @@ def begin_with(backend: Backend, token: str, before: processors.PostProcessor | 
 
 def llama2() -> tuple[Backend, dict]:
     backend = begin_with(sentencepiece_like(["<unk>", "<s>", "</s>"], prepend=True), "<s>")
-    return backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return backend, {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
 
 
 def llama3() -> tuple[Backend, dict]:
     backend = byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], split=RULE)
     backend = begin_with(backend, "<|begin_of_text|>", processors.ByteLevel(trim_offsets=True))
-    return backend, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return backend, {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
 
 
 def gpt_neox() -> tuple[Backend, dict]:
     backend = byte_level(["<|endoftext|>", "<|padding|>"], normalizers.NFC())
-    backend.add_tokens([AddedToken("   ", normalized=True), AddedToken("  ", normalized=True)])  # runs of spaces, as the real one has
+    backend.add_tokens(
+        [AddedToken("   ", normalized=True), AddedToken("  ", normalized=True)]
+    )  # runs of spaces, as the real one has
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    return backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "GPTNeoXTokenizer"}
+    return backend, {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "tokenizer_class": "GPTNeoXTokenizer",
+    }
 
 
 def qwen() -> tuple[Backend, dict]:
-    backend = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizers.NFC(), RULE.replace("{1,3}", ""))
+    backend = byte_level(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizers.NFC(), RULE.replace("{1,3}", "")
+    )
     return backend, {"bos_token": None, "eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer"}
 
 
@@ -101,7 +135,11 @@ def gemma() -> tuple[Backend, dict]:
 
 def one_token_for_both() -> tuple[Backend, dict]:
     backend = begin_with(byte_level(["<|endoftext|>"]), "<|endoftext|>")
-    return backend, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return backend, {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
 
 
 @pytest.mark.parametrize("kind", [llama2, llama3, gpt_neox, qwen, gemma, one_token_for_both])
@@ -119,9 +157,21 @@ def test_ids_on_real_records_are_those_of_transformers(tmp_path):
         pytest.skip(f"{missing[0]} is not at hand")
     (tmp_path / "tokenizer.json").symlink_to(file)
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "tokenizer_class": "GPTNeoXTokenizer"})
+        json.dumps(
+            {
+                "eos_token": "<|endoftext|>",
+                "bos_token": "<|endoftext|>",
+                "tokenizer_class": "GPTNeoXTokenizer",
+            }
+        )
     )
-    texts = [text for path in records for record in json.loads(path.read_text(encoding="utf-8")) for text in record.values() if text]
+    texts = [
+        text
+        for path in records
+        for record in json.loads(path.read_text(encoding="utf-8"))
+        for text in record.values()
+        if text
+    ]
     assert len(texts) > 4_000
     compare(tmp_path, texts + NASTY)
 
@@ -135,7 +185,9 @@ def compare(directory: Path, texts: list[str]) -> None:
     ):
         assert own_bare == bare, text[:100]
         assert own == expected, text[:100]
-        assert ours.decode(bare) == theirs.decode(bare, skip_special_tokens=True, clean_up_tokenization_spaces=False), text[:100]
+        assert ours.decode(bare) == theirs.decode(
+            bare, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ), text[:100]
 
 
 def test_a_token_without_a_row_in_the_embedding_is_an_error_only_where_it_is_used(tmp_path):
@@ -148,7 +200,9 @@ def test_a_token_without_a_row_in_the_embedding_is_an_error_only_where_it_is_use
     assert tokenizer.fit(rows + 100) is None
     assert "1 of its" in tokenizer.fit(rows - 1)
     assert tokenizer.encode("the quick brown fox")
-    with pytest.raises(UserError, match=f"'<tool>' .number {rows - 1}., but the model's embedding has {rows - 1} rows"):
+    with pytest.raises(
+        UserError, match=f"'<tool>' .number {rows - 1}., but the model's embedding has {rows - 1} rows"
+    ):
         tokenizer.encode("use a <tool> here")
     with pytest.raises(CheckpointError, match="the end-of-text token is number 2"):
         tokenizer.fit(2)
@@ -170,7 +224,9 @@ def test_a_sentencepiece_model_alone_gives_its_own_ids(name, tmp_path):
     assert Tokenizer(tmp_path).encode("the", begin=True) == tokenizer.encode("the")
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-7], lambda data: b"", lambda data: b"\xff" * 40, lambda data: b"{}" + data])
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-7], lambda data: b"", lambda data: b"\xff" * 40, lambda data: b"{}" + data]
+)
 def test_a_broken_sentencepiece_model_is_named(change, tmp_path):
     data = (Path(__file__).parent / "sentencepiece_files/bpe.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(change(data))

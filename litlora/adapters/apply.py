@@ -1,4 +1,5 @@
-"""LoRA files added to whatever model they are for: which tensor each update means, and the sum, a tensor at a time."""
+"""LoRA files added to whatever model they are for: which tensor each update means, and the sum, a
+tensor at a time."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,20 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litlora.convert.lora_files import DIFF_OF, LoRAFile, Update
 from litlora.errors import CheckpointError
+from litlora.formats.lora_files import DIFF_OF, LoRAFile, Update
 from litlora.lora import fitting
 
 COMFYUI = "diffusion_model."
 PREFIXES = (COMFYUI, "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
 """What tools put before a module's name in a LoRA file, and some before a tensor's in a model."""
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
+FLAT_PREFIXES = (
+    "lora_unet_",
+    "lora_transformer_",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lycoris_",
+)
 """What stands before a name whose dots are underscores."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """What one entry of a LoRA file does to a tensor W: W + factor · (its update, or its difference, or T - W)."""
+    """What one entry of a LoRA file does to a tensor W: W + factor · (its update, or its
+    difference, or T - W)."""
 
     file: Path
     key: str
@@ -30,22 +40,31 @@ class Addition:
     """The value is a tensor T that stands in for W."""
 
 
-def match(loras: Iterable[tuple[LoRAFile, float]], model: Mapping[str, Tensor]) -> tuple[dict[str, list[Addition]], list[str]]:
+def match(
+    loras: Iterable[tuple[LoRAFile, float]], model: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Addition]], list[str]]:
     """(what is added to each tensor of the model, why something cannot be added: a line each).
 
-    Raises CheckpointError for a name that may mean two tensors, and for two entries of a file that mean the same.
+    Raises CheckpointError for a name that may mean two tensors, and for two entries of a file that
+    mean the same.
     """
     names = _Names(model)
     found: dict[str, list[Addition]] = {}
     unmatched: list[str] = []
     for lora, factor in loras:
         unmatched += [f"{lora.path}: {key} means nothing to us" for key in lora.unknown]
-        entries = [(key, (".weight", ""), Addition(lora.path, key, update, factor)) for key, update in lora.updates.items()]
+        entries = [
+            (key, (".weight", ""), Addition(lora.path, key, update, factor))
+            for key, update in lora.updates.items()
+        ]
         for key, tensor in lora.diffs.items():
             end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
             ends = (".weight", "") if end == ".weight" else (end,)
             entries.append((key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)))
-        entries += [(key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)) for key, tensor in lora.whole.items()]
+        entries += [
+            (key, ("",), Addition(lora.path, key, tensor, factor, replaces=True))
+            for key, tensor in lora.whole.items()
+        ]
         taken: dict[tuple[str, bool], str] = {}
         for key, ends, addition in entries:
             name = names.find(key, ends, addition)
@@ -53,13 +72,21 @@ def match(loras: Iterable[tuple[LoRAFile, float]], model: Mapping[str, Tensor]) 
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
             elif not _fits(addition.value, model[name]):
                 shape = tuple(addition.value.shape)
-                unmatched.append(f"{lora.path}: {addition.key} is {shape}, {name} {tuple(model[name].shape)} of {model[name].dtype}")
-            elif (twin := taken.setdefault((name, isinstance(addition.value, Update)), addition.key)) != addition.key:
-                raise CheckpointError(f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them")
+                unmatched.append(
+                    f"{lora.path}: {addition.key} is {shape}, {name} {tuple(model[name].shape)} of {model[name].dtype}"
+                )
+            elif (
+                twin := taken.setdefault((name, isinstance(addition.value, Update)), addition.key)
+            ) != addition.key:
+                raise CheckpointError(
+                    f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them"
+                )
             else:
                 found.setdefault(name, []).append(addition)
     if scaled := [name for name in found if f"{name.removesuffix('.weight')}.scale_weight" in model]:
-        raise CheckpointError(f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; take the model in 16 bits")
+        raise CheckpointError(
+            f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; take the model in 16 bits"
+        )
     return found, unmatched
 
 
@@ -76,7 +103,8 @@ class _Names:
                         self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
 
     def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
-        """The tensor that a key means: that of the first end that gives one, of the very name rather than of one with another prefix."""
+        """The tensor that a key means: that of the first end that gives one, of the very name
+        rather than of one with another prefix."""
         for end in ends:
             for exact in (key.removeprefix(COMFYUI) + end, key + end):
                 if exact in self._names:
@@ -86,14 +114,17 @@ class _Names:
                 if key.startswith(prefix) and not hits:
                     hits = self._flat.get((key.removeprefix(prefix), end), set())
             if len(hits) > 1:
-                raise CheckpointError(f"{addition.file}: {addition.key} may mean {' or '.join(sorted(hits))}; rename it")
+                raise CheckpointError(
+                    f"{addition.file}: {addition.key} may mean {' or '.join(sorted(hits))}; rename it"
+                )
             if hits:
                 return next(iter(hits))
         return None
 
 
 def _stems(name: str) -> list[str]:
-    """A name, and what is left of it without a prefix that it has, and without the one behind that."""
+    """A name, and what is left of it without a prefix that it has, and without the one behind
+    that."""
     shorter = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
@@ -112,9 +143,11 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dtype) -> Tensor:
-    """W and all that is added to it, summed in fp32 or better and rounded once to `dtype`; integers stay what they are.
+    """W and all that is added to it, summed in fp32 or better and rounded once to `dtype`; integers
+    stay what they are.
 
-    Raises CheckpointError for a result that is not finite; what is not so in the model itself, a mask perhaps, stays.
+    Raises CheckpointError for a result that is not finite; what is not so in the model itself, a
+    mask perhaps, stays.
     """
     if not tensor.is_floating_point():
         return tensor
@@ -127,7 +160,9 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
             factor = fitting(addition.factor * (value.scale if isinstance(value, Update) else 1), of)
             if not isinstance(value, Update):
                 value = value.to(exact.dtype)
-                exact = exact.add_(value - tensor.to(exact.dtype) if addition.replaces else value, alpha=factor)
+                exact = exact.add_(
+                    value - tensor.to(exact.dtype) if addition.replaces else value, alpha=factor
+                )
             elif value.kind == "linear":
                 A, B = value.A.flatten(1).to(exact.dtype), value.B.flatten(1).to(exact.dtype)
                 exact.view(len(exact), -1).addmm_(B, A, alpha=factor)
@@ -136,5 +171,7 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
         result = exact.to(dtype)
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
-        raise CheckpointError(f"{name}: with {files} added it holds numbers that are not finite (NaN or infinity) in {dtype}")
+        raise CheckpointError(
+            f"{name}: with {files} added it holds numbers that are not finite (NaN or infinity) in {dtype}"
+        )
     return result

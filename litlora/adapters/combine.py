@@ -1,5 +1,6 @@
-"""Combining: one adapter out of several on the same base. Everything is defined on ΔW = s · B A, never on A and B apart: a mean of
-factors is not the factor of a mean, and (Σ B)(Σ A) holds cross terms B_i A_j that nobody trained.
+"""Combining: one adapter out of several on the same base. Everything is defined on ΔW = s · B A,
+never on A and B apart: a mean of factors is not the factor of a mean, and (Σ B)(Σ A) holds cross
+terms B_i A_j that nobody trained.
 
     linear           Σ w_i ΔW_i, exact, stored at the rank that the sum has
     cat              Σ w_i ΔW_i, exact, stored as the factors side by side, whose ranks add
@@ -10,10 +11,11 @@ factors is not the factor of a mean, and (Σ B)(Σ A) holds cross terms B_i A_j 
                      (TIES, Yadav et al. 2023, arXiv:2306.01708)
     dare_ties        random entries as in dare_linear, elected as in ties
 
-Entries are trimmed layer by layer, so that one layer is in memory at a time, and the weights go in before the election. A ΔW whose
-entries were dropped or elected has no low rank any more; it is stored as the nearest one of the rank asked for, and what that
-lacks is measured and reported. A layer that a single adapter updates, with nothing to drop, keeps its A and B bit for bit: the
-weight goes into its scale.
+Entries are trimmed layer by layer, so that one layer is in memory at a time, and the weights go in
+before the election. A ΔW whose entries were dropped or elected has no low rank any more; it is
+stored as the nearest one of the rank asked for, and what that lacks is measured and reported. A
+layer that a single adapter updates, with nothing to drop, keeps its A and B bit for bit: the weight
+goes into its scale.
 """
 
 import dataclasses
@@ -39,8 +41,8 @@ from litlora.adapters.resize import (
     with_matrices,
 )
 from litlora.checkpoint import Chain, whole_tensors
-from litlora.convert.lora_files import LoRAFile, Update, as_stored
 from litlora.errors import CheckpointError, UserError
+from litlora.formats.lora_files import LoRAFile, Update, as_stored
 from litlora.lora import stored_config
 from litlora.settings import CombineLoRA, LoRAConfig
 
@@ -48,16 +50,22 @@ ELECTING = ("ties", "dare_ties")
 _OVERSAMPLE, _ITERATIONS = 16, 4
 
 
-def combine_adapters(chains: list[Chain], settings: CombineLoRA) -> tuple[dict[str, Tensor], LoRAConfig, list[Change]]:
-    """The tensors and settings of the combination of the outermost adapters of `chains`, and what became of every layer.
+def combine_adapters(
+    chains: list[Chain], settings: CombineLoRA
+) -> tuple[dict[str, Tensor], LoRAConfig, list[Change]]:
+    """The tensors and settings of the combination of the outermost adapters of `chains`, and what
+    became of every layer.
 
-    Tensors saved whole are combined by their differences from the base. Raises CheckpointError for a layer whose shapes differ
-    and for what a mode cannot combine.
+    Tensors saved whole are combined by their differences from the base. Raises CheckpointError for
+    a layer whose shapes differ and for what a mode cannot combine.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = [chain.top for chain in chains]
     updates, changes = combine_all(
-        [adapter.file for adapter in adapters], [updates_of(adapter) for adapter in adapters], settings, generator
+        [adapter.file for adapter in adapters],
+        [updates_of(adapter) for adapter in adapters],
+        settings,
+        generator,
     )
     configs = [stored_config(adapter.meta["lora"]) for adapter in adapters]
     same = all(config.targets == configs[0].targets for config in configs)
@@ -67,19 +75,30 @@ def combine_adapters(chains: list[Chain], settings: CombineLoRA) -> tuple[dict[s
         targets=configs[0].targets if same else list(updates),
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
     )
-    return tensors_of(updates) | _combine_whole(chains, settings, generator), settings_for(updates, like), changes
+    return (
+        tensors_of(updates) | _combine_whole(chains, settings, generator),
+        settings_for(updates, like),
+        changes,
+    )
 
 
-def combine_files(loras: list[LoRAFile], settings: CombineLoRA, dtype: torch.dtype) -> tuple[LoRAFile, list[Change]]:
-    """The same of LoRA files of other tools, under the names and in the format of the first, to be stored in `dtype`.
+def combine_files(
+    loras: list[LoRAFile], settings: CombineLoRA, dtype: torch.dtype
+) -> tuple[LoRAFile, list[Change]]:
+    """The same of LoRA files of other tools, under the names and in the format of the first, to be
+    stored in `dtype`.
 
-    Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose layers are called otherwise,
-    which might be the same layers, and for shapes that differ.
+    Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose
+    layers are called otherwise, which might be the same layers, and for shapes that differ.
     """
     generator, first = torch.Generator().manual_seed(settings.seed), loras[0]
     for other in loras[1:]:
-        if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (other.updates.keys() | other.diffs.keys()):
-            raise CheckpointError(f"{other.path}: has no layer of a name that {first.path} has; files of one model and format are needed")
+        if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (
+            other.updates.keys() | other.diffs.keys()
+        ):
+            raise CheckpointError(
+                f"{other.path}: has no layer of a name that {first.path} has; files of one model and format are needed"
+            )
     updates, changes = combine_all(
         [lora.path for lora in loras],
         [lora.updates for lora in loras],
@@ -95,9 +114,13 @@ def combine_files(loras: list[LoRAFile], settings: CombineLoRA, dtype: torch.dty
         if len(terms) == 1 and terms[0][0] == 1 and settings.density == 1:
             diffs[key] = terms[0][1]
         elif terms:
-            diffs[key] = combine_dense([weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], settings, generator)
+            diffs[key] = combine_dense(
+                [weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], settings, generator
+            )
         if key in diffs and not torch.isfinite(diffs[key].to(dtype)).all():
-            raise CheckpointError(f"{key}: the result has numbers beyond what {str(dtype).removeprefix('torch.')} can hold")
+            raise CheckpointError(
+                f"{key}: the result has numbers beyond what {str(dtype).removeprefix('torch.')} can hold"
+            )
     return dataclasses.replace(first, updates=updates, diffs=diffs), changes
 
 
@@ -108,12 +131,18 @@ def combine_all(
     generator: Generator,
     form: Form = lambda update: update,
 ) -> tuple[dict[str, Update], list[Change]]:
-    """The combination of the updates that each of `files` holds, by the layers' names, in the form in which it will be stored, and
-    what became of every layer."""
+    """The combination of the updates that each of `files` holds, by the layers' names, in the form
+    in which it will be stored, and what became of every layer."""
     updates, changes = {}, []
     for name in dict.fromkeys(name for one in found for name in one):
-        _check_shapes(name, [(file, one[name].shape) for file, one in zip(files, found, strict=True) if name in one])
-        terms = [(weight, one[name]) for weight, one in zip(settings.each_weight, found, strict=True) if name in one and weight != 0]
+        _check_shapes(
+            name, [(file, one[name].shape) for file, one in zip(files, found, strict=True) if name in one]
+        )
+        terms = [
+            (weight, one[name])
+            for weight, one in zip(settings.each_weight, found, strict=True)
+            if name in one and weight != 0
+        ]
         if not terms:
             continue
         updates[name], full, lost = combine_layer(terms, settings, generator, form)
@@ -123,9 +152,13 @@ def combine_all(
 
 
 def combine_layer(
-    terms: list[tuple[float, Update]], settings: CombineLoRA, generator: Generator, form: Form = lambda update: update
+    terms: list[tuple[float, Update]],
+    settings: CombineLoRA,
+    generator: Generator,
+    form: Form = lambda update: update,
 ) -> tuple[Update, float, float]:
-    """One layer's combination in its form, the norm of the ΔW that was to be stored, and that of what the stored one lacks."""
+    """One layer's combination in its form, the norm of the ΔW that was to be stored, and that of
+    what the stored one lacks."""
     exact = _finite(concatenate(terms))
     alone = len(terms) == 1
     if settings.density < 1 or (settings.mode in ELECTING and not alone):
@@ -140,7 +173,8 @@ def combine_layer(
         rank = settings.rank
         if settings.mode == "svd" and rank is None and settings.error_bound is None:
             rank = max(update.rank for _, update in terms)
-        # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of their product.
+        # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of
+        # their product.
         if not alone or (rank or exact.rank) < exact.rank or settings.error_bound is not None:
             stored = shrink(exact, rank=rank, max_error=settings.error_bound or 0.0)
     stored = form(stored)
@@ -148,7 +182,8 @@ def combine_layer(
 
 
 def concatenate(terms: list[tuple[float, Update]]) -> Update:
-    """Σ w_i s_i B_i A_i, the factors side by side. The largest factor becomes the scale, the others' shares of it go into their B."""
+    """Σ w_i s_i B_i A_i, the factors side by side. The largest factor becomes the scale, the
+    others' shares of it go into their B."""
     first = terms[0][1]
     scale = max((weight * update.scale for weight, update in terms), key=abs)
     columns = []
@@ -167,7 +202,8 @@ def _finite(update: Update) -> Update:
 
 
 def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Generator) -> Tensor:
-    """The combination of weighted changes of one tensor, entry by entry; equal shapes, fp32 or better."""
+    """The combination of weighted changes of one tensor, entry by entry; equal shapes, fp32 or
+    better."""
     density, random = settings.density, settings.mode.startswith("dare")
     if density < 1:
         deltas = [_drop(delta, density, generator) if random else _trim(delta, density) for delta in deltas]
@@ -183,7 +219,8 @@ def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Genera
 
 
 def _trim(delta: Tensor, density: float) -> Tensor:
-    """The entries of the largest magnitude, a share `density` of them (and any as large as the last), the others zero."""
+    """The entries of the largest magnitude, a share `density` of them (and any as large as the
+    last), the others zero."""
     size = delta.abs()
     keep = max(1, int(density * size.numel()))
     least = size.flatten().kthvalue(size.numel() - keep + 1).values
@@ -191,7 +228,8 @@ def _trim(delta: Tensor, density: float) -> Tensor:
 
 
 def _drop(delta: Tensor, density: float, generator: Generator) -> Tensor:
-    """Random entries, each kept with probability `density` and divided by it, so that the mean over all draws is delta."""
+    """Random entries, each kept with probability `density` and divided by it, so that the mean over
+    all draws is delta."""
     return delta * torch.empty_like(delta).bernoulli_(density, generator=generator) / density
 
 
@@ -203,17 +241,21 @@ def _delta(update: Update) -> Tensor:
 
 
 def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Generator) -> tuple[Tensor, Tensor]:
-    """B and A, the nearest of at most `rank` to a dense (out, in) matrix, or of the least rank within `max_error`, a share of its norm.
+    """B and A, the nearest of at most `rank` to a dense (out, in) matrix, or of the least rank
+    within `max_error`, a share of its norm.
 
-    First an orthonormal basis U of its shorter side: by subspace iteration on a random sketch (Halko, Martinsson and Tropp 2011,
-    arXiv:0909.4061) if only a small part of the spectrum is wanted, else from all eigenvectors of the smaller Gram matrix. What the
-    matrix is in that basis makes the other factor. The rows of A are orthonormal, as those of a resized update.
+    First an orthonormal basis U of its shorter side: by subspace iteration on a random sketch
+    (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) if only a small part of the spectrum is
+    wanted, else from all eigenvectors of the smaller Gram matrix. What the matrix is in that basis
+    makes the other factor. The rows of A are orthonormal, as those of a resized update.
     """
     turned = delta.size(0) > delta.size(1)
     wide_one = delta.T if turned else delta
     sketch = rank + _OVERSAMPLE
     if max_error is None and 4 * sketch < wide_one.size(0):
-        Q = torch.linalg.qr(wide_one @ torch.randn(wide_one.size(1), sketch, dtype=delta.dtype, generator=generator)).Q
+        Q = torch.linalg.qr(
+            wide_one @ torch.randn(wide_one.size(1), sketch, dtype=delta.dtype, generator=generator)
+        ).Q
         for _ in range(_ITERATIONS):
             Q = torch.linalg.qr(wide_one @ torch.linalg.qr(wide_one.T @ Q).Q).Q
         small = (Q.T @ wide_one).double()
@@ -221,7 +263,11 @@ def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Genera
     else:
         exact = wide_one.double()
         squares, vectors = torch.linalg.eigh(exact @ exact.T)
-        needed = rank if max_error is None else min(rank, least_rank(squares.flip(0).clamp(min=0).sqrt(), max_error))
+        needed = (
+            rank
+            if max_error is None
+            else min(rank, least_rank(squares.flip(0).clamp(min=0).sqrt(), max_error))
+        )
         U = vectors.flip(1)[:, :needed]
     inside = wide_one.double().T @ U  # (longer side, rank)
     if turned:
@@ -234,13 +280,16 @@ def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Genera
 
 
 def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Generator) -> dict[str, Tensor]:
-    """W + the combination of all W_i - W, in the dtype of the W_i. What a single adapter holds, at weight 1, is its own to the bit."""
+    """W + the combination of all W_i - W, in the dtype of the W_i. What a single adapter holds, at
+    weight 1, is its own to the bit."""
     weights, held = settings.each_weight, [whole_tensors(chain.top.tensors) for chain in chains]
     base, _ = plan_merge(chains[0].inner)
     combined = {}
     for name in dict.fromkeys(name for one in held for name in one):
         terms = [
-            (weight, chain, one[name]) for weight, chain, one in zip(weights, chains, held, strict=True) if name in one and weight != 0
+            (weight, chain, one[name])
+            for weight, chain, one in zip(weights, chains, held, strict=True)
+            if name in one and weight != 0
         ]
         if not terms:
             continue
@@ -257,7 +306,13 @@ def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Genera
         if stored_as not in base:
             raise CheckpointError(f"{terms[0][1].top.file}: replaces {name}, which the base does not have")
         weight = base[stored_as].tensor()
-        _check_shapes(name, [(chains[0].inner.top.file, weight.shape), *((chain.top.file, tensor.shape) for _, chain, tensor in terms)])
+        _check_shapes(
+            name,
+            [
+                (chains[0].inner.top.file, weight.shape),
+                *((chain.top.file, tensor.shape) for _, chain, tensor in terms),
+            ],
+        )
         exact = wide(weight.dtype)
         deltas = [factor * (tensor.to(exact) - weight.to(exact)) for factor, _, tensor in terms]
         dtype = terms[0][2].dtype
@@ -272,4 +327,6 @@ def _check_shapes(name: str, shapes: list[tuple[object, tuple[int, ...]]]) -> No
     for file, shape in others:
         if shape != wanted:
             sizes = (" x ".join(map(str, size)) for size in (shape, wanted))
-            raise CheckpointError("{}: {} is {}, but {} in {}; they are not of one base".format(file, name, *sizes, first))
+            raise CheckpointError(
+                "{}: {} is {}, but {} in {}; they are not of one base".format(file, name, *sizes, first)
+            )

@@ -1,4 +1,5 @@
-"""What a checkpoint is: kind, model, numbers, base and, of an adapter, how large each update is. What is missing is said, never fatal."""
+"""What a checkpoint is: kind, model, numbers, base and, of an adapter, how large each update is.
+What is missing is said, never fatal."""
 
 import math
 from collections import Counter
@@ -11,18 +12,27 @@ from torch import Tensor
 
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
 from litlora.adapters.resize import norm
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, check_finite, open_checkpoint, resolve, whole_tensors
+from litlora.checkpoint import (
+    Chain,
+    Checkpoint,
+    adapter_modules,
+    check_finite,
+    open_checkpoint,
+    resolve,
+    whole_tensors,
+)
 from litlora.config import ModelConfig
-from litlora.convert import bitsandbytes, litgpt, peft
-from litlora.convert.bitsandbytes import Quantized
-from litlora.convert.families import HF_CONFIG_FILE, load_config, write_config
-from litlora.convert.files import at_least_16_bits, open_tensors, open_torch
-from litlora.convert.folder import weight_files
-from litlora.convert.lora_files import LoRAFile, Update, read_lora
 from litlora.errors import BaseMismatchError, CheckpointError
+from litlora.formats import litgpt, peft
+from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
+from litlora.formats.folder import weight_files
+from litlora.formats.lora_files import LoRAFile, Update, read_lora
+from litlora.frozen import bitsandbytes
+from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import layer_scale, stored_config
 from litlora.paths import WEIGHTS_FILES, checkpoint_dir
 from litlora.prompts import STYLE_FILE
+from litlora.storage.tensors import at_least_16_bits, open_tensors, open_torch
 from litlora.tokenizer import find_sidecars
 
 Description = dict[str, Any]
@@ -30,7 +40,8 @@ Description = dict[str, Any]
 
 
 def describe(path: Path, *, base_dir: Path | None = None) -> Description:
-    """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for what is no checkpoint."""
+    """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for
+    what is no checkpoint."""
     if path.is_file() and path.name not in WEIGHTS_FILES:
         return _lora_file(path, read_lora(path, allow_unknown=True), [])
     directory = checkpoint_dir(path)
@@ -57,11 +68,16 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
         "tokenizer": bool(files & {"tokenizer.json", "tokenizer.model"}),
     }
     if merged := found.meta.get("merged"):
-        described["merged_from"] = {"chain": merged["chain"], "unchanged_since": merged["result"] == found.fingerprint}
+        described["merged_from"] = {
+            "chain": merged["chain"],
+            "unchanged_since": merged["result"] == found.fingerprint,
+        }
     if found.is_adapter:
         described["lora"] = found.meta["lora"]
         described["base"] = _base(found, chain)
-        described["chain"] = [str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])]
+        described["chain"] = [
+            str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])
+        ]
         layers, misfit = _layers(found, chain)
         described["layers"], described["total"] = layers, _total(layers)
         problems += misfit + _broken(found.tensors, found.file)
@@ -82,17 +98,31 @@ def _resolve(directory: Path, base_dir: Path | None, found: Checkpoint) -> tuple
 
 
 def _base(adapter: Checkpoint, chain: Chain | None) -> Description:
-    """Where the base is, and whether it is the one: None if it is not there, or if the adapter's format does not tell."""
+    """Where the base is, and whether it is the one: None if it is not there, or if the adapter's
+    format does not tell."""
     wanted = adapter.meta["base"]["fingerprint"]
     if chain is None:
-        return {"path": adapter.meta["base"]["absolute_path"], "found": False, "wanted": wanted, "fingerprint": None, "matches": None}
+        return {
+            "path": adapter.meta["base"]["absolute_path"],
+            "found": False,
+            "wanted": wanted,
+            "fingerprint": None,
+            "matches": None,
+        }
     base = chain.inner.top
     matches = None if wanted is None else base.answers_to(wanted)
-    return {"path": str(base.directory), "found": True, "wanted": wanted, "fingerprint": base.fingerprint, "matches": matches}
+    return {
+        "path": str(base.directory),
+        "found": True,
+        "wanted": wanted,
+        "fingerprint": base.fingerprint,
+        "matches": matches,
+    }
 
 
 def _layers(adapter: Checkpoint, chain: Chain | None) -> tuple[list[Description], list[str]]:
-    """Each updated tensor and how large its update is beside it; and why that cannot be told, if it cannot."""
+    """Each updated tensor and how large its update is beside it; and why that cannot be told, if it
+    cannot."""
     weights: Plan = {}
     problems = []
     if chain is not None:
@@ -134,13 +164,26 @@ def _norm(blocks: Iterable[Tensor]) -> float:
 
 
 def _layer(
-    name: str, shape: tuple[int, ...], size: float | None, W: MergedTensor | None, rank: int | None = None, scale: float | None = None
+    name: str,
+    shape: tuple[int, ...],
+    size: float | None,
+    W: MergedTensor | None,
+    rank: int | None = None,
+    scale: float | None = None,
 ) -> Description:
     """`rank` is None for a tensor that the adapter holds whole."""
     weight = None if W is None else _norm(W.exact(rows) for rows in W.row_slices())
     size, weight = (value if value is not None and math.isfinite(value) else None for value in (size, weight))
     share = size / weight if size is not None and weight else None
-    return {"name": name, "shape": list(shape), "rank": rank, "scale": scale, "delta_norm": size, "weight_norm": weight, "relative": share}
+    return {
+        "name": name,
+        "shape": list(shape),
+        "rank": rank,
+        "scale": scale,
+        "delta_norm": size,
+        "weight_norm": weight,
+        "relative": share,
+    }
 
 
 def _total(layers: list[Description]) -> Description:
@@ -157,7 +200,8 @@ def _total(layers: list[Description]) -> Description:
 
 
 def _without_base(directory: Path, why: str) -> Description | None:
-    """An adapter of another format whose base is not there or does not fit, as far as its own files tell; else None."""
+    """An adapter of another format whose base is not there or does not fit, as far as its own files
+    tell; else None."""
     problem = [f"only what its own files tell is shown: {why}"]
     if peft.adapter_file(directory) is not None:
         return _lora_file(directory, read_lora(directory, allow_unknown=True), problem)
@@ -168,7 +212,13 @@ def _without_base(directory: Path, why: str) -> Description | None:
     content = content.get("model", content) if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     name, _ = litgpt.base_of(directory)
-    facts = {"path": str(directory), "kind": "adapter", "format": "litgpt", "file": file.name, "bytes": file.stat().st_size}
+    facts = {
+        "path": str(directory),
+        "kind": "adapter",
+        "format": "litgpt",
+        "file": file.name,
+        "bytes": file.stat().st_size,
+    }
     return {**facts, **_numbers(tensors), "base": _unknown_base(name), "problems": problem, "notices": []}
 
 
@@ -230,16 +280,23 @@ def _size(found: Checkpoint) -> int:
 def _numbers(tensors: Mapping[str, Tensor | Quantized]) -> Description:
     dtypes = Counter()
     for tensor in tensors.values():
-        dtypes[tensor.kind if isinstance(tensor, Quantized) else str(tensor.dtype).removeprefix("torch.")] += tensor.shape.numel()
+        dtypes[
+            tensor.kind if isinstance(tensor, Quantized) else str(tensor.dtype).removeprefix("torch.")
+        ] += tensor.shape.numel()
     return {"tensors": len(tensors), "numbers": sum(dtypes.values()), "dtypes": dict(dtypes)}
 
 
 def _family(directory: Path, config: ModelConfig | None) -> str | None:
-    """The Hugging Face family: the folder's own, else the plainest that can express the architecture; None if none can."""
+    """The Hugging Face family: the folder's own, else the plainest that can express the
+    architecture; None if none can."""
     if config is None:
         return None
     try:
-        return load_config(directory)[0] if (directory / HF_CONFIG_FILE).is_file() else write_config(config)["model_type"]
+        return (
+            load_config(directory)[0]
+            if (directory / HF_CONFIG_FILE).is_file()
+            else write_config(config)["model_type"]
+        )
     except CheckpointError:
         return None
 
@@ -253,7 +310,9 @@ def table(d: Description) -> list[str]:
     lines += [f"PROBLEM  {problem}" for problem in d["problems"]]
     lines += [f"note     {notice}" for notice in d["notices"]]
     dtypes = ", ".join(d["dtypes"])
-    lines.append(f"weights  {d['file']}: {d['bytes']:,} bytes, {d['tensors']:,} tensors, {d['numbers']:,} numbers in {dtypes}")
+    lines.append(
+        f"weights  {d['file']}: {d['bytes']:,} bytes, {d['tensors']:,} tensors, {d['numbers']:,} numbers in {dtypes}"
+    )
     if d.get("fingerprint"):
         lines.append(f"         fingerprint {d['fingerprint']}")
     if model := d.get("model"):
@@ -263,9 +322,17 @@ def table(d: Description) -> list[str]:
             f"context {model['max_position_embeddings']:,}"
         )
     if merged := d.get("merged_from"):
-        lines.append(f"merged   from the chain {merged['chain']}" + ("" if merged["unchanged_since"] else ", and changed since then"))
+        lines.append(
+            f"merged   from the chain {merged['chain']}"
+            + ("" if merged["unchanged_since"] else ", and changed since then")
+        )
     if lora := d.get("lora"):
-        lines.append("lora     " + ", ".join(f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False)))
+        lines.append(
+            "lora     "
+            + ", ".join(
+                f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False)
+            )
+        )
     if base := d.get("base"):
         lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
     if len(d.get("chain", [])) > 2:
@@ -277,7 +344,10 @@ def table(d: Description) -> list[str]:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines.append("")
         lines += [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            ).rstrip()
+            for row in rows
         ]
     return lines
 
@@ -287,14 +357,24 @@ def _verdict(base: Description) -> str:
         return "NOT FOUND" + (f" (fingerprint {base['wanted']})" if base["wanted"] else "")
     if base["matches"] is None:
         return "found; this format does not tell whether it is the one"
-    return "matches" if base["matches"] else f"DOES NOT MATCH (fingerprint {base['fingerprint']}, trained on {base['wanted']})"
+    return (
+        "matches"
+        if base["matches"]
+        else f"DOES NOT MATCH (fingerprint {base['fingerprint']}, trained on {base['wanted']})"
+    )
 
 
 def _row(name: str, layer: Description) -> tuple[str, ...]:
     share = layer["relative"]
     numbers = [f"{value:.4g}" if value is not None else "" for value in (layer["scale"], layer["delta_norm"])]
     rank = "" if not layer["shape"] else str(layer["rank"] or "whole")
-    return (name, " x ".join(map(str, layer["shape"])), rank, *numbers, "" if share is None else f"{share:.3%}")
+    return (
+        name,
+        " x ".join(map(str, layer["shape"])),
+        rank,
+        *numbers,
+        "" if share is None else f"{share:.3%}",
+    )
 
 
 def _plain(value: Any) -> str:

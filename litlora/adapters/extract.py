@@ -1,4 +1,5 @@
-"""Extraction: the low-rank updates, and the differences, that make one model of another, a tensor at a time."""
+"""Extraction: the low-rank updates, and the differences, that make one model of another, a tensor
+at a time."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,14 +10,23 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, truncate_exact
-from litlora.convert import peft
-from litlora.convert.lora_files import PEFT_PARTS, LoRAFile, Update
-from litlora.convert.model_files import Pages
-from litlora.convert.torch_file import Memory, rows_at_a_time
 from litlora.errors import CheckpointError
+from litlora.formats import peft
+from litlora.formats.lora_files import PEFT_PARTS, LoRAFile, Update
+from litlora.formats.model_files import Pages
 from litlora.settings import LoRAConfig
+from litlora.storage.torch_file import Memory, rows_at_a_time
 
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared")
+EMBEDDINGS = (
+    "embed_tokens",
+    "embed_in",
+    "wte",
+    "wpe",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "shared",
+)
 """What embeddings are called whose weight, (tokens, width), looks like that of a linear layer."""
 
 
@@ -35,7 +45,8 @@ class Plan:
     replace: bool = False
     """Of a tensor that is not decomposed keep what it is in the target, not its difference."""
     dtype: torch.dtype = torch.bfloat16
-    """That in which the result will be stored: the errors that are told are those of what is stored."""
+    """That in which the result will be stored: the errors that are told are those of what is
+    stored."""
     device: torch.device = torch.device("cpu")
 
 
@@ -52,7 +63,8 @@ class Extracted:
     error: float
     """That of what is lost once the result is stored."""
     excess: float
-    """Proved: before it is stored, the update's error is at most this share above the least possible at its rank; inf if not proved."""
+    """Proved: before it is stored, the update's error is at most this share above the least
+    possible at its rank; inf if not proved."""
 
     @property
     def rank(self) -> int | None:
@@ -61,7 +73,8 @@ class Extracted:
 
 
 def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
-    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ, they are other numbers than real."""
+    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ,
+    they are other numbers than real."""
     found = {name: "only in the source" for name in source if name not in target}
     found |= {name: "only in the target" for name in target if name not in source}
     for name, before in source.items():
@@ -72,7 +85,9 @@ def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
             found[name] = f"{tuple(before.shape)} in the source, {tuple(after.shape)} in the target"
         elif not (before.is_floating_point() and after.is_floating_point()):
             if before.dtype != after.dtype or not torch.equal(before, after):
-                found[name] = f"{_kind(before)} in the source, {_kind(after)} in the target: not real numbers, and different"
+                found[name] = (
+                    f"{_kind(before)} in the source, {_kind(after)} in the target: not real numbers, and different"
+                )
     return dict(sorted(found.items()))
 
 
@@ -80,10 +95,14 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def extract(source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan, left_out: Collection[str] = ()) -> Iterator[Extracted]:
-    """What became of every tensor that differs, in the order of their names; a tensor of each model is in memory at a time.
+def extract(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan, left_out: Collection[str] = ()
+) -> Iterator[Extracted]:
+    """What became of every tensor that differs, in the order of their names; a tensor of each model
+    is in memory at a time.
 
-    `left_out`: those of `mismatches`. Raises CheckpointError for numbers that are not finite, but in tensors that are equal.
+    `left_out`: those of `mismatches`. Raises CheckpointError for numbers that are not finite, but
+    in tensors that are equal.
     """
     pages, memory = Pages(), Memory(1)
     for name in sorted(source.keys() & target.keys() - set(left_out)):
@@ -97,18 +116,23 @@ def extract(source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Pl
 
 
 def _difference(before: Tensor, after: Tensor, memory: Memory) -> Tensor:
-    """after - before in fp32 or better, some rows at a time: several times as fast as whole tensors, which leave the caches twice."""
+    """after - before in fp32 or better, some rows at a time: several times as fast as whole
+    tensors, which leave the caches twice."""
     exact = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     D = memory.empty(after.shape, exact)
     step = rows_at_a_time(after.shape, exact.itemsize)
-    for total, new, old in zip(*(torch.atleast_1d(tensor).split(step) for tensor in (D, after, before)), strict=True):
+    for total, new, old in zip(
+        *(torch.atleast_1d(tensor).split(step) for tensor in (D, after, before)), strict=True
+    ):
         total.copy_(new).sub_(old.to(exact) if old.dtype.itemsize == 1 else old)
     return D
 
 
 def _extract(name: str, D: Tensor, norm: float, after: Tensor, plan: Plan) -> Extracted:
     if not math.isfinite(norm):
-        raise CheckpointError(f"{name}: holds numbers that are not finite (NaN or infinity) in one of the two models; make it again")
+        raise CheckpointError(
+            f"{name}: holds numbers that are not finite (NaN or infinity) in one of the two models; make it again"
+        )
     if D.ndim < 2 or D.numel() < plan.min_size or plan.diff_only:
         if plan.replace:
             return Extracted(name, tuple(D.shape), after, norm, 0.0, 0.0)
@@ -125,7 +149,8 @@ def _extract(name: str, D: Tensor, norm: float, after: Tensor, plan: Plan) -> Ex
 
 
 def as_adapter(found: Iterable[Extracted]) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """What `extract` found with Plan.replace, between two models under our names, as the tensors and settings of an adapter."""
+    """What `extract` found with Plan.replace, between two models under our names, as the tensors
+    and settings of an adapter."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     whole: dict[str, None] = {}
@@ -150,9 +175,11 @@ def as_adapter(found: Iterable[Extracted]) -> tuple[dict[str, Tensor], LoRAConfi
 
 
 def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name: str) -> LoRAFile:
-    """The same between two models under whatever names, as a PEFT folder for the module that has these names.
+    """The same between two models under whatever names, as a PEFT folder for the module that has
+    these names.
 
-    Whether a weight is an embedding's only its name tells: see EMBEDDINGS. Of a module that is saved, PEFT wants every tensor.
+    Whether a weight is an embedding's only its name tells: see EMBEDDINGS. Of a module that is
+    saved, PEFT wants every tensor.
     """
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
@@ -161,20 +188,31 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
         if not isinstance(one.result, Update):
             whole[peft.PREFIX + one.name] = one.result
         elif not one.name.endswith(".weight"):
-            raise CheckpointError(f"{one.name}: PEFT adapts the weights of modules only, and this is none; choose another --format")
+            raise CheckpointError(
+                f"{one.name}: PEFT adapts the weights of modules only, and this is none; choose another --format"
+            )
         elif module.rpartition(".")[2] in EMBEDDINGS:
             updates[peft.PREFIX + module] = Update(one.result.B.T, one.result.A.T, kind="embedding")
         else:
             updates[peft.PREFIX + module] = one.result
     for module in {name.rpartition(".")[0] for name in whole} - updates.keys():
         inside = module.removeprefix(peft.PREFIX)
-        whole |= {peft.PREFIX + name: tensor for name, tensor in target.items() if name.rpartition(".")[0] == inside}
-    config = {"base_model_name_or_path": base_name, "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True}
+        whole |= {
+            peft.PREFIX + name: tensor for name, tensor in target.items() if name.rpartition(".")[0] == inside
+        }
+    config = {
+        "base_model_name_or_path": base_name,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
     return LoRAFile(Path(base_name), updates, whole=whole, config=config, parts=PEFT_PARTS)
 
 
 def _stored(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     stored = tensor.to(plan.dtype)
     if not torch.isfinite(stored).all():
-        raise CheckpointError(f"{name}: the difference is beyond what {_kind(stored)} can hold; choose another --output-dtype")
+        raise CheckpointError(
+            f"{name}: the difference is beyond what {_kind(stored)} can hold; choose another --output-dtype"
+        )
     return stored

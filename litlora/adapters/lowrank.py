@@ -1,7 +1,9 @@
-"""The best approximation of a matrix by one of low rank: its singular value decomposition, cut off, exact or randomised.
+"""The best approximation of a matrix by one of low rank: its singular value decomposition, cut off,
+exact or randomised.
 
-The randomised one (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) multiplies the matrix by a few dozen vectors, by turns
-from either side, instead of decomposing it. It goes on until it has proved that what it found is nearly the best.
+The randomised one (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) multiplies the matrix by a
+few dozen vectors, by turns from either side, instead of decomposing it. It goes on until it has
+proved that what it found is nearly the best.
 """
 
 import math
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.01
-"""The randomised decomposition goes on until its error is proved to be at most this share above the least possible."""
+"""The randomised decomposition goes on until its error is proved to be at most this share above the
+least possible."""
 MAX_ROUNDS = 24
 """Multiplications by the matrix after which it takes what it has, proved or not."""
 OVERSAMPLING = 32
@@ -20,16 +23,19 @@ OVERSAMPLING = 32
 NOISE = 5e-7
 """A relative error of this size is fp32's own."""
 PYTHAGORAS = 1e-3
-"""From this share of ‖D‖² on, what is left of D is told well enough by what was found, to see that it is not near the least."""
+"""From this share of ‖D‖² on, what is left of D is told well enough by what was found, to see that
+it is not near the least."""
 FAILURE = 1e-9
 """How likely the random part of the proof may be wrong, for one matrix."""
 _BLOCK = 1 << 19
-"""Numbers computed at a time where a matrix of the whole size would be needed: about what the caches hold."""
+"""Numbers computed at a time where a matrix of the whole size would be needed: about what the
+caches hold."""
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """Which rank a matrix gets: `rank`, or else the smallest, at least 1, that meets every criterion that is given."""
+    """Which rank a matrix gets: `rank`, or else the smallest, at least 1, that meets every
+    criterion that is given."""
 
     rank: int | None = None
     energy: float | None = None
@@ -40,7 +46,8 @@ class RankRule:
     """Largest relative error in the Frobenius norm."""
 
     def choose(self, squares: Tensor, total: float) -> int | None:
-        """The rank for a matrix whose largest singular values have these squares (falling), of the sum `total`; None if more are needed."""
+        """The rank for a matrix whose largest singular values have these squares (falling), of the
+        sum `total`; None if more are needed."""
         if self.rank is not None:
             return self.rank if self.rank <= len(squares) else None
         needed = [1]
@@ -77,7 +84,8 @@ class Truncated:
 
     @property
     def excess(self) -> float:
-        """The share by which the error is above the least possible, at most, but for the arithmetic's own error."""
+        """The share by which the error is above the least possible, at most, but for the
+        arithmetic's own error."""
         if self.error <= self.optimum:
             return 0.0
         beyond = math.sqrt(max(self.error**2 - (NOISE * self.norm) ** 2, 0.0))
@@ -85,7 +93,8 @@ class Truncated:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of B A = U S V, (rank, n) and (m, rank), each with half of every singular value."""
+        """(A, B) of B A = U S V, (rank, n) and (m, rank), each with half of every singular
+        value."""
         root = self.S.sqrt()
         return root[:, None] * self.V, self.U * root
 
@@ -101,15 +110,21 @@ def truncate_exact(D: Tensor, rule: RankRule) -> Truncated:
 
 
 def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
-    """The same for a fraction of the work, with an error that is proved to be within TOLERANCE of the least possible.
+    """The same for a fraction of the work, with an error that is proved to be within TOLERANCE of
+    the least possible.
 
-    D is decomposed after all if a large part of its singular values is needed. After MAX_ROUNDS the result may be unproved.
+    D is decomposed after all if a large part of its singular values is needed. After MAX_ROUNDS the
+    result may be unproved.
     """
     norm = frobenius(D)
-    if norm and not 1e-12 < norm < 1e12:  # whose fourth powers leave fp32's range: a power of two changes no digit
+    if (
+        norm and not 1e-12 < norm < 1e12
+    ):  # whose fourth powers leave fp32's range: a power of two changes no digit
         unit = 2.0 ** round(math.log2(norm))
         found = truncate(D / unit, rule, seed)
-        return replace(found, S=found.S * unit, norm=norm, error=found.error * unit, optimum=found.optimum * unit)
+        return replace(
+            found, S=found.S * unit, norm=norm, error=found.error * unit, optimum=found.optimum * unit
+        )
     total, least = norm**2, min(D.shape)
     generator = torch.Generator().manual_seed(seed)
     rank = rule.rank or OVERSAMPLING
@@ -124,7 +139,10 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
             rank = rule.choose(S.double().square(), total)
             if rank is None:
                 width *= 2
-                basis, S = torch.linalg.qr(torch.cat([basis, _random(M, 1, width // 2, generator)], 1))[0], None
+                basis, S = (
+                    torch.linalg.qr(torch.cat([basis, _random(M, 1, width // 2, generator)], 1))[0],
+                    None,
+                )
                 continue
             U, V = (X, basis) if not turned else (basis, X)
             found = Truncated(U[:, :rank], S[:rank], V[:, :rank].T, math.sqrt(total), 0.0, 0.0)
@@ -133,7 +151,9 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
             # μ is seldom much below the least of Θ.
             if left < PYTHAGORAS * total or left - gain(least_kept) >= left / (1 + TOLERANCE) ** 2:
                 found = replace(found, error=distance(D, *found.factors))
-                found = replace(found, optimum=_least_error(M.T, X, found.error, gain, least_kept, 3 + turn, generator))
+                found = replace(
+                    found, optimum=_least_error(M.T, X, found.error, gain, least_kept, 3 + turn, generator)
+                )
                 if found.is_proved:
                     return found
         Q, triangle = torch.linalg.qr(image)
@@ -144,11 +164,13 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
 
 
 def _gain(X: Tensor, S: Tensor, image: Tensor, rank: int) -> Callable[[float], float]:
-    """By how much more than X of that rank, with M X = U S and `image` = Mᵀ U, others may take away from ‖M‖², at most.
+    """By how much more than X of that rank, with M X = U S and `image` = Mᵀ U, others may take away
+    from ‖M‖², at most.
 
-    In the basis X and its complement, MᵀM = [[Θ, Rᵀ], [R, C]] with Θ = S². For every t > 0 that is at most the block diagonal
-    matrix of Θ + RᵀR / t and C + t. So with C <= μ the r largest eigenvalues, which are what an approximation of rank r can
-    take away, add up to no more than those of Θ + RᵀR / t, each put up to μ + t if it is smaller. It is a function of μ.
+    In the basis X and its complement, MᵀM = [[Θ, Rᵀ], [R, C]] with Θ = S². For every t > 0 that is
+    at most the block diagonal matrix of Θ + RᵀR / t and C + t. So with C <= μ the r largest
+    eigenvalues, which are what an approximation of rank r can take away, add up to no more than
+    those of Θ + RᵀR / t, each put up to μ + t if it is smaller. It is a function of μ.
     """
     theta = S.double().square()
     residual = ((image - X * S) * S).double()
@@ -158,9 +180,16 @@ def _gain(X: Tensor, S: Tensor, image: Tensor, rank: int) -> Callable[[float], f
 
 
 def _least_error(
-    M: Tensor, X: Tensor, error: float, gain: Callable[[float], float], least_kept: float, rounds: int, generator: torch.Generator
+    M: Tensor,
+    X: Tensor,
+    error: float,
+    gain: Callable[[float], float],
+    least_kept: float,
+    rounds: int,
+    generator: torch.Generator,
 ) -> float:
-    """A lower bound on the error of any approximation of M of a rank, of which one has the given error; see `_gain` and `_largest`."""
+    """A lower bound on the error of any approximation of M of a rank, of which one has the given
+    error; see `_gain` and `_largest`."""
 
     def bound(mu: float) -> float:
         return math.sqrt(max(error**2 - gain(mu), 0.0))
@@ -172,10 +201,12 @@ def _least_error(
 
 
 def _largest(M: Tensor, X: Tensor, rounds: int, generator: torch.Generator) -> float:
-    """An upper bound on the largest eigenvalue μ of C = (1 - XXᵀ) MᵀM (1 - XXᵀ), which holds but for a chance of FAILURE.
+    """An upper bound on the largest eigenvalue μ of C = (1 - XXᵀ) MᵀM (1 - XXᵀ), which holds but
+    for a chance of FAILURE.
 
-    Normal random vectors Y, s of them, have components along the eigenvector whose squares add up to less than c with
-    a probability below (c/2)^(s/2) / Γ(s/2 + 1); and the norm of C^q Y is at least μ^q √c.
+    Normal random vectors Y, s of them, have components along the eigenvector whose squares add up
+    to less than c with a probability below (c/2)^(s/2) / Γ(s/2 + 1); and the norm of C^q Y is at
+    least μ^q √c.
     """
     vectors = 16
     c = 2 * (FAILURE * math.gamma(vectors / 2 + 1)) ** (2 / vectors)
@@ -198,7 +229,8 @@ def _random(M: Tensor, axis: int, width: int, generator: torch.Generator) -> Ten
 
 
 def frobenius(D: Tensor) -> float:
-    """The Frobenius norm: squares in D's dtype, a block at a time, summed in fp64; all in fp64 where squares leave fp32's range."""
+    """The Frobenius norm: squares in D's dtype, a block at a time, summed in fp64; all in fp64
+    where squares leave fp32's range."""
     total = sum(block.square().sum().double() for block in D.reshape(-1).split(1 << 20)).item()
     if 1e-24 < total < math.inf:
         return math.sqrt(total)
@@ -208,7 +240,9 @@ def frobenius(D: Tensor) -> float:
 def distance(D: Tensor, A: Tensor, B: Tensor) -> float:
     """The Frobenius norm of D - B A, some rows at a time."""
     total, step = 0.0, max(1, _BLOCK // D.size(1))
-    room = D.new_empty(min(step, D.size(0)), D.size(1))  # used again: fresh memory costs more than what is computed in it
+    room = D.new_empty(
+        min(step, D.size(0)), D.size(1)
+    )  # used again: fresh memory costs more than what is computed in it
     for rows, block in zip(D.split(step), B.split(step), strict=True):
         left = torch.addmm(rows, block.to(D.dtype), A.to(D.dtype), alpha=-1, out=room[: len(rows)])
         total += frobenius(left) ** 2

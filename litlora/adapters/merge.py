@@ -1,4 +1,5 @@
-"""Merging: the weights that an adapter, a chain of them or a weighted sum of several stands for, a block of rows at a time."""
+"""Merging: the weights that an adapter, a chain of them or a weighted sum of several stands for, a
+block of rows at a time."""
 
 import dataclasses
 import hashlib
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
-from litlora.convert.bitsandbytes import Quantized
-from litlora.convert.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
+from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import OUTPUT_HEAD, fitting, layer_scale, stored_config
+from litlora.storage.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -40,10 +41,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class MergedTensor(LazyTensor):
-    """One tensor of a merged model, computed while it is written: W, and what the links of a chain add to it.
+    """One tensor of a merged model, computed while it is written: W, and what the links of a chain
+    add to it.
 
-    A link's updates are added in fp32 and rounded once: to W's own dtype wherever another link follows, as that one was trained
-    on the rounded sum, and to `dtype` at the end.
+    A link's updates are added in fp32 and rounded once: to W's own dtype wherever another link
+    follows, as that one was trained on the rounded sum, and to `dtype` at the end.
     """
 
     name: str
@@ -56,7 +58,8 @@ class MergedTensor(LazyTensor):
     links: tuple[tuple[LowRank | Whole, ...], ...] = ()
     """The updates of each link of the chain, innermost first."""
     seed: int | None = None
-    """Round up or down at random, so that the mean is right (see `rounded`); None: to the nearest."""
+    """Round up or down at random, so that the mean is right (see `rounded`); None: to the
+    nearest."""
 
     @property
     def shape(self) -> torch.Size:
@@ -74,10 +77,14 @@ class MergedTensor(LazyTensor):
         sums, rounding = None, self.rounding()
         for rows in self.row_slices():
             sums = self.exact(rows, into=sums)
-            block = memory.empty(sums.shape, self.dtype) if memory else torch.empty(sums.shape, dtype=self.dtype)
+            block = (
+                memory.empty(sums.shape, self.dtype) if memory else torch.empty(sums.shape, dtype=self.dtype)
+            )
             block.copy_(sums if self.seed is None else rounding(sums))
             if not all(math.isfinite(bound.item()) for bound in block.aminmax()):
-                raise CheckpointError(f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}")
+                raise CheckpointError(
+                    f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}"
+                )
             yield block
 
     def rounding(self) -> Callable[[Tensor], Tensor]:
@@ -101,7 +108,8 @@ class MergedTensor(LazyTensor):
         return dataclasses.replace(self, links=self.links[:-1]).exact(rows).to(self.own)
 
     def exact(self, rows: slice, into: Tensor | None = None) -> Tensor:
-        """These rows before the last rounding, in fp32 or better; in the memory of `into`, an earlier result, where they fit."""
+        """These rows before the last rounding, in fp32 or better; in the memory of `into`, an
+        earlier result, where they fit."""
         before = self.before(rows)
         if into is not None and len(before) <= len(into):
             total = into[: len(before)].copy_(before)
@@ -115,7 +123,8 @@ class MergedTensor(LazyTensor):
         return total
 
     def tensor(self) -> Tensor:
-        """All of it, in memory; a tensor without an update is the base's own, still memory-mapped."""
+        """All of it, in memory; a tensor without an update is the base's own, still
+        memory-mapped."""
         if self.is_stored:
             return self.start
         whole = torch.empty(self.shape, dtype=self.dtype)
@@ -132,8 +141,9 @@ Plan = dict[str, MergedTensor]
 def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """A tensor in another dtype, rounded to the nearest value, ties to even.
 
-    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, the nearer the likelier, so that the mean
-    is the exact value: updates smaller than the distance between two such numbers survive in the mean of many weights.
+    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, the nearer
+    the likelier, so that the mean is the exact value: updates smaller than the distance between two
+    such numbers survive in the mean of many weights.
     """
     nearest = exact.to(dtype)
     if generator is None or dtype.itemsize != 2:
@@ -141,13 +151,16 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     # Neighbours in magnitude are neighbours as integers, subnormal numbers and zero included.
     error = exact.abs() - nearest.to(exact.dtype).abs()
     neighbour = (nearest.view(torch.int16) + error.sign().to(torch.int16)).view(dtype)
-    chance = error / (neighbour.to(exact.dtype).abs() - nearest.to(exact.dtype).abs())  # beyond the largest number: 0
+    chance = error / (
+        neighbour.to(exact.dtype).abs() - nearest.to(exact.dtype).abs()
+    )  # beyond the largest number: 0
     taken = torch.rand(exact.shape, generator=generator) < chance  # where the error is 0: 0 / 0, and so not
     return torch.where(taken, neighbour, nearest)
 
 
 def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
-    """The weights that a chain stands for: every adapter merged, one after the other, in the base's dtype.
+    """The weights that a chain stands for: every adapter merged, one after the other, in the base's
+    dtype.
 
     Tensors without an update are the base's own, still memory-mapped.
     """
@@ -157,7 +170,10 @@ def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
 
 def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
     """The same, with nothing computed yet."""
-    plan = {name: MergedTensor(name, tensor, tensor.dtype, tensor.dtype) for name, tensor in chain.base.tensors.items()}
+    plan = {
+        name: MergedTensor(name, tensor, tensor.dtype, tensor.dtype)
+        for name, tensor in chain.base.tensors.items()
+    }
     config = chain.config
     for adapter in chain.adapters:
         plan, config = add_adapters(plan, config, [(adapter, 1.0)])
@@ -165,21 +181,30 @@ def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
 
 
 def plan_sum(
-    paths: list[Path], weights: list[float], *, base_dir: Path | None = None, allow_base_mismatch: bool = False
+    paths: list[Path],
+    weights: list[float],
+    *,
+    base_dir: Path | None = None,
+    allow_base_mismatch: bool = False,
 ) -> tuple[Plan, ModelConfig, list[Chain]]:
-    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which may be a chain itself. Raises
-    as `resolve_sharing` does.
+    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which
+    may be a chain itself. Raises as `resolve_sharing` does.
     """
     chains = resolve_sharing(paths, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     plan, config = plan_merge(chains[0].inner)
-    plan, config = add_adapters(plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)])
+    plan, config = add_adapters(
+        plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)]
+    )
     return plan, config, chains
 
 
-def resolve_sharing(paths: list[Path], *, base_dir: Path | None = None, allow_base_mismatch: bool = False) -> list[Chain]:
+def resolve_sharing(
+    paths: list[Path], *, base_dir: Path | None = None, allow_base_mismatch: bool = False
+) -> list[Chain]:
     """The chains of adapters that share their base, which may be a chain itself.
 
-    Raises CheckpointError for a path that is no adapter, BaseMismatchError for adapters of different bases.
+    Raises CheckpointError for a path that is no adapter, BaseMismatchError for adapters of
+    different bases.
     """
     chains: list[Chain] = []
     for path in paths:
@@ -187,13 +212,17 @@ def resolve_sharing(paths: list[Path], *, base_dir: Path | None = None, allow_ba
             raise UserError(f"--lora_path {path}: named twice; give it a weight instead")
         below = chains[0].directories[:-1] if chains else []
         if path.resolve() in (place.resolve() for place in below):
-            raise BaseMismatchError(f"{path}: is what {paths[0]} was trained on; adapters that are added up must share their base")
+            raise BaseMismatchError(
+                f"{path}: is what {paths[0]} was trained on; adapters that are added up must share their base"
+            )
         # The first one's base is what the others must have been trained on.
         wanted = below[-1] if base_dir is None and below else base_dir
         if not open_checkpoint(path, base_dir=wanted).is_adapter:
             raise CheckpointError(f"{path}: is a full model already; --lora_path needs an adapter")
         chain = resolve(path, base_dir=wanted, allow_base_mismatch=allow_base_mismatch)
-        if below and [place.resolve() for place in chain.directories[:-1]] != [place.resolve() for place in below]:
+        if below and [place.resolve() for place in chain.directories[:-1]] != [
+            place.resolve() for place in below
+        ]:
             raise BaseMismatchError(
                 f"{path}: was trained on {chain.directories[-2]}, but {paths[0]} on {below[-1]}; adapters that are added up must "
                 "share their base"
@@ -202,13 +231,17 @@ def resolve_sharing(paths: list[Path], *, base_dir: Path | None = None, allow_ba
     return chains
 
 
-def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoint, float]]) -> tuple[Plan, ModelConfig]:
-    """A plan with one more link: W + Σ weight · update over adapters that were trained on this very model.
+def add_adapters(
+    plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoint, float]]
+) -> tuple[Plan, ModelConfig]:
+    """A plan with one more link: W + Σ weight · update over adapters that were trained on this very
+    model.
 
-    An update is s · B A, or T - W for a tensor T that an adapter holds whole. An update of a tied output head, or of the
-    embedding that it is tied to, unties them: the result has a head of its own, and a config that says so. A whole embedding of
-    more or fewer rows changes the vocabulary's size with it. An adapter of weight 0 changes nothing at all. Raises
-    CheckpointError for a layer that the base lacks or whose shape differs.
+    An update is s · B A, or T - W for a tensor T that an adapter holds whole. An update of a tied
+    output head, or of the embedding that it is tied to, unties them: the result has a head of its
+    own, and a config that says so. A whole embedding of more or fewer rows changes the vocabulary's
+    size with it. An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer
+    that the base lacks or whose shape differs.
     """
     adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0]
     updates: dict[str, list[LowRank | Whole]] = {}
@@ -226,7 +259,11 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
     touched = {f"{name}.weight" for adapter, _ in adapters for name in adapter_modules(adapter.tensors)}
     touched = {HEAD, EMBEDDING} & touched.union(*(whole_tensors(adapter.tensors) for adapter, _ in adapters))
     # An embedding that was resized keeps its tie: a head of the old size would not fit it.
-    if config.tie_word_embeddings and touched and not (touched == {EMBEDDING} and num_rows != config.vocab_size):
+    if (
+        config.tie_word_embeddings
+        and touched
+        and not (touched == {EMBEDDING} and num_rows != config.vocab_size)
+    ):
         merged[HEAD] = dataclasses.replace(plan[EMBEDDING], name=HEAD)
         config = dataclasses.replace(config, tie_word_embeddings=False)
     for adapter, weight in adapters:
@@ -236,14 +273,18 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
             shape = tuple(merged[name].shape)
             resized = name in (HEAD, EMBEDDING) and tensor.shape == (num_rows, config.hidden_size)
             if shape != tensor.shape and not resized:
-                raise CheckpointError(f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {shape}")
+                raise CheckpointError(
+                    f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {shape}"
+                )
             if sole:
                 merged[name] = dataclasses.replace(merged[name], start=tensor, links=())
             else:
                 updates.setdefault(name, []).append(Whole(tensor, fitting(weight, f"{adapter.file}: {name}")))
     if num_rows != config.vocab_size:
         if HEAD in merged and merged[HEAD].shape[0] != num_rows:
-            raise CheckpointError(f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head to go with it")
+            raise CheckpointError(
+                f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head to go with it"
+            )
         config = dataclasses.replace(config, vocab_size=num_rows)
     for adapter, weight in adapters:
         lora = stored_config(adapter.meta["lora"])
@@ -254,7 +295,9 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
                 raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
             shape = tuple(merged[name].shape)
             if shape != (B.size(0), A.size(1)):
-                raise CheckpointError(f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {shape}")
+                raise CheckpointError(
+                    f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {shape}"
+                )
             factor = fitting(weight * layer_scale(lora, module), f"{adapter.file}: {module}")
             updates.setdefault(name, []).append(LowRank(A, B, factor))
     for name, added in updates.items():
@@ -265,7 +308,11 @@ def add_adapters(plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoin
 def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None) -> Plan:
     """The same tensors in `dtype` (None: each in its own), rounded at random if there is a seed."""
     return {
-        name: dataclasses.replace(tensor, dtype=dtype if dtype is not None and tensor.own.is_floating_point else tensor.own, seed=seed)
+        name: dataclasses.replace(
+            tensor,
+            dtype=dtype if dtype is not None and tensor.own.is_floating_point else tensor.own,
+            seed=seed,
+        )
         for name, tensor in plan.items()
     }
 

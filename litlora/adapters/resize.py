@@ -1,8 +1,10 @@
-"""Resizing: another rank for an adapter's updates, exact where it can be and with the least possible error where it cannot.
+"""Resizing: another rank for an adapter's updates, exact where it can be and with the least
+possible error where it cannot.
 
-The matrix ΔW = s · B A is never formed; it is (out, in), of a convolution (out, in · kernel). With B = Q_B R_B and A^T = Q_A R_A it is
-Q_B (s · R_B R_A^T) Q_A^T, so the singular value decomposition of the small matrix in the middle, rank x rank, is that of the whole. All
-of it is in float64, which costs milliseconds a layer; the factors are stored in fp32 at least.
+The matrix ΔW = s · B A is never formed; it is (out, in), of a convolution (out, in · kernel). With
+B = Q_B R_B and A^T = Q_A R_A it is Q_B (s · R_B R_A^T) Q_A^T, so the singular value decomposition
+of the small matrix in the middle, rank x rank, is that of the whole. All of it is in float64, which
+costs milliseconds a layer; the factors are stored in fp32 at least.
 """
 
 import dataclasses
@@ -15,15 +17,16 @@ import torch
 from torch import Generator, Tensor
 
 from litlora.checkpoint import Checkpoint, adapter_modules
-from litlora.convert.lora_files import Update
 from litlora.errors import CheckpointError
+from litlora.formats.lora_files import Update
 from litlora.lora import layer_rank, layer_scale, stored_config
 from litlora.settings import LoRAConfig
 
 ROUNDING = 1e-9
 """A share of ΔW that factors in fp32 could not hold: what is smaller is no part of its rank."""
 NOISE = 1e-14
-"""A share of ‖B‖ ‖A‖ that float64 does not tell from zero: terms that cancel out leave as much of themselves."""
+"""A share of ‖B‖ ‖A‖ that float64 does not tell from zero: terms that cancel out leave as much of
+themselves."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def updates_of(adapter: Checkpoint) -> dict[str, Update]:
     """Every layer's update, by the layer's name."""
     config, tensors = stored_config(adapter.meta["lora"]), adapter.tensors
     return {
-        name: Update(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], layer_scale(config, name)) for name in adapter_modules(tensors)
+        name: Update(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], layer_scale(config, name))
+        for name in adapter_modules(tensors)
     }
 
 
@@ -53,13 +57,23 @@ Form = Callable[[Update], Update]
 
 
 def resize_all(
-    updates: dict[str, Update], *, rank: int | None, max_error: float | None, generator: Generator, form: Form = lambda update: update
+    updates: dict[str, Update],
+    *,
+    rank: int | None,
+    max_error: float | None,
+    generator: Generator,
+    form: Form = lambda update: update,
 ) -> tuple[dict[str, Update], list[Change]]:
-    """Every update resized, in the form in which it will be stored, and what became of it. See `resize`."""
+    """Every update resized, in the form in which it will be stored, and what became of it. See
+    `resize`."""
     resized, changes = {}, []
     for name, update in updates.items():
-        resized[name] = finite(name, form(resize(update, rank=rank, max_error=max_error, generator=generator)))
-        changes.append(Change(name, update.rank, resized[name].rank, norm(update), difference(update, resized[name])))
+        resized[name] = finite(
+            name, form(resize(update, rank=rank, max_error=max_error, generator=generator))
+        )
+        changes.append(
+            Change(name, update.rank, resized[name].rank, norm(update), difference(update, resized[name]))
+        )
     return resized, changes
 
 
@@ -68,16 +82,19 @@ def finite(name: str, update: Update) -> Update:
     for factor in (update.A, update.B):
         if not torch.isfinite(factor).all():
             kind = str(factor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{name}: the result has numbers beyond what {kind} can hold, so nothing is written")
+            raise CheckpointError(
+                f"{name}: the result has numbers beyond what {kind} can hold, so nothing is written"
+            )
     return update
 
 
 def resize(update: Update, *, rank: int | None, max_error: float | None, generator: Generator) -> Update:
-    """The update at `rank`, or at the least rank whose error is within `max_error`, a share of ‖ΔW‖ (Frobenius); with both, at most
-    `rank`. The scale stays; where the rank stays, so do the factors. No rank exceeds the layer's smaller side.
+    """The update at `rank`, or at the least rank whose error is within `max_error`, a share of ‖ΔW‖
+    (Frobenius); with both, at most `rank`. The scale stays; where the rank stays, so do the
+    factors. No rank exceeds the layer's smaller side.
 
-    A higher rank adds zero columns to B, so ΔW stays as it is, and rows to A as a fresh adapter has them (see LoRALinear), so
-    that training can go on.
+    A higher rank adds zero columns to B, so ΔW stays as it is, and rows to A as a fresh adapter has
+    them (see LoRALinear), so that training can go on.
     """
     if max_error is not None:
         return shrink(update, rank=rank, max_error=max_error)
@@ -87,12 +104,15 @@ def resize(update: Update, *, rank: int | None, max_error: float | None, generat
         missing = rank - update.rank
         bound = 1 / math.sqrt(A.size(1))  # Kaiming-uniform with a = √5
         fresh = torch.empty(missing, A.size(1)).uniform_(-bound, bound, generator=generator)
-        return with_matrices(update, torch.cat([B, B.new_zeros(B.size(0), missing)], dim=1), torch.cat([A, fresh.to(A.dtype)]))
+        return with_matrices(
+            update, torch.cat([B, B.new_zeros(B.size(0), missing)], dim=1), torch.cat([A, fresh.to(A.dtype)])
+        )
     return update if rank == update.rank else _truncate(update, rank, *svd(update))
 
 
 def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -> Update:
-    """The update at the least rank whose error is within `max_error`, a share of ‖ΔW‖, but at most `rank`.
+    """The update at the least rank whose error is within `max_error`, a share of ‖ΔW‖, but at most
+    `rank`.
 
     With an error of 0: at the rank that ΔW has. Where nothing can go, the update itself.
     """
@@ -104,7 +124,8 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
 
 
 def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,) and Vt (k, in) of B A, without the scale, in float64; k is the smallest of rank, out and in."""
+    """U (out, k), S (k,) and Vt (k, in) of B A, without the scale, in float64; k is the smallest of
+    rank, out and in."""
     B, A = matrices(update)
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
@@ -113,13 +134,15 @@ def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def least_rank(S: Tensor, max_error: float, noise: float = 0.0) -> int:
-    """How many of these singular values, largest first, keep the rest within `max_error` of the whole, or within `noise`; at least 1."""
+    """How many of these singular values, largest first, keep the rest within `max_error` of the
+    whole, or within `noise`; at least 1."""
     rest = S.square().flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: the norm of all from the k-th on
     return max(1, int((rest > max(max(max_error, ROUNDING) * rest[0].item(), noise)).sum()))
 
 
 def _truncate(update: Update, rank: int, U: Tensor, S: Tensor, Vt: Tensor) -> Update:
-    # Rows of A of length 1 are of the size of a fresh adapter's; B, which starts at zero there, takes the singular values.
+    # Rows of A of length 1 are of the size of a fresh adapter's; B, which starts at zero there,
+    # takes the singular values.
     B, A = U[:, :rank] * S[:rank], Vt[:rank]
     return with_matrices(update, B.to(wide(update.B.dtype)), A.to(wide(update.A.dtype)))
 
@@ -130,13 +153,17 @@ def matrices(update: Update) -> tuple[Tensor, Tensor]:
 
 
 def with_matrices(update: Update, B: Tensor, A: Tensor) -> Update:
-    """The update with other factors, of any rank: B (out, r) and A (r, in) take on the form that its own have."""
+    """The update with other factors, of any rank: B (out, r) and A (r, in) take on the form that
+    its own have."""
     B = B.reshape(*B.shape, *update.B.shape[2:])
-    return dataclasses.replace(update, B=B.contiguous(), A=A.reshape(A.size(0), *update.A.shape[1:]).contiguous())
+    return dataclasses.replace(
+        update, B=B.contiguous(), A=A.reshape(A.size(0), *update.A.shape[1:]).contiguous()
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for a factor that was computed: the given one, but at least fp32, so that no error is added."""
+    """The dtype for a factor that was computed: the given one, but at least fp32, so that no error
+    is added."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -162,20 +189,30 @@ def _norm(B: Tensor, A: Tensor) -> float:
 
 def tensors_of(updates: dict[str, Update]) -> dict[str, Tensor]:
     """The tensors of an adapter with these updates, by their names."""
-    return {f"{name}.{part}": getattr(update, part[-1]) for name, update in updates.items() for part in ("lora_A", "lora_B")}
+    return {
+        f"{name}.{part}": getattr(update, part[-1])
+        for name, update in updates.items()
+        for part in ("lora_A", "lora_B")
+    }
 
 
 def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
-    """Settings by which every update has its rank and its scale: `like` itself if it says so already."""
+    """Settings by which every update has its rank and its scale: `like` itself if it says so
+    already."""
 
     def says(name: str, update: Update) -> bool:
-        return layer_rank(like, name) == update.rank and math.isclose(layer_scale(like, name), update.scale, rel_tol=1e-12)
+        return layer_rank(like, name) == update.rank and math.isclose(
+            layer_scale(like, name), update.scale, rel_tol=1e-12
+        )
 
     if all(says(name, update) for name, update in updates.items()):
         return like
     ranks = {name: update.rank for name, update in updates.items()}
     # 14 digits: 16.000000000000004 comes of dividing and multiplying, and 16 is meant
-    alphas = {name: float(f"{u.scale * (math.sqrt(u.rank) if like.rslora else u.rank):.14g}") for name, u in updates.items()}
+    alphas = {
+        name: float(f"{u.scale * (math.sqrt(u.rank) if like.rslora else u.rank):.14g}")
+        for name, u in updates.items()
+    }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return dataclasses.replace(
         like,
@@ -188,9 +225,21 @@ def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
 
 def table(changes: list[Change]) -> list[str]:
     """A line a layer, ranks and relative error, and the total of both."""
-    rows = [(change.layer, change.before, change.after, change.error / (change.norm or 1.0)) for change in changes]
-    total_norm, total_error = (math.hypot(*(getattr(change, part) for change in changes)) for part in ("norm", "error"))
-    total = ("all", sum(change.before for change in changes), sum(change.after for change in changes), total_error / (total_norm or 1.0))
+    rows = [
+        (change.layer, change.before, change.after, change.error / (change.norm or 1.0)) for change in changes
+    ]
+    total_norm, total_error = (
+        math.hypot(*(getattr(change, part) for change in changes)) for part in ("norm", "error")
+    )
+    total = (
+        "all",
+        sum(change.before for change in changes),
+        sum(change.after for change in changes),
+        total_error / (total_norm or 1.0),
+    )
     width = max((len(row[0]) for row in rows), default=0)
     lines = [f"{'layer':{width}}  rank before  after  error"]
-    return lines + [f"{name:{width}}  {before:11}  {after:5}  {error:.2e}" for name, before, after, error in (*rows, total)]
+    return lines + [
+        f"{name:{width}}  {before:11}  {after:5}  {error:.2e}"
+        for name, before, after, error in (*rows, total)
+    ]

@@ -1,4 +1,5 @@
-"""Is a merged model the model that was tested? Its file beside the base with its adapters live, on real tokens and number by number."""
+"""Is a merged model the model that was tested? Its file beside the base with its adapters live, on
+real tokens and number by number."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from litlora.adapters.merge import LowRank, MergedTensor, Plan
 from litlora.checkpoint import open_checkpoint
 from litlora.config import ModelConfig
-from litlora.convert.torch_file import one_thread, row_blocks, rows_at_a_time
 from litlora.errors import CheckpointError
 from litlora.lora import LoRALinear
 from litlora.model import GPT
+from litlora.storage.torch_file import one_thread, row_blocks, rows_at_a_time
 from litlora.tokenizer import Tokenizer
 
 PROBE = """\
@@ -27,7 +28,8 @@ Answer: Paris; about 2.1 million. 17 + 25 = 42. def add(a, b): return a + b. Der
 """
 PROBE_TOKENS = 96
 NOISE = 64
-"""Live and merged logits may differ by this many roundings of their own size (root of the mean square; see `tolerance`)."""
+"""Live and merged logits may differ by this many roundings of their own size (root of the mean
+square; see `tolerance`)."""
 MUCH = 0.2
 """From this share of an update on, losing it to rounding is worth a word."""
 
@@ -40,7 +42,8 @@ class Report:
     max_difference: float
     """Of two logits."""
     rms_difference: float
-    """Root of the mean square over the vocabulary, of the median position: a router that picks another expert at a tie is no fault."""
+    """Root of the mean square over the vocabulary, of the median position: a router that picks
+    another expert at a tie is no fault."""
     rms_logit: float
     """Of the live logits around their mean, a position at a time."""
     kl: float
@@ -48,14 +51,17 @@ class Report:
     agreement: float
     """Share of positions at which both put the same token first."""
     lost: float
-    """What rounding took of all updates: |W' - (W + ΔW)| / |ΔW|, Frobenius norms over all updated layers."""
+    """What rounding took of all updates: |W' - (W + ΔW)| / |ΔW|, Frobenius norms over all updated
+    layers."""
     worst: tuple[str, float] | None
     """The layer that lost the largest share, and the share; None if no layer was updated."""
 
     def lines(self) -> list[str]:
         rounding = "no weight was updated"
         if self.worst is not None:
-            rounding = f"rounding took {self.lost:.2%} of the update; most in {self.worst[0]}: {self.worst[1]:.2%}"
+            rounding = (
+                f"rounding took {self.lost:.2%} of the update; most in {self.worst[0]}: {self.worst[1]:.2%}"
+            )
             if self.lost > MUCH:
                 rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"
         return [
@@ -66,26 +72,35 @@ class Report:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest difference of live and merged logits that is due to rounding, relative to how far logits spread.
+    """The largest difference of live and merged logits that is due to rounding, relative to how far
+    logits spread.
 
-    A weight that is rounded to `dtype` is off by up to u = eps / 2 of itself (bf16: 2^-9, fp16: 2^-12, fp32: 2^-25), so that each
-    layer's output is off by about u of its size, at random. Dozens of layers add up to a few u; NOISE leaves an order of magnitude.
-    Both models compute in fp32, whose own roundings set the limit for fp32.
+    A weight that is rounded to `dtype` is off by up to u = eps / 2 of itself (bf16: 2^-9, fp16:
+    2^-12, fp32: 2^-25), so that each layer's output is off by about u of its size, at random.
+    Dozens of layers add up to a few u; NOISE leaves an order of magnitude. Both models compute in
+    fp32, whose own roundings set the limit for fp32.
     """
     return NOISE * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
 
 
 def bytes_needed(plan: Plan) -> int:
-    """Memory for the base and the merged model side by side, both mapped, with the largest layer in fp32 to spare."""
+    """Memory for the base and the merged model side by side, both mapped, with the largest layer in
+    fp32 to spare."""
     largest = max(tensor.shape.numel() for tensor in plan.values()) * torch.float32.itemsize
-    return largest + sum(tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values())
+    return largest + sum(
+        tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values()
+    )
 
 
 def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | None]:
-    """Token ids (1, T) of a text that most tokenizers cut into many kinds of tokens, and a notice if there was no tokenizer."""
+    """Token ids (1, T) of a text that most tokenizers cut into many kinds of tokens, and a notice
+    if there was no tokenizer."""
     limit = min(PROBE_TOKENS, config.max_position_embeddings)
     try:
-        ids, why = [i for i in Tokenizer(sources).encode(PROBE) if i < config.vocab_size][:limit], "its ids have no row in the embedding"
+        ids, why = (
+            [i for i in Tokenizer(sources).encode(PROBE) if i < config.vocab_size][:limit],
+            "its ids have no row in the embedding",
+        )
     except CheckpointError as error:
         ids, why = [], str(error)
     if ids:
@@ -98,19 +113,24 @@ def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | N
 def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Report:
     """Compare the checkpoint in `directory` with what the plan says that it is.
 
-    Every number of it must be the exact sum rounded once, and its logits those of the base with live adapters, up to
-    `tolerance`. Raises CheckpointError where they are not.
+    Every number of it must be the exact sum rounded once, and its logits those of the base with
+    live adapters, up to `tolerance`. Raises CheckpointError where they are not.
     """
     written = open_checkpoint(directory)
     lost, worst = _check_weights(plan, written.tensors)
     threads = torch.get_num_threads()
     models = live_model(plan, config), (GPT.from_tensors(written.config, written.tensors), {})
-    # Side by side: threads that share one small product wait for each other, and for long where others use the processor.
+    # Side by side: threads that share one small product wait for each other, and for long where
+    # others use the processor.
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, threads // 2),)) as pool:
         live, merged = pool.map(lambda model: logits(*model, ids), models)
     torch.set_num_threads(threads)
-    columns = zip(*map(_compared, live, merged), strict=True)  # a position at a time: logits of a large vocabulary are large in float64
-    squared_spread, squared_difference, largest, kl, agreement = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    columns = zip(
+        *map(_compared, live, merged), strict=True
+    )  # a position at a time: logits of a large vocabulary are large in float64
+    squared_spread, squared_difference, largest, kl, agreement = (
+        torch.tensor(column, dtype=torch.float64) for column in columns
+    )
     spread = squared_spread.mean().sqrt().item()
     report = Report(
         tokens=ids.numel(),
@@ -138,20 +158,29 @@ Computed = dict[nn.Parameter, Callable[[slice], Tensor]]
 def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
     """The model before its last merge, adapters live, all other weights as exact as they can be.
 
-    What is not mapped from a file (a weight below the last link of a chain, one that was put in another's place, or one that is
-    stored in a few bits) may be most of the model: those of linear layers and embeddings have no memory of their own.
+    What is not mapped from a file (a weight below the last link of a chain, one that was put in
+    another's place, or one that is stored in a few bits) may be most of the model: those of linear
+    layers and embeddings have no memory of their own.
     """
     tensors, updates, parts = {}, {}, {}
     modules = dict(GPT.without_weights(config).named_modules())
     for name, tensor in plan.items():
         module = name.rpartition(".")[0]
         kind = modules.get(module)
-        live = isinstance(kind, nn.Linear) and bool(tensor.links) and all(isinstance(update, LowRank) for update in tensor.links[-1])
+        live = (
+            isinstance(kind, nn.Linear)
+            and bool(tensor.links)
+            and all(isinstance(update, LowRank) for update in tensor.links[-1])
+        )
         if live:
             updates[module] = tensor.links[-1]
         part = tensor.before if live or not tensor.links else tensor.exact
         # What a single link adds to is the base's own tensor, still memory-mapped.
-        if isinstance(tensor.start, Tensor) and len(tensor.links) == live and tensor.start.dtype == tensor.own:
+        if (
+            isinstance(tensor.start, Tensor)
+            and len(tensor.links) == live
+            and tensor.start.dtype == tensor.own
+        ):
             tensors[name] = tensor.start
         elif isinstance(kind, (nn.Linear, nn.Embedding)) and name.endswith(".weight"):
             tensors[name], parts[name] = torch.empty(1, dtype=tensor.own).expand(tensor.shape), part
@@ -177,8 +206,8 @@ def logits(model: GPT, computed: Computed, ids: Tensor) -> Tensor:
 
 
 def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float, bool]:
-    """Of two vectors of logits (V,): mean squares of live around its mean and of their difference, the largest difference, KL, and
-    whether both put the same token first."""
+    """Of two vectors of logits (V,): mean squares of live around its mean and of their difference,
+    the largest difference, KL, and whether both put the same token first."""
     live, merged = live.double(), merged.double()
     difference, log_p, log_q = merged - live, live.log_softmax(dim=-1), merged.log_softmax(dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum().item()
@@ -188,7 +217,8 @@ def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float,
 
 @contextmanager
 def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
-    """The model as it is stored, without the roundings of its activations: weights become fp32 while they are computed with."""
+    """The model as it is stored, without the roundings of its activations: weights become fp32
+    while they are computed with."""
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
@@ -215,22 +245,29 @@ def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
 
 
 class _RowsAtATime(TorchFunctionMode):
-    """F.linear with a weight that is not fp32 makes it so a block of rows at a time: an output head may take gigabytes."""
+    """F.linear with a weight that is not fp32 makes it so a block of rows at a time: an output head
+    may take gigabytes."""
 
     def __init__(self, computed: Computed) -> None:
         super().__init__()
         self._computed = computed
 
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is F.embedding and args[1] in self._computed:
             part = self._computed[args[1]]
-            return torch.cat([part(slice(i, i + 1)) for i in args[0].flatten().tolist()]).view(*args[0].shape, -1)
+            return torch.cat([part(slice(i, i + 1)) for i in args[0].flatten().tolist()]).view(
+                *args[0].shape, -1
+            )
         if func is not F.linear or (args[1].dtype == torch.float32 and args[1] not in self._computed):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, None)[:3]
         part = self._computed.get(weight, weight.__getitem__)
         step = rows_at_a_time(weight.shape, torch.float32.itemsize)
-        wide = torch.empty(min(step, weight.size(0)), weight.size(1))  # used again: fresh memory costs more than the product
+        wide = torch.empty(
+            min(step, weight.size(0)), weight.size(1)
+        )  # used again: fresh memory costs more than the product
         result = x.new_empty(*x.shape[:-1], weight.size(0))
         for first in range(0, weight.size(0), step):
             block = part(slice(first, first + step))
@@ -239,38 +276,54 @@ class _RowsAtATime(TorchFunctionMode):
 
 
 def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple[str, float] | None]:
-    """What rounding took of the updates, in all and of the layer that lost most; CheckpointError for what rounding does not explain."""
+    """What rounding took of the updates, in all and of the layer that lost most; CheckpointError
+    for what rounding does not explain."""
     if plan.keys() != written.keys():
         raise CheckpointError("the merge is not kept: the file holds other tensors than were merged")
     losses, updates, shares = 0.0, 0.0, {}
     threads = torch.get_num_threads()
-    with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # as the sums were made
+    with (
+        one_thread(),
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):  # as the sums were made
         found = pool.map(_compare, plan.values(), [written[name] for name in plan])
         for name, (fits, lost, update) in zip(plan, found, strict=True):
             if not fits:
                 pool.shutdown(cancel_futures=True)
-                raise CheckpointError(f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk")
+                raise CheckpointError(
+                    f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk"
+                )
             if update:
                 shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
                 losses, updates = losses + lost, updates + update
-    return (losses / updates) ** 0.5 if updates else 0.0, max(shares.items(), key=lambda item: item[1], default=None)
+    return (losses / updates) ** 0.5 if updates else 0.0, max(
+        shares.items(), key=lambda item: item[1], default=None
+    )
 
 
 @torch.inference_mode()
 def _compare(tensor: MergedTensor, found: Tensor) -> tuple[bool, float, float]:
-    """Whether what was found is the tensor, rounded; and the squares of what rounding took and of the updates."""
+    """Whether what was found is the tensor, rounded; and the squares of what rounding took and of
+    the updates."""
     if found.shape != tensor.shape or found.dtype != tensor.dtype:
         return False, 0.0, 0.0
     if tensor.is_stored:
-        same = (a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True))
+        same = (
+            a.view(torch.uint8).equal(b.view(torch.uint8))
+            for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True)
+        )
         return tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found), 0.0, 0.0
     fits, lost, update = True, 0.0, 0.0
     exact, scratch, rounding = None, torch.empty(0), tensor.rounding()
     for rows in tensor.row_slices():
         exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
-        if exact.shape != scratch.shape:  # the first rows, and the last; fresh memory costs more than the sums
+        if (
+            exact.shape != scratch.shape
+        ):  # the first rows, and the last; fresh memory costs more than the sums
             scratch = torch.empty_like(exact)
-        fits = fits and (torch.equal(rounding(exact), found[rows]) or _is_rounded(found[rows], exact, before, tensor))
+        fits = fits and (
+            torch.equal(rounding(exact), found[rows]) or _is_rounded(found[rows], exact, before, tensor)
+        )
         lost += _square(scratch.copy_(found[rows]).sub_(exact))
         update += _square(scratch.copy_(before).sub_(exact)) if tensor.links else 0.0
     return fits, lost, update
@@ -282,12 +335,16 @@ def _square(block: Tensor) -> float:
 
 
 def _is_rounded(found: Tensor, exact: Tensor, before: Tensor, tensor: MergedTensor) -> bool:
-    """Whether these rows are what the exact ones round to, give or take that the fp32 sum itself may come out a little differently, as
-    how a product is added up depends on where its numbers lie and how many threads share it.
+    """Whether these rows are what the exact ones round to, give or take that the fp32 sum itself
+    may come out a little differently, as how a product is added up depends on where its numbers lie
+    and how many threads share it.
     """
     slack = (exact.abs() + before.abs()).mul_(16 * torch.finfo(exact.dtype).eps)
     if tensor.seed is None:  # rounding keeps the order of numbers
-        return bool(((exact - slack).to(found.dtype) <= found).all() and (found <= (exact + slack).to(found.dtype)).all())
+        return bool(
+            ((exact - slack).to(found.dtype) <= found).all()
+            and (found <= (exact + slack).to(found.dtype)).all()
+        )
     info = torch.finfo(tensor.dtype)
     step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)  # at most the distance of two numbers
     return bool(((found.to(exact.dtype) - exact).abs() <= slack + step).all())

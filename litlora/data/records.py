@@ -1,6 +1,8 @@
-"""Records of `instruction`, `input` (optional) and `output`, read from the data sources. Torch-free.
+"""Records of `instruction`, `input` (optional) and `output`, read from the data sources.
+Torch-free.
 
-To add a source: give it a settings dataclass in `litlora/settings.py` and a reader in READERS below.
+To add a source: give it a settings dataclass in `litlora/settings.py` and a reader in READERS
+below.
 """
 
 import json
@@ -42,10 +44,13 @@ class Records:
 
 
 def read_records(source: DataSource) -> Records:
-    """All records of a source. Raises DataError, naming file and record, for anything that is not usable."""
+    """All records of a source. Raises DataError, naming file and record, for anything that is not
+    usable."""
     found = READERS[type(source)](source)
     if not found.records:
-        raise DataError(f"{getattr(source, 'path', source.name)}: holds no record; there is nothing to train on")
+        raise DataError(
+            f"{getattr(source, 'path', source.name)}: holds no record; there is nothing to train on"
+        )
     return found
 
 
@@ -89,7 +94,10 @@ def _read_file(file: Path) -> list[Record]:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    return [_record(value, place) for place, value in (_lines(file, text) if file.suffix == ".jsonl" else _elements(file, text))]
+    return [
+        _record(value, place)
+        for place, value in (_lines(file, text) if file.suffix == ".jsonl" else _elements(file, text))
+    ]
 
 
 def _elements(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -100,7 +108,9 @@ def _elements(file: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # not splitlines(): U+2028 may stand inside a string
         if line.strip():
             yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
 
@@ -132,7 +142,9 @@ def _record(value: Any, place: str) -> Record:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f'{place}: "{name}" holds half a character (a lone surrogate, \\ud800 to \\udfff)') from None
+            raise DataError(
+                f'{place}: "{name}" holds half a character (a lone surrogate, \\ud800 to \\udfff)'
+            ) from None
         fields[name] = text
     return Record(**fields, place=place)
 
@@ -156,4 +168,8 @@ def _download(url: str, file: Path) -> None:
 
 def _reason(error: OSError) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return f"HTTP status {error.code}" if isinstance(error, urllib.error.HTTPError) else str(getattr(cause, "strerror", None) or cause)
+    return (
+        f"HTTP status {error.code}"
+        if isinstance(error, urllib.error.HTTPError)
+        else str(getattr(cause, "strerror", None) or cause)
+    )

@@ -1,7 +1,8 @@
 """Cross-entropy of a frozen output head, with the gradient of its input computed on the way.
 
-Of tokens x vocabulary numbers only one tile exists at a time, and each logit is computed once: a summed loss has the gradient
-softmax - onehot whatever comes after it, up to one factor, so nothing need be kept or computed again.
+Of tokens x vocabulary numbers only one tile exists at a time, and each logit is computed once: a
+summed loss has the gradient softmax - onehot whatever comes after it, up to one factor, so nothing
+need be kept or computed again.
 """
 
 from typing import NamedTuple
@@ -45,12 +46,17 @@ def head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None) -> Tensor:
-        (N, V), exact, limits = (len(hidden), len(weight)), exact_dtype(hidden), TILES.get(hidden.device.type, TILES["cuda"])
+        (N, V), exact, limits = (
+            (len(hidden), len(weight)),
+            exact_dtype(hidden),
+            TILES.get(hidden.device.type, TILES["cuda"]),
+        )
         # Blocks of equal size, a multiple of 32: sizes should be few, see litlora.kernels.sizes.
         blocks = max(1, -(-N // limits.rows))
         rows = max(1, -(-N // (32 * blocks))) * 32
         columns = -(-V // -(-V * rows // limits.elements))
-        # Buffers for all tiles: mapping fresh memory for each would cost a fifth of its multiplication.
+        # Buffers for all tiles: mapping fresh memory for each would cost a fifth of its
+        # multiplication.
         logits = hidden.new_empty(rows * columns)
         exacts = logits if logits.dtype == exact else hidden.new_empty(rows * columns, dtype=exact)
         total = torch.zeros((), dtype=exact, device=hidden.device)
@@ -60,7 +66,9 @@ class _HeadLoss(torch.autograd.Function):
             x, labels = hidden[start : start + n], targets[start : start + n, None]
             if n < rows:
                 x, labels = F.pad(x, (0, 0, 0, rows - n)), F.pad(labels, (0, 0, 0, rows - n))
-            losses, dx = _block_loss(x, labels, weight, cap, logits, exacts, columns, needs_dx=gradient is not None)
+            losses, dx = _block_loss(
+                x, labels, weight, cap, logits, exacts, columns, needs_dx=gradient is not None
+            )
             total += losses[:n].sum()
             if gradient is not None:
                 gradient[start : start + n] = dx[:n]
@@ -75,13 +83,22 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _block_loss(
-    x: Tensor, labels: Tensor, weight: Tensor, cap: float | None, logits: Tensor, exacts: Tensor, columns: int, *, needs_dx: bool
+    x: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    cap: float | None,
+    logits: Tensor,
+    exacts: Tensor,
+    columns: int,
+    *,
+    needs_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses (n, 1) of x (n, C) and their gradients (n, C), both in fp32 or better; labels (n, 1).
 
-    The vocabulary passes in tiles of `columns`, as keys pass in flash attention, and the target's logit is kept apart from the others:
-    with d the logarithm of the others' sum less the target's logit, the loss is log(1 + exp d), and the gradient sigmoid(d) times
-    what the others' mean row of the weight differs from the target's. That stays exact where the target is all but certain.
+    The vocabulary passes in tiles of `columns`, as keys pass in flash attention, and the target's
+    logit is kept apart from the others: with d the logarithm of the others' sum less the target's
+    logit, the loss is log(1 + exp d), and the gradient sigmoid(d) times what the others' mean row
+    of the weight differs from the target's. That stays exact where the target is all but certain.
     """
     n, (V, C), exact = len(x), weight.shape, exacts.dtype
     lowest = torch.finfo(exact).min

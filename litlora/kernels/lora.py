@@ -1,7 +1,9 @@
-"""Frozen linear layers with low-rank updates: layers of one input in one autograd function, and a gated MLP in another.
+"""Frozen linear layers with low-rank updates: layers of one input in one autograd function, and a
+gated MLP in another.
 
-y = W x + b + s · B A x. The backward computes what trains and what lies below, nothing else: no gradient of W or b, none of x
-where nothing below learns. It keeps the input and A x; a gated MLP keeps its gate and up, and makes their product again.
+y = W x + b + s · B A x. The backward computes what trains and what lies below, nothing else: no
+gradient of W or b, none of x where nothing below learns. It keeps the input and A x; a gated MLP
+keeps its gate and up, and makes their product again.
 """
 
 from collections.abc import Sequence
@@ -42,15 +44,18 @@ _DERIVATIVES = {
 def plain_project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> list[Tensor]:
     """Each layer applied to x (..., in): a list of (..., out).
 
-    `keep` (..., in), ones and zeros, is dropout's mask of what the updates see, x itself stays; 1 / (1 - p) is the scale's matter.
-    The update is computed in the dtype of x, as everything around it; A and B stay in their own.
+    `keep` (..., in), ones and zeros, is dropout's mask of what the updates see, x itself stays; 1 /
+    (1 - p) is the scale's matter. The update is computed in the dtype of x, as everything around
+    it; A and B stay in their own.
     """
     outputs = []
     for layer in layers:
         y = F.linear(x, layer.weight, layer.bias)
         if layer.lora_A is not None:
             dropped = x if keep is None else x * keep
-            y = y + F.linear(F.linear(dropped, layer.lora_A.to(x.dtype)) * layer.scale, layer.lora_B.to(x.dtype))
+            y = y + F.linear(
+                F.linear(dropped, layer.lora_A.to(x.dtype)) * layer.scale, layer.lora_B.to(x.dtype)
+            )
         outputs.append(y)
     return outputs
 
@@ -73,15 +78,28 @@ def project_one(x: Tensor, layer: Layer) -> Tensor:
 
 
 def plain_gated_mlp(
-    x: Tensor, gate: Layer, up: Layer, down: Layer, activation: str, keep: Tensor | None = None, keep_inner: Tensor | None = None
+    x: Tensor,
+    gate: Layer,
+    up: Layer,
+    down: Layer,
+    activation: str,
+    keep: Tensor | None = None,
+    keep_inner: Tensor | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) · up(x)); keep (..., in) for gate's and up's updates, keep_inner for down's, see plain_project."""
+    """down(activation(gate(x)) · up(x)); keep (..., in) for gate's and up's updates, keep_inner for
+    down's, see plain_project."""
     g, u = plain_project(x, [gate, up], keep)
     return plain_project(ACTIVATIONS[activation](g) * u, [down], keep_inner)[0]
 
 
 def gated_mlp(
-    x: Tensor, gate: Layer, up: Layer, down: Layer, activation: str, keep: Tensor | None = None, keep_inner: Tensor | None = None
+    x: Tensor,
+    gate: Layer,
+    up: Layer,
+    down: Layer,
+    activation: str,
+    keep: Tensor | None = None,
+    keep_inner: Tensor | None = None,
 ) -> Tensor:
     """As plain_gated_mlp. Every W and b must be frozen."""
     layers = [gate, up, down]
@@ -89,13 +107,15 @@ def gated_mlp(
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """A mask like x that is 0 with probability p, a multiple of 2^-16 (see `dropout_share`), else 1.
+    """A mask like x that is 0 with probability p, a multiple of 2^-16 (see `dropout_share`), else
+    1.
 
     In x's dtype: on the CPU, to multiply by a bool takes six times as long.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return (torch.rand(x.shape, device=x.device) >= dropout_share(p)).to(x.dtype)
-    # The CPU's generator makes one number at a time: four decisions of 16 bits from each take a quarter of the time.
+    # The CPU's generator makes one number at a time: four decisions of 16 bits from each take a
+    # quarter of the time.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return (bits[: x.numel()] >= round(p * 2**16) - 2**15).to(x.dtype).view(x.shape)
 
@@ -107,7 +127,9 @@ def dropout_share(p: float) -> float:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor | None, scales: list[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, x: Tensor, keep: Tensor | None, scales: list[float], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         layers = _layers(tensors, scales)
         rows = x.reshape(-1, x.size(-1))  # (N, in)
         outputs, z = _forward(rows, layers, keep)
@@ -120,21 +142,31 @@ class _Project(torch.autograd.Function):
         x, keep, z, *tensors = ctx.saved_tensors
         rows = None if x is None else x.reshape(-1, x.size(-1))
         upstream = [dy.reshape(-1, dy.size(-1)) for dy in upstream]
-        dx, gradients = _backward(upstream, rows, z, _layers(tensors, ctx.scales), keep, needs_dx=ctx.needs_input_grad[0])
+        dx, gradients = _backward(
+            upstream, rows, z, _layers(tensors, ctx.scales), keep, needs_dx=ctx.needs_input_grad[0]
+        )
         return None if dx is None else dx.view(ctx.shape), None, None, *gradients
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, keep: Tensor | None, keep_inner: Tensor | None, activation: str, scales: list[float], *tensors: Tensor | None
+        ctx,
+        x: Tensor,
+        keep: Tensor | None,
+        keep_inner: Tensor | None,
+        activation: str,
+        scales: list[float],
+        *tensors: Tensor | None,
     ) -> Tensor:
         gate, up, down = layers = _layers(tensors, scales)
         rows = x.reshape(-1, x.size(-1))
         (g, u), z = _forward(rows, [gate, up], keep)  # (N, inner)
         inner = ACTIVATIONS[activation](g).mul_(u)
         (y,), z_inner = _forward(inner, [down], keep_inner)
-        ctx.save_for_backward(x if _adapted(layers[:2]) else None, keep, keep_inner, g, u, z, z_inner, *tensors)
+        ctx.save_for_backward(
+            x if _adapted(layers[:2]) else None, keep, keep_inner, g, u, z, z_inner, *tensors
+        )
         ctx.activation, ctx.scales, ctx.shape = activation, scales, x.shape
         return y.view(*x.shape[:-1], y.size(-1))
 
@@ -144,7 +176,9 @@ class _GatedMLP(torch.autograd.Function):
         gate, up, down = _layers(tensors, ctx.scales)
         activated = ACTIVATIONS[ctx.activation](g)
         inner = activated * u if _adapted([down]) else None
-        d_inner, d_down = _backward([upstream.reshape(-1, upstream.size(-1))], inner, z_inner, [down], keep_inner, needs_dx=True)
+        d_inner, d_down = _backward(
+            [upstream.reshape(-1, upstream.size(-1))], inner, z_inner, [down], keep_inner, needs_dx=True
+        )
         du = activated.mul_(d_inner)
         dg = _DERIVATIVES[ctx.activation](d_inner.mul_(u), g)
         rows = None if x is None else x.reshape(-1, x.size(-1))
@@ -153,7 +187,8 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _forward(x: Tensor, layers: list[Layer], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side, (N, Σ r); None without updates."""
+    """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side, (N, Σ
+    r); None without updates."""
     outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
     adapted = _adapted(layers)
     if not adapted:
@@ -167,9 +202,16 @@ def _forward(x: Tensor, layers: list[Layer], keep: Tensor | None) -> tuple[list[
 
 
 def _backward(
-    upstream: Sequence[Tensor], x: Tensor | None, z: Tensor | None, layers: list[Layer], keep: Tensor | None, *, needs_dx: bool
+    upstream: Sequence[Tensor],
+    x: Tensor | None,
+    z: Tensor | None,
+    layers: list[Layer],
+    keep: Tensor | None,
+    *,
+    needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x (N, in) and, for each layer, of weight, bias, A and B: the first two are None."""
+    """Gradients of x (N, in) and, for each layer, of weight, bias, A and B: the first two are
+    None."""
     dx = None
     if needs_dx:
         for dy, layer in zip(upstream, layers, strict=True):
@@ -202,12 +244,18 @@ def _adapted(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _joined_A(layers: list[Layer], dtype: torch.dtype) -> Tensor:
-    """The A of all updates on top of each other: (Σ r, in). One multiplication reads x once for all of them."""
-    return torch.cat([layer.lora_A for layer in layers]).to(dtype) if len(layers) > 1 else layers[0].lora_A.to(dtype)
+    """The A of all updates on top of each other: (Σ r, in). One multiplication reads x once for all
+    of them."""
+    return (
+        torch.cat([layer.lora_A for layer in layers]).to(dtype)
+        if len(layers) > 1
+        else layers[0].lora_A.to(dtype)
+    )
 
 
 def _flat_B(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """Bᵀ, (r, out), with long rows: on the CPU in fp32, to multiply by a narrow B takes twice as long."""
+    """Bᵀ, (r, out), with long rows: on the CPU in fp32, to multiply by a narrow B takes twice as
+    long."""
     return layer.lora_B.t().contiguous().to(dtype)
 
 

@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with a frozen weight: the backward keeps the input and one number a row."""
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with a frozen weight: the backward keeps the
+input and one number a row."""
 
 import torch
 import torch.nn.functional as F
@@ -7,15 +8,22 @@ from torch.autograd.function import once_differentiable
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last dimension, in fp32 or better, rounded once to x's dtype."""
+    """x / √(mean(x²) + eps) · weight over the last dimension, in fp32 or better, rounded once to
+    x's dtype."""
     exact = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(exact), weight.shape, weight.to(exact), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As plain_rms_norm, by the quickest way to the same numbers and gradients."""
-    # A compiler fuses the plain one by itself; torch 2.11's would make a wrong gradient of what changes in place below.
-    if torch.is_grad_enabled() and x.device.type == "cpu" and not weight.requires_grad and not torch.compiler.is_compiling():
+    # A compiler fuses the plain one by itself; torch 2.11's would make a wrong gradient of what
+    # changes in place below.
+    if (
+        torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and not weight.requires_grad
+        and not torch.compiler.is_compiling()
+    ):
         return _RMSNorm.apply(x, weight, eps)
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # computes in fp32 by itself
@@ -35,7 +43,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        # y = x · i · w with i = (mean(x²) + eps)^-½: dx = i · (g - x · i² · mean(g · x)) for g = dy · w
+        # y = x · i · w with i = (mean(x²) + eps)^-½: dx = i · (g - x · i² · mean(g · x)) for g = dy
+        # · w
         g = upstream * weight.to(inverse.dtype)
         share = (g * x).mean(dim=-1, keepdim=True).mul_(inverse.square())
         return g.sub_(x * share).mul_(inverse).to(x.dtype), None, None

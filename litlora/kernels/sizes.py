@@ -1,7 +1,8 @@
-"""Few sizes instead of all: on the CPU, torch's bf16 multiplications keep code and buffers for every new size, for good.
+"""Few sizes instead of all: on the CPU, torch's bf16 multiplications keep code and buffers for
+every new size, for good.
 
-Measured with torch 2.13: 0.6 MB for each number of rows of a matrix multiplication, 8 MB for each length that attention's backward
-meets. Examples of a hundred lengths would fill a gigabyte.
+Measured with torch 2.13: 0.6 MB for each number of rows of a matrix multiplication, 8 MB for each
+length that attention's backward meets. Examples of a hundred lengths would fill a gigabyte.
 """
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 
 def few(size: int, like: Tensor, *, least: int, parts: int) -> int:
-    """The size, or for bf16 on the CPU the next of a few above it: multiples of `least`, of a growing step for large ones.
+    """The size, or for bf16 on the CPU the next of a few above it: multiples of `least`, of a
+    growing step for large ones.
 
     At most size / parts or least - 1 is added.
     """

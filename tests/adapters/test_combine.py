@@ -1,4 +1,5 @@
-"""Combining: what is exact is exact, what is approximate is the nearest and says how near, and one adapter stays what it is."""
+"""Combining: what is exact is exact, what is approximate is the nearest and says how near, and one
+adapter stays what it is."""
 
 import dataclasses
 import json
@@ -9,11 +10,19 @@ import torch
 from conftest import fails, random_adapter, succeeds
 from safetensors.torch import load_file, save_file
 
-from litlora.adapters.combine import _drop, _factor, _trim, combine_adapters, combine_dense, combine_files, combine_layer
+from litlora.adapters.combine import (
+    _drop,
+    _factor,
+    _trim,
+    combine_adapters,
+    combine_dense,
+    combine_files,
+    combine_layer,
+)
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_modules, open_checkpoint, resolve, whole_tensors
-from litlora.convert.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.errors import CheckpointError, UserError
+from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.load import load
 from litlora.lora import LoRAConfig, layer_rank, layer_scale, stored_config
 from litlora.settings import CombineLoRA
@@ -44,7 +53,11 @@ def random_terms(seed: int, out: int = OUT, into: int = IN) -> list[tuple[float,
     terms = []
     for _ in range(2 + seed % 3):
         rank = 1 + int(draw(0, 9))
-        update = Update(torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator), draw(0.1, 4))
+        update = Update(
+            torch.randn(rank, into, generator=generator),
+            torch.randn(out, rank, generator=generator),
+            draw(0.1, 4),
+        )
         terms.append((draw(0.1, 2) * (-1 if draw(0, 1) < 0.3 else 1), update))
     return terms
 
@@ -67,7 +80,8 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("mode", ["linear", "cat", "dare_linear", "magnitude_prune", "svd"])
 def test_a_sum_is_the_sum_of_the_updates(mode, seed):
-    """No cross terms, whatever the ranks and scales; the sparse modes at their default density of 1."""
+    """No cross terms, whatever the ranks and scales; the sparse modes at their default density of
+    1."""
     terms = random_terms(seed, out=12 + 7 * seed, into=60 - 3 * seed)
     ranks = sum(update.rank for _, update in terms)
     stored, full, lost = combine_layer(terms, asked(mode, rank=ranks if mode == "svd" else None), seeded())
@@ -80,7 +94,11 @@ def test_cat_keeps_the_factors_and_linear_the_rank():
     (_, one), (_, other) = random_terms(0)
     shared = dataclasses.replace(other, A=torch.cat([other.A[:1], one.A[:1]]), B=other.B[:, :1].repeat(1, 2))
     cat = combine([(0.5, one), (0.25, shared)], "cat")
-    assert cat.rank == one.rank + 2 and torch.equal(cat.A, torch.cat([one.A, shared.A])) and torch.equal(cat.B[:, : one.rank], one.B)
+    assert (
+        cat.rank == one.rank + 2
+        and torch.equal(cat.A, torch.cat([one.A, shared.A]))
+        and torch.equal(cat.B[:, : one.rank], one.B)
+    )
     linear = combine([(0.5, one), (0.25, one), (2.0, shared)], "linear")
     assert linear.rank == one.rank + 1, "the sum has one direction more than the first"
     assert relative(delta(linear), 0.75 * delta(one) + 2 * delta(shared)) < 1e-6
@@ -118,7 +136,9 @@ def by_hand(columns: list[list[float]], mode: str, density: float) -> list[float
     for values in zip(*kept, strict=True):
         sign = math.copysign(1, sum(values)) if sum(values) else 0
         agreeing = [value for value in values if value * sign > 0]
-        merged.append(sum(values) if mode == "magnitude_prune" else sum(agreeing) / len(agreeing) if agreeing else 0.0)
+        merged.append(
+            sum(values) if mode == "magnitude_prune" else sum(agreeing) / len(agreeing) if agreeing else 0.0
+        )
     return merged
 
 
@@ -134,7 +154,9 @@ def test_trimming_and_electing_entry_by_entry(mode, density):
 def test_weights_go_in_before_the_election():
     one, other = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[3.0, 1.0, 4.0]])
     got = combine_dense([one, -0.5 * other], asked("ties"), seeded())
-    assert torch.equal(got, torch.tensor([[-1.5, -0.75, 0.0]])), "1 against -1.5; -1 with -0.5; 2 against -2: nobody wins"
+    assert torch.equal(got, torch.tensor([[-1.5, -0.75, 0.0]])), (
+        "1 against -1.5; -1 with -0.5; 2 against -2: nobody wins"
+    )
 
 
 def test_dropping_keeps_the_mean_and_obeys_the_seed():
@@ -207,11 +229,18 @@ def peft_layer():
         model = None
         for name, config in zip("xyz", configs, strict=False):
             settings = peft.LoraConfig(target_modules=["layer"], **config)
-            model = peft.get_peft_model(Model(), settings, name) if model is None else (model.add_adapter(name, settings), model)[1]
+            model = (
+                peft.get_peft_model(Model(), settings, name)
+                if model is None
+                else (model.add_adapter(name, settings), model)[1]
+            )
         for parameter in model.parameters():
             parameter.data = torch.randn(parameter.shape)
         layer = model.base_model.model.layer
-        ours = [Update(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, layer.scaling[n]) for n in "xyz"[: len(configs)]]
+        ours = [
+            Update(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, layer.scaling[n])
+            for n in "xyz"[: len(configs)]
+        ]
         return model, layer, ours
 
     return make
@@ -242,7 +271,8 @@ def test_peft_combines_to_the_same_where_it_is_right(mode, theirs, density, weig
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("mode", ["linear", "cat", "svd", "dare_linear", "magnitude_prune"])
 def test_the_scale_of_rslora_and_mixed_ranks_counts_once(mode, peft_layer):
-    """PEFT 0.21 makes these sums too large by the root of the new rank, and with linear adds cross terms."""
+    """PEFT 0.21 makes these sums too large by the root of the new rank, and with linear adds cross
+    terms."""
     _, layer, ours = peft_layer({"r": 4, "lora_alpha": 12, "use_rslora": True}, {"r": 2, "lora_alpha": 2})
     wanted = 0.7 * layer.get_delta_weight("x") + 0.3 * layer.get_delta_weight("y")
     got = combine([(0.7, ours[0]), (0.3, ours[1])], mode, **({"rank": 12} if mode == "svd" else {}))
@@ -252,7 +282,9 @@ def test_the_scale_of_rslora_and_mixed_ranks_counts_once(mode, peft_layer):
 # ---- whole adapters
 
 
-FIRST = LoRAConfig(rank=4, alpha=10, rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={r".*layers\.1\..*": 2.5})
+FIRST = LoRAConfig(
+    rank=4, alpha=10, rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={r".*layers\.1\..*": 2.5}
+)
 SECOND = LoRAConfig(rank=2, alpha=7, targets=["q_proj", "up_proj", "lm_head"], modules_to_save=["model.norm"])
 THIRD = LoRAConfig(rank=5, targets="qv", modules_to_save=["embed_tokens", "model.norm"])
 
@@ -260,7 +292,10 @@ THIRD = LoRAConfig(rank=5, targets="qv", modules_to_save=["embed_tokens", "model
 @pytest.fixture
 def adapters(base, tmp_path):
     """Directories of adapters of different settings on one base."""
-    return [random_adapter(tmp_path / f"adapter{n}", base, config, seed=n) for n, config in enumerate([FIRST, SECOND, THIRD])]
+    return [
+        random_adapter(tmp_path / f"adapter{n}", base, config, seed=n)
+        for n, config in enumerate([FIRST, SECOND, THIRD])
+    ]
 
 
 def changes_of(directory) -> dict[str, torch.Tensor]:
@@ -277,7 +312,8 @@ def test_one_adapter_at_weight_1_stays_what_it_is(mode, which, adapters):
     tensors, settings, changes = combine_adapters([chain], asked(mode))
     assert tensors.keys() == chain.top.tensors.keys()
     assert all(
-        torch.equal(tensor, chain.top.tensors[name]) and tensor.dtype == chain.top.tensors[name].dtype for name, tensor in tensors.items()
+        torch.equal(tensor, chain.top.tensors[name]) and tensor.dtype == chain.top.tensors[name].dtype
+        for name, tensor in tensors.items()
     )
     assert settings == stored_config(chain.top.meta["lora"]) and all(change.error == 0 for change in changes)
 
@@ -303,11 +339,15 @@ def test_an_adapter_of_weight_0_is_left_out(mode, adapters):
 
 @pytest.mark.parametrize("mode", ["linear", "cat"])
 def test_the_command_adds_what_the_adapters_change(mode, adapters, tmp_path):
-    """Other ranks, scales, layers, rsLoRA and modules saved whole: merged, the sum of what each does, merged alone."""
+    """Other ranks, scales, layers, rsLoRA and modules saved whole: merged, the sum of what each
+    does, merged alone."""
     weights, out = [0.7, -0.4, 1.5], tmp_path / "out"
     words = ["--lora_path", *adapters, "--weights", *weights, "--mode", mode]
     done = succeeds("scripts/combine_lora.py", *words, "--out_dir", out)
-    assert f"next: python chat/base.py --checkpoint_dir {out}" in done.stdout and done.stdout.count("e+00") + done.stdout.count("e-0") > 14
+    assert (
+        f"next: python chat/base.py --checkpoint_dir {out}" in done.stdout
+        and done.stdout.count("e+00") + done.stdout.count("e-0") > 14
+    )
     apart = [changes_of(directory) for directory in adapters]
     for name, got in changes_of(out).items():
         wanted = sum(weight * change[name] for weight, change in zip(weights, apart, strict=True))
@@ -315,7 +355,9 @@ def test_the_command_adds_what_the_adapters_change(mode, adapters, tmp_path):
     with torch.no_grad():
         ids = torch.arange(20).view(1, 20)
         assert torch.allclose(load(out, live=True).model(ids), load(out).model(ids), atol=1e-4)
-    assert {"prompt_style.yaml", "tokenizer.json", "hyperparameters.yaml", "model_config.yaml"} <= {path.name for path in out.iterdir()}
+    assert {"prompt_style.yaml", "tokenizer.json", "hyperparameters.yaml", "model_config.yaml"} <= {
+        path.name for path in out.iterdir()
+    }
     assert open_checkpoint(out).meta["base"]["fingerprint"] == resolve(adapters[0]).base.fingerprint
 
 
@@ -324,20 +366,43 @@ def test_a_combination_can_be_talked_to_trained_further_and_exported(adapters, t
     words = ["--lora_path", adapters[0], adapters[1], "--mode", "dare_ties", "--density", 0.5, "--rank", 6]
     succeeds("scripts/combine_lora.py", *words, "--out_dir", out)
     succeeds("chat/base.py", "--checkpoint_dir", out, "--prompt", "Hi", "--max_new_tokens", 2)
-    train = ["--data", "JSON", "--data.path", alpaca_file, "--train.max_steps", 1, "--out_dir", tmp_path / "more"]
+    train = [
+        "--data",
+        "JSON",
+        "--data.path",
+        alpaca_file,
+        "--train.max_steps",
+        1,
+        "--out_dir",
+        tmp_path / "more",
+    ]
     succeeds("finetune/lora.py", "--checkpoint_dir", out, *train)
     succeeds("scripts/export_peft.py", "--lora_path", out, "--out_dir", tmp_path / "peft")
     # The folder goes back in: combined with another it does what the original did.
-    done = succeeds("scripts/combine_lora.py", "--lora_path", tmp_path / "peft", adapters[2], "--out_dir", tmp_path / "both")
+    done = succeeds(
+        "scripts/combine_lora.py",
+        "--lora_path",
+        tmp_path / "peft",
+        adapters[2],
+        "--out_dir",
+        tmp_path / "both",
+    )
     assert "note:" in done.stdout and "by shape alone" in done.stdout
     pair = [changes_of(out), changes_of(adapters[2])]
     for name, got in changes_of(tmp_path / "both").items():
         assert torch.allclose(got, pair[0][name] + pair[1][name], atol=3e-6), name
     chains = [resolve(adapter) for adapter in adapters[:2]]
-    again = [combine_adapters(chains, asked("dare_ties", lora_path=["a", "b"], density=0.5, rank=6, seed=seed))[0] for seed in (1337, 3)]
+    again = [
+        combine_adapters(chains, asked("dare_ties", lora_path=["a", "b"], density=0.5, rank=6, seed=seed))[0]
+        for seed in (1337, 3)
+    ]
     stored = open_checkpoint(out).tensors
-    assert all(torch.allclose(again[0][name], tensor, atol=1e-4) for name, tensor in stored.items()), "the seed repeats the draws"
-    assert not any(torch.allclose(again[1][name], tensor, atol=1e-4) for name, tensor in stored.items() if "lora" in name)
+    assert all(torch.allclose(again[0][name], tensor, atol=1e-4) for name, tensor in stored.items()), (
+        "the seed repeats the draws"
+    )
+    assert not any(
+        torch.allclose(again[1][name], tensor, atol=1e-4) for name, tensor in stored.items() if "lora" in name
+    )
 
 
 def test_modules_saved_whole_are_elected_too(adapters, base):
@@ -347,19 +412,30 @@ def test_modules_saved_whole_are_elected_too(adapters, base):
     apart = [whole_tensors(chain.top.tensors)["model.norm.weight"].double() - weight for chain in chains]
     wanted = combine_dense(apart, asked("ties"), seeded())
     assert torch.allclose(tensors["model.norm.weight"].double() - weight, wanted, atol=1e-6)
-    assert torch.equal(tensors["model.embed_tokens.weight"], chains[1].top.tensors["model.embed_tokens.weight"])
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"], chains[1].top.tensors["model.embed_tokens.weight"]
+    )
 
 
 def test_adapters_on_an_adapter_are_combined_on_it(adapters, tmp_path):
     pair = [
-        random_adapter(tmp_path / f"second{n}", adapters[2], LoRAConfig(rank=2, modules_to_save=["model.norm"]), seed=7 + n)
+        random_adapter(
+            tmp_path / f"second{n}",
+            adapters[2],
+            LoRAConfig(rank=2, modules_to_save=["model.norm"]),
+            seed=7 + n,
+        )
         for n in range(2)
     ]
     words = ["--lora_path", pair[0], pair[1], "--weights", 0.5, 0.5, "--out_dir", tmp_path / "out"]
     succeeds("scripts/combine_lora.py", *words)
-    below, one, other, got = (merge_chain(resolve(path))[0] for path in (adapters[2], *pair, tmp_path / "out"))
+    below, one, other, got = (
+        merge_chain(resolve(path))[0] for path in (adapters[2], *pair, tmp_path / "out")
+    )
     for name, tensor in below.items():
-        assert torch.allclose(got[name] - tensor, 0.5 * (one[name] - tensor) + 0.5 * (other[name] - tensor), atol=1e-5), name
+        assert torch.allclose(
+            got[name] - tensor, 0.5 * (one[name] - tensor) + 0.5 * (other[name] - tensor), atol=1e-5
+        ), name
 
 
 def test_another_base_is_refused_unless_allowed(adapters, make_checkpoint, tmp_path, base):
@@ -375,11 +451,21 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
     assert "is a full model already; --lora_path needs an adapter" in fails(*words, base, adapters[0])
     assert f"{base}: is what {adapters[0]} was trained on" in fails(*words, adapters[0], base)
     assert "no such directory" in fails(*words, adapters[0], tmp_path / "nowhere")
-    assert fails(*words, "nowhere.safetensors", "neither.safetensors") == "error: nowhere.safetensors: no such file\n"
-    assert f"holds {adapters[0]}, which is read" in fails(*words, adapters[0], "--out_dir", adapters[0], "--overwrite")
+    assert (
+        fails(*words, "nowhere.safetensors", "neither.safetensors")
+        == "error: nowhere.safetensors: no such file\n"
+    )
+    assert f"holds {adapters[0]}, which is read" in fails(
+        *words, adapters[0], "--out_dir", adapters[0], "--overwrite"
+    )
     dora = tmp_path / "dora"
     dora.mkdir()
-    settings = {"peft_type": "LORA", "target_modules": ["q_proj"], "use_dora": True, "base_model_name_or_path": str(base)}
+    settings = {
+        "peft_type": "LORA",
+        "target_modules": ["q_proj"],
+        "use_dora": True,
+        "base_model_name_or_path": str(base),
+    }
     (dora / "adapter_config.json").write_text(json.dumps(settings))
     (dora / "adapter_model.safetensors").write_bytes(b"")
     assert "use_dora (True) is not supported" in fails(*words, adapters[0], dora)
@@ -387,10 +473,18 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
 
 
 def test_shapes_and_kinds_that_do_not_go_together_are_refused(adapters, make_checkpoint, tmp_path):
-    wide = resolve(random_adapter(tmp_path / "wide", make_checkpoint("wide_base", intermediate_size=80), LoRAConfig(rank=2)))
+    wide = resolve(
+        random_adapter(
+            tmp_path / "wide", make_checkpoint("wide_base", intermediate_size=80), LoRAConfig(rank=2)
+        )
+    )
     with pytest.raises(CheckpointError, match="gate_proj is 80 x 32, but 64 x 32 in"):
         combine_adapters([resolve(adapters[0]), wide], asked("linear", lora_path=["a", "b"]))
-    head = resolve(random_adapter(tmp_path / "head", tmp_path / "base", LoRAConfig(targets="qv", modules_to_save=["lm_head"])))
+    head = resolve(
+        random_adapter(
+            tmp_path / "head", tmp_path / "base", LoRAConfig(targets="qv", modules_to_save=["lm_head"])
+        )
+    )
     pair = [resolve(adapters[1]), head]  # A and B of the head in one, the whole head in the other
     for mode, density in (("ties", 1.0), ("magnitude_prune", 0.5)):
         with pytest.raises(CheckpointError, match="adapts lm_head.weight, which .* replaces whole"):
@@ -421,14 +515,17 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 
 
 def lora_file(path, *, alpha: bool, seed: int) -> dict[str, torch.Tensor]:
-    """A file with a linear layer, a convolution and a whole difference, each file of another rank; returns the changes it means."""
+    """A file with a linear layer, a convolution and a whole difference, each file of another rank;
+    returns the changes it means."""
     torch.manual_seed(seed)
     rank, tensors, means = 2 + seed, {}, {}
     for name, shape in (("unet_a", (12, 20)), ("unet_conv", (6, 4, 3, 3))):
         A, B = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *(1,) * (len(shape) - 2))
         tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
         tensors |= {f"{name}.alpha": torch.tensor(3.0)} if alpha else {}
-        means[name] = (3.0 / rank if alpha else 1.0) * (B.flatten(1).double() @ A.flatten(1).double()).view(shape)
+        means[name] = (3.0 / rank if alpha else 1.0) * (B.flatten(1).double() @ A.flatten(1).double()).view(
+            shape
+        )
     tensors["unet_norm.diff"] = means["unet_norm"] = torch.randn(7)
     save_file(tensors, path)
     return means
@@ -436,17 +533,37 @@ def lora_file(path, *, alpha: bool, seed: int) -> dict[str, torch.Tensor]:
 
 def meant(path) -> dict[str, torch.Tensor]:
     found = read_lora(path)
-    deltas = {name: update.scale * (update.B.flatten(1).double() @ update.A.flatten(1).double()) for name, update in found.updates.items()}
-    return {name: delta.view(found.updates[name].shape) for name, delta in deltas.items()} | {"unet_norm": found.diffs["unet_norm.diff"]}
+    deltas = {
+        name: update.scale * (update.B.flatten(1).double() @ update.A.flatten(1).double())
+        for name, update in found.updates.items()
+    }
+    return {name: delta.view(found.updates[name].shape) for name, delta in deltas.items()} | {
+        "unet_norm": found.diffs["unet_norm.diff"]
+    }
 
 
 @pytest.mark.parametrize("alphas", [(True, True), (False, False), (False, True)])
 def test_files_of_other_tools_are_added_up_in_their_own_format(alphas, tmp_path):
-    one, other = (lora_file(tmp_path / f"{seed}.safetensors", alpha=alpha, seed=seed) for seed, alpha in enumerate(alphas))
-    words = ["--lora_path", tmp_path / "0.safetensors", tmp_path / "1.safetensors", "--weights", 0.5, -2, "--out_dir", tmp_path / "out"]
+    one, other = (
+        lora_file(tmp_path / f"{seed}.safetensors", alpha=alpha, seed=seed)
+        for seed, alpha in enumerate(alphas)
+    )
+    words = [
+        "--lora_path",
+        tmp_path / "0.safetensors",
+        tmp_path / "1.safetensors",
+        "--weights",
+        0.5,
+        -2,
+        "--out_dir",
+        tmp_path / "out",
+    ]
     assert "unet_conv" in succeeds("scripts/combine_lora.py", *words).stdout
     found = meant(tmp_path / "out/0.safetensors")
-    assert all(relative(found[name].double(), 0.5 * one[name].double() - 2 * other[name].double()) < 1e-6 for name in one)
+    assert all(
+        relative(found[name].double(), 0.5 * one[name].double() - 2 * other[name].double()) < 1e-6
+        for name in one
+    )
     assert ("unet_a.alpha" in load_file(tmp_path / "out/0.safetensors")) == alphas[0]
 
 
@@ -463,11 +580,21 @@ def test_one_file_at_weight_1_stays_what_it_is(mode, alpha, tmp_path):
 def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     lora_file(tmp_path / "a.safetensors", alpha=True, seed=0)
     tensors = load_file(tmp_path / "a.safetensors")
-    save_file({f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
+    save_file(
+        {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors"
+    )
     save_file(tensors | {"unet_norm.diff": torch.ones(5)}, tmp_path / "c.safetensors")
 
     def said(*paths, more=()) -> str:
-        return fails("scripts/combine_lora.py", "--lora_path", tmp_path / "a.safetensors", *paths, "--out_dir", tmp_path / "out", *more)
+        return fails(
+            "scripts/combine_lora.py",
+            "--lora_path",
+            tmp_path / "a.safetensors",
+            *paths,
+            "--out_dir",
+            tmp_path / "out",
+            *more,
+        )
 
     assert "has no layer of a name that" in said(tmp_path / "b.safetensors")
     assert "unet_norm.diff is 5, but 7 in" in said(tmp_path / "c.safetensors")
@@ -485,9 +612,21 @@ def test_the_error_that_is_told_is_that_of_what_is_stored(weight, size, dtype, t
         generator = torch.Generator().manual_seed(seed)
         A, B = (size * torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 30), (20, 4)))
         write_lora(file, LoRAFile(file, {"x": Update(A, B, 32.0)}, alpha=True), dtype)
-    words = ["scripts/combine_lora.py", "--lora_path", *files, "--weights", weight, -weight / 3, "--out_dir", tmp_path / "out"]
+    words = [
+        "scripts/combine_lora.py",
+        "--lora_path",
+        *files,
+        "--weights",
+        weight,
+        -weight / 3,
+        "--out_dir",
+        tmp_path / "out",
+    ]
     told = float(succeeds(*words).stdout.splitlines()[1].split()[-1])
-    exact = sum(factor * weight * read_lora(file).updates["x"].delta().double() for factor, file in zip((1, -1 / 3), files, strict=True))
+    exact = sum(
+        factor * weight * read_lora(file).updates["x"].delta().double()
+        for factor, file in zip((1, -1 / 3), files, strict=True)
+    )
     found = read_lora(tmp_path / "out/a.safetensors").updates["x"].delta().double()
     assert 0 < told == pytest.approx(relative(found, exact), rel=0.01, abs=1e-6) and told < 0.5
 
@@ -495,9 +634,24 @@ def test_the_error_that_is_told_is_that_of_what_is_stored(weight, size, dtype, t
 def test_what_cannot_be_stored_is_refused(tmp_path):
     for name, scale in (("a", 300.0), ("b", -300.0)):
         file = tmp_path / f"{name}.safetensors"
-        write_lora(file, LoRAFile(file, {"x": Update(torch.full((1, 5), scale), torch.full((6, 1), 300.0), 1.0)}), torch.float16)
-    words = ["--lora_path", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--weights", 3000, 1, "--out_dir", tmp_path / "out"]
-    assert "x: the result has numbers beyond what float16 can hold" in fails("scripts/combine_lora.py", *words)
+        write_lora(
+            file,
+            LoRAFile(file, {"x": Update(torch.full((1, 5), scale), torch.full((6, 1), 300.0), 1.0)}),
+            torch.float16,
+        )
+    words = [
+        "--lora_path",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--weights",
+        3000,
+        1,
+        "--out_dir",
+        tmp_path / "out",
+    ]
+    assert "x: the result has numbers beyond what float16 can hold" in fails(
+        "scripts/combine_lora.py", *words
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -505,13 +659,29 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 def test_adapters_that_cancel_out_leave_nothing_and_an_error_of_nothing(mode):
     one = Update(torch.randn(4, 30), torch.randn(20, 4), 2.0)
     stored, full, lost = combine_layer([(1.0, one), (-1.0, one)], asked(mode), seeded())
-    assert full == lost == 0 and stored.rank == (8 if mode == "cat" else 1) and stored.delta().abs().max() < 1e-5
+    assert (
+        full == lost == 0 and stored.rank == (8 if mode == "cat" else 1) and stored.delta().abs().max() < 1e-5
+    )
 
 
 def test_factors_of_two_dtypes_are_one_update(base, tmp_path):
     adapter = random_adapter(tmp_path / "adapter", base, LoRAConfig(rank=2))
     content = torch.load(adapter / "lit_model.pth", weights_only=True)
-    content["model"] = {name: tensor.double() if name.endswith("lora_A") else tensor for name, tensor in content["model"].items()}
+    content["model"] = {
+        name: tensor.double() if name.endswith("lora_A") else tensor
+        for name, tensor in content["model"].items()
+    }
     torch.save(content, adapter / "lit_model.pth")
-    words = ["--lora_path", adapter, "--weights", 0.5, "--mode", "ties", "--density", 0.5, "--out_dir", tmp_path / "out"]
+    words = [
+        "--lora_path",
+        adapter,
+        "--weights",
+        0.5,
+        "--mode",
+        "ties",
+        "--density",
+        0.5,
+        "--out_dir",
+        tmp_path / "out",
+    ]
     succeeds("scripts/combine_lora.py", *words)

@@ -1,4 +1,5 @@
-"""What a checkpoint is, of every kind; a base that is missing or wrong is said, and never the end."""
+"""What a checkpoint is, of every kind; a base that is missing or wrong is said, and never the
+end."""
 
 import json
 import shutil
@@ -6,23 +7,25 @@ import shutil
 import pytest
 import torch
 from conftest import QUICKSTART, fails, succeeds, tiny_config
+from foreign import LITGPT, write_peft
 from safetensors.torch import save_file
 from test_checkpoint import write_adapter
-from test_foreign import LITGPT, write_peft
 from test_merge import merge
 
 from litlora.adapters.describe import describe, table
 from litlora.adapters.merge import merge_chain
 from litlora.adapters.resize import norm
 from litlora.checkpoint import open_checkpoint, resolve
-from litlora.convert.lora_files import Update
 from litlora.errors import CheckpointError
+from litlora.formats.lora_files import Update
 
 
 def test_the_norm_of_an_update_needs_no_update():
     for shape in ((7, 5, 3), (40, 50, 8), (3, 3, 3)):
         B, A = torch.randn(shape[0], shape[2]), torch.randn(shape[2], shape[1])
-        assert norm(Update(A, B, -1.5)) == pytest.approx((1.5 * B.double() @ A.double()).norm().item(), rel=1e-9)
+        assert norm(Update(A, B, -1.5)) == pytest.approx(
+            (1.5 * B.double() @ A.double()).norm().item(), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -30,7 +33,9 @@ def test_every_layer_beside_the_weights_it_was_trained_on(tmp_path, make_checkpo
     """In a chain, those are the inner adapters' sum."""
     base = make_checkpoint("base", tie_word_embeddings=tied, dtype=torch.bfloat16)
     first = write_adapter(tmp_path / "first", base, targets=["q_proj"] if tied else ["q_proj", "lm_head"])
-    second = write_adapter(tmp_path / "second", first, seed=2, targets=["q_proj", "lm_head"], modules_to_save=["model.norm"])
+    second = write_adapter(
+        tmp_path / "second", first, seed=2, targets=["q_proj", "lm_head"], modules_to_save=["model.norm"]
+    )
     found = describe(second)
     assert found["problems"] == [] and found["base"] == {
         "path": str(first),
@@ -45,7 +50,11 @@ def test_every_layer_beside_the_weights_it_was_trained_on(tmp_path, make_checkpo
     assert len(layers) == 4
     tensors = open_checkpoint(second).tensors
     for name, layer in layers.items():
-        before = W.get(f"{name}.weight", W["model.embed_tokens.weight"]) if name != "model.norm.weight" else W[name]
+        before = (
+            W.get(f"{name}.weight", W["model.embed_tokens.weight"])
+            if name != "model.norm.weight"
+            else W[name]
+        )
         if name == "model.norm.weight":
             delta = tensors[name].double() - before.double()
         else:
@@ -53,7 +62,9 @@ def test_every_layer_beside_the_weights_it_was_trained_on(tmp_path, make_checkpo
         assert layer["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
         assert layer["weight_norm"] == pytest.approx(before.double().norm().item(), rel=1e-2)
         assert layer["relative"] == pytest.approx(layer["delta_norm"] / layer["weight_norm"])
-        assert layer["shape"] == list(before.shape) and layer["rank"] == (None if name == "model.norm.weight" else 2)
+        assert layer["shape"] == list(before.shape) and layer["rank"] == (
+            None if name == "model.norm.weight" else 2
+        )
     everything = sum(layer["delta_norm"] ** 2 for layer in layers.values()) ** 0.5
     assert found["total"]["delta_norm"] == pytest.approx(everything)
     assert merged.keys() >= W.keys()
@@ -63,11 +74,16 @@ def test_a_full_checkpoint(base, tmp_path):
     found = describe(base / "lit_model.pth")
     opened = open_checkpoint(base)
     assert (found["kind"], found["format"], found["family"]) == ("full", "litlora", "llama")
-    assert found["fingerprint"] == opened.fingerprint and found["dtypes"] == {"float32": sum(t.numel() for t in opened.tensors.values())}
+    assert found["fingerprint"] == opened.fingerprint and found["dtypes"] == {
+        "float32": sum(t.numel() for t in opened.tensors.values())
+    }
     assert found["model"] == tiny_config().to_dict() and found["tokenizer"]
     adapter = write_adapter(tmp_path / "adapter", base)
     merge(tmp_path / "merged", adapter)
-    assert describe(tmp_path / "merged")["merged_from"] == {"chain": open_checkpoint(adapter).fingerprint, "unchanged_since": True}
+    assert describe(tmp_path / "merged")["merged_from"] == {
+        "chain": open_checkpoint(adapter).fingerprint,
+        "unchanged_since": True,
+    }
 
 
 def test_a_missing_base_is_said(tmp_path, base):
@@ -89,7 +105,10 @@ def test_a_base_that_is_not_the_one_is_said(tmp_path, base, make_checkpoint):
     assert "not the base that" in found["problems"][0] and "DOES NOT MATCH" in "\n".join(table(found))
     make_checkpoint("base", intermediate_size=96)
     found = describe(adapter)
-    assert any("updates model.layers.0.mlp.gate_proj as 64 x 32; the base has (96, 32)" in problem for problem in found["problems"])
+    assert any(
+        "updates model.layers.0.mlp.gate_proj as 64 x 32; the base has (96, 32)" in problem
+        for problem in found["problems"]
+    )
     told = {layer["name"]: layer["relative"] is not None for layer in found["layers"]}
     assert told["model.layers.0.self_attn.q_proj"] and not told["model.layers.0.mlp.gate_proj"]
 
@@ -110,18 +129,28 @@ def test_a_peft_adapter_with_and_without_its_base(tmp_path, make_checkpoint):
 def test_litgpt_with_and_without_its_base(tmp_path):
     shutil.copytree(LITGPT / "llama", tmp_path / "llama")
     shutil.copytree(LITGPT / "llama_lora", tmp_path / "final")
-    full, adapter = describe(tmp_path / "llama"), describe(tmp_path / "final/lit_model.pth.lora", base_dir=tmp_path / "llama")
+    full, adapter = (
+        describe(tmp_path / "llama"),
+        describe(tmp_path / "final/lit_model.pth.lora", base_dir=tmp_path / "llama"),
+    )
     assert (full["kind"], full["format"]) == ("full", "litgpt")
     assert (adapter["kind"], adapter["format"], adapter["problems"]) == ("adapter", "litgpt", [])
     assert adapter["total"]["relative"] > 0
     shutil.rmtree(tmp_path / "llama")
     alone = describe(tmp_path / "final")
-    assert alone["kind"] == "adapter" and "only what its own files tell" in alone["problems"][0] and table(alone)
+    assert (
+        alone["kind"] == "adapter" and "only what its own files tell" in alone["problems"][0] and table(alone)
+    )
 
 
 def test_a_lora_file_of_another_tool(tmp_path):
     A, B = torch.randn(4, 6), torch.randn(5, 4)
-    tensors = {"lora_unet_x.lora_down.weight": A, "lora_unet_x.lora_up.weight": B, "lora_unet_x.alpha": torch.tensor(2.0), "odd": A + 1}
+    tensors = {
+        "lora_unet_x.lora_down.weight": A,
+        "lora_unet_x.lora_up.weight": B,
+        "lora_unet_x.alpha": torch.tensor(2.0),
+        "odd": A + 1,
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     found = describe(tmp_path / "x.safetensors")
     [layer] = found["layers"]
@@ -131,10 +160,14 @@ def test_a_lora_file_of_another_tool(tmp_path):
 
 def test_the_command_prints_a_table_or_json(tmp_path, base):
     said = succeeds("scripts/inspect_checkpoint.py", QUICKSTART).stdout
-    assert said.startswith(f"{QUICKSTART}: full, litlora\n") and open_checkpoint(QUICKSTART).fingerprint in said
+    assert (
+        said.startswith(f"{QUICKSTART}: full, litlora\n") and open_checkpoint(QUICKSTART).fingerprint in said
+    )
     adapter = write_adapter(tmp_path / "adapter", base)
     shutil.rmtree(base)
-    assert json.loads(succeeds("scripts/inspect_checkpoint.py", "--json", adapter).stdout) == describe(adapter)
+    assert json.loads(succeeds("scripts/inspect_checkpoint.py", "--json", adapter).stdout) == describe(
+        adapter
+    )
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path, base):
@@ -153,13 +186,18 @@ def test_numbers_that_are_not_finite_are_a_problem_and_no_size(tmp_path, make_ch
     name = next(iter(content["model"]))
     content["model"][name][0, 0] = value
     torch.save(content, adapter / "lit_model.pth")
-    said = json.loads(succeeds("scripts/inspect_checkpoint.py", adapter, "--json").stdout, parse_constant=lambda word: pytest.fail(word))
+    said = json.loads(
+        succeeds("scripts/inspect_checkpoint.py", adapter, "--json").stdout,
+        parse_constant=lambda word: pytest.fail(word),
+    )
     assert f"{name} holds numbers that are not finite" in said["problems"][0]
     assert said["layers"][0]["delta_norm"] is said["total"]["delta_norm"] is said["total"]["relative"] is None
     assert f"PROBLEM  {adapter}" in succeeds("scripts/inspect_checkpoint.py", adapter).stdout
 
 
-def test_an_adapter_on_a_foreign_one_whose_base_moved_finds_it_where_it_is_said_to_be(tmp_path, make_checkpoint):
+def test_an_adapter_on_a_foreign_one_whose_base_moved_finds_it_where_it_is_said_to_be(
+    tmp_path, make_checkpoint
+):
     base = make_checkpoint("base")
     foreign = write_peft(tmp_path / "peft", base)
     second = write_adapter(tmp_path / "second", foreign)

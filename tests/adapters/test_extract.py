@@ -12,9 +12,15 @@ from litlora.adapters.lowrank import RankRule
 def test_results_can_be_kept(kind, diff_only):
     """Of scalars, vectors, matrices and transposed views, of one model in another number format."""
     generator = torch.Generator().manual_seed(0)
-    source = {str(n): torch.randn(shape, generator=generator).to(kind) for n, shape in enumerate([(), (30,), (20, 30), (20, 30), (30, 20)])}
+    source = {
+        str(n): torch.randn(shape, generator=generator).to(kind)
+        for n, shape in enumerate([(), (30,), (20, 30), (20, 30), (30, 20)])
+    }
     source["4"] = source["4"].T
-    target = {name: tensor.float() + torch.randn(tensor.shape, generator=generator) for name, tensor in source.items()}
+    target = {
+        name: tensor.float() + torch.randn(tensor.shape, generator=generator)
+        for name, tensor in source.items()
+    }
     target["same"] = source["same"] = torch.ones(3)
     found = list(extract(source, target, Plan(RankRule(20), diff_only=diff_only, dtype=torch.float32)))
     assert [one.name for one in found] == ["0", "1", "2", "3", "4"]

@@ -42,7 +42,9 @@ def test_the_error_is_within_a_hundredth_of_the_least_and_the_proof_holds(name):
     noise = 1e-6 * found.norm
     A, B = found.factors
     assert A.shape == (16, D.size(1)) and B.shape == (D.size(0), 16)
-    assert math.isclose(found.error, (D.double() - B.double() @ A.double()).norm().item(), rel_tol=1e-3, abs_tol=noise)
+    assert math.isclose(
+        found.error, (D.double() - B.double() @ A.double()).norm().item(), rel_tol=1e-3, abs_tol=noise
+    )
     assert found.error <= 1.01 * least + noise
     assert found.is_proved and found.excess <= TOLERANCE
     assert found.optimum <= least + noise, "a lower bound that is above the least error proves nothing"
@@ -74,21 +76,35 @@ def test_exact_is_the_truncated_decomposition():
     D = SPECTRA["harmonic"]
     found = truncate_exact(D, RankRule(16))
     values = torch.linalg.svdvals(D.double())
-    assert math.isclose(found.error, values[16:].square().sum().sqrt().item(), rel_tol=1e-4) and found.excess == 0
+    assert (
+        math.isclose(found.error, values[16:].square().sum().sqrt().item(), rel_tol=1e-4)
+        and found.excess == 0
+    )
     A, B = found.factors
-    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), msg="each factor has half of every singular value")
+    torch.testing.assert_close(
+        A.norm(dim=1), B.norm(dim=0), msg="each factor has half of every singular value"
+    )
 
 
-@pytest.mark.parametrize("decompose", [truncate_exact, lambda D, rule: truncate(D, rule, 0)], ids=["exact", "randomised"])
+@pytest.mark.parametrize(
+    "decompose", [truncate_exact, lambda D, rule: truncate(D, rule, 0)], ids=["exact", "randomised"]
+)
 @pytest.mark.parametrize(
     "rule",
-    [RankRule(energy=0.9), RankRule(max_error=0.1), RankRule(sv_ratio=20.5), RankRule(sv_ratio=20.5, max_error=0.1)],
+    [
+        RankRule(energy=0.9),
+        RankRule(max_error=0.1),
+        RankRule(sv_ratio=20.5),
+        RankRule(sv_ratio=20.5, max_error=0.1),
+    ],
     ids=str,
 )
 def test_the_rank_is_the_smallest_that_meets_the_criteria(rule, decompose):
     values = 1.0 / INDEX.double()
     lost = 1 - values.square().cumsum(0) / values.square().sum()
-    shares = [share for share in (rule.energy and 1 - rule.energy, rule.max_error and rule.max_error**2) if share]
+    shares = [
+        share for share in (rule.energy and 1 - rule.energy, rule.max_error and rule.max_error**2) if share
+    ]
     rank = max([int((lost > share).sum()) + 1 for share in shares] + [int(rule.sv_ratio or 1)])
     found = decompose(SPECTRA["harmonic"], rule)
     assert abs(len(found.S) - rank) <= (0 if decompose is truncate_exact else 1)

@@ -1,4 +1,5 @@
-"""A merge is exact: equal to the live adapters, linear in its strength, rounded once, and gone without a trace when undone."""
+"""A merge is exact: equal to the live adapters, linear in its strength, rounded once, and gone
+without a trace when undone."""
 
 import dataclasses
 import runpy
@@ -46,7 +47,9 @@ def logits(directory, **options):
 
 
 def same_bits(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].view(torch.uint8).equal(b[n].view(torch.uint8)) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].view(torch.uint8).equal(b[n].view(torch.uint8)) for n in a
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,20 +58,28 @@ def same_bits(a, b):
 def test_merged_equals_live(tmp_path, make_checkpoint, dtype, variant, tied):
     if tied and variant != "the output head":
         return  # a tied model has no module to save whole, and is no different elsewhere
-    adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base", dtype=dtype, tie_word_embeddings=tied), **VARIANTS[variant])
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        make_checkpoint("base", dtype=dtype, tie_word_embeddings=tied),
+        **VARIANTS[variant],
+    )
     merge(tmp_path / "merged", adapter)
     live, merged, base = logits(adapter, live=True), logits(tmp_path / "merged"), logits(tmp_path / "base")
     error = (merged - live).square().mean().sqrt() / live.std()
     assert error < {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     assert error < 0.1 * (live - base).square().mean().sqrt() / live.std(), "the update must be there"
-    assert same_bits(open_checkpoint(tmp_path / "merged").tensors, merge_chain(resolve(adapter))[0]), "chat merges alike"
+    assert same_bits(open_checkpoint(tmp_path / "merged").tensors, merge_chain(resolve(adapter))[0]), (
+        "chat merges alike"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_chain_equals_merging_one_by_one(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype)
     first = write_adapter(tmp_path / "first", base, modules_to_save=["norm"])
-    second = write_adapter(tmp_path / "second", first, seed=2, targets="qv", rank=4, modules_to_save=["lm_head"])
+    second = write_adapter(
+        tmp_path / "second", first, seed=2, targets="qv", rank=4, modules_to_save=["lm_head"]
+    )
     third = write_adapter(tmp_path / "third", second, seed=3, targets=["q_proj", "lm_head"])
     at_once = merge(tmp_path / "at_once", third)
     merge(tmp_path / "one", first)
@@ -79,7 +90,12 @@ def test_a_chain_equals_merging_one_by_one(tmp_path, make_checkpoint, dtype):
 
 def test_the_strength_is_linear_and_zero_is_the_base(tmp_path, make_checkpoint):
     base = make_checkpoint("base", tie_word_embeddings=True)
-    adapter = write_adapter(tmp_path / "adapter", base, targets=["q_proj", "lm_head"], modules_to_save=["model.norm", "input_layernorm"])
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        base,
+        targets=["q_proj", "lm_head"],
+        modules_to_save=["model.norm", "input_layernorm"],
+    )
     W, one = open_checkpoint(base).tensors, merge(tmp_path / "one", adapter).tensors
     for strength in (-1.0, 0.3, 2.0):
         scaled = merge(tmp_path / f"at{strength}", adapter, strength=strength).tensors
@@ -96,7 +112,9 @@ def test_the_strength_is_linear_and_zero_is_the_base(tmp_path, make_checkpoint):
 def test_several_adapters_are_added_up_and_rounded_once(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype)
     one = write_adapter(tmp_path / "one", base, modules_to_save=["model.norm"])
-    two = write_adapter(tmp_path / "two", base, seed=2, targets="qv", rank=4, alpha=3, modules_to_save=["model.norm"])
+    two = write_adapter(
+        tmp_path / "two", base, seed=2, targets="qv", rank=4, alpha=3, modules_to_save=["model.norm"]
+    )
     W, a, b = (open_checkpoint(path).tensors for path in (base, one, two))
     merged = merge(tmp_path / "sum", one, two, weights=[0.7, -0.4], strength=2.0).tensors
     module = "model.layers.0.self_attn.q_proj"
@@ -106,7 +124,9 @@ def test_several_adapters_are_added_up_and_rounded_once(tmp_path, make_checkpoin
     # Rounding the fp32 sum and rounding the exact sum may differ in a tie only.
     assert (merged[f"{module}.weight"] != exact.to(dtype)).float().mean() < 5e-3
     norm = W["model.norm.weight"].double()
-    expected = norm + 1.4 * (a["model.norm.weight"].double() - norm) - 0.8 * (b["model.norm.weight"].double() - norm)
+    expected = (
+        norm + 1.4 * (a["model.norm.weight"].double() - norm) - 0.8 * (b["model.norm.weight"].double() - norm)
+    )
     torch.testing.assert_close(merged["model.norm.weight"], expected.to(dtype))
     alone = merge(tmp_path / "alone", one)
     assert same_bits(merge(tmp_path / "with_nothing", two, one, weights=[0, 1]).tensors, alone.tensors)
@@ -116,7 +136,10 @@ def test_adapters_of_different_bases_are_not_added_up(tmp_path, make_checkpoint)
     base = make_checkpoint("base")
     first = write_adapter(tmp_path / "first", base)
     second = write_adapter(tmp_path / "second", first, seed=2)
-    with pytest.raises(BaseMismatchError, match="second: was trained on .*first, but .*first on .*base; .* must share their base"):
+    with pytest.raises(
+        BaseMismatchError,
+        match="second: was trained on .*first, but .*first on .*base; .* must share their base",
+    ):
         merge(tmp_path / "out", first, second)
     with pytest.raises(BaseMismatchError, match="first: is what .*second was trained on"):
         merge(tmp_path / "out", second, first)
@@ -130,13 +153,18 @@ def test_a_merge_answers_for_its_chain_only_if_it_is_that_chain(tmp_path, make_c
     first = write_adapter(tmp_path / "first", make_checkpoint("base", dtype=torch.bfloat16))
     chain = open_checkpoint(first).fingerprint
     assert merge(tmp_path / "plain", first).answers_to(chain)
-    for number, other in enumerate(({"strength": 0.5}, {"dtype": "fp32"}, {"rounding": "stochastic"}, {"weights": [2.0]})):
+    for number, other in enumerate(
+        ({"strength": 0.5}, {"dtype": "fp32"}, {"rounding": "stochastic"}, {"weights": [2.0]})
+    ):
         assert not merge(tmp_path / f"other{number}", first, **other).answers_to(chain)
 
 
 def test_a_result_of_another_dtype_is_rounded_once(tmp_path, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base", dtype=torch.bfloat16))
-    wide, half = merge(tmp_path / "wide", adapter, dtype="fp32"), merge(tmp_path / "half", adapter, dtype="fp16")
+    wide, half = (
+        merge(tmp_path / "wide", adapter, dtype="fp32"),
+        merge(tmp_path / "half", adapter, dtype="fp16"),
+    )
     plan, _ = plan_merge(resolve(adapter))
     for name, tensor in plan.items():
         exact = tensor.exact(slice(None))
@@ -145,13 +173,15 @@ def test_a_result_of_another_dtype_is_rounded_once(tmp_path, make_checkpoint):
 
 def test_numbers_beyond_fp16_are_refused_and_leave_nothing(tmp_path, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"), alpha=1e7)
-    with pytest.raises(CheckpointError, match="q_proj.weight: merged, it holds numbers that are not finite in float16"):
+    with pytest.raises(
+        CheckpointError, match="q_proj.weight: merged, it holds numbers that are not finite in float16"
+    ):
         merge(tmp_path / "out", adapter, dtype="fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_large_layers_are_computed_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr("litlora.convert.torch_file.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("litlora.storage.torch_file.BLOCK_BYTES", 1 << 12)
     W, A, B = torch.randn(1000, 16).bfloat16(), torch.randn(4, 16), torch.randn(1000, 4)
     tensor = MergedTensor("W", W, W.dtype, W.dtype, ((LowRank(A, B, 0.5),),))
     blocks = list(tensor.blocks())
@@ -166,7 +196,9 @@ def test_large_layers_are_computed_some_rows_at_a_time(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype, num_hidden_layers=1)
-    adapters = [open_checkpoint(write_adapter(tmp_path / name, base, seed=n)) for n, name in enumerate(("one", "two"))]
+    adapters = [
+        open_checkpoint(write_adapter(tmp_path / name, base, seed=n)) for n, name in enumerate(("one", "two"))
+    ]
     model = load(base).model
     before = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -201,7 +233,9 @@ def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_ch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_in_the_mean(dtype):
     tiny = torch.finfo(dtype).smallest_normal
-    values = torch.cat([torch.randn(20), torch.tensor([0.0, -0.0, 1.0, -3.25, tiny / 3.3, -tiny / 2.7, 60000.3])])
+    values = torch.cat(
+        [torch.randn(20), torch.tensor([0.0, -0.0, 1.0, -3.25, tiny / 3.3, -tiny / 2.7, 60000.3])]
+    )
     generator = torch.Generator().manual_seed(0)
     runs = torch.stack([rounded(values, dtype, generator) for _ in range(20_000)]).double()
     exact = values.double()
@@ -221,7 +255,9 @@ def test_small_updates_survive_stochastic_rounding_in_the_mean(tmp_path, make_ch
     exact = plan_merge(resolve(adapter))[0]["model.layers.0.mlp.up_proj.weight"].exact(slice(None)) - W
 
     def kept(tensors):
-        return ((tensors["model.layers.0.mlp.up_proj.weight"].float() - W) * exact).sum() / exact.square().sum()
+        return (
+            (tensors["model.layers.0.mlp.up_proj.weight"].float() - W) * exact
+        ).sum() / exact.square().sum()
 
     small = {"strength": 0.002}
     assert kept(merge(tmp_path / "nearest", adapter, **small).tensors) < 0.002 * 0.2
@@ -229,9 +265,17 @@ def test_small_updates_survive_stochastic_rounding_in_the_mean(tmp_path, make_ch
     again = merge(tmp_path / "again", adapter, **small, rounding="stochastic")
     other = merge(tmp_path / "other", adapter, **small, rounding="stochastic", seed=2)
     assert same_bits(one.tensors, again.tensors) and not same_bits(one.tensors, other.tensors)
-    mean = sum(kept(merge(tmp_path / f"s{seed}", adapter, **small, rounding="stochastic", seed=seed).tensors) for seed in range(20)) / 20
+    mean = (
+        sum(
+            kept(merge(tmp_path / f"s{seed}", adapter, **small, rounding="stochastic", seed=seed).tensors)
+            for seed in range(20)
+        )
+        / 20
+    )
     assert abs(mean - 0.002) < 0.002 * 0.3
-    untouched = {name: tensor for name, tensor in open_checkpoint(base).tensors.items() if "up_proj" not in name}
+    untouched = {
+        name: tensor for name, tensor in open_checkpoint(base).tensors.items() if "up_proj" not in name
+    }
     assert same_bits({name: one.tensors[name] for name in untouched}, untouched)
 
 
@@ -245,8 +289,13 @@ def test_the_command_takes_several_adapters_and_says_what_it_did(tmp_path, make_
     done = succeeds("scripts/merge_lora.py", *words)
     assert f"merged: {base} + {one} x 0.5 + {two} x -1\n" in done.stdout
     assert "verified on " in done.stdout and "rounding took " in done.stdout
-    assert same_bits(open_checkpoint(tmp_path / "out").tensors, merge(tmp_path / "again", one, two, weights=[0.5, -1.0]).tensors)
-    assert "--weights 1.0: 1 for 2 adapter(s)" in fails("scripts/merge_lora.py", "--lora_path", one, two, "--weights=1", "--out_dir=x")
+    assert same_bits(
+        open_checkpoint(tmp_path / "out").tensors,
+        merge(tmp_path / "again", one, two, weights=[0.5, -1.0]).tensors,
+    )
+    assert "--weights 1.0: 1 for 2 adapter(s)" in fails(
+        "scripts/merge_lora.py", "--lora_path", one, two, "--weights=1", "--out_dir=x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,27 +321,43 @@ def test_stochastic_rounding_of_an_fp32_base_is_refused(tmp_path, base):
 
 def test_a_resized_vocabulary_has_no_other_strength(tmp_path, base):
     adapter = resolve(write_adapter(tmp_path / "adapter", base, modules_to_save=["embed_tokens", "lm_head"]))
-    resized = {n: torch.cat([t, t[:3]]) if n in (merging.HEAD, merging.EMBEDDING) else t for n, t in adapter.top.tensors.items()}
+    resized = {
+        n: torch.cat([t, t[:3]]) if n in (merging.HEAD, merging.EMBEDDING) else t
+        for n, t in adapter.top.tensors.items()
+    }
     larger = dataclasses.replace(adapter.top, tensors=resized)
     plan, config = plan_merge(dataclasses.replace(adapter, adapters=[]))
     assert merging.add_adapters(plan, config, [(larger, 1.0)])[1].vocab_size == 403
     with pytest.raises(
-        CheckpointError, match="vocabulary from 400 to 403 rows; such an adapter can only be merged alone and at strength 1"
+        CheckpointError,
+        match="vocabulary from 400 to 403 rows; such an adapter can only be merged alone and at strength 1",
     ):
         merging.add_adapters(plan, config, [(larger, 0.5)])
 
 
-@pytest.mark.parametrize("settings", [["--strength", "1e39"], ["--weights", "1e300"], ["--strength", "-1e200", "--weights", "1e200"]])
+@pytest.mark.parametrize(
+    "settings",
+    [["--strength", "1e39"], ["--weights", "1e300"], ["--strength", "-1e200", "--weights", "1e200"]],
+)
 def test_a_factor_beyond_fp32_is_one_line(tmp_path, make_checkpoint, settings):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
     said = fails("scripts/merge_lora.py", "--lora_path", adapter, "--out_dir", tmp_path / "out", *settings)
-    assert "which is beyond fp32; name a smaller strength or weight" in said and not (tmp_path / "out").exists()
+    assert (
+        "which is beyond fp32; name a smaller strength or weight" in said and not (tmp_path / "out").exists()
+    )
 
 
 def test_one_adapter_under_two_names_is_one(tmp_path, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))
     for script in ("merge", "combine"):
-        said = fails(f"scripts/{script}_lora.py", "--lora_path", adapter, adapter / "lit_model.pth", "--out_dir", tmp_path / "out")
+        said = fails(
+            f"scripts/{script}_lora.py",
+            "--lora_path",
+            adapter,
+            adapter / "lit_model.pth",
+            "--out_dir",
+            tmp_path / "out",
+        )
         assert "named twice; give it a weight instead" in said
 
 

@@ -1,4 +1,5 @@
-"""A merge that is not what was tested is refused, whatever went wrong, and leaves nothing that looks finished."""
+"""A merge that is not what was tested is refused, whatever went wrong, and leaves nothing that
+looks finished."""
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from test_merge import merge
 from litlora.adapters.merge import MergedTensor, converted, plan_merge, plan_sum
 from litlora.adapters.verify import bytes_needed, live_model, logits, tolerance, verify
 from litlora.checkpoint import open_checkpoint, resolve
-from litlora.convert.torch_file import TorchFile
 from litlora.errors import CheckpointError
 from litlora.load import load
 from litlora.model import GPT
+from litlora.storage.torch_file import TorchFile
 
 IDS = torch.arange(30).view(1, 30)
 
@@ -46,14 +47,17 @@ def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypat
 
 @pytest.mark.parametrize("steps", [1, -1])
 def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps, monkeypatch):
-    """The last bit of one number: nearer than another number of its dtype, yet not what the sum rounds to."""
+    """The last bit of one number: nearer than another number of its dtype, yet not what the sum
+    rounds to."""
     blocks = MergedTensor.blocks
 
     def other_neighbour(self, memory=None):
         for block in blocks(self, memory):
             if self.links and self.name.endswith("up_proj.weight"):
                 block = block.clone()
-                block.view(torch.int16 if block.itemsize == 2 else torch.int32).view(-1)[3] += steps * (1 if block.itemsize == 2 else 64)
+                block.view(torch.int16 if block.itemsize == 2 else torch.int32).view(-1)[3] += steps * (
+                    1 if block.itemsize == 2 else 64
+                )
             yield block
 
     monkeypatch.setattr(MergedTensor, "blocks", other_neighbour)
@@ -62,10 +66,15 @@ def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps, monke
 
 
 def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
-    """The update subtracted instead of added: each number is what the sum says, yet it is not the live model."""
+    """The update subtracted instead of added: each number is what the sum says, yet it is not the
+    live model."""
     exact = MergedTensor.exact
-    monkeypatch.setattr(MergedTensor, "exact", lambda self, rows, into=None: 2 * self.before(rows).float() - exact(self, rows))
-    with pytest.raises(CheckpointError, match="not kept: the merged model is not the live one: their logits differ by"):
+    monkeypatch.setattr(
+        MergedTensor, "exact", lambda self, rows, into=None: 2 * self.before(rows).float() - exact(self, rows)
+    )
+    with pytest.raises(
+        CheckpointError, match="not kept: the merged model is not the live one: their logits differ by"
+    ):
         merge(tmp_path / "out", adapter)
     assert remains(tmp_path) == ["adapter", "base"]
 
@@ -74,7 +83,9 @@ def test_a_refused_merge_keeps_what_it_was_to_replace(tmp_path, adapter, monkeyp
     merge(tmp_path / "out", adapter)
     before = (tmp_path / "out/lit_model.pth").read_bytes()
     exact = MergedTensor.exact
-    monkeypatch.setattr(MergedTensor, "blocks", lambda self, memory: iter([exact(self, slice(None)).mul(1.1).to(self.dtype)]))
+    monkeypatch.setattr(
+        MergedTensor, "blocks", lambda self, memory: iter([exact(self, slice(None)).mul(1.1).to(self.dtype)])
+    )
     with pytest.raises(CheckpointError, match="not kept"):
         merge(tmp_path / "out", adapter, overwrite=True)
     assert (tmp_path / "out/lit_model.pth").read_bytes() == before
@@ -85,7 +96,9 @@ def test_the_live_side_is_the_live_model(tmp_path, adapter):
     plan, config = plan_merge(resolve(adapter))
     theirs = load(adapter, live=True).model
     with torch.no_grad():
-        torch.testing.assert_close(logits(*live_model(plan, config), IDS), theirs.float()(IDS)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits(*live_model(plan, config), IDS), theirs.float()(IDS)[0], atol=1e-5, rtol=1e-5
+        )
 
 
 WHOLE = {"targets": "qv", "modules_to_save": ["lm_head", "norm", "embed_tokens"]}
@@ -96,7 +109,11 @@ def test_of_a_chain_no_weight_below_the_last_link_is_held(tmp_path, make_checkpo
     second = write_adapter(tmp_path / "second", first, seed=2, targets="qv")
     model, computed = live_model(*plan_merge(resolve(second)))
     assert all(p.untyped_storage().nbytes() <= 4 for p in computed)
-    names = {name.rpartition(".linear")[0].rpartition(".")[2] for name, p in model.named_parameters() if p in computed}
+    names = {
+        name.rpartition(".linear")[0].rpartition(".")[2]
+        for name, p in model.named_parameters()
+        if p in computed
+    }
     assert names == {"q_proj", "v_proj"}
     with torch.no_grad():
         theirs = load(second, live=True).model.float()(IDS)[0]
@@ -108,7 +125,9 @@ def test_of_a_sum_of_whole_tensors_none_is_held(tmp_path, make_checkpoint):
     adapters = [write_adapter(tmp_path / f"{seed}", base, seed=seed, **WHOLE) for seed in (1, 2)]
     plan, config, _ = plan_sum(adapters, [0.5, 0.25])
     model, computed = live_model(plan, config)
-    assert {"model.embed_tokens.weight", "lm_head.weight"} == {name for name, p in model.named_parameters() if p in computed}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} == {
+        name for name, p in model.named_parameters() if p in computed
+    }
     assert all(p.untyped_storage().nbytes() <= 4 for p in computed)
     theirs = GPT.from_tensors(config, {name: tensor.exact(slice(None)) for name, tensor in plan.items()})
     with torch.no_grad():
@@ -119,12 +138,16 @@ def test_the_report_holds_what_was_measured(tmp_path, adapter):
     merge(tmp_path / "out", adapter)
     plan, config = plan_merge(resolve(adapter))
     report = verify(plan, config, tmp_path / "out", IDS)
-    live, merged = (load(path, live=live).model.float() for path, live in ((adapter, True), (tmp_path / "out", False)))
+    live, merged = (
+        load(path, live=live).model.float() for path, live in ((adapter, True), (tmp_path / "out", False))
+    )
     with torch.no_grad():
         live, merged = live(IDS)[0].double(), merged(IDS)[0].double()
     assert report.tokens == 30
     assert report.max_difference == pytest.approx((live - merged).abs().max().item(), rel=0.2, abs=1e-6)
-    kl = torch.nn.functional.kl_div(merged.log_softmax(-1), live.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    kl = torch.nn.functional.kl_div(
+        merged.log_softmax(-1), live.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
     assert report.kl == pytest.approx(kl, rel=0.05, abs=1e-10)
     lost = update = 0.0
     shares = {}
@@ -160,4 +183,7 @@ def test_without_a_tokenizer_the_probe_says_so(tmp_path, adapter, capsys):
     for place in ("base", "adapter"):
         (tmp_path / place / "tokenizer.json").unlink()
     merge(tmp_path / "out", adapter)
-    assert "note: the probe's tokens are spread over the vocabulary, as no text can be encoded" in capsys.readouterr().out
+    assert (
+        "note: the probe's tokens are spread over the vocabulary, as no text can be encoded"
+        in capsys.readouterr().out
+    )

@@ -1,5 +1,6 @@
-"""The files of the attacks: each function takes a directory, which holds a sound checkpoint at `base` and an adapter on it at
-`adapter`, and puts something hostile there. Its name is that of the document beside this file that tells what must happen."""
+"""The files of the attacks: each function takes a directory, which holds a sound checkpoint at
+`base` and an adapter on it at `adapter`, and puts something hostile there. Its name is that of the
+document beside this file that tells what must happen."""
 
 import io
 import json
@@ -19,7 +20,8 @@ from safetensors.torch import save_file
 
 CHAT, MERGE, EXPORT = "chat", "merge", "export"
 ATTACKS: dict[str, list[tuple[Any, str, str]]] = {}
-"""{document: [(the function that makes the files, the command that meets them, what it must say)]}."""
+"""{document: [(the function that makes the files, the command that meets them, what it must
+say)]}."""
 
 
 def attack(document: str, says: str, *, command: str = CHAT) -> Any:
@@ -45,7 +47,8 @@ def payload(directory: Path) -> Call:
 
 
 def rewrite(file: Path, change: Any = None, pickled: bytes | None = None, **options: Any) -> None:
-    """Write a torch archive again, its records changed by `change(name, data) -> data` or its pickle replaced."""
+    """Write a torch archive again, its records changed by `change(name, data) -> data` or its
+    pickle replaced."""
     with zipfile.ZipFile(file) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(file, "w", **options) as archive:
@@ -105,8 +108,18 @@ def in_a_tar(directory: Path) -> None:
 def hugging_face(directory: Path) -> None:
     """Make `base` a Hugging Face folder with torch shards."""
     base = directory / "base"
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 400, "hidden_size": 32}
-    config |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 400,
+        "hidden_size": 32,
+    }
+    config |= {
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config |= {"max_position_embeddings": 128, "rms_norm_eps": 1e-5, "head_dim": 8}
     (base / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.clone() for name, tensor in content(base / "lit_model.pth")["model"].items()}
@@ -133,7 +146,9 @@ def bytes_without_end(directory: Path) -> None:
 
 @attack("pickle_of_size", "could run code")
 def storage_without_end(directory: Path) -> None:
-    torch.save({**content(directory / WEIGHTS), "more": Call(torch.UntypedStorage, 10**12)}, directory / WEIGHTS)
+    torch.save(
+        {**content(directory / WEIGHTS), "more": Call(torch.UntypedStorage, 10**12)}, directory / WEIGHTS
+    )
 
 
 @attack("pickle_of_size", "nested too deeply")
@@ -325,7 +340,9 @@ def _safetensors(directory: Path, header: Any, data: bytes = b"", *, length: int
     for file in base.glob("pytorch_model*"):
         file.unlink()
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    (base / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    (base / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text) if length is None else length) + text + data
+    )
 
 
 def _entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
@@ -345,7 +362,11 @@ HEADERS: dict[str, tuple[Any, bytes]] = {
     "not an object": ([], b""),
     "deep": (b'{"a":' + b"[" * 100_000, b""),
     "twice the same name": (
-        b'{"a":' + json.dumps(_entry(0, 16, [4])).encode() + b',"a":' + json.dumps(_entry(0, 16, [4])).encode() + b"}",
+        b'{"a":'
+        + json.dumps(_entry(0, 16, [4])).encode()
+        + b',"a":'
+        + json.dumps(_entry(0, 16, [4])).encode()
+        + b"}",
         bytes(16),
     ),
 }
@@ -367,14 +388,17 @@ def a_header_of_half_of_all_bytes(directory: Path) -> None:
 
 
 def _four_bits(directory: Path, shape: list[int], absmax: torch.Tensor) -> None:
-    """A Hugging Face folder, one weight of which is 4-bit numbers of bitsandbytes' with this shape and these scales."""
+    """A Hugging Face folder, one weight of which is 4-bit numbers of bitsandbytes' with this shape
+    and these scales."""
     hugging_face(directory)
     file = directory / "base/pytorch_model-00001-of-00002.bin"
     tensors = content(file)
     name = next(name for name in tensors if "gate_proj" in name)
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}
     tensors |= {name: torch.zeros(1024, 1, dtype=torch.uint8), f"{name}.absmax": absmax}
-    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8
+    )
     torch.save(tensors, file)
 
 
@@ -404,7 +428,9 @@ def _index(directory: Path, shard: Any) -> None:
     file.write_text(json.dumps(index))
 
 
-for _number, _shard in enumerate(("../../outside.bin", "/etc/passwd", "..", "", "a\0b", "\x1b[2Jx/y", 5, ["x"])):
+for _number, _shard in enumerate(
+    ("../../outside.bin", "/etc/passwd", "..", "", "a\0b", "\x1b[2Jx/y", 5, ["x"])
+):
 
     @attack("paths_in_an_index", "is not the name of a file in this folder")
     def _make(directory: Path, shard: Any = _shard) -> None:
@@ -571,7 +597,11 @@ def _config(directory: Path, **changes: Any) -> None:
 def a_model_that_brings_its_code(directory: Path) -> None:
     hugging_face(directory)
     file = directory / "base/config.json"
-    code = {"model_type": "evil", "architectures": ["EvilForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    code = {
+        "model_type": "evil",
+        "architectures": ["EvilForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"},
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | code))
     (directory / "base/modeling_evil.py").write_text("import os; os.mkdir('pwned')")
 
@@ -588,7 +618,12 @@ def a_pattern_that_never_ends(directory: Path) -> None:
 def the_same_of_peft(directory: Path) -> None:
     shutil.rmtree(directory / "adapter")
     (directory / "adapter").mkdir()
-    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {"(a|a|\\w)+$": 3}, "base_model_name_or_path": str(directory / "base")}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "alpha_pattern": {"(a|a|\\w)+$": 3},
+        "base_model_name_or_path": str(directory / "base"),
+    }
     (directory / "adapter/adapter_config.json").write_text(json.dumps(config))
     save_file(
         {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)},
@@ -606,7 +641,10 @@ TEMPLATES = {
     ),
     "a power": ("{{ 10 ** (10 ** 9) }}", "was stopped"),
     "text times a billion": ("{{ 'a' * 10 ** 10 }}", "was stopped"),
-    "doubling": ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "was stopped"),
+    "doubling": (
+        "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "was stopped",
+    ),
     "padding": ("{{ 'x' | center(10 ** 10) }}", "was stopped"),
     "formatting": ("{{ '{:>9999999999}'.format(1) }}", "was stopped"),
     "a long answer": ("{{ 'a' * 10 ** 8 }}", "was stopped"),
@@ -633,7 +671,15 @@ for _name, (_text, _says) in TEMPLATES.items():
 
 @attack("tokenizer", "tokenizer.json: cannot encode this text")
 def a_regular_expression_that_never_ends(directory: Path) -> None:
-    _tokenizer(directory, pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False})
+    _tokenizer(
+        directory,
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": "(a|aa)+$"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+    )
 
 
 @attack("tokenizer", "tokenizer.json: has 300,000,000 bytes")

@@ -1,4 +1,5 @@
-"""Every attack is refused in one line, within bounds, and leaves nothing behind; every document here is about an attack."""
+"""Every attack is refused in one line, within bounds, and leaves nothing behind; every document
+here is about an attack."""
 
 import ast
 import dataclasses
@@ -14,12 +15,12 @@ from conftest import REPO, tiny_config
 from safetensors.torch import save_file
 
 from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
+from litlora.console import printable
 from litlora.errors import CheckpointError
 from litlora.lora import LoRAConfig
 from litlora.model import GPT
 from litlora.paths import STATE_FILE
-from litlora.resume import read_state
-from litlora.untrusted import printable
+from litlora.train.resume import read_state
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("attacks_make", HERE / "make.py")
@@ -33,7 +34,13 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     """A directory with a full checkpoint, `base`, and an adapter on it, `adapter`."""
     directory = tmp_path_factory.mktemp("sound")
     config, lora = tiny_config(), LoRAConfig(rank=2, targets=["q_proj"])
-    write_checkpoint(directory / "base", dict(GPT(config).named_parameters()), full_meta(), config, sidecars_from=tokenizer_dir)
+    write_checkpoint(
+        directory / "base",
+        dict(GPT(config).named_parameters()),
+        full_meta(),
+        config,
+        sidecars_from=tokenizer_dir,
+    )
     tensors = {}
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
@@ -45,8 +52,22 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
 
 def words(command: str, directory: Path) -> list[object]:
     return {
-        make.CHAT: ["chat/base.py", "--checkpoint_dir", directory / "base", "--prompt", "a" * 60 + "c", "--prompt_style", style(directory)],
-        make.MERGE: ["scripts/merge_lora.py", "--lora_path", directory / "adapter", "--out_dir", directory / "out"],
+        make.CHAT: [
+            "chat/base.py",
+            "--checkpoint_dir",
+            directory / "base",
+            "--prompt",
+            "a" * 60 + "c",
+            "--prompt_style",
+            style(directory),
+        ],
+        make.MERGE: [
+            "scripts/merge_lora.py",
+            "--lora_path",
+            directory / "adapter",
+            "--out_dir",
+            directory / "out",
+        ],
     }[command]
 
 
@@ -64,7 +85,9 @@ def test_the_sound_checkpoint_is_taken(sound, forked, tmp_path):
     assert forked.run(*words(make.CHAT, tmp_path / "it"), cwd=tmp_path)["status"] == 0
 
 
-@pytest.mark.parametrize(("document", "attack", "command", "says"), CASES, ids=[f"{d}-{a.__name__}" for d, a, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("document", "attack", "command", "says"), CASES, ids=[f"{d}-{a.__name__}" for d, a, _, _ in CASES]
+)
 def test_an_attack_is_refused_in_one_line(document, attack, command, says, sound, forked, tmp_path):
     shutil.copytree(sound, tmp_path / "it")
     attack(tmp_path / "it")
@@ -112,11 +135,35 @@ def test_a_name_in_a_file_does_not_steer_the_terminal(command, forked, tmp_path)
     words = {
         "inspect": ["scripts/inspect_checkpoint.py", "style.safetensors"],
         "inspect as JSON": ["scripts/inspect_checkpoint.py", "style.safetensors", "--json"],
-        "resize": ["scripts/resize_lora.py", "--lora_path", "style.safetensors", "--rank", 1, "--out_dir", "out"],
-        "merge": ["scripts/lora_merger.py", "--source-model", "model.safetensors", "--lora-model", "style.safetensors", "--output", "out"],
-        "extract": ["scripts/lora_extractor.py", "--source-model", "model.safetensors", "--target-model", "tuned.safetensors"],
+        "resize": [
+            "scripts/resize_lora.py",
+            "--lora_path",
+            "style.safetensors",
+            "--rank",
+            1,
+            "--out_dir",
+            "out",
+        ],
+        "merge": [
+            "scripts/lora_merger.py",
+            "--source-model",
+            "model.safetensors",
+            "--lora-model",
+            "style.safetensors",
+            "--output",
+            "out",
+        ],
+        "extract": [
+            "scripts/lora_extractor.py",
+            "--source-model",
+            "model.safetensors",
+            "--target-model",
+            "tuned.safetensors",
+        ],
     }[command]
-    more = {"merge": ["--allow_unmatched"], "extract": ["--output", "out", "--rank", 2, "--min_size", 0]}.get(command, [])
+    more = {"merge": ["--allow_unmatched"], "extract": ["--output", "out", "--rank", 2, "--min_size", 0]}.get(
+        command, []
+    )
     done = forked.run(*words, *more, cwd=tmp_path)
     assert done["status"] == 0, done
     said = done["stdout"] + done["stderr"]
@@ -132,27 +179,39 @@ def test_a_name_in_an_adapter_does_not_steer_the_terminal(sound, forked, tmp_pat
     shutil.copytree(sound, tmp_path / "it\x1b[2J")
     file = tmp_path / "it\x1b[2J/adapter/tokenizer.json"
     file.write_text(file.read_text() + " ")
-    done = forked.run("scripts/merge_lora.py", "--lora_path", "it\x1b[2J/adapter", "--out_dir", "out", cwd=tmp_path)
+    done = forked.run(
+        "scripts/merge_lora.py", "--lora_path", "it\x1b[2J/adapter", "--out_dir", "out", cwd=tmp_path
+    )
     assert done["status"] == 0 and "\x1b" not in done["stdout"] + done["stderr"]
     assert "note: it\\x1b[2J/adapter/tokenizer.json: is not the tokenizer" in done["stdout"]
 
 
 def test_commands_print_nothing_but_through_say():
-    """Beside it there are constants, a model's answer in pieces, which its conversation made printable, and what escapes itself."""
+    """Beside it there are constants, a model's answer in pieces, which its conversation made
+    printable, and what escapes itself."""
     safe = {"Constant", "piece", "one_line", "shown", "map"}
 
     def kind(node: ast.expr) -> set[str]:
         if isinstance(node, ast.JoinedStr):
-            return {name for value in node.values for name in kind(value.value if isinstance(value, ast.FormattedValue) else value)}
+            return {
+                name
+                for value in node.values
+                for name in kind(value.value if isinstance(value, ast.FormattedValue) else value)
+            }
         if isinstance(node, ast.Call):
             return {node.func.id} if isinstance(node.func, ast.Name) else {*kind(node.args[0])}
         return {node.id if isinstance(node, ast.Name) else type(node).__name__}
 
-    own = {"render_template.py", "build_quickstart.py"}  # JSON for the process that asked; a tool for whoever develops this
+    own = {
+        "render_template.py",
+        "build_quickstart.py",
+    }  # JSON for the process that asked; a tool for whoever develops this
     folders = ("litlora", "scripts", "finetune", "chat")
     files = [file for folder in folders for file in (REPO / folder).rglob("*.py") if file.name not in own]
     assert len(files) > 50
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                assert set().union(*map(kind, node.args)) <= safe, f"{file.name}:{node.lineno}: print() of what a file may say; use say()"
+                assert set().union(*map(kind, node.args)) <= safe, (
+                    f"{file.name}:{node.lineno}: print() of what a file may say; use say()"
+                )

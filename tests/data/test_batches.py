@@ -67,7 +67,10 @@ def test_the_longest_example_comes_first_and_the_order_is_the_seeds():
     steps = plan(lengths, pack_tokens=700)
     assert max(lengths[index] for micro in steps[0] for index in micro) >= 15 / 16 * max(lengths)
     for other in ({"pack_tokens": 5000}, {"pack_tokens": 700, "num_ranks": 3}):
-        examples = [[sorted(index for micro in step for index in micro) for step in way] for way in (steps, plan(lengths, **other))]
+        examples = [
+            [sorted(index for micro in step for index in micro) for step in way]
+            for way in (steps, plan(lengths, **other))
+        ]
         assert examples[0] == examples[1], "what a step learns from does not depend on how it is computed"
     assert steps == plan(lengths, pack_tokens=700) != plan(lengths, pack_tokens=700, seed=1)
 
@@ -78,28 +81,38 @@ def test_padding_of_the_real_data_is_below_5_percent(tmp_path, name):
     if not (path.is_file() and file.is_file()):
         pytest.skip(f"{path} or {file} is not at hand")
     (tmp_path / "tokenizer.json").symlink_to(file)
-    examples = tokenize(read_records(JSON(path=str(path))).records, Tokenizer(tmp_path), STYLES["alpaca"], 512).examples
+    examples = tokenize(
+        read_records(JSON(path=str(path))).records, Tokenizer(tmp_path), STYLES["alpaca"], 512
+    ).examples
     lengths = [len(example.ids) for example in examples]
     assert all(padding_share(lengths, plan(lengths, seed=seed)) < 0.05 for seed in range(5))
 
 
 def test_padding_of_the_sample_is_below_5_percent(tokenizer_dir):
     records = read_records(JSON(path=str(SAMPLE_FILE))).records
-    lengths = [len(e.ids) for e in tokenize(records, Tokenizer(tokenizer_dir), STYLES["alpaca"], 512).examples]
+    lengths = [
+        len(e.ids) for e in tokenize(records, Tokenizer(tokenizer_dir), STYLES["alpaca"], 512).examples
+    ]
     assert padding_share(lengths, plan(lengths)) < 0.05
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_collate_lays_out_and_tells_what_is_learned(packed, mask_prompt):
-    examples = [Example(array("i", ids), prompt) for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))]
+    examples = [
+        Example(array("i", ids), prompt) for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))
+    ]
     batch = collate(examples, mask_prompt=mask_prompt, packed=packed)
     if packed:
         assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 3, 4, 2]] and batch.lengths == [4, 2, 3]
     else:
-        assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [3, 4, 2, 0]] and batch.lengths is None
+        assert (
+            batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 1, 0, 0], [3, 4, 2, 0]] and batch.lengths is None
+        )
     before = batch.input_ids.flatten()[batch.positions].tolist()
-    learned = [(6, 7), (7, 8), (9, 1), (4, 2)] if mask_prompt else [(5, 6), (6, 7), (7, 8), (9, 1), (3, 4), (4, 2)]
+    learned = (
+        [(6, 7), (7, 8), (9, 1), (4, 2)] if mask_prompt else [(5, 6), (6, 7), (7, 8), (9, 1), (3, 4), (4, 2)]
+    )
     assert list(zip(before, batch.targets.tolist(), strict=True)) == learned
     assert sum(num_supervised(example, mask_prompt) for example in examples) == len(learned)
     assert batch.input_ids.dtype == batch.targets.dtype == torch.int64

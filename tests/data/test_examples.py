@@ -59,7 +59,10 @@ def test_the_real_data_keeps_every_end(tmp_path):
     done = tokenize(read_records(JSON(path=str(path))).records, tokenizer, STYLE, 256)
     assert len(done.examples) + done.num_left_out == 1000
     assert done.num_cut > 100, "Chinese takes many tokens here; the cut must be exercised"
-    assert all(example.ids[-1] == tokenizer.eos_id and example.prompt_length < len(example.ids) <= 256 for example in done.examples)
+    assert all(
+        example.ids[-1] == tokenizer.eos_id and example.prompt_length < len(example.ids) <= 256
+        for example in done.examples
+    )
 
 
 def test_the_split_is_seeded_whole_and_disjoint():

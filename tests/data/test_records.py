@@ -24,13 +24,17 @@ def test_the_real_files_are_read_whole(name):
     if not path.is_file():
         pytest.skip(f"{path} is not at hand")
     expected = json.loads(path.read_text())
-    assert [(r.instruction, r.input, r.output) for r in read(path)] == [(r["instruction"], r["input"], r["output"]) for r in expected]
+    assert [(r.instruction, r.input, r.output) for r in read(path)] == [
+        (r["instruction"], r["input"], r["output"]) for r in expected
+    ]
 
 
 def test_json_jsonl_and_directories_agree(tmp_path):
     records = [{**RECORD, "input": f"line\u2028{n}", "extra": 1} for n in range(3)]
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n", encoding="utf-8"
+    )
     (tmp_path / "readme.txt").write_text("not data")
     once = [r.input for r in read(tmp_path / "a.json")]
     assert once == [r.input for r in read(tmp_path / "b.jsonl")] == [r["input"] for r in records]
@@ -46,10 +50,22 @@ def test_json_jsonl_and_directories_agree(tmp_path):
         ("x.json", "[]", "holds no record"),
         ("x.jsonl", "\n\n", "holds no record"),
         ("x.json", json.dumps([RECORD, 5]), r"x\.json, record 1: must be an object"),
-        ("x.json", json.dumps([RECORD, {"prompt": "a", "output": "b"}]), r'x\.json, record 1: has no "instruction"; it has \'prompt\''),
+        (
+            "x.json",
+            json.dumps([RECORD, {"prompt": "a", "output": "b"}]),
+            r'x\.json, record 1: has no "instruction"; it has \'prompt\'',
+        ),
         ("x.json", json.dumps([{"instruction": "a"}]), r'record 0: has no "output"'),
-        ("x.json", json.dumps([{"instruction": "a", "output": None}]), r'"output" must be text, not NoneType'),
-        ("x.json", json.dumps([{"instruction": ["a"], "output": "b"}]), r'"instruction" must be text, not list'),
+        (
+            "x.json",
+            json.dumps([{"instruction": "a", "output": None}]),
+            r'"output" must be text, not NoneType',
+        ),
+        (
+            "x.json",
+            json.dumps([{"instruction": ["a"], "output": "b"}]),
+            r'"instruction" must be text, not list',
+        ),
         ("x.json", '[{"instruction": "\\ud800", "output": "b"}]', "lone surrogate"),
         ("x.jsonl", json.dumps(RECORD) + "\n{oops}\n", r"x\.jsonl, line 2: not valid JSON"),
         ("x.json", "[" * 100_000, "nested too deeply|not valid JSON"),
@@ -112,7 +128,9 @@ def test_the_full_file_is_downloaded_once(tmp_path):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["alpaca_data.json"]
 
 
-@pytest.mark.parametrize(("status", "content"), [(404, b"gone"), (200, b"<html>"), (200, b'{"not": "a list"}')])
+@pytest.mark.parametrize(
+    ("status", "content"), [(404, b"gone"), (200, b"<html>"), (200, b'{"not": "a list"}')]
+)
 def test_auto_falls_back_to_the_sample_and_says_so(tmp_path, status, content):
     with Server(status, content) as server:
         found = read_records(Alpaca(source="auto", url=server.url, download_dir=str(tmp_path / "data")))

@@ -17,7 +17,9 @@ def layer(out, inner, rank=None, *, bias=False, scale=1.0):
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    A, B = (random(rank, inner).requires_grad_(), random(out, rank).requires_grad_()) if rank else (None, None)
+    A, B = (
+        (random(rank, inner).requires_grad_(), random(out, rank).requires_grad_()) if rank else (None, None)
+    )
     return Layer(random(out, inner), random(out) if bias else None, A, B, scale)
 
 
@@ -31,7 +33,9 @@ def same_value_and_gradients(kernel, plain, inputs):
     torch.testing.assert_close(list(got), list(wanted), rtol=1e-12, atol=1e-12)
     weights = [torch.randn_like(value) for value in wanted]
     gradients = [
-        torch.autograd.grad(sum((value * weight).sum() for value, weight in zip(values, weights, strict=True)), inputs)
+        torch.autograd.grad(
+            sum((value * weight).sum() for value, weight in zip(values, weights, strict=True)), inputs
+        )
         for values in (got, wanted)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
@@ -45,7 +49,9 @@ def test_layers_of_one_input(ranks, dropped):
     layers = [layer(3 + i, 6, rank, bias=i == 0, scale=0.5 + i) for i, rank in enumerate(ranks)]
     keep = (torch.rand(2, 5, 6) > 0.3).double() if dropped else None
     inputs = trained(x, *layers)
-    same_value_and_gradients(lambda: lora.project(x, layers, keep), lambda: lora.plain_project(x, layers, keep), inputs)
+    same_value_and_gradients(
+        lambda: lora.project(x, layers, keep), lambda: lora.plain_project(x, layers, keep), inputs
+    )
     assert gradcheck(lambda *_: lora.project(x, layers, keep), inputs)
 
 
@@ -55,11 +61,19 @@ def test_layers_of_one_input(ranks, dropped):
 def test_gated_mlp(activation, ranks, dropped):
     torch.manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
-    layers = [layer(9, 6, ranks[0], scale=2.0), layer(9, 6, ranks[1], bias=True), layer(6, 9, ranks[2], scale=0.1)]
-    masks = ((torch.rand(7, 6) > 0.3).double(), (torch.rand(7, 9) > 0.3).double()) if dropped else (None, None)
+    layers = [
+        layer(9, 6, ranks[0], scale=2.0),
+        layer(9, 6, ranks[1], bias=True),
+        layer(6, 9, ranks[2], scale=0.1),
+    ]
+    masks = (
+        ((torch.rand(7, 6) > 0.3).double(), (torch.rand(7, 9) > 0.3).double()) if dropped else (None, None)
+    )
     inputs = trained(x, *layers)
     arguments = (x, *layers, activation, *masks)
-    same_value_and_gradients(lambda: lora.gated_mlp(*arguments), lambda: lora.plain_gated_mlp(*arguments), inputs)
+    same_value_and_gradients(
+        lambda: lora.gated_mlp(*arguments), lambda: lora.plain_gated_mlp(*arguments), inputs
+    )
     assert gradcheck(lambda *_: lora.gated_mlp(*arguments), inputs)
 
 
@@ -76,7 +90,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
 
     with Watch():
         torch.autograd.grad(y.sum(), [one.lora_A, one.lora_B])
-    assert multiplied and not any(tensor.shape in (one.weight.shape, one.weight.t().shape) for tensor in multiplied)
+    assert multiplied and not any(
+        tensor.shape in (one.weight.shape, one.weight.t().shape) for tensor in multiplied
+    )
     (frozen,) = lora.project(x, [layer(4, 6)])
     assert not frozen.requires_grad
 
@@ -90,7 +106,9 @@ def test_head_loss_in_tiles(cap, count, vocabulary, tiles, monkeypatch):
     hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
     weight, targets = 3 * torch.randn(vocabulary, 8, dtype=torch.float64), torch.randint(vocabulary, (count,))
     kernel, plain = cross_entropy.head_loss, cross_entropy.plain_head_loss
-    same_value_and_gradients(lambda: kernel(hidden, targets, weight, cap), lambda: plain(hidden, targets, weight, cap), [hidden])
+    same_value_and_gradients(
+        lambda: kernel(hidden, targets, weight, cap), lambda: plain(hidden, targets, weight, cap), [hidden]
+    )
 
 
 def test_head_loss_of_unlikely_targets_stays_finite():
@@ -102,9 +120,13 @@ def test_head_loss_of_unlikely_targets_stays_finite():
 
 
 def test_head_loss_of_a_target_that_is_all_but_certain_keeps_its_gradient():
-    """In bf16, probabilities next to 1 would round to 1: a gradient of nothing, or of twice as much."""
+    """In bf16, probabilities next to 1 would round to 1: a gradient of nothing, or of twice as
+    much."""
     hidden = torch.tensor([[8.0, 0.5], [10.0, -0.5]], dtype=torch.bfloat16, requires_grad=True)
-    weight, targets = torch.tensor([[1.0, 0.25], [0.0, 1.0], [0.25, -1.0]], dtype=torch.bfloat16), torch.tensor([0, 0])
+    weight, targets = (
+        torch.tensor([[1.0, 0.25], [0.0, 1.0], [0.25, -1.0]], dtype=torch.bfloat16),
+        torch.tensor([0, 0]),
+    )
     exact = hidden.detach().double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
     loss = cross_entropy.head_loss(hidden, targets, weight)
@@ -136,14 +158,21 @@ def test_one_layer_without_a_gradient(shape, rank):
     x, one = torch.randn(shape, dtype=torch.float64), layer(4, 6, rank, bias=True, scale=-1.5)
     before = x.clone()
     with torch.inference_mode():
-        torch.testing.assert_close(lora.project_one(x, one), lora.plain_project(x, [one])[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            lora.project_one(x, one), lora.plain_project(x, [one])[0], rtol=0, atol=1e-12
+        )
     assert torch.equal(x, before)
 
 
 def test_rms_norm():
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
-    same_value_and_gradients(lambda: norm.rms_norm(x, weight, 1e-5), lambda: norm.plain_rms_norm(x, weight, 1e-5), [x])
+    x, weight = (
+        torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(6, dtype=torch.float64),
+    )
+    same_value_and_gradients(
+        lambda: norm.rms_norm(x, weight, 1e-5), lambda: norm.plain_rms_norm(x, weight, 1e-5), [x]
+    )
     assert gradcheck(lambda x: norm.rms_norm(x, weight, 1e-5), x)
 
 
@@ -157,14 +186,20 @@ def test_rms_norm_computes_in_fp32_and_rounds_once(dtype):
     assert (got.double() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("window", "softcap", "groups"), list(itertools.product([None, 3], [None, 2.0], [1, 4])))
+@pytest.mark.parametrize(
+    ("window", "softcap", "groups"), list(itertools.product([None, 3], [None, 2.0], [1, 4]))
+)
 @pytest.mark.parametrize("way", ["packed_attention", "flex_packed_attention"])
 def test_packed_attention_equals_each_sequence_alone(way, window, softcap, groups, monkeypatch):
-    if way == "flex_packed_attention":  # without a device for its kernel: the same mask and scores, computed plainly
+    if (
+        way == "flex_packed_attention"
+    ):  # without a device for its kernel: the same mask and scores, computed plainly
         monkeypatch.setattr(attention, "_compiled_flex", lambda: plain_flex)
     torch.manual_seed(0)
     lengths = [5, 1, 9, 4]
-    q, k, v = (torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups))
+    q, k, v = (
+        torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
+    )
     settings = {"scale": 0.3, "window": window, "softcap": softcap}
 
     def alone():
@@ -172,7 +207,9 @@ def test_packed_attention_equals_each_sequence_alone(way, window, softcap, group
         parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), masks, strict=True)
         return torch.cat([attention.attend(*part, scale=0.3, softcap=softcap) for part in parts], dim=2)
 
-    same_value_and_gradients(lambda: getattr(attention, way)(q, k, v, Pack(lengths), **settings), alone, [q, k, v])
+    same_value_and_gradients(
+        lambda: getattr(attention, way)(q, k, v, Pack(lengths), **settings), alone, [q, k, v]
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -180,9 +217,13 @@ def test_the_backward_by_matrix_multiplications(groups, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     torch.manual_seed(0)
     pack = Pack([5, 1, 9, 4])
-    inputs = [torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)]
+    inputs = [
+        torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
+    ]
     kernel, plain = attention.matrix_packed_attention, attention.plain_packed_attention
-    same_value_and_gradients(lambda: kernel(*inputs, pack, scale=0.3), lambda: plain(*inputs, pack, scale=0.3), inputs)
+    same_value_and_gradients(
+        lambda: kernel(*inputs, pack, scale=0.3), lambda: plain(*inputs, pack, scale=0.3), inputs
+    )
     assert gradcheck(lambda *parts: kernel(*parts, pack, scale=0.3), inputs)
 
 
@@ -191,7 +232,10 @@ def test_packed_attention_in_bf16_errs_little_more_than_torchs(size):
     """Of narrow scores and of wide ones, whose softmax all but picks one."""
     torch.manual_seed(0)
     pack, scale = Pack([40, 300, 7, 65]), 32**-0.5
-    inputs = [(size * torch.randn(1, 412, heads, 32)).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2, 2)]
+    inputs = [
+        (size * torch.randn(1, 412, heads, 32)).bfloat16().transpose(1, 2).requires_grad_()
+        for heads in (8, 2, 2)
+    ]
     upstream = torch.randn(1, 8, 412, 32).bfloat16()
 
     def run(way, dtype):
@@ -201,7 +245,10 @@ def test_packed_attention_in_bf16_errs_little_more_than_torchs(size):
 
     exact = run(attention.plain_packed_attention, torch.float64)
     errors = [
-        [(tensor - wanted).norm() / wanted.norm() for tensor, wanted in zip(run(way, torch.bfloat16), exact, strict=True)]
+        [
+            (tensor - wanted).norm() / wanted.norm()
+            for tensor, wanted in zip(run(way, torch.bfloat16), exact, strict=True)
+        ]
         for way in (attention.packed_attention, attention.plain_packed_attention)
     ]
     for ours, theirs in zip(*errors, strict=True):
@@ -209,7 +256,8 @@ def test_packed_attention_in_bf16_errs_little_more_than_torchs(size):
 
 
 def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
-    """What FlexAttention stands for: every score through score_mod, and -inf where mask_mod says no."""
+    """What FlexAttention stands for: every score through score_mod, and -inf where mask_mod says
+    no."""
     k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
     N = q.size(2)
     query, key = torch.arange(N)[:, None], torch.arange(N)[None, :]
@@ -220,13 +268,23 @@ def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
-@pytest.mark.parametrize("lengths", [[5], [128, 128], [127, 1, 130], [1000], [300, 7, 256, 128, 65, 64, 1, 1, 400], [1] * 300])
+@pytest.mark.parametrize(
+    "lengths", [[5], [128, 128], [127, 1, 130], [1000], [300, 7, 256, 128, 65, 64, 1, 1, 400], [1] * 300]
+)
 def test_the_blocks_that_flex_attention_takes_are_those_that_torch_finds(lengths, window):
     N = sum(lengths)
     ours = Pack(lengths).block_mask(window, torch.device("cpu"))
     theirs = create_block_mask(ours.mask_mod, None, None, N, N, device="cpu")
     assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
-    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices", "full_q_indices"):
+    for name in (
+        "kv_num_blocks",
+        "kv_indices",
+        "full_kv_num_blocks",
+        "full_kv_indices",
+        "q_num_blocks",
+        "q_indices",
+        "full_q_indices",
+    ):
         one, other = getattr(ours, name), getattr(theirs, name)
         assert one.dtype == other.dtype and torch.equal(one, other), name
 

@@ -12,7 +12,9 @@ import sentencepiece
 
 HERE = Path(__file__).resolve().parent
 WORDS = "the quick brown fox jumps over a lazy dog; who knows one two three four five 123 and 456 of them?".split()
-LINES = [" ".join(WORDS[(n * k) % len(WORDS)] for n in range(9)) for k in range(1, 40)] + ["naïve café, 东京 и Москва"] * 3
+LINES = [" ".join(WORDS[(n * k) % len(WORDS)] for n in range(9)) for k in range(1, 40)] + [
+    "naïve café, 东京 и Москва"
+] * 3
 TEXTS = [
     "",
     " ",
@@ -24,10 +26,20 @@ TEXTS = [
     "a" * 300,
     "(x)+[y]={z}\\n",
 ]
-LLAMA = {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity", "byte_fallback": True}
+LLAMA = {
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity",
+    "byte_fallback": True,
+}
 MODELS = {
     "bpe": {"model_type": "bpe", **LLAMA},
-    "bpe_user": {"model_type": "bpe", **LLAMA, "add_dummy_prefix": False, "user_defined_symbols": ["<|user|>"]},
+    "bpe_user": {
+        "model_type": "bpe",
+        **LLAMA,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["<|user|>"],
+    },
     "unigram": {"model_type": "unigram", **LLAMA},
     "unigram_spaces": {"model_type": "unigram", **LLAMA, "remove_extra_whitespaces": True},
 }
@@ -37,7 +49,12 @@ def main() -> None:
     for name, settings in MODELS.items():
         stream = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(LINES), model_writer=stream, vocab_size=340, hard_vocab_limit=False, minloglevel=2, **settings
+            sentence_iterator=iter(LINES),
+            model_writer=stream,
+            vocab_size=340,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **settings,
         )
         (HERE / f"{name}.model").write_bytes(stream.getvalue())
         own = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())

@@ -1,0 +1,186 @@
+"""Hugging Face model folders: opened in place, and written complete.
+
+A folder is a `config.json` with one or many `*.safetensors` or `pytorch_model*.bin`, the many
+listed in an index.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
+from litlora.formats.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
+from litlora.formats.folder import weight_files
+from litlora.formats.layout import layout
+from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
+from litlora.storage.tensors import open_tensors
+from litlora.storage.untrusted import own_file
+from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def open_folder(directory: Path) -> tuple[dict[str, Tensor | Quantized], ModelConfig, Path]:
+    """(tensors under our names, ModelConfig, the file that an error about a weight should name).
+
+    The tensors are views of the mapped files, but for fused ones whose parts are interleaved
+    (GPT-NeoX, Falcon), which are copied, and those in 4 or 8 bits, which are dequantised where they
+    are read. Raises CheckpointError for a missing shard, an index that does not fit, duplicate or
+    misshapen tensors.
+    """
+    kind, config = load_config(directory)
+    file, shards = weight_files(directory)
+    theirs: dict[str, Tensor] = {}
+    where: dict[str, Path] = {}
+    for shard, listed in shards.items():
+        tensors = open_tensors(shard)
+        if twice := [name for name in tensors if name in theirs]:
+            raise CheckpointError(
+                f"{shard}: {twice[0]} is also in {where[twice[0]].name}; which one counts is not known"
+            )
+        if absent := sorted(listed - tensors.keys()):
+            raise CheckpointError(
+                f"{shard}: lacks {absent[0]}, which {file.name} lists; copy the folder again"
+            )
+        theirs |= tensors
+        where |= dict.fromkeys(tensors, shard)
+    theirs = find_quantized(theirs, where)
+    try:
+        ours = layout(kind, config).read(theirs)
+        if config.tie_word_embeddings:
+            ours = _without_tied_head(ours)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return ours, config, file
+
+
+def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
+    """The embedding serves as the head and is stored once; a second copy must be one."""
+    head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
+    if head is not None and embedding is not None and not _same(head, embedding):
+        raise CheckpointError(
+            f"the output head differs from the embedding, though {HF_CONFIG_FILE} says tie_word_embeddings"
+        )
+    rest = {name: tensor for name, tensor in ours.items() if name != HEAD}
+    return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
+
+
+def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False  # rounded to few bits, the one is no longer the other
+    return one.data_ptr() == other.data_ptr() or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def write_folder(
+    directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int
+) -> str:
+    """Write a complete folder: config.json, tokenizer, chat template, generation config and
+    weights; returns a line about it.
+
+    What travels with a model comes from `sources`, as `find_sidecars` finds it. A config.json among
+    it is used if it describes this model, up to the vocabulary's size and whether the head is tied;
+    else one is written from `config`. A model without a chat template gets one that asks as it was
+    taught.
+    """
+    files = {file.name: file for file in find_sidecars(sources)}
+    tokenizer = Tokenizer(sources)
+    styles = [own_file(place / STYLE_FILE) for place in sources if (place / STYLE_FILE).is_file()]
+    for file in (*files.values(), *styles[:1]):
+        shutil.copyfile(file, directory / file.name)
+    template = load_template(files)
+    taught = load_style(directory, template.style if template is not None else None)
+    if taught is not None and template is None:
+        (directory / "chat_template.jinja").write_text(template_of(taught, tokenizer), encoding="utf-8")
+    original = read_settings(files.get(HF_CONFIG_FILE))
+    values = adapt_config(original, config) if original else None
+    origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
+    if values is None:
+        values = {**write_config(config), "eos_token_id": tokenizer.eos_id}
+    [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
+    values["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / HF_CONFIG_FILE, values)
+    if "generation_config.json" not in files:
+        write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
+    settings = read_settings(files.get("tokenizer_config.json"))
+    if (
+        "tokenizer_class" not in settings
+    ):  # else AutoTokenizer takes the class that goes with the architecture
+        settings = {
+            "eos_token": tokenizer.token(tokenizer.eos_id),
+            **settings,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        write_json(directory / "tokenizer_config.json", settings)
+    write_weights(directory, tensors, config, values["model_type"], max_shard_size)
+    other = taught is not None and template is not None and taught.template is None
+    hint = f"; taught with the style {taught.name}, but its chat template is another" if other else ""
+    return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
+
+
+def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
+    """A chat template that puts each question as a style does, and ends each answer as training
+    does."""
+    before, after = style.render("\0", "").split("\0")
+    end = json.dumps(tokenizer.token(tokenizer.eos_id))
+    return (
+        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
+        f"{{{{ {json.dumps(tokenizer.begin_text + before)} + message['content'] + {json.dumps(after)} }}}}"
+        f"{{%- elif message['role'] == 'assistant' -%}}{{{{ message['content'] + {end} }}}}"
+        "{%- else -%}{{ raise_exception('this model knows the roles user and assistant only') }}{%- endif -%}{%- endfor -%}"
+    )
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_weights(
+    directory: Path, tensors: dict[str, Tensor], config: ModelConfig, model_type: str, max_shard_size: int
+) -> None:
+    """Write our tensors as `model.safetensors`, or as shards of at most `max_shard_size` bytes (or
+    one tensor) with an index.
+
+    Fused tensors are joined again; one shard's worth of them is in memory at a time.
+    """
+    names = layout(model_type, config)
+    sizes = {
+        name: tensor.nbytes
+        for name, tensor in names.write({name: tensor.to("meta") for name, tensor in tensors.items()})
+    }
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    stream = names.write(tensors)
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = 0o666 & ~umask
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))},
+            directory / file,
+            {"format": "pt"},
+        )
+        (directory / file).chmod(mode)  # the library lets nobody else read what it writes
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)

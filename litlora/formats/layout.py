@@ -1,0 +1,269 @@
+"""Hugging Face's module names and fused tensors <-> ours, declared once a family and used in both
+directions.
+
+Our names are those of Hugging Face's Llama, so most families need no rule at all. A rule names one
+of their modules and the modules of ours that share its rows (the first axis of a weight, and of its
+bias):
+
+    Rule("gpt_neox.layers.{}.attention.dense", ("model.layers.{}.self_attn.o_proj",))                      another name
+    Rule("...self_attn.qkv_proj", ("...q_proj", "...k_proj", "...v_proj"), sizes=(q, k, v))                one after the other
+    Rule("...query_key_value", ("...q_proj", "...k_proj", "...v_proj"), groups=H, sizes=(D, D, D))         H times q, k, v
+    Rule("...attn.c_attn", (...), sizes=(C, C, C), transposed=True)                                        stored (in, out)
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
+from litlora.frozen.bitsandbytes import Quantized
+
+LAYER = "model.layers.{}."
+QKV = tuple(f"{LAYER}self_attn.{part}_proj" for part in "qkv")
+NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
+"""What old files hold besides weights: rotary frequencies and causal masks, both computed here."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One module of theirs and the modules of ours that share its rows; `{}` stands for a layer or
+    expert number."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    groups: int = 1
+    """The rows are this many groups, each holding some rows of every part."""
+    sizes: tuple[int, ...] = ()
+    """Rows of each part in one group; not needed where there is one part."""
+    transposed: bool = False
+    """Their weight is (in, out), as in GPT-2's Conv1D; ours is always (out, in)."""
+    also: str | None = None
+    """Another name of theirs for the module, read but not written."""
+
+    def fill(self, numbers: Iterable[str]) -> "Rule":
+        """The rule for one layer (and expert)."""
+        numbers = list(numbers)
+        return dataclasses.replace(
+            self, theirs=self.theirs.format(*numbers), ours=tuple(name.format(*numbers) for name in self.ours)
+        )
+
+    def split(self, rows: Tensor | Quantized) -> list[Tensor | Quantized]:
+        """Their tensor (out, ...), in our orientation, as one tensor for each of ours; views
+        wherever the rows lie together.
+
+        Raises CheckpointError if the rows are not as many as the parts need.
+        """
+        if len(self.ours) == 1:
+            return [rows]
+        group = sum(self.sizes)
+        if len(rows.shape) == 0 or rows.size(0) != self.groups * group:
+            raise CheckpointError(
+                f"{self.theirs} has shape {tuple(rows.shape)}; the architecture needs {self.groups * group} rows"
+            )
+        if isinstance(rows, Quantized):
+            return [rows.take(part) for part in self.split(torch.arange(rows.size(0)))]
+        grouped = rows.reshape(self.groups, group, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
+        return [
+            part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1)
+        ]  # (groups, size, ...) -> (groups · size, ...)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        if len(parts) == 1:
+            return parts[0]
+        grouped = [
+            part.unflatten(0, (self.groups, size)) for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+class Layout:
+    """The rules of one model; a module that no rule names has the same name on both sides."""
+
+    def __init__(self, rules: list[Rule], prefix: str = "model.") -> None:
+        self.rules = rules
+        self.prefix = prefix
+        """In front of every name of theirs but the output head's; files of the bare decoder lack
+        it."""
+        self._by_theirs = [
+            (_pattern(name), rule) for rule in rules for name in (rule.theirs, rule.also) if name
+        ]
+        self._by_ours = [(_pattern(name), rule) for rule in rules for name in rule.ours]
+
+    def to_ours(self, module: str) -> Rule:
+        """The rule for a module of theirs, numbers filled in."""
+        return _find(self._by_theirs, module)
+
+    def to_theirs(self, module: str) -> Rule:
+        """The rule for a module of ours, numbers filled in; `rule.ours.index(module)` is its
+        part."""
+        return _find(self._by_ours, module)
+
+    def read(self, tensors: Mapping[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
+        """Their tensors under our names. Raises CheckpointError if two of theirs claim one of
+        ours."""
+        ours: dict[str, Tensor | Quantized] = {}
+        sources: dict[str, str] = {}
+        bare = bool(tensors) and not any(name.startswith(self.prefix) for name in tensors)
+        for name, tensor in tensors.items():
+            if NOT_WEIGHTS.search(name):
+                continue
+            module, _, parameter = name.rpartition(".")
+            if bare and module not in ("lm_head", "embed_out"):
+                module = self.prefix + module
+            rule = self.to_ours(module)
+            is_turned = (
+                rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
+            )  # a quantized one is (out, in) everywhere
+            rows = tensor.t() if is_turned else tensor
+            for part, value in zip(rule.ours, rule.split(rows), strict=True):
+                target = f"{part}.{parameter}"
+                if target in ours:
+                    raise CheckpointError(f"{name} and {sources[target]} are both {target}")
+                ours[target], sources[target] = value, name
+        return ours
+
+    def write(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors under their names, joined one at a time, in our order."""
+        for name, tensor in tensors.items():
+            module, _, parameter = name.rpartition(".")
+            rule = self.to_theirs(module)
+            if rule.ours[0] != module:
+                continue  # written together with the first part
+            joined = (
+                rule.join([tensors[f"{part}.{parameter}"] for part in rule.ours])
+                if len(rule.ours) > 1
+                else tensor
+            )
+            yield f"{rule.theirs}.{parameter}", joined.t() if rule.transposed and joined.ndim == 2 else joined
+
+
+def layout(model_type: str, config: ModelConfig) -> Layout:
+    """How a family of Hugging Face's names and fuses its tensors; `model_type` is one that
+    families.py covers."""
+    rules, prefix = LAYOUTS.get(model_type, (lambda config: [], "model."))
+    return Layout(rules(config), prefix)
+
+
+def _gpt_neox(config: ModelConfig) -> list[Rule]:
+    theirs = "gpt_neox.layers.{}."
+    return [
+        Rule("gpt_neox.embed_in", ("model.embed_tokens",)),
+        Rule("gpt_neox.final_layer_norm", ("model.norm",)),
+        Rule("embed_out", ("lm_head",), also="lm_head"),
+        Rule(theirs + "input_layernorm", (LAYER + "input_layernorm",)),
+        Rule(theirs + "post_attention_layernorm", (LAYER + "post_attention_layernorm",)),
+        Rule(
+            theirs + "attention.query_key_value",
+            QKV,
+            groups=config.num_attention_heads,
+            sizes=(config.head_dim,) * 3,
+        ),
+        Rule(theirs + "attention.dense", (LAYER + "self_attn.o_proj",)),
+        Rule(theirs + "mlp.dense_h_to_4h", (LAYER + "mlp.up_proj",)),
+        Rule(theirs + "mlp.dense_4h_to_h", (LAYER + "mlp.down_proj",)),
+    ]
+
+
+def _gpt2(config: ModelConfig) -> list[Rule]:
+    theirs = "transformer.h.{}."
+    return [
+        Rule("transformer.wte", ("model.embed_tokens",)),
+        Rule("transformer.wpe", ("model.embed_positions",)),
+        Rule("transformer.ln_f", ("model.norm",)),
+        Rule(theirs + "ln_1", (LAYER + "input_layernorm",)),
+        Rule(theirs + "ln_2", (LAYER + "post_attention_layernorm",)),
+        Rule(theirs + "attn.c_attn", QKV, sizes=(config.hidden_size,) * 3, transposed=True),
+        Rule(theirs + "attn.c_proj", (LAYER + "self_attn.o_proj",), transposed=True),
+        Rule(theirs + "mlp.c_fc", (LAYER + "mlp.up_proj",), transposed=True),
+        Rule(theirs + "mlp.c_proj", (LAYER + "mlp.down_proj",), transposed=True),
+    ]
+
+
+def _falcon(config: ModelConfig) -> list[Rule]:
+    theirs = "transformer.h.{}."
+    groups, D = config.num_key_value_heads, config.head_dim
+    two_parallel = config.parallel_residual and not config.shared_norm
+    return [
+        Rule("transformer.word_embeddings", ("model.embed_tokens",)),
+        Rule("transformer.ln_f", ("model.norm",)),
+        Rule(theirs + ("ln_attn" if two_parallel else "input_layernorm"), (LAYER + "input_layernorm",)),
+        Rule(
+            theirs + ("ln_mlp" if two_parallel else "post_attention_layernorm"),
+            (LAYER + "post_attention_layernorm",),
+        ),
+        # each key/value head behind the query heads that it serves
+        Rule(
+            theirs + "self_attention.query_key_value",
+            QKV,
+            groups,
+            (config.num_attention_heads // groups * D, D, D),
+        ),
+        Rule(theirs + "self_attention.dense", (LAYER + "self_attn.o_proj",)),
+        Rule(theirs + "mlp.dense_h_to_4h", (LAYER + "mlp.up_proj",)),
+        Rule(theirs + "mlp.dense_4h_to_h", (LAYER + "mlp.down_proj",)),
+    ]
+
+
+def _phi(config: ModelConfig) -> list[Rule]:
+    return [
+        Rule("model.final_layernorm", ("model.norm",)),
+        Rule(LAYER + "self_attn.dense", (LAYER + "self_attn.o_proj",)),
+        Rule(LAYER + "self_attn.q_layernorm", (LAYER + "self_attn.q_norm",)),
+        Rule(LAYER + "self_attn.k_layernorm", (LAYER + "self_attn.k_norm",)),
+        Rule(LAYER + "mlp.fc1", (LAYER + "mlp.up_proj",)),
+        Rule(LAYER + "mlp.fc2", (LAYER + "mlp.down_proj",)),
+    ]
+
+
+def _phi3(config: ModelConfig) -> list[Rule]:
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    gate_up = (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj")
+    return [
+        Rule(LAYER + "self_attn.qkv_proj", QKV, sizes=(q, kv, kv)),
+        Rule(LAYER + "mlp.gate_up_proj", gate_up, sizes=(config.intermediate_size,) * 2),
+    ]
+
+
+def _stablelm(config: ModelConfig) -> list[Rule]:
+    return [
+        Rule(LAYER + "self_attn.q_layernorm.norms.{}", (LAYER + "self_attn.q_norm.norms.{}",)),
+        Rule(LAYER + "self_attn.k_layernorm.norms.{}", (LAYER + "self_attn.k_norm.norms.{}",)),
+    ]
+
+
+def _mixtral(config: ModelConfig) -> list[Rule]:
+    theirs = LAYER + "block_sparse_moe."
+    return [
+        Rule(theirs + "gate", (LAYER + "mlp.gate",)),
+        Rule(theirs + "experts.{}.w1", (LAYER + "mlp.experts.{}.gate_proj",)),
+        Rule(theirs + "experts.{}.w3", (LAYER + "mlp.experts.{}.up_proj",)),
+        Rule(theirs + "experts.{}.w2", (LAYER + "mlp.experts.{}.down_proj",)),
+    ]
+
+
+LAYOUTS = {
+    "gpt_neox": (_gpt_neox, "gpt_neox."),
+    "gpt2": (_gpt2, "transformer."),
+    "falcon": (_falcon, "transformer."),
+    "phi": (_phi, "model."),
+    "phi3": (_phi3, "model."),
+    "stablelm": (_stablelm, "model."),
+    "mixtral": (_mixtral, "model."),
+}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+
+
+def _find(patterns: list[tuple[re.Pattern[str], Rule]], module: str) -> Rule:
+    for pattern, rule in patterns:
+        if match := pattern.fullmatch(module):
+            return rule.fill(match.groups())
+    return Rule(module, (module,))

@@ -1,0 +1,188 @@
+"""Tiny random models of `transformers`, one a family and more where a family has variants."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+FALCON = {name: value for name, value in SIZES.items() if name != "intermediate_size"}
+GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 2.5, 3.0, 4.0, 5.0, 6.0],
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GROUPED),
+    "llama-3": (
+        "LlamaConfig",
+        {**GROUPED, "head_dim": 16, "tie_word_embeddings": True, "rope_theta": 5e5, "rope_scaling": LLAMA3},
+    ),
+    "llama-linear": (
+        "LlamaConfig",
+        {
+            **GROUPED,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
+    "llama-dynamic": (
+        "LlamaConfig",
+        {**GROUPED, "max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ),
+    "llama-yarn": ("LlamaConfig", {**GROUPED, "rope_scaling": YARN}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 7}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "sliding_window": None}),
+    "qwen2": (
+        "Qwen2Config",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen2-yarn": (
+        "Qwen2Config",
+        {**GROUPED, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False}},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {**GROUPED, **EXPERTS, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **GROUPED,
+            "num_hidden_layers": 7,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    "gemma3-one-base": (
+        "Gemma3TextConfig",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "rope_theta": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        }
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi": ("PhiConfig", {**GROUPED, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi3": ("Phi3Config", {**GROUPED, "sliding_window": 9}),
+    "phi4-mini": (
+        "Phi3Config",
+        {
+            **GROUPED,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": LONGROPE,
+        },
+    ),
+    "gpt-neox": ("GPTNeoXConfig", SIZES),
+    "gpt-neox-sequential": (
+        "GPTNeoXConfig",
+        {**SIZES, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0},
+    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "falcon-7b": ("FalconConfig", FALCON),
+    "falcon-40b": (
+        "FalconConfig",
+        {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True, "bias": True},
+    ),
+    "falcon-11b": (
+        "FalconConfig",
+        {
+            **FALCON,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-sequential": (
+        "FalconConfig",
+        {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "stablelm": ("StableLmConfig", {**GROUPED, "use_qkv_bias": True}),
+    "stablelm-2-12b": ("StableLmConfig", {**GROUPED, "qk_layernorm": True, "use_parallel_residual": True}),
+    "olmo": ("OlmoConfig", {**GROUPED, "clip_qkv": 0.3}),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "smollm3": (
+        "SmolLM3Config",
+        {**GROUPED, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 6},
+    ),
+}
+
+
+def make_model(name: str, **changes: Any) -> torch.nn.Module:
+    """A random model of a family; every weight is random, norms and biases too, so that none can be
+    missed."""
+    import transformers
+
+    kind, settings = FAMILIES[name]
+    config = getattr(transformers, kind)(**{**settings, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            is_norm = parameter.ndim == 1 and parameter_name.endswith("weight") and "gemma" not in name
+            parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
+    return model
+
+
+def save_folder(
+    name: str, directory: Path, *, max_shard_size: str = "5GB", **changes: Any
+) -> torch.nn.Module:
+    """Write such a model as a Hugging Face folder, without a tokenizer."""
+    model = make_model(name, **changes)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model

@@ -1,0 +1,297 @@
+"""Every family against `transformers`: logits, the cache, names and bytes, and config.json both
+ways."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, SIZES, make_model, save_folder
+from safetensors.torch import load_file
+
+from litlora.checkpoint import open_checkpoint
+from litlora.errors import CheckpointError
+from litlora.formats.families import FAMILIES as COVERED
+from litlora.formats.families import adapt_config, load_config, read_config, write_config
+from litlora.formats.huggingface import write_weights
+from litlora.model import GPT, KVCache
+
+TOKENS = 30
+"""Longer than every window and every original context above."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """folder(name) -> (directory, the model of transformers); made once a module."""
+    made: dict[str, tuple[Path, torch.nn.Module]] = {}
+
+    def get(name: str) -> tuple[Path, torch.nn.Module]:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            made[name] = directory, save_folder(name, directory)
+        return made[name]
+
+    return get
+
+
+def open_model(directory: Path) -> GPT:
+    source = open_checkpoint(directory)
+    return GPT.from_tensors(source.config, source.tensors).eval()
+
+
+@torch.no_grad()
+def in_pieces(model: GPT, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    cache = KVCache(model.config, len(ids), ids.size(1), dtype=torch.float32, device=ids.device)
+    return torch.cat([model(piece, cache) for piece in ids.split(sizes, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_those_of_transformers(name, folder):
+    directory, theirs = folder(name)
+    ids = torch.randint(SIZES["vocab_size"], (2, TOKENS))
+    with torch.no_grad():
+        expected, logits = theirs(ids).logits, open_model(directory)(ids)
+    assert expected.abs().max() > 0.3  # there is something to compare
+    assert (logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_by_token_equals_transformers(name, folder):
+    directory, theirs = folder(name)
+    ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
+    past, expected = None, []
+    with torch.no_grad():
+        for token in ids.unbind(1):
+            step = theirs(token[:, None], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            expected.append(step.logits)
+    assert (in_pieces(open_model(directory), ids, [1] * TOKENS) - torch.cat(expected, 1)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llama-dynamic", "phi4-mini")])
+def test_several_tokens_behind_a_past_see_what_they_should(name, folder):
+    """Two scalings are left out: their frequencies change with the length, of which the past knows
+    nothing (as in transformers)."""
+    model = open_model(folder(name)[0])
+    ids = torch.randint(SIZES["vocab_size"], (2, TOKENS))
+    with torch.no_grad():
+        assert (in_pieces(model, ids, [4, 7, 1, 1, 12, 5]) - model(ids)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_gives_the_same_bytes(name, folder, tmp_path):
+    directory, _ = folder(name)
+    kind, config = load_config(directory)
+    write_weights(tmp_path, open_checkpoint(directory).tensors, config, kind, 10**9)
+    before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for tensor_name, tensor in before.items():
+        assert (
+            tensor.shape == after[tensor_name].shape
+            and tensor.numpy().tobytes() == after[tensor_name].numpy().tobytes()
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_made_here_is_the_same_model(name, folder, tmp_path):
+    """Without the original config.json, as for a model that was never Hugging Face's."""
+    from transformers import AutoModelForCausalLM
+
+    directory, theirs = folder(name)
+    kind, config = load_config(directory)
+    values = write_config(config, kind)
+    assert read_config(json.loads(json.dumps(values))) == (kind, config)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_weights(tmp_path, open_checkpoint(directory).tensors, config, kind, 10**9)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_some_family_can_express_every_model(name, folder):
+    config = load_config(folder(name)[0])[1]
+    values = write_config(config)
+    assert read_config(values)[1] == config
+
+
+def test_every_covered_family_is_tested(folder):
+    assert {load_config(folder(name)[0])[0] for name in FAMILIES} == set(COVERED)
+
+
+def test_a_model_that_has_generated_can_be_trained():
+    ours = GPT(read_config(LLAMA)[1])
+    with torch.inference_mode():
+        ours(torch.tensor([[1, 2, 3]]))
+    ours(torch.tensor([[1, 2]])).sum().backward()
+
+
+def test_gradients_reach_every_expert():
+    """Also one that no token picked: an adapter on it must not look idle."""
+    model = make_model("mixtral")
+    kind, config = read_config({**model.config.to_dict(), "architectures": ["MixtralForCausalLM"]})
+    ours = GPT(config)
+    ours(torch.tensor([[1]])).sum().backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def llama(**changes):
+    return {name: value for name, value in {**LLAMA, **changes}.items() if value is not ...}
+
+
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            llama(architectures=["MambaForCausalLM"], model_type="mamba"),
+            "MambaForCausalLM.* needs state-space layers",
+        ),
+        (llama(architectures=["Brandnew"], model_type="brandnew"), "'Brandnew'.* is not covered"),
+        (llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (llama(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3"), "an image encoder"),
+        (llama(architectures=None, model_type=None), "is not covered"),
+        (llama(rope_scaling={"rope_type": "magic", "factor": 2.0}), "'magic' is not implemented"),
+        (
+            llama(rope_scaling={"type": "default", "mrope_section": [16, 24, 24]}),
+            "mrope_section is not implemented",
+        ),
+        (llama(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor missing"),
+        (
+            llama(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+            "not implemented for this architecture",
+        ),
+        (llama(hidden_act="relu6"), "'relu6' is not implemented"),
+        (
+            llama(num_attention_heads=5, num_key_value_heads=5),
+            r"hidden_size \(32\) is not a multiple of num_attention_heads \(5\)",
+        ),
+        (
+            llama(num_key_value_heads=3),
+            r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)",
+        ),
+        (llama(num_attention_heads=0), "not a usable configuration|must be positive|missing"),
+        (llama(hidden_size="32"), "not a usable configuration|hidden_size"),
+        (llama(hidden_size=...), "hidden_size missing"),
+        (llama(num_hidden_layers=2.5), "num_hidden_layers is 2.5"),
+        (llama(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        (llama(hidden_size=10**30), "no model is that large"),
+        (llama(architectures={"a": 1}, model_type=[]), "is not covered"),
+        (llama(partial_rotary_factor=1e308), "partial_rotary_factor"),
+        (llama(quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'"),
+        (llama(model_type="falcon", architectures=["FalconForCausalLM"], alibi=True), "alibi is True"),
+        (llama(**QWEN2, layer_types=["linear_attention", "full_attention"]), "linear_attention"),
+        (llama(**QWEN2, layer_types=["full_attention"]), "1 entries; there are 2 layers"),
+        (llama(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(values, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_config(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "\x00", "[" * 100_000])
+def test_a_config_that_is_no_json_object_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_config(tmp_path)
+
+
+def test_names_of_before_2025_mean_the_same():
+    """`rope_theta` and `rope_scaling`, GPT-NeoX's `rotary_pct`, Phi-3's `su`."""
+    new = llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    assert read_config(new) == read_config(
+        llama(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    )
+    neox = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    new = llama(
+        **neox, rope_parameters={"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}
+    )
+    assert read_config(new) == read_config(llama(**neox, rotary_pct=0.5, rotary_emb_base=2e4))
+    phi3 = {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "original_max_position_embeddings": 16,
+    }
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert read_config(llama(**phi3, rope_scaling={"type": "su", **factors})) == read_config(
+        llama(**phi3, rope_scaling={"type": "longrope", **factors})
+    )
+
+
+def test_released_files_say_less_than_others():
+    """Falcon's give no context, Gemma's say gelu and mean its tanh form, GPT-2's do not say that
+    the head is tied."""
+    falcon = {
+        "alibi": False,
+        "architectures": ["FalconForCausalLM"],
+        "bias": False,
+        "hidden_size": 4544,
+        "model_type": "falcon",
+    }
+    falcon |= {
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "num_attention_heads": 71,
+        "num_hidden_layers": 32,
+    }
+    config = read_config({**falcon, "parallel_attn": True, "vocab_size": 65024})[1]
+    assert (config.max_position_embeddings, config.num_key_value_heads, config.head_dim) == (2048, 1, 64)
+    assert config.tie_word_embeddings and config.shared_norm and config.intermediate_size == 4 * 4544
+    gemma = llama(
+        model_type="gemma",
+        architectures=["GemmaForCausalLM"],
+        hidden_act="gelu",
+        hidden_activation=None,
+        head_dim=8,
+    )
+    assert read_config(gemma)[1].hidden_act == "gelu_tanh" and read_config(gemma)[1].tie_word_embeddings
+    gpt2 = {
+        **GPT2,
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
+    config = read_config({**gpt2, "activation_function": "gelu_new"})[1]
+    assert (
+        config.tie_word_embeddings
+        and config.intermediate_size == 3072
+        and config.max_position_embeddings == 1024
+    )
+
+
+def test_a_stale_config_is_not_used():
+    """The base's config.json serves a model made from it, but for what belongs to the
+    vocabulary."""
+    config = read_config(LLAMA)[1]
+    assert adapt_config(LLAMA, config) == {**LLAMA, "tie_word_embeddings": False}
+    assert "auto_map" not in adapt_config(
+        {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, config
+    )
+    grown = read_config(llama(vocab_size=100, tie_word_embeddings=True))[1]
+    assert adapt_config(LLAMA, grown) == {**LLAMA, "vocab_size": 100, "tie_word_embeddings": True}
+    assert adapt_config(LLAMA, read_config(llama(intermediate_size=64))[1]) is None
+    assert adapt_config({"model_type": "mamba"}, config) is None

@@ -1,0 +1,321 @@
+"""PEFT adapters both ways: what real PEFT computes and what we compute are the same, whatever the
+adapter's settings."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litlora.adapters.merge import merge_chain
+from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
+from litlora.errors import CheckpointError
+from litlora.load import attach_adapter, build
+from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.settings import ExportPEFT
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+# PEFT and transformers warn about each other, and about what these tests do on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA = {"intermediate_size": 48, "num_key_value_heads": 2}
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **LLAMA),
+    "llama_tied": lambda: transformers.LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, **LLAMA),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, **LLAMA, pad_token_id=0),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SIZES, **LLAMA, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **LLAMA, **MOE, shared_expert_intermediate_size=24
+    ),
+}
+LLAMA_CASES = {
+    "r_not_alpha": {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": "all-linear"},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"layers.0.*": 3},
+    },
+    "patterns_rslora": {
+        "r": 4,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"layers.0.*": 6},
+    },
+    "head_whole": {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embedding_and_norm_whole": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "norm"],
+    },
+    "head_and_embedding_adapted": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": ["q_proj", "lm_head", "embed_tokens"],
+    },
+}
+CASES = {f"llama-{name}": ("llama", case) for name, case in LLAMA_CASES.items()}
+CASES |= {
+    f"llama_tied-{name}": ("llama_tied", case)
+    for name, case in LLAMA_CASES.items()
+    if "head" in name or "whole" in name
+}
+CASES |= {
+    "qwen2-biases": (
+        "qwen2",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "o_proj"], "bias": "all"},
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["query_key_value", "dense", "dense_h_to_4h"]},
+    ),
+    "gpt_neox-biases": ("gpt_neox", {"r": 4, "target_modules": ["query_key_value"], "bias": "lora_only"}),
+    "gpt_neox-whole": (
+        "gpt_neox",
+        {"r": 4, "target_modules": ["dense"], "modules_to_save": ["query_key_value", "embed_out"]},
+    ),
+    "gpt2": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "gpt2-whole": (
+        "gpt2",
+        {"r": 4, "target_modules": ["c_fc"], "modules_to_save": ["c_attn", "wpe"], "fan_in_fan_out": True},
+    ),
+    "gpt2-patterns": (
+        "gpt2",
+        {
+            "r": 4,
+            "target_modules": ["c_attn", "wte"],
+            "rank_pattern": {"h.1.attn.c_attn": 6},
+            "fan_in_fan_out": True,
+        },
+    ),
+    "qwen2_moe": ("qwen2_moe", {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "o_proj"]}),
+    "phi3": (
+        "phi3",
+        {
+            "r": 4,
+            "lora_alpha": 10,
+            "use_rslora": True,
+            "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"],
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Callable[[str], tuple[Any, Path]]:
+    """name -> a random model of transformers, and its folder."""
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(name: str) -> tuple[Any, Path]:
+        if name not in made:
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
+            directory = tmp_path_factory.mktemp(name)
+            model.save_pretrained(directory)
+            made[name] = model, directory
+        return made[name]
+
+    return make
+
+
+def theirs(base: Any, directory: Path | None = None, **settings: Any) -> Any:
+    """A PEFT model on a copy of the base: loaded, or new with random weights."""
+    base = copy.deepcopy(base)
+    if directory is not None:
+        return peft.PeftModel.from_pretrained(base, directory).eval()
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    randomize(model)
+    return model
+
+
+def randomize(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def ours(directory: Path, base_dir: Path | None = None, *, live: bool = False) -> torch.nn.Module:
+    chain = resolve(directory, base_dir=base_dir)
+    if not live:
+        tensors, config = merge_chain(chain)
+        return build(config, tensors, chain.base).eval()
+    model = build(chain.config, chain.base.tensors, chain.base)
+    attach_adapter(model, chain.top)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    result = model(torch.arange(24).reshape(2, 12) * 7 % 97)
+    return getattr(result, "logits", result)
+
+
+def export(adapter: Path, out_dir: Path, **settings: Any) -> None:
+    """scripts/export_peft.py, without a process of its own."""
+    spec = importlib.util.spec_from_file_location("export_peft", ROOT / "scripts/export_peft.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
+
+
+def save(model: Any, directory: Path, base_dir: Path) -> Path:
+    model.peft_config["default"].base_model_name_or_path = str(base_dir)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_of_peft_gives_the_same_logits_here_and_back(case, bases, tmp_path):
+    name, settings = CASES[case]
+    base, base_dir = bases(name)
+    model = theirs(base, **settings)
+    directory = save(model, tmp_path / "peft", base_dir)
+    wanted = logits(model)
+    assert (wanted - logits(base)).abs().max() > 0.01  # the adapter does something
+    assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
+    assert (logits(ours(directory, live=True)) - wanted).abs().max() < 1e-5
+    export(directory, tmp_path / "again")
+    assert (logits(theirs(base, tmp_path / "again")) - wanted).abs().max() < 1e-5
+
+
+OWN_CASES = {
+    "llama": ("llama", LoRAConfig(rank=3, alpha=7.0)),
+    "llama-rslora": ("llama", LoRAConfig(rank=3, alpha=7.0, rslora=True, targets="qv")),
+    "llama-patterns": (
+        "llama",
+        LoRAConfig(
+            rank=3,
+            rank_pattern={"q_proj": 5, r".*layers\.1\.mlp\..*": 2},
+            alpha_pattern={"model.layers.0.mlp.up_proj": 1.5},
+        ),
+    ),
+    "llama-whole": ("llama", LoRAConfig(targets="qv", modules_to_save=["lm_head", "model.norm"])),
+    "llama_tied-head": ("llama_tied", LoRAConfig(rank=3, targets=["q_proj", "lm_head"])),
+    "gpt_neox": ("gpt_neox", LoRAConfig(rank=3, alpha=7.0)),
+    "gpt_neox-qv": ("gpt_neox", LoRAConfig(rank=3, alpha=7.0, targets="qv")),
+    "gpt_neox-mixed": (
+        "gpt_neox",
+        LoRAConfig(
+            rank=3,
+            rslora=True,
+            targets="attention",
+            rank_pattern={"k_proj": 5},
+            alpha_pattern={"v_proj": 2.5},
+        ),
+    ),
+    "gpt_neox-whole_part": ("gpt_neox", LoRAConfig(targets=["up_proj"], modules_to_save=["k_proj"])),
+    "gpt2": ("gpt2", LoRAConfig(rank=3, alpha=7.0)),
+    "gpt2-qv": ("gpt2", LoRAConfig(rank=3, alpha=7.0, targets="qv")),
+    "phi3": ("phi3", LoRAConfig(rank=3, alpha=7.0, rank_pattern={"k_proj": 4, "gate_proj": 2})),
+    "mixtral": ("mixtral", LoRAConfig(rank=3, alpha=7.0)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        LoRAConfig(rank=3, alpha=7.0, rslora=True, targets="attention", rank_pattern={"o_proj": 5}),
+    ),
+}
+
+
+def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.Module:
+    """An adapter of our own with random weights, and the model that has it."""
+    chain = resolve(base_dir)
+    model = build(chain.config, chain.base.tensors, chain.base)
+    add_lora(model, settings)
+    randomize(model)
+    meta = adapter_meta(vars(settings), chain.base, directory)
+    write_checkpoint(directory, lora_tensors(model), meta, chain.config, sidecars_from=base_dir)
+    return model
+
+
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_an_adapter_made_here_gives_the_same_logits_in_peft(case, bases, tmp_path):
+    name, settings = OWN_CASES[case]
+    base, base_dir = bases(name)
+    model = make_own(tmp_path / "own", base_dir, settings)
+    wanted = logits(model.eval())
+    assert (wanted - logits(base)).abs().max() > 0.01
+    assert (logits(ours(tmp_path / "own")) - wanted).abs().max() < 1e-5
+    assert (logits(ours(tmp_path / "own", live=True)) - wanted).abs().max() < 1e-5
+    export(tmp_path / "own", tmp_path / "peft")
+    assert (logits(theirs(base, tmp_path / "peft")) - wanted).abs().max() < 1e-5
+    assert (logits(ours(tmp_path / "peft", base_dir)) - wanted).abs().max() < 1e-5  # and back again
+
+
+def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, capsys):
+    base, folder = bases("phi3")
+    chain = resolve(folder)
+    write_checkpoint(tmp_path / "ours", chain.base.tensors, full_meta(), chain.config, sidecars_from=tmp_path)
+    model = theirs(base, r=4, target_modules=["qkv_proj", "gate_up_proj"])
+    directory = save(model, tmp_path / "peft", tmp_path / "ours")
+    assert (logits(ours(directory)) - logits(model)).abs().max() < 1e-5
+    export(directory, tmp_path / "again", model_type="phi3")
+    assert "is no Hugging Face folder" in capsys.readouterr().out
+    assert (logits(theirs(base, tmp_path / "again")) - logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("mixtral", LoRAConfig(rslora=True), "without rsLoRA"),
+        ("mixtral", LoRAConfig(rank_pattern={"q_proj": 2}), "all ranks and alphas are the same"),
+        ("mixtral", LoRAConfig(targets=[r".*experts\.0\..*"]), "has no adapter, but other experts have"),
+        (
+            "qwen2_moe",
+            LoRAConfig(targets=["shared_expert.up_proj"]),
+            "would take its adapter for one of an expert's",
+        ),
+    ],
+)
+def test_what_peft_would_read_wrongly_is_not_written(name, settings, message, bases, tmp_path):
+    make_own(tmp_path / "own", bases(name)[1], settings)
+    with pytest.raises(CheckpointError, match=message):
+        export(tmp_path / "own", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_an_adapter_may_resize_the_vocabulary(name, bases, tmp_path):
+    base, base_dir = bases(name)
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(104, mean_resizing=False)
+    model = theirs(resized, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    merged = ours(save(model, tmp_path / "peft", base_dir))
+    assert merged.config.vocab_size == 104
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+def test_a_tie_that_only_peft_keeps_is_refused(bases, tmp_path):
+    base, base_dir = bases("llama_tied")
+    model = theirs(
+        base, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    with pytest.raises(CheckpointError, match="ensure_weight_tying is not supported"):
+        resolve(save(model, tmp_path / "peft", base_dir))

@@ -1,0 +1,74 @@
+"""--train.compile: the same gradients under the same names, or one line."""
+
+import os
+import shutil
+from array import array
+
+import pytest
+import torch
+from conftest import tiny_config, tune
+
+from litlora.data.batches import collate
+from litlora.data.examples import Example
+from litlora.errors import UserError
+from litlora.lora import LoRAConfig, add_lora
+from litlora.model import GPT
+from litlora.train.compile import compile_blocks
+from litlora.train.memory import checkpoint_activations
+from litlora.train.objective import SupervisedLoss
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+
+
+def batch(*lengths, packed):
+    examples = [Example(array("i", torch.randint(0, 400, (length,)).tolist()), 1) for length in lengths]
+    return collate(examples, mask_prompt=True, packed=packed)
+
+
+def gradients(objective, batches):
+    objective.zero_grad()
+    for one in batches:
+        objective(*one).backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("packed", "how"), [(True, "none"), (True, "full"), (False, "selective")])
+def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler here")
+    model = GPT(tiny_config(num_hidden_layers=1)).double()
+    add_lora(model, LoRAConfig(rank=2, targets="qv"), torch.float64)
+    objective = SupervisedLoss(model).train()
+    batches = [batch(*lengths, packed=packed) for lengths in ((9, 4), (14, 5, 11), (3, 8, 2, 2))]
+    names, expected = [name for name, _ in model.named_parameters()], gradients(objective, batches)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    checkpoint_activations(model, how)
+    compile_blocks(model, recomputed=how == "full")
+    graphs = torch._dynamo.utils.counters["stats"]
+    gradients(objective, batches[:2])
+    compiled = graphs["unique_graphs"]
+    assert compiled > 0, "it must have compiled"
+    got = gradients(objective, batches)
+    assert graphs["unique_graphs"] == compiled, "what is compiled must serve batches of any lengths"
+    # One break for attention over a pack, which stays as it is; that dropout draws random numbers
+    # is none.
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) <= 2 * packed, (
+        torch._dynamo.utils.counters["graph_break"]
+    )
+    assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == names
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
+
+
+def test_without_a_compiler_it_is_one_line(base, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    with pytest.raises(
+        UserError, match="--train.compile: torch.compile does not work here .* C\\+\\+ compiler"
+    ) as raised:
+        tune("lora", base, alpaca_file, tmp_path / "out", train={"compile": True})
+    assert "\n" not in str(raised.value)

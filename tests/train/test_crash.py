@@ -1,0 +1,312 @@
+"""Faults of the process and of the disk: at any moment there is the old or the new, whole, and the
+run goes on from it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from test_resume import metrics, same
+
+from litlora.checkpoint import open_checkpoint
+from litlora.errors import UserError
+from litlora.paths import output_dir, step_directories
+from litlora.report.log import Metrics, Progress
+from litlora.storage.atomic import (
+    remove_directory,
+    replacing_directory,
+    replacing_file,
+    setting_aside,
+    settle,
+)
+
+
+def test_no_kill_ever_loses_a_run():
+    """A real run, killed 50 times, half of them in the middle of a save; see the script for what is
+    checked after each."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "benchmarks/crash.py"), "--kills", "50"],
+        capture_output=True, text=True, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = {
+        name: int(count)
+        for name, _, count in (part.partition(": ") for part in done.stdout.strip().split(", "))
+    }
+    assert counts["kills"] == counts["kills after a random time"] + counts["kills at a file operation"] == 50
+    assert (
+        counts["kills that left something half written"] >= 5 and counts["runs that came to their end"] >= 1
+    )
+
+
+# ---- every single moment of a change on the disk
+
+
+def killed_before(operation, work):
+    """Whether a process that does `work` was killed before its so-manieth operation on files; False
+    if it came to its end first."""
+    if (pid := os.fork()) == 0:
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            if event in (
+                "open",
+                "os.rename",
+                "os.mkdir",
+                "os.remove",
+                "os.rmdir",
+                "os.listdir",
+                "os.scandir",
+                "shutil.rmtree",
+            ):
+                seen += 1
+                if seen == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def fill(directory, text):
+    for name in ("a", "b"):
+        (directory / name).write_text(text)
+
+
+def read(directory):
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def moments(work):
+    """1, 2, ...: every operation of `work`, which is done anew each time, is the one before which
+    it is killed."""
+    operation = 1
+    while killed_before(operation, work):
+        yield operation
+        operation += 1
+
+
+def test_a_directory_is_the_old_one_or_the_new_one_wherever_the_replacing_is_killed(tmp_path):
+    target, seen = tmp_path / "target", []
+
+    def work():
+        with replacing_directory(target) as staging:
+            fill(staging, "new")
+
+    target.mkdir()
+    fill(target, "old")
+    for _ in moments(work):
+        settle(tmp_path)
+        seen.append(read(target)["a"])
+        assert read(target) in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"})
+        assert [path.name for path in tmp_path.iterdir()] == ["target"], (
+            "nothing of the dead process may remain"
+        )
+        fill(target, "old")
+    assert seen.count("old") >= 5 and seen.count("new") >= 2
+    assert read(target) == {"a": "new", "b": "new"}
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    def work():
+        with replacing_file(tmp_path / "file") as staging:
+            staging.write_text("new")
+
+    (tmp_path / "file").write_text("old")
+    for _ in moments(work):
+        settle(tmp_path)
+        assert (tmp_path / "file").read_text() in ("old", "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        (tmp_path / "file").write_text("old")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_directory_that_is_removed_is_never_half_there(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    fill(target, "old")
+    for _ in moments(lambda: remove_directory(target)):
+        assert not target.exists() or read(target) == {"a": "old", "b": "old"}
+        settle(tmp_path)
+        target.mkdir(exist_ok=True)
+        fill(target, "old")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_set_aside_is_there_again_until_it_is_given_up_in_order(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def work():
+        with setting_aside([first, second]) as forget:
+            forget()
+
+    def fill_both():
+        first.mkdir(exist_ok=True)
+        fill(first, "old")
+        second.write_text("old")
+
+    fill_both()
+    seen = set()
+    for _ in moments(work):
+        settle(tmp_path)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        seen.add(tuple(left))
+        assert not first.exists() or read(first) == {"a": "old", "b": "old"}
+        fill_both()
+    assert seen == {("first", "second"), ("second",)} and not list(tmp_path.iterdir())
+
+
+def test_what_a_living_process_is_writing_is_left_alone(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / f".target.{other.pid}.new").mkdir()
+        settle(tmp_path)
+        assert list(tmp_path.iterdir())
+        other.kill()
+    settle(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_leftovers_of_that_name_are_touched(tmp_path):
+    for name in (".other.4194999.new", ".target", ".target.new", ".target.x.new", "target.4194999.new"):
+        (tmp_path / name).mkdir()
+    settle(tmp_path, "target")
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_replacement_that_fails_between_the_renames_puts_the_old_one_back(tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    fill(target, "old")
+    rename = type(target).rename
+
+    def fail(path, to):
+        if path.suffix == ".new":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(type(target), "rename", fail)
+    with pytest.raises(KeyboardInterrupt), replacing_directory(target) as staging:
+        fill(staging, "new")
+    assert read(target) == {"a": "old", "b": "old"} and [path.name for path in tmp_path.iterdir()] == [
+        "target"
+    ]
+
+
+def test_what_a_killed_run_left_does_not_stand_in_the_way(run, tmp_path):
+    """A probe of whether the directory can be written, and a step that was not finished."""
+    expected = run("lora", tmp_path / "expected")
+    out = run("lora", tmp_path / "out", stop_after=2)
+    for name in (".probe.4194999.new", ".step-000003.4194999.new", ".step-000001.4194999.gone"):
+        (out / name).mkdir()
+        (out / name / "half").write_text("x")
+    with (out / "metrics.csv").open("a") as file:
+        file.write("5,0,1.0,,0.1,0.1,9,9,9,0\n6,")
+    assert output_dir(str(tmp_path / "expected/new"), overwrite=False, names=(), inputs=[])
+    run("lora", out, "--resume", "auto")
+    assert same(out, expected) and not list(out.glob(".*"))
+
+
+# ---- a full disk
+
+
+def limit(size):
+    """What lets no file grow beyond so many bytes: a full disk, in the middle of writing."""
+    return lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
+
+
+@pytest.fixture
+def lifted():
+    """Whatever a test limits is lifted after it."""
+    yield
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_saved(run, tmp_path, capsys, lifted):
+    expected = run("lora", tmp_path / "expected")
+    capsys.readouterr()
+    size = (expected / "final/lit_model.pth").stat().st_size + 1000  # the result fits, the state does not
+    out = run("lora", tmp_path / "out", "--train.save_interval", 5, at=(6, limit(size)))
+    said = capsys.readouterr().out
+    for step in (10, 15):
+        note = f"note: {out / f'step-{step:06}'} could not be saved (File too large); the newest checkpoint is {out / 'step-000005'}\n"
+        assert said.count(note) == 1
+    assert [path.name for path in step_directories(out)] == ["step-000005"]
+    assert same(out, expected) and not list(out.glob(".*")), "nothing half written may remain"
+
+
+def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, tmp_path, lifted, capsys):
+    """Metrics cannot be written either; they are whole again after the resume."""
+    expected = run("lora", tmp_path / "expected")
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError,
+        match=r"final: could not be written \(File too large\); the newest checkpoint is .*step-000010; make room",
+    ) as e:
+        run("lora", out, "--train.save_interval", 5, at=(11, limit(100)))
+    assert "--resume auto" in str(e.value) and "\n" not in str(e.value)
+    assert (
+        "metrics.csv cannot be written (File too large); its rows are kept in memory"
+        in capsys.readouterr().err
+    )
+    limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
+    assert not (out / "final").exists() and open_checkpoint(out / "step-000010").is_adapter
+    run("lora", out, "--resume", "auto")
+    assert same(out, expected)
+
+
+def test_metrics_are_complete_once_there_is_room_again(run, tmp_path, lifted, capsys):
+    expected = run("lora", tmp_path / "expected", "--train.log_interval", 1)
+
+    write = Metrics.write
+
+    def watched(self, **row):
+        if row["step"] in (5, 9):
+            limit(100 if row["step"] == 5 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
+        write(self, **row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "write", watched)
+        out = run("lora", tmp_path / "out", "--train.log_interval", 1)
+    assert capsys.readouterr().err.count("cannot be written") == 1, "said once"
+    assert metrics(out) == metrics(expected) and len(metrics(out)) > 18
+
+
+def test_a_stop_on_a_full_disk_names_the_newest_checkpoint(run, tmp_path, capsys, lifted):
+    out = run("lora", tmp_path / "out", stop_after=3)
+    before = {path: path.read_bytes() for path in out.glob("step-*/*")}
+    capsys.readouterr()
+    limit(60_000)()
+    run("lora", out, "--resume", "auto", stop_after=5)
+    said = capsys.readouterr().out
+    assert "step-000005 could not be saved (File too large)" in said
+    assert f"stopped by SIGTERM after step 5; the newest checkpoint is {out / 'step-000003'}" in said
+    assert before == {path: path.read_bytes() for path in out.glob("step-*/*")}
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush = isatty = lambda self: False
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    Progress(10).say("a line")
+
+    class Gone(Full):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        Progress(10).say("a line")

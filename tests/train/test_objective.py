@@ -1,0 +1,118 @@
+"""The objective: equal to the plain way, in value and gradient, at a fraction of the logits."""
+
+from array import array
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+
+from litlora.data.batches import collate
+from litlora.data.examples import Example
+from litlora.kernels import cross_entropy
+from litlora.lora import add_lora
+from litlora.model import GPT
+from litlora.settings import LoRAConfig
+from litlora.train.objective import SupervisedLoss
+
+SIZES = [(17, 9), (11, 2), (5, 0), (2, 1)]
+"""Length, and how much of it is the prompt."""
+EXAMPLES = [
+    Example(array("i", range(7 * i, 7 * i + length)), prompt) for i, (length, prompt) in enumerate(SIZES)
+]
+
+
+def loss_of(model, examples, packed):
+    return SupervisedLoss(model)(*collate(examples, mask_prompt=True, packed=packed))
+
+
+def plain_loss(model, examples):
+    """One example at a time, logits everywhere, and torch's own cross-entropy."""
+    total = 0
+    for example in examples:
+        ids = torch.tensor([list(example.ids)])
+        learned = max(1, example.prompt_length)
+        total = total + F.cross_entropy(model(ids)[0, learned - 1 : -1], ids[0, learned:], reduction="sum")
+    return total
+
+
+VARIANTS = {
+    "llama": {},
+    "windows and caps": {"sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "learned positions": {"positions": "learned", "norm": "layernorm", "mlp": "plain", "hidden_act": "gelu"},
+    "parallel": {"parallel_residual": True},
+    "one norm for both": {"parallel_residual": True, "shared_norm": True},
+    "norms behind": {"norm_position": "both"},
+    "experts": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("elements", [2**24, 2000])
+@pytest.mark.parametrize("trained", ["everything", "all-linear", "qv"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("packed", [True, False])
+def test_loss_and_gradients_equal_those_of_each_example_alone(
+    packed, variant, trained, elements, monkeypatch
+):
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", elements)
+    model = GPT(tiny_config(**VARIANTS[variant])).double()
+    if trained != "everything":
+        add_lora(model, LoRAConfig(rank=2, targets=trained), dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = plain_loss(model, EXAMPLES)
+    wanted_gradients = torch.autograd.grad(wanted, parameters)
+    got = loss_of(model, EXAMPLES, packed)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(got, parameters), wanted_gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_last_block_computes_for_nothing_but_what_is_learned(packed):
+    model, rows = GPT(tiny_config()), []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:2].numel()))
+    batch = collate(EXAMPLES, mask_prompt=True, packed=packed)
+    SupervisedLoss(model)(*batch)
+    assert rows == [batch.input_ids.numel(), len(batch.targets)]
+
+
+def test_what_is_packed_beside_an_example_does_not_change_it():
+    """In bf16 too, where a pack has rows to spare: the loss of a pack is the sum of its examples'
+    losses."""
+    model = GPT(tiny_config()).bfloat16()
+    add_lora(model, LoRAConfig(rank=2))
+    together = loss_of(model, EXAMPLES, True).item()
+    assert together == pytest.approx(
+        sum(loss_of(model, [example], True).item() for example in EXAMPLES), rel=1e-3
+    )
+    changed = Example(array("i", [3] * 11), 2)
+    first = [
+        loss_of(model, [EXAMPLES[0], other], True).item() - loss_of(model, [other], True).item()
+        for other in (EXAMPLES[1], changed)
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_batch_without_labels_has_loss_zero_and_gradients_zero(adapter):
+    model = GPT(tiny_config())
+    if adapter:
+        add_lora(model, LoRAConfig())
+    batch = collate(EXAMPLES, mask_prompt=True, packed=True)
+    loss = SupervisedLoss(model)(batch.input_ids, batch.positions[:0], batch.targets[:0], batch.lengths)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_logits_exist_at_supervised_positions_only(packed):
+    model = GPT(tiny_config())
+    rows = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].size(0)))
+    loss_of(model, EXAMPLES, packed)
+    assert rows == [8 + 9 + 4 + 1]
