@@ -13,7 +13,6 @@ where they count as long as nobody else needs the memory.
 """
 
 import argparse
-import dataclasses
 import os
 import shutil
 import statistics
@@ -84,7 +83,7 @@ def make(directory: Path, size: str) -> None:
         name: torch.randn(t.shape) * (t.size(1) ** -0.5 if name.endswith("A") else 0.01)
         for name, t in lora_tensors(model).items()
     }
-    meta = adapter_meta(dataclasses.asdict(lora), open_checkpoint(directory / "base"), directory / "adapter")
+    meta = adapter_meta(lora, open_checkpoint(directory / "base"), directory / "adapter")
     write_checkpoint(directory / "adapter", adapter, meta, config, sidecars_from=REPO / QUICKSTART)
 
 

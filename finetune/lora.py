@@ -3,8 +3,6 @@
 python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
 """
 
-import dataclasses
-
 from litlora.cli import run
 from litlora.data.records import read_records
 from litlora.paths import checkpoint_dir, run_directory
@@ -24,7 +22,7 @@ def main(settings: FinetuneLoRA) -> None:
         prepare=lambda model: add_lora(model, settings.lora),
         trains_base=False,
         tensors=lora_tensors,
-        meta=lambda base, directory: adapter_meta(dataclasses.asdict(settings.lora), base, directory),
+        meta=lambda base, directory: adapter_meta(settings.lora, base, directory),
         stores="the adapter only",
     )
     finetune(settings, method, records, run)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from litlora.formats.folder import is_model_folder
 from litlora.formats.huggingface import open_folder
 from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import layer_rank, stored_config
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import layer_rank
 from litlora.model import GPT
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
+from litlora.settings import LoRAConfig, stored_values
 from litlora.storage import torch_file
 from litlora.storage.atomic import replacing_directory
+from litlora.storage.fingerprint import fingerprint
 from litlora.storage.tensors import open_torch
 from litlora.storage.torch_file import LazyTensor, TorchFile
 from litlora.storage.untrusted import own_file, read_yaml
@@ -210,7 +213,7 @@ def _open_foreign(directory: Path, base_dir: Path | None, above: tuple[Path, ...
     return Checkpoint(
         directory,
         tensors,
-        _foreign_meta(directory, asdict(lora), base.top.directory),
+        _foreign_meta(directory, stored_values(lora), base.top.directory),
         kind.adapter_file(directory),
     )
 
@@ -240,7 +243,7 @@ def _check_adapter(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
                 )
     lora = meta["lora"]
     try:
-        config = stored_config(lora)
+        config = parse_settings(lora)
         if not isinstance(config.modules_to_save, list):
             raise TypeError(f"modules_to_save is {config.modules_to_save!r}")
     except (
@@ -427,61 +430,6 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def fingerprint(tensors: Mapping[str, Tensor | Quantized], facts: str = "") -> str:
-    """16 hex digits over names, shapes, dtypes, 4 KiB of every tensor's bytes at fixed places, and
-    `facts`.
-
-    Reads milliseconds' worth of a file of any size: 8 pieces of 512 bytes spread evenly from the
-    first byte to the last.
-    """
-    digest = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
-        if isinstance(tensor, Tensor):
-            tensor = tensor.detach().contiguous()
-        pieces, size, total = 8, 512, tensor.shape.numel() * tensor.dtype.itemsize
-        if total <= pieces * size:
-            digest.update(_bytes(tensor, 0, total))
-        else:
-            for piece in range(pieces):
-                start = piece * (total - size) // (pieces - 1)
-                digest.update(_bytes(tensor, start, start + size))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor | Quantized, start: int, stop: int) -> bytes:
-    """These bytes of a contiguous tensor, or of what a quantized one stands for, of which only
-    their rows are dequantised."""
-    if isinstance(tensor, Quantized) and stop:
-        row = tensor.columns * tensor.dtype.itemsize
-        first = start // row
-        tensor = tensor[first : -(-stop // row)]
-        start, stop = start - first * row, stop - first * row
-    return tensor.reshape(-1).view(torch.uint8)[start:stop].numpy().tobytes()
-
-
-def check_finite(tensors: Mapping[str, Tensor | Quantized], file: Path) -> None:
-    """Raise CheckpointError for a weight that holds NaN or infinity; `file` is where they come
-    from.
-
-    Every byte is read once, at some GB/s and where the weights are (so, on a GPU, in no time): the
-    first use would read them all the same, and one broken number spoils every answer without a
-    word. Quantized ones look at themselves.
-    """
-    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    bounds = {
-        name: tensor.detach().aminmax()
-        for name, tensor in plain.items()
-        if tensor.is_floating_point() and tensor.numel()
-    }
-    for name, (low, high) in bounds.items():
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise CheckpointError(
-                f"{file}: {name} holds numbers that are not finite (NaN or infinity); copy or make it again"
-            )
-
-
 # ---- writing
 
 
@@ -490,13 +438,13 @@ def full_meta(**more: Any) -> dict[str, Any]:
     return {"format": FORMAT, "kind": "full", **more}
 
 
-def adapter_meta(lora: dict[str, Any], base: Checkpoint, directory: Path) -> dict[str, Any]:
+def adapter_meta(lora: LoRAConfig, base: Checkpoint, directory: Path) -> dict[str, Any]:
     """The "litlora" entry of an adapter that will lie in `directory`, trained on `base`."""
     place = base.directory.absolute()
     return {
         "format": FORMAT,
         "kind": "adapter",
-        "lora": lora,
+        "lora": stored_values(lora),
         "base": {
             "path": os.path.relpath(
                 place, directory.absolute()

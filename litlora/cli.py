@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from litlora.console import one_line
 from litlora.errors import UserError
-from litlora.settings import Alpaca, DataSource
+from litlora.settings import Alpaca, DataSource, stored_values
 from litlora.storage.untrusted import read_yaml
 
 Settings = TypeVar("Settings")
@@ -269,7 +269,7 @@ def _plain(value: Any) -> Any:
     """Dataclasses to mappings; a data source also says which one it is."""
     if not dataclasses.is_dataclass(value):
         return value
-    fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = {name: _plain(entry) for name, entry in stored_values(value).items()}
     return (
         {"class_path": type(value).__name__, "init_args": fields} if isinstance(value, DataSource) else fields
     )

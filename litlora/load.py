@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, check_finite, resolve, whole_tensors
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError
-from litlora.lora import OUTPUT_HEAD, attach_lora, layer_scale, merged_weight, stored_config
+from litlora.lora import Update, attach_lora
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import OUTPUT_HEAD, layer_scale
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.storage.fingerprint import check_finite
 from litlora.tokenizer import Tokenizer, find_sidecars
 
 
@@ -74,7 +77,7 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> 
 
 def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
     """Put an adapter's A and B on the model as live LoRALinear layers."""
-    lora, modules = stored_config(adapter.meta["lora"]), adapter_modules(adapter.tensors)
+    lora, modules = parse_settings(adapter.meta["lora"]), adapter_modules(adapter.tensors)
     linears = [name for name in modules if not name.rpartition(".")[2].startswith("embed_")]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     try:
@@ -94,7 +97,7 @@ def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
                 parameters[f"{name}.weight"],
             )
             _replace(
-                model, f"{name}.weight", merged_weight(weight, A, B, layer_scale(lora, name)), like=weight
+                model, f"{name}.weight", Update(A, B, layer_scale(lora, name)).added_to(weight), like=weight
             )
         attach_lora(model, linears, lora)
         with torch.no_grad():

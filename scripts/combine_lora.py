@@ -37,12 +37,11 @@ def main(settings: CombineLoRA) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs
     )
 
-    import dataclasses
-
     from litlora.adapters.combine import combine_adapters
     from litlora.adapters.merge import plan_merge, resolve_sharing
     from litlora.adapters.resize import table
-    from litlora.checkpoint import adapter_meta, check_finite, write_checkpoint
+    from litlora.checkpoint import adapter_meta, write_checkpoint
+    from litlora.storage.fingerprint import check_finite
 
     chains = resolve_sharing(
         adapter_dirs, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch
@@ -53,7 +52,7 @@ def main(settings: CombineLoRA) -> None:
         plan_merge(chain)  # whether it fits its base
     tensors, lora, changes = combine_adapters(chains, settings)
     first = chains[0]
-    meta = adapter_meta(dataclasses.asdict(lora), first.inner.top, out_dir)
+    meta = adapter_meta(lora, first.inner.top, out_dir)
     write_checkpoint(
         out_dir, tensors, meta, first.config, sidecars_from=first.sources, hyperparameters=dump(settings)
     )
@@ -90,8 +89,8 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
 
     from litlora.adapters.combine import combine_files
     from litlora.adapters.resize import table
-    from litlora.checkpoint import check_finite
     from litlora.formats.lora_files import read_lora, write_lora
+    from litlora.storage.fingerprint import check_finite
 
     check(
         len({file.resolve() for file in files}) == len(files),

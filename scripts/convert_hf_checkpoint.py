@@ -25,7 +25,8 @@ def main(settings: ConvertHF) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory]
     )
 
-    from litlora.checkpoint import check_finite, full_meta, resolve, write_checkpoint
+    from litlora.checkpoint import full_meta, resolve, write_checkpoint
+    from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import Tokenizer
 
     chain = resolve(directory)

@@ -22,9 +22,10 @@ def main(settings: ConvertLit) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
 
     from litlora.adapters.merge import merge_chain
-    from litlora.checkpoint import check_finite, resolve
+    from litlora.checkpoint import resolve
     from litlora.formats.huggingface import write_folder
     from litlora.storage.atomic import replacing_directory
+    from litlora.storage.fingerprint import check_finite
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
     for notice in chain.notices:

@@ -23,10 +23,11 @@ def main(settings: ExportPEFT) -> None:
     inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
 
-    from litlora.checkpoint import check_finite, resolve
+    from litlora.checkpoint import resolve
     from litlora.formats.peft import to_peft, write_peft
-    from litlora.lora import stored_config
+    from litlora.lora.adapter import parse_settings
     from litlora.storage.atomic import replacing_directory
+    from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import find_sidecars
 
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
@@ -55,7 +56,7 @@ def main(settings: ExportPEFT) -> None:
         )
     tensors, config = to_peft(
         chain.top.tensors,
-        stored_config(chain.top.meta["lora"]),
+        parse_settings(chain.top.meta["lora"]),
         model_type,
         chain.config,
         base.tensors,

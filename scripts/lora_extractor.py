@@ -8,7 +8,6 @@ checkpoints/$base --target-model checkpoints/$tuned --format litlora --output $d
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +107,7 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     report = Report(settings)
     tensors, lora = as_adapter(report.told(extract(before, after, _plan(settings), left_out)))
     if settings.format == "litlora":
-        meta = adapter_meta(asdict(lora), base.top, output)
+        meta = adapter_meta(lora, base.top, output)
         write_checkpoint(output, tensors, meta, base.config, sidecars_from=[*tuned.sources, *base.sources])
         report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
         return

@@ -28,8 +28,9 @@ def main(settings: MergeLoRA) -> None:
 
     from litlora.adapters.merge import converted, plan_sum
     from litlora.adapters.verify import bytes_needed, probe_ids, verify
-    from litlora.checkpoint import fingerprint, full_meta, write_checkpoint
+    from litlora.checkpoint import full_meta, write_checkpoint
     from litlora.ram import free_ram
+    from litlora.storage.fingerprint import fingerprint
 
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(adapter_dirs)]
     plan, config, chains = plan_sum(

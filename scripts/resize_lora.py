@@ -33,14 +33,13 @@ def main(settings: ResizeLoRA) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs
     )
 
-    import dataclasses
-
     import torch
 
     from litlora.adapters.merge import plan_merge
     from litlora.adapters.resize import resize_all, settings_for, table, tensors_of, updates_of
-    from litlora.checkpoint import adapter_meta, check_finite, resolve, whole_tensors, write_checkpoint
-    from litlora.lora import stored_config
+    from litlora.checkpoint import adapter_meta, resolve, whole_tensors, write_checkpoint
+    from litlora.lora.adapter import parse_settings
+    from litlora.storage.fingerprint import check_finite
 
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
     keep_inputs(out_dir, chain.directories)
@@ -53,11 +52,11 @@ def main(settings: ResizeLoRA) -> None:
         updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator
     )
     lora, whole = (
-        settings_for(resized, stored_config(chain.top.meta["lora"])),
+        settings_for(resized, parse_settings(chain.top.meta["lora"])),
         whole_tensors(chain.top.tensors),
     )
     tensors = tensors_of(resized) | whole
-    meta = adapter_meta(dataclasses.asdict(lora), chain.inner.top, out_dir)
+    meta = adapter_meta(lora, chain.inner.top, out_dir)
     write_checkpoint(
         out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings)
     )
@@ -85,8 +84,8 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
     import torch
 
     from litlora.adapters.resize import resize_all, table
-    from litlora.checkpoint import check_finite
     from litlora.formats.lora_files import as_stored, read_lora, write_lora
+    from litlora.storage.fingerprint import check_finite
 
     lora = read_lora(file)
     factors = {

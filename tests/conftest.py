@@ -1,6 +1,5 @@
 """Fixtures: tiny real checkpoints, and the real data and tokenizer where they are at hand."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -108,7 +107,7 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
     model = GPT.from_tensors(config, tensors)
     add_lora(model, settings)
     trained = {name: torch.randn_like(tensor) * 0.1 for name, tensor in lora_tensors(model).items()}
-    meta = adapter_meta(dataclasses.asdict(settings), chain.top, directory)
+    meta = adapter_meta(settings, chain.top, directory)
     write_checkpoint(
         directory, trained, meta, chain.config, sidecars_from=chain.sources, prompt_style=STYLES["alpaca"]
     )

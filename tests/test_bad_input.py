@@ -44,7 +44,7 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
         pairs |= {f"{name}.lora_A": torch.randn(2, 32), f"{name}.lora_B": torch.randn(32, 2)}
-    meta = adapter_meta(dataclasses.asdict(lora), open_checkpoint(place / "base"), place / "adapter")
+    meta = adapter_meta(lora, open_checkpoint(place / "base"), place / "adapter")
     write_checkpoint(place / "adapter", pairs, meta, config, sidecars_from=tokenizer_dir)
     shutil.copytree(tokenizer_dir, place / "hf")
     save_file(tensors, place / "hf/model.safetensors")

@@ -1,6 +1,5 @@
 """The layout: what is written is read, whole or not at all, from its own base and no other."""
 
-import dataclasses
 import os
 import pickle
 import shutil
@@ -11,20 +10,14 @@ import yaml
 from conftest import tiny_config
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import (
-    adapter_meta,
-    fingerprint,
-    full_meta,
-    open_checkpoint,
-    resolve,
-    write_checkpoint,
-)
+from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, resolve, write_checkpoint
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
 from litlora.paths import CHECKPOINT_NAMES, output_dir
 from litlora.prompts import STYLES
+from litlora.storage.fingerprint import fingerprint
 
 
 def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16, rank=2, **more):
@@ -34,7 +27,7 @@ def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16
     loaded = load(base_dir)
     add_lora(loaded.model, config)
     tensors = {name: torch.randn_like(t) * 0.1 for name, t in lora_tensors(loaded.model).items()}
-    meta = adapter_meta(dataclasses.asdict(config), loaded.chain.top, directory)
+    meta = adapter_meta(config, loaded.chain.top, directory)
     write_checkpoint(
         directory, tensors, meta, loaded.model.config, sidecars_from=base_dir, prompt_style=STYLES["alpaca"]
     )

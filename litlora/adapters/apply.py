@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import DIFF_OF, LoRAFile, Update
-from litlora.lora import fitting
+from litlora.lora.update import fitting
 
 COMFYUI = "diffusion_model."
 PREFIXES = (COMFYUI, "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")

@@ -43,7 +43,7 @@ from litlora.adapters.resize import (
 from litlora.checkpoint import Chain, whole_tensors
 from litlora.errors import CheckpointError, UserError
 from litlora.formats.lora_files import LoRAFile, Update, as_stored
-from litlora.lora import stored_config
+from litlora.lora.adapter import parse_settings
 from litlora.settings import CombineLoRA, LoRAConfig
 
 ELECTING = ("ties", "dare_ties")
@@ -67,7 +67,7 @@ def combine_adapters(
         settings,
         generator,
     )
-    configs = [stored_config(adapter.meta["lora"]) for adapter in adapters]
+    configs = [parse_settings(adapter.meta["lora"]) for adapter in adapters]
     same = all(config.targets == configs[0].targets for config in configs)
     like = dataclasses.replace(
         configs[0],

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
 from litlora.adapters.resize import norm
-from litlora.checkpoint import (
-    Chain,
-    Checkpoint,
-    adapter_modules,
-    check_finite,
-    open_checkpoint,
-    resolve,
-    whole_tensors,
-)
+from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
 from litlora.config import ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.formats import litgpt, peft
@@ -29,9 +21,11 @@ from litlora.formats.folder import weight_files
 from litlora.formats.lora_files import LoRAFile, Update, read_lora
 from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import layer_scale, stored_config
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import layer_scale
 from litlora.paths import WEIGHTS_FILES, checkpoint_dir
 from litlora.prompts import STYLE_FILE
+from litlora.storage.fingerprint import check_finite
 from litlora.storage.tensors import at_least_16_bits, open_tensors, open_torch
 from litlora.tokenizer import find_sidecars
 
@@ -132,7 +126,7 @@ def _layers(adapter: Checkpoint, chain: Chain | None) -> tuple[list[Description]
             add_adapters(inner, config, [(adapter, 1.0)])
         except CheckpointError as error:
             problems.append(str(error))
-    lora = stored_config(adapter.meta["lora"])
+    lora = parse_settings(adapter.meta["lora"])
     layers = []
     for module in adapter_modules(adapter.tensors):
         A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]

@@ -15,7 +15,9 @@ from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoi
 from litlora.config import ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import OUTPUT_HEAD, fitting, layer_scale, stored_config
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import OUTPUT_HEAD, layer_scale
+from litlora.lora.update import fitting
 from litlora.storage.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 
 HEAD = f"{OUTPUT_HEAD}.weight"
@@ -287,7 +289,7 @@ def add_adapters(
             )
         config = dataclasses.replace(config, vocab_size=num_rows)
     for adapter, weight in adapters:
-        lora = stored_config(adapter.meta["lora"])
+        lora = parse_settings(adapter.meta["lora"])
         for module in adapter_modules(adapter.tensors):
             name = f"{module}.weight"
             A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]

@@ -19,7 +19,8 @@ from torch import Generator, Tensor
 from litlora.checkpoint import Checkpoint, adapter_modules
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import Update
-from litlora.lora import layer_rank, layer_scale, stored_config
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import layer_rank, layer_scale
 from litlora.settings import LoRAConfig
 
 ROUNDING = 1e-9
@@ -45,7 +46,7 @@ class Change:
 
 def updates_of(adapter: Checkpoint) -> dict[str, Update]:
     """Every layer's update, by the layer's name."""
-    config, tensors = stored_config(adapter.meta["lora"]), adapter.tensors
+    config, tensors = parse_settings(adapter.meta["lora"]), adapter.tensors
     return {
         name: Update(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], layer_scale(config, name))
         for name in adapter_modules(tensors)

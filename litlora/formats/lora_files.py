@@ -26,7 +26,7 @@ from torch import Tensor
 from litlora.errors import CheckpointError
 from litlora.formats import peft
 from litlora.formats.model_files import open_model
-from litlora.lora import scale_of
+from litlora.lora.update import scale_of
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
 from litlora.storage.tensors import at_least_16_bits, write_safetensors

@@ -25,7 +25,7 @@ from litlora.errors import CheckpointError
 from litlora.formats.layout import Layout, Rule
 from litlora.formats.layout import layout as layout_of
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import layer_scale
+from litlora.lora.select import layer_scale
 from litlora.settings import LEAST_ALPHA, LoRAConfig
 from litlora.storage.tensors import at_least_16_bits, open_tensors
 from litlora.storage.untrusted import check_pattern, read_json

@@ -4,46 +4,48 @@ add_lora(model, config)      wraps the layers that config.targets names and free
 merge_lora(model)            folds every update into its W, in place; outputs stay the same up to rounding
 unmerge_lora(model)          puts back the very bits of every W
 unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
+
+layer.py     LoRALinear, and the functions above
+update.py    one layer's update, and the formula
+variants.py  what A and B mean, and what belongs to them
+adapter.py   the updates of all layers, with their settings and the base they are for
+select.py    which layers, and the rank and alpha of each
 """
 
+from litlora.lora.adapter import Adapter, BaseReference
 from litlora.lora.layer import (
-    OUTPUT_HEAD,
     LoRALinear,
     add_lora,
     attach_lora,
-    fitting,
     gated_mlp,
-    layer_rank,
-    layer_scale,
     lora_tensors,
+    lora_updates,
     merge_lora,
-    merged_weight,
     project,
-    scale_of,
-    select_layers,
-    stored_config,
     unmerge_lora,
     unwrap_lora,
 )
+from litlora.lora.select import select_layers
+from litlora.lora.update import Update
+from litlora.lora.variants import VARIANTS, Variant
 from litlora.settings import LoRAConfig
 
 __all__ = [
-    "OUTPUT_HEAD",
+    "VARIANTS",
+    "Adapter",
+    "BaseReference",
     "LoRAConfig",
     "LoRALinear",
+    "Update",
+    "Variant",
     "add_lora",
     "attach_lora",
-    "fitting",
     "gated_mlp",
-    "layer_rank",
-    "layer_scale",
     "lora_tensors",
+    "lora_updates",
     "merge_lora",
-    "merged_weight",
     "project",
-    "scale_of",
     "select_layers",
-    "stored_config",
     "unmerge_lora",
     "unwrap_lora",
 ]

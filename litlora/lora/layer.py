@@ -10,9 +10,6 @@ arXiv:2312.03732).
     unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
 """
 
-import dataclasses
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +18,10 @@ from torch import Tensor, nn
 
 from litlora.errors import UserError
 from litlora.kernels import lora as kernels
-from litlora.settings import PRESETS, LoRAConfig
-
-_SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
-OUTPUT_HEAD = "lm_head"
+from litlora.lora.select import layer_alpha, layer_rank, matches, select_layers, select_whole
+from litlora.lora.update import Update, scale_of
+from litlora.lora.variants import variant_named
+from litlora.settings import LoRAConfig
 
 
 class LoRALinear(nn.Module):
@@ -39,18 +36,19 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         *,
         rslora: bool = False,
+        variant: str = "lora",
     ) -> None:
-        """A is Kaiming-uniform with a = √5, B zero: a fresh adapter changes nothing. `dtype` is
+        """A fresh adapter as its variant starts it: plain LoRA changes nothing at first. `dtype` is
         that of A and B."""
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scale = scale_of(alpha, rank, rslora=rslora)
+        self.variant = variant_named(variant)
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = dropout
+        self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
+        self.variant.start(self)
         self._base_weight: nn.Parameter | None = None  # W's own tensor, while the update is folded in
 
     @property
@@ -59,17 +57,28 @@ class LoRALinear(nn.Module):
         return self._base_weight is not None
 
     @property
+    def update(self) -> Update:
+        """The update as it stands: its tensors are the layer's own parameters."""
+        extra = {name: getattr(self, name) for name in self.variant.extra}
+        return Update(self.lora_A, self.lora_B, self.scale, variant=self.variant.name, extra=extra)
+
+    @torch.no_grad()
+    def load_update(self, update: Update) -> None:
+        """Copy the tensors of an update into this layer's. Raises UserError if they do not fit."""
+        for name, tensor in update.tensors().items():
+            own = getattr(self, name)
+            if own.shape != tensor.shape:  # copying would stretch a single row
+                raise UserError(f"{name} is {tuple(tensor.shape)}, not {tuple(own.shape)}")
+            own.copy_(tensor)
+
+    @property
     def weight(self) -> Tensor:
-        """The effective weight W + s · B A, (out, in).
+        """The effective weight W', (out, in).
 
         Code that reads a layer's weight and skips its forward, as `nn.TransformerEncoderLayer` does
         in eval mode, thus still meets the update.
         """
-        return (
-            self.linear.weight
-            if self.merged
-            else merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
-        )
+        return self.linear.weight if self.merged else self.update.added_to(self.linear.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -86,6 +95,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.linear(x)
+        if not self.variant.is_plain:
+            return self.variant.forward(self, x)
         if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
             return kernels.project_one(x, _frozen(self))
         keep = _dropout_mask(x, (self,))
@@ -97,8 +108,7 @@ class LoRALinear(nn.Module):
         `set_submodule`."""
         if not self.merged:
             base = self.linear.weight
-            merged = merged_weight(base, self.lora_A, self.lora_B, self.scale)
-            self.linear.weight = nn.Parameter(merged, requires_grad=False)
+            self.linear.weight = nn.Parameter(self.update.added_to(base), requires_grad=False)
             self._base_weight = base
         return self.linear
 
@@ -162,6 +172,8 @@ def _frozen(linear: nn.Module) -> kernels.Layer | None:
     if type(linear) is LoRALinear:
         if linear.merged:
             return _frozen(linear.linear)
+        if not linear.variant.is_plain:
+            return None
         scale = linear.scale
         if linear.training:
             scale /= 1 - kernels.dropout_share(linear.dropout)
@@ -181,52 +193,6 @@ def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
     return kernels.dropout_mask(x, max(shares)) if any(shares) else None
 
 
-def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
-    """The factor in front of B A."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def fitting(factor: float, what: str) -> float:
-    """The factor of an update, if fp32 can hold it. Raises UserError that begins with `what`."""
-    if not abs(factor) <= torch.finfo(torch.float32).max:
-        raise UserError(f"{what}: times {factor:g}, which is beyond fp32; name a smaller strength or weight")
-    return factor
-
-
-def layer_rank(config: LoRAConfig, name: str) -> int:
-    """The rank of the update of one layer."""
-    return _by_pattern(config.rank_pattern, name, config.rank)
-
-
-def layer_alpha(config: LoRAConfig, name: str) -> float:
-    """The alpha of the update of one layer."""
-    return _by_pattern(config.alpha_pattern, name, config.alpha)
-
-
-def layer_scale(config: LoRAConfig, name: str) -> float:
-    """The factor in front of B A of one layer."""
-    return scale_of(layer_alpha(config, name), layer_rank(config, name), rslora=config.rslora)
-
-
-def stored_config(lora: dict[str, Any]) -> LoRAConfig:
-    """The settings of an adapter, from the "lora" entry of its file. Raises UserError for a value
-    that is out of range."""
-    known = {field.name for field in dataclasses.fields(LoRAConfig)}
-    return LoRAConfig(**{name: value for name, value in lora.items() if name in known})
-
-
-def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    if name in pattern:  # an imported adapter may name every layer: no search then
-        return pattern[name]
-    return next((value for target, value in pattern.items() if _matches(name, target)), default)
-
-
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """W + scale · B A in fp32 or better, rounded once to W's dtype: (out, in)."""
-    exact = torch.promote_types(weight.dtype, torch.float32)  # fp32: a sum in bf16 would round twice
-    return torch.addmm(weight.to(exact), lora_B.to(exact), lora_A.to(exact), alpha=scale).to(weight.dtype)
-
-
 def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> list[str]:
     """Wrap the linear layers that `config.targets` names and freeze everything else; returns their
     names.
@@ -234,9 +200,11 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     Raises UserError if a target matches nothing, names a layer whose forward is not its own, or is
     too small for the rank.
     """
+    if _lora_layers(model):
+        raise UserError("the model already has an adapter; merge it or unwrap it first")
     names = select_layers(model, config.targets)
     for option, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        if missed := [target for target in pattern if not any(_matches(name, target) for name in names)]:
+        if missed := [target for target in pattern if not any(matches(name, target) for name in names)]:
             raise UserError(
                 f"--lora.{option} {', '.join(missed)}: matches none of the layers that --lora.targets chooses"
             )
@@ -270,7 +238,9 @@ def attach_lora(
         if name in names or module in wrapped:
             if module not in wrapped:
                 rank, alpha = layer_rank(config, name), layer_alpha(config, name)
-                wrapped[module] = LoRALinear(module, rank, alpha, config.dropout, dtype, rslora=config.rslora)
+                wrapped[module] = LoRALinear(
+                    module, rank, alpha, config.dropout, dtype, rslora=config.rslora, variant=config.variant
+                )
             model.set_submodule(name, wrapped[module])
 
 
@@ -293,104 +263,21 @@ def unwrap_lora(model: nn.Module) -> None:
         model.set_submodule(name, layer.linear)
 
 
+def lora_updates(model: nn.Module) -> dict[str, Update]:
+    """The update of every adapted layer of a model, by the layer's name."""
+    return {name: layer.update for name, layer in _lora_layers(model).items()}
+
+
 def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The A and B of every adapter of a model and whatever trains beside them, by their names in
-    it."""
+    """The tensors of every update of a model and whatever trains beside them, by their names in it."""
     adapters = {
-        f"{name}.{part}": getattr(layer, part).detach()
-        for name, layer in _lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
+        f"{name}.{part}": tensor.detach()
+        for name, update in lora_updates(model).items()
+        for part, tensor in update.tensors().items()
     }
     return adapters | {
         name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in adapters
     }
-
-
-def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
-    """The modules that modules_to_save means: names or ends of names. Raises UserError for one that
-    cannot train whole."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
-    for target in modules_to_save:
-        names = [name for name in modules if name == target or name.endswith("." + target)]
-        if not names:
-            raise UserError(f"--lora.modules_to_save {target}: no module of that name")
-        for name in names:
-            inside = [layer for layer in adapted if layer == name or layer.startswith(name + ".")]
-            if inside:
-                raise UserError(
-                    f"--lora.modules_to_save {target}: {inside[0]} has an adapter; leave it out of one of the two"
-                )
-            weights = {id(parameter) for parameter in modules[name].parameters()}
-            shared = [
-                other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in weights
-            ]
-            if not weights or any(not other.startswith(name + ".") for other in shared):
-                why = "has no weights" if not weights else "shares its weight with another module"
-                raise UserError(
-                    f"--lora.modules_to_save {target}: {name} {why}, so it cannot be trained by itself"
-                )
-        found += names
-    return found
-
-
-def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The names of the linear layers that targets mean, in the model's order.
-
-    A target is a preset, a layer's name or the end of one (`q_proj`, `self_attn.q_proj`), or a
-    regular expression that matches a whole name. Raises UserError for a target that matches no
-    linear layer and for a layer that cannot be adapted.
-    """
-    if _lora_layers(model):
-        raise UserError("the model already has an adapter; merge it or unwrap it first")
-    modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    asked = [targets] if isinstance(targets, str) else targets
-    matches = {target: [name for name in linears if _matches(name, target)] for target in asked}
-    if missed := [target for target, found in matches.items() if not found]:
-        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
-        raise UserError(
-            f"--lora.targets {', '.join(missed)}: no linear layer of that name; presets: {', '.join(PRESETS)}; layers: {there}"
-        )
-    selected = [name for name in linears if any(name in found for found in matches.values())]
-    refused = {name: reason for name in selected if (reason := _why_not(modules, name))}
-    if refused:
-        able = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in selected if name not in refused))
-        name, reason = next(iter(refused.items()))
-        raise UserError(
-            f"--lora.targets: {name} cannot be adapted: {reason}; "
-            + (f"name others, here {able}" if able else "name others")
-        )
-    return selected
-
-
-def _matches(name: str, target: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    if target == "all-linear":
-        return leaf != OUTPUT_HEAD
-    if target in _SUFFIXES:
-        return leaf in _SUFFIXES[target]
-    if name == target or name.endswith("." + target):
-        return True
-    try:
-        return re.fullmatch(target, name) is not None
-    except re.error as error:
-        raise UserError(
-            f"--lora.targets {target}: neither a layer's name nor a regular expression ({error})"
-        ) from None
-
-
-def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:
-    """Why an adapter on this layer would do nothing or the wrong thing; None if it can be
-    adapted."""
-    layer, parent = modules[name], modules[name.rpartition(".")[0]]
-    if isinstance(parent, nn.MultiheadAttention):
-        return "MultiheadAttention reads its weight and never calls it"
-    if type(layer).forward is not nn.Linear.forward:
-        return f"its class {type(layer).__name__} computes something else than W x + b"
-    if hasattr(layer, "parametrizations"):
-        return "its weight is parametrized, so it cannot be replaced by a merged one"
-    return None
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

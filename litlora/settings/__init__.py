@@ -6,8 +6,8 @@ part of this file.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from litlora.errors import UserError
 from litlora.storage.untrusted import check_pattern
@@ -41,6 +41,8 @@ class LoRAConfig:
     first that matches counts."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some layers: {target: alpha}, likewise."""
+    variant: str = field(default="lora", metadata={"stored": "unless default"})
+    """Kind of update: lora, or one that your own code registers (docs/architecture.md)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained whole beside the adapter and stored with it: names, or ends of them (lm_head,
     embed_tokens, norm)."""
@@ -239,6 +241,16 @@ class TrainConfig:
                 0 <= getattr(self, name) < 1,
                 f"--train.{name} {getattr(self, name)}: must be at least 0 and below 1",
             )
+
+
+def stored_values(settings: Any) -> dict[str, Any]:
+    """The values of a settings object by name, as files store them: without a field that is at its
+    default and that files written before it existed lack."""
+    return {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != field.default
+    }
 
 
 def check(ok: bool, message: str) -> None:

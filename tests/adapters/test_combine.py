@@ -24,7 +24,9 @@ from litlora.checkpoint import adapter_modules, open_checkpoint, resolve, whole_
 from litlora.errors import CheckpointError, UserError
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.load import load
-from litlora.lora import LoRAConfig, layer_rank, layer_scale, stored_config
+from litlora.lora import LoRAConfig
+from litlora.lora.adapter import parse_settings
+from litlora.lora.select import layer_rank, layer_scale
 from litlora.settings import CombineLoRA
 
 MODES = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -315,14 +317,14 @@ def test_one_adapter_at_weight_1_stays_what_it_is(mode, which, adapters):
         torch.equal(tensor, chain.top.tensors[name]) and tensor.dtype == chain.top.tensors[name].dtype
         for name, tensor in tensors.items()
     )
-    assert settings == stored_config(chain.top.meta["lora"]) and all(change.error == 0 for change in changes)
+    assert settings == parse_settings(chain.top.meta["lora"]) and all(change.error == 0 for change in changes)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_weight_of_one_s_own_goes_into_the_scale(mode, adapters):
     chain = resolve(adapters[0])
     tensors, settings, _ = combine_adapters([chain], asked(mode, weights=[-0.5]))
-    before = stored_config(chain.top.meta["lora"])
+    before = parse_settings(chain.top.meta["lora"])
     assert all(torch.equal(tensor, chain.top.tensors[name]) for name, tensor in tensors.items())
     for name in adapter_modules(tensors):
         assert layer_rank(settings, name) == layer_rank(before, name)

@@ -12,7 +12,8 @@ from litlora.adapters.merge import merge_chain
 from litlora.adapters.resize import difference, least_rank, norm, resize, settings_for, shrink, svd
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
-from litlora.lora import LoRAConfig, layer_rank, layer_scale
+from litlora.lora import LoRAConfig
+from litlora.lora.select import layer_rank, layer_scale
 
 
 def random_update(seed: int, out: int = 40, into: int = 56, rank: int = 12, scale: float = 1.5) -> Update:

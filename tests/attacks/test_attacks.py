@@ -2,7 +2,6 @@
 here is about an attack."""
 
 import ast
-import dataclasses
 import importlib.util
 import json
 import re
@@ -45,7 +44,7 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
         tensors |= {f"{name}.lora_A": torch.randn(2, 32), f"{name}.lora_B": torch.randn(32, 2)}
-    meta = adapter_meta(dataclasses.asdict(lora), open_checkpoint(directory / "base"), directory / "adapter")
+    meta = adapter_meta(lora, open_checkpoint(directory / "base"), directory / "adapter")
     write_checkpoint(directory / "adapter", tensors, meta, config, sidecars_from=tokenizer_dir)
     return directory
 

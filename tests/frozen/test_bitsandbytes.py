@@ -15,10 +15,11 @@ from quantized import as_json, eight_bit, four_bit, quantize_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litlora.checkpoint import fingerprint, open_checkpoint
+from litlora.checkpoint import open_checkpoint
 from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.load import load
+from litlora.storage.fingerprint import fingerprint
 
 FILES = Path(__file__).parent.parent / "bitsandbytes_files"
 

@@ -9,16 +9,8 @@ from conftest import tiny_config
 from torch import nn
 
 from litlora.errors import UserError
-from litlora.lora import (
-    LoRALinear,
-    add_lora,
-    lora_tensors,
-    merge_lora,
-    project,
-    select_layers,
-    unmerge_lora,
-    unwrap_lora,
-)
+from litlora.lora import LoRALinear, add_lora, lora_tensors, merge_lora, project, unmerge_lora, unwrap_lora
+from litlora.lora.select import select_layers
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
 

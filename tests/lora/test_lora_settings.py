@@ -10,7 +10,8 @@ from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
 from litlora.errors import CheckpointError, UserError
 from litlora.load import attach_adapter, build, load
-from litlora.lora import LoRALinear, add_lora, layer_rank, layer_scale, lora_tensors
+from litlora.lora import LoRALinear, add_lora, lora_tensors
+from litlora.lora.select import layer_rank, layer_scale
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
 

@@ -1,0 +1,141 @@
+"""An adapter: the updates of some layers, tensors that replace others, its settings and its base."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from litlora.errors import CheckpointError, UserError
+from litlora.lora.select import layer_rank, layer_scale
+from litlora.lora.update import LORA_A, LORA_B, PREFIX, Update
+from litlora.lora.variants import variant_named
+from litlora.settings import LoRAConfig, stored_values
+from litlora.storage.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which weights an adapter was trained on."""
+
+    path: str
+    """Relative to the adapter's directory, so that a tree can be moved."""
+    absolute_path: str
+    """So that the adapter alone can be moved."""
+    fingerprint: str | None
+    """None: the adapter's format does not tell."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does to the model that it was trained on, whatever format it came from."""
+
+    config: LoRAConfig
+    updates: dict[str, Update]
+    """By the layer's name."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that replace the base's, by name."""
+    base: BaseReference | None = None
+    file: Path | None = None
+    """Where it was read from: what an error about it names."""
+    described: dict[str, Any] | None = None
+    """Its settings to the letter of the file; None: those of `config`."""
+    taught: dict[str, str] | None = None
+    """What the text that it was trained on depends on: see `litlora.checkpoint`."""
+
+    @property
+    def directory(self) -> Path:
+        """The directory that it was read from."""
+        return self.file.parent
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a file stores as "lora"."""
+        return stored_values(self.config) if self.described is None else self.described
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name that a file has for it."""
+        named = {
+            f"{layer}.{name}": tensor
+            for layer, update in self.updates.items()
+            for name, tensor in update.tensors().items()
+        }
+        return named | self.whole
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the adapter: its tensors, its settings and its base's fingerprint."""
+        facts = {"lora": self.settings, "base": self.base.fingerprint if self.base else None}
+        return fingerprint(self.tensors(), json.dumps(facts, sort_keys=True))
+
+    def answers_to(self, wanted: str) -> bool:
+        """Whether this is the adapter of that fingerprint."""
+        return wanted == self.fingerprint
+
+    def trained_on(self, base: BaseReference) -> "Adapter":
+        """The same adapter with another base."""
+        return dataclasses.replace(self, base=base)
+
+
+def parse_settings(values: Mapping[str, Any]) -> LoRAConfig:
+    """The settings that a file stores as "lora". Raises UserError for a value that is out of range,
+    and for one that this version does not know: it could change what the adapter means."""
+    known = {field.name for field in dataclasses.fields(LoRAConfig)}
+    if unknown := sorted(map(str, values.keys() - known)):
+        raise UserError(f"the setting {unknown[0]} is not known to this version of litlora")
+    config = LoRAConfig(**values)
+    if not isinstance(config.modules_to_save, list):
+        raise TypeError(f"modules_to_save is {config.modules_to_save!r}")
+    variant_named(config.variant)
+    return config
+
+
+def parse_tensors(
+    tensors: Mapping[str, Tensor], config: LoRAConfig
+) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """(updates by layer, tensors that replace the base's) of a file's tensors. Raises CheckpointError
+    for half a pair, for factors that do not fit each other or the settings, and for a tensor that
+    belongs to neither."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith(PREFIX):
+            parts.setdefault(layer, {})[leaf] = tensor
+        else:
+            whole[name] = tensor
+    updates = {layer: _update(layer, found, config) for layer, found in parts.items()}
+    saved = [f".{name}." for name in config.modules_to_save]
+    if odd := sorted(name for name in whole if not any(part in f".{name}" for part in saved)):
+        raise CheckpointError(f"{odd[0]} is not part of an adapter")
+    if not tensors:
+        raise CheckpointError("the adapter is empty")
+    return updates, whole
+
+
+def _update(layer: str, found: Mapping[str, Tensor], config: LoRAConfig) -> Update:
+    variant = variant_named(config.variant)
+    wanted = (LORA_A, LORA_B, *variant.extra)
+    if found.keys() != set(wanted):
+        absent = next((name for name in wanted if name not in found), None)
+        if absent is None:
+            odd = sorted(found.keys() - set(wanted))
+            raise CheckpointError(f"{layer} has {odd[0]}, which no update of the kind {variant.name} has")
+        raise CheckpointError(f"{layer} has no {absent}, but {' and '.join(sorted(found))}")
+    A, B, rank = found[LORA_A], found[LORA_B], layer_rank(config, layer)
+    fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) == rank
+    if not fits or not (A.numel() and B.numel()):
+        raise CheckpointError(
+            f"{layer}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}"
+        )
+    extra = {name: found[name] for name in variant.extra}
+    return Update(A, B, layer_scale(config, layer), variant=variant.name, extra=extra)
+
+
+def names_of(layers: Iterable[str]) -> set[str]:
+    """The names of the weights that updates of these layers change."""
+    return {f"{layer}.weight" for layer in layers}
