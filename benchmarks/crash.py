@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from litlora.checkpoint import full_meta, open_checkpoint, write_checkpoint
+from litlora.checkpoint import open_checkpoint, write_full
 from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.model import GPT
@@ -58,9 +58,7 @@ def make_inputs(scratch: Path) -> None:
         max_position_embeddings=128,
         **facts,
     )
-    write_checkpoint(
-        scratch / "base", dict(GPT(config).named_parameters()), full_meta(), config, sidecars_from=QUICKSTART
-    )
+    write_full(scratch / "base", dict(GPT(config).named_parameters()), config, sidecars_from=[QUICKSTART])
     records = [{"instruction": f"Say {n}.", "output": f"{n} " * (1 + n % 5)} for n in range(24)]
     (scratch / "records.json").write_text(json.dumps(records))
 

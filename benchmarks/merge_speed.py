@@ -22,6 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from litlora.checkpoint import reference_to, write_adapter, write_full
+from litlora.lora import Adapter, adapter_of
+from litlora.lora.adapter import parse_tensors
+
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
@@ -47,9 +51,9 @@ def make(directory: Path, size: str) -> None:
     not matter here."""
     import torch
 
-    from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
+    from litlora.checkpoint import open_checkpoint
     from litlora.config import ModelConfig
-    from litlora.lora import LoRAConfig, add_lora, lora_tensors
+    from litlora.lora import LoRAConfig, add_lora
     from litlora.model import GPT
     from litlora.settings import QUICKSTART
 
@@ -75,16 +79,17 @@ def make(directory: Path, size: str) -> None:
 
     model = GPT.without_weights(config)
     tensors = {name: weight(parameter.shape) for name, parameter in model.named_parameters()}
-    write_checkpoint(directory / "base", tensors, full_meta(), config, sidecars_from=REPO / QUICKSTART)
+    write_full(directory / "base", tensors, config, sidecars_from=[REPO / QUICKSTART])
     del tensors
     lora = LoRAConfig(rank=8, targets=targets)
     add_lora(model, lora)
-    adapter = {
+    tensors = {
         name: torch.randn(t.shape) * (t.size(1) ** -0.5 if name.endswith("A") else 0.01)
-        for name, t in lora_tensors(model).items()
+        for name, t in adapter_of(model, lora).tensors.items()
     }
-    meta = adapter_meta(lora, open_checkpoint(directory / "base"), directory / "adapter")
-    write_checkpoint(directory / "adapter", adapter, meta, config, sidecars_from=REPO / QUICKSTART)
+    reference = reference_to(open_checkpoint(directory / "base"), directory / "adapter")
+    adapter = Adapter(lora, *parse_tensors(tensors, lora), reference)
+    write_adapter(directory / "adapter", adapter, config, sidecars_from=[REPO / QUICKSTART])
 
 
 def run(command: list[str], directory: Path) -> tuple[float, float, float]:

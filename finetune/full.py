@@ -15,14 +15,12 @@ def main(settings: FinetuneFull) -> None:
     run = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
-    from litlora.checkpoint import full_meta
     from litlora.train.run import Method, finetune
 
     method = Method(
         prepare=lambda model: model.requires_grad_(),
         trains_base=True,
-        tensors=lambda model: dict(model.named_parameters()),
-        meta=lambda base, directory: full_meta(),
+        content=lambda model: dict(model.named_parameters()),
         stores="the full model",
     )
     finetune(settings, method, records, run)

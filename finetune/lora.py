@@ -14,15 +14,13 @@ def main(settings: FinetuneLoRA) -> None:
     run = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
-    from litlora.checkpoint import adapter_meta
-    from litlora.lora import add_lora, lora_tensors
+    from litlora.lora import adapter_of, add_lora
     from litlora.train.run import Method, finetune
 
     method = Method(
         prepare=lambda model: add_lora(model, settings.lora),
         trains_base=False,
-        tensors=lora_tensors,
-        meta=lambda base, directory: adapter_meta(settings.lora, base, directory),
+        content=lambda model: adapter_of(model, settings.lora),
         stores="the adapter only",
     )
     finetune(settings, method, records, run)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, resolve, whole_tensors
+from litlora.checkpoint import Chain, resolve
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError
-from litlora.lora import Update, attach_lora
-from litlora.lora.adapter import parse_settings
-from litlora.lora.select import OUTPUT_HEAD, layer_scale
+from litlora.formats.full import FullModel
+from litlora.lora import Adapter, attach_lora
+from litlora.lora.select import OUTPUT_HEAD
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.storage.fingerprint import check_finite
@@ -51,9 +51,8 @@ def load(
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
     tokenizer = Tokenizer(chain.sources)
-    live_adapter = top if live and top.is_adapter else None
-    inner = Chain(chain.base, chain.adapters[:-1], chain.config) if live_adapter else chain
-    tensors, config = merge_chain(inner)
+    live_adapter = top if live and isinstance(top, Adapter) else None
+    tensors, config = merge_chain(chain.inner if live_adapter else chain)
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
@@ -67,7 +66,7 @@ def load(
     return Loaded(model, tokenizer, taught, template, chain)
 
 
-def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> GPT:
+def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> GPT:
     """A GPT that holds these tensors; errors name the base's file."""
     try:
         return GPT.from_tensors(config, tensors)
@@ -75,40 +74,24 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], base: Checkpoint) -> 
         raise CheckpointError(f"{base.file}: {error}") from None
 
 
-def attach_adapter(model: GPT, adapter: Checkpoint) -> None:
-    """Put an adapter's A and B on the model as live LoRALinear layers."""
-    lora, modules = parse_settings(adapter.meta["lora"]), adapter_modules(adapter.tensors)
-    linears = [name for name in modules if not name.rpartition(".")[2].startswith("embed_")]
+def attach_adapter(model: GPT, adapter: Adapter) -> None:
+    """Put an adapter's updates on the model as live LoRALinear layers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    # An embedding is looked up, not multiplied: a live update would gain nothing.
+    embeddings = {name for name in adapter.updates if name.rpartition(".")[2].startswith("embed_")}
+    linears = [name for name in adapter.updates if name not in embeddings]
+    touched = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.whole)}
     try:
-        if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & {
-            *modules,
-            *(name.rpartition(".")[0] for name in whole_tensors(adapter.tensors)),
-        }:
+        if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & touched:
             _untie(model)
-        for name, tensor in whole_tensors(adapter.tensors).items():
+        for name, tensor in adapter.whole.items():
             _replace(model, name, tensor, like=parameters[name])
-        for name in set(modules) - set(
-            linears
-        ):  # looked up, not multiplied: a live update would gain nothing
-            A, B, weight = (
-                adapter.tensors[f"{name}.lora_A"],
-                adapter.tensors[f"{name}.lora_B"],
-                parameters[f"{name}.weight"],
-            )
-            _replace(
-                model, f"{name}.weight", Update(A, B, layer_scale(lora, name)).added_to(weight), like=weight
-            )
-        attach_lora(model, linears, lora)
-        with torch.no_grad():
-            for name in linears:
-                module = model.get_submodule(name)
-                if module.lora_B.size(0) != adapter.tensors[f"{name}.lora_B"].size(
-                    0
-                ):  # copying would stretch a single row
-                    raise UserError(f"{name} has {module.lora_B.size(0)} outputs")
-                module.lora_A.copy_(adapter.tensors[f"{name}.lora_A"])
-                module.lora_B.copy_(adapter.tensors[f"{name}.lora_B"])
+        for name in embeddings:
+            weight = parameters[f"{name}.weight"]
+            _replace(model, f"{name}.weight", adapter.updates[name].added_to(weight), like=weight)
+        attach_lora(model, linears, adapter.config)
+        for name in linears:
+            model.get_submodule(name).load_update(adapter.updates[name])
     except (AttributeError, KeyError, RuntimeError, UserError) as error:
         raise CheckpointError(
             f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}"

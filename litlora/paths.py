@@ -5,16 +5,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from litlora import formats
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError
+from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
-from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.prompts import STYLE_FILE
 from litlora.settings import Finetune
 from litlora.storage.atomic import LEFTOVERS, check_writable, settle
 from litlora.tokenizer import SIDECAR_FILES
 
-WEIGHTS_FILE = "lit_model.pth"
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 METRICS_FILE = "metrics.csv"
 STATE_FILE = "state.pth"
@@ -24,63 +24,40 @@ RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*", *LEFTOVERS)
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory holds."""
 PEFT_NAMES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILES[0],
     *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
 )
 """What a PEFT folder that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
-CHECKPOINT_MARKS = (WEIGHTS_FILE, "lit_model.pth.lora", "adapter_config.json")
-"""A directory with one of these is a checkpoint: ours, litgpt's or PEFT's."""
-WEIGHTS_FILES = (
-    WEIGHTS_FILE,
-    "lit_model.pth.lora",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    *SINGLE_FILES,
-)
-"""Files that may be named in place of the directory that holds them."""
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory holds weights in a layout that we read."""
-    return any((directory / name).is_file() for name in CHECKPOINT_MARKS) or is_model_folder(directory)
+    """Whether a directory holds weights in a format that we read, whole or not."""
+    try:
+        return formats.detect(directory) is not None
+    except CheckpointError:
+        return True
 
 
 def checkpoint_dir(path: str | Path) -> Path:
     """The path, if it is a checkpoint directory, or the directory of a weights' file. Raises
-    CheckpointError. Opens nothing."""
-    directory = (
-        Path(path).parent if Path(path).name in WEIGHTS_FILES and not Path(path).is_dir() else Path(path)
-    )
+    CheckpointError. Opens small text files at most."""
+    path = Path(path)
+    directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
     if directory.is_file():
-        hint = (
-            "; LoRA files of other tools are for scripts/lora_merger.py"
-            if directory.suffix == ".safetensors"
-            else ""
-        )
+        hint = ""
+        if directory.suffix == ".safetensors":
+            hint = "; LoRA files of other tools are for scripts/lora_merger.py"
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
-    if any((directory / name).is_file() for name in CHECKPOINT_MARKS):
+    if formats.detect(directory) is not None:
         return directory
-    if (directory / HF_CONFIG_FILE).is_file():
-        weight_files(directory)  # names what is missing
-        return directory
-    hint = f"; did you mean {directory / FINAL}?" if (directory / FINAL / WEIGHTS_FILE).is_file() else ""
+    formats.missing_part(directory)
+    hint = f"; did you mean {directory / FINAL}?" if is_checkpoint(directory / FINAL) else ""
     raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
-
-
-def is_lora_file(path: Path) -> bool:
-    """Whether a path is a file of tensors that is no part of a checkpoint directory: a LoRA file of
-    another tool.
-
-    Raises CheckpointError for one that is named like such a file and is not there.
-    """
-    if path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES and not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    return path.is_file() and path.suffix == ".safetensors" and path.name not in WEIGHTS_FILES
 
 
 def output_dir(

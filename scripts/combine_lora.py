@@ -6,23 +6,27 @@ python scripts/combine_lora.py --lora_path style.safetensors other.safetensors -
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from litlora import formats
 from litlora.cli import dump, run
 from litlora.console import say
 from litlora.paths import (
     CHECKPOINT_NAMES,
     WEIGHTS_FILE,
     checkpoint_dir,
-    is_lora_file,
     keep_inputs,
     output_dir,
 )
 from litlora.prompts import STYLE_FILE
 from litlora.settings import CombineLoRA, check
 
+if TYPE_CHECKING:
+    from litlora.adapters.combine import Recipe
+
 
 def main(settings: CombineLoRA) -> None:
-    files = [Path(path) for path in settings.lora_path if is_lora_file(Path(path))]
+    files = [Path(path) for path in settings.lora_path if formats.is_lora_file(Path(path))]
     if files:
         check(
             len(files) == len(settings.lora_path),
@@ -40,7 +44,7 @@ def main(settings: CombineLoRA) -> None:
     from litlora.adapters.combine import combine_adapters
     from litlora.adapters.merge import plan_merge, resolve_sharing
     from litlora.adapters.resize import table
-    from litlora.checkpoint import adapter_meta, write_checkpoint
+    from litlora.checkpoint import Beside, reference_to, write_adapter
     from litlora.storage.fingerprint import check_finite
 
     chains = resolve_sharing(
@@ -50,11 +54,14 @@ def main(settings: CombineLoRA) -> None:
         keep_inputs(out_dir, chain.directories)
         check_finite(chain.top.tensors, chain.top.file)
         plan_merge(chain)  # whether it fits its base
-    tensors, lora, changes = combine_adapters(chains, settings)
+    combined, changes = combine_adapters(chains, _recipe(settings))
     first = chains[0]
-    meta = adapter_meta(lora, first.inner.top, out_dir)
-    write_checkpoint(
-        out_dir, tensors, meta, first.config, sidecars_from=first.sources, hyperparameters=dump(settings)
+    write_adapter(
+        out_dir,
+        combined.trained_on(reference_to(first.inner.top, out_dir)),
+        first.config,
+        sidecars_from=first.sources,
+        beside=Beside(hyperparameters=dump(settings)),
     )
     for notice in dict.fromkeys(notice for chain in chains for notice in chain.notices):
         say(f"note: {notice}")
@@ -104,13 +111,26 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
         check_finite(tensors, file)
         dtypes += [tensor.dtype for tensor in tensors.values()]
     result, dtype = out_dir / files[0].name, functools.reduce(torch.promote_types, dtypes)
-    combined, changes = combine_files(loras, settings, dtype)
+    combined, changes = combine_files(loras, _recipe(settings), dtype)
     write_lora(result, combined, dtype)
     say(*table(changes))
     terms = (f"{weight:g} x {file}" for weight, file in zip(settings.each_weight, files, strict=True))
     say(f"{settings.mode}: {' + '.join(terms)}")
     say(
         f"result: {result} ({result.stat().st_size:,} bytes, in {str(dtype).removeprefix('torch.')} as the files are)"
+    )
+
+
+def _recipe(settings: CombineLoRA) -> "Recipe":
+    from litlora.adapters.combine import Recipe
+
+    return Recipe(
+        weights=settings.each_weight,
+        mode=settings.mode,
+        density=settings.density,
+        rank=settings.rank,
+        max_error=settings.error_bound,
+        seed=settings.seed,
     )
 
 

@@ -7,17 +7,17 @@ checkpoints/$repo_id-lit
 
 from pathlib import Path
 
+from litlora import formats
 from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
-from litlora.formats.folder import is_model_folder
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
 from litlora.settings import ConvertHF
 
 
 def main(settings: ConvertHF) -> None:
     directory = checkpoint_dir(settings.checkpoint_dir)
-    if (directory / WEIGHTS_FILE).is_file() or not is_model_folder(directory):
+    if formats.detect(directory).name != "Hugging Face":
         raise CheckpointError(
             f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights"
         )
@@ -25,7 +25,7 @@ def main(settings: ConvertHF) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory]
     )
 
-    from litlora.checkpoint import full_meta, resolve, write_checkpoint
+    from litlora.checkpoint import resolve, write_full
     from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def main(settings: ConvertHF) -> None:
     source = chain.base
     check_finite(source.tensors, source.file)
     Tokenizer(directory)  # a checkpoint directory needs one
-    write_checkpoint(out_dir, source.tensors, full_meta(), source.config, sidecars_from=directory)
+    write_full(out_dir, source.tensors, source.config, sidecars_from=[directory])
     for notice in chain.notices:
         say(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE

@@ -24,8 +24,7 @@ def main(settings: ExportPEFT) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
 
     from litlora.checkpoint import resolve
-    from litlora.formats.peft import to_peft, write_peft
-    from litlora.lora.adapter import parse_settings
+    from litlora.formats.peft_export import to_peft, write_peft
     from litlora.storage.atomic import replacing_directory
     from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import find_sidecars
@@ -55,8 +54,7 @@ def main(settings: ExportPEFT) -> None:
             f"--model_type {settings.model_type}: {base.directory} is of the family {model_type}; leave it out"
         )
     tensors, config = to_peft(
-        chain.top.tensors,
-        parse_settings(chain.top.meta["lora"]),
+        chain.top,
         model_type,
         chain.config,
         base.tensors,

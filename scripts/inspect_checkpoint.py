@@ -12,15 +12,16 @@ inspected. What is no checkpoint is an error.
 import json
 from pathlib import Path
 
+from litlora import formats
 from litlora.cli import run
 from litlora.console import say
-from litlora.paths import WEIGHTS_FILES, checkpoint_dir
+from litlora.paths import checkpoint_dir
 from litlora.settings import InspectCheckpoint
 
 
 def main(settings: InspectCheckpoint) -> None:
     path = Path(settings.checkpoint_dir)
-    if not path.is_file() or path.name in WEIGHTS_FILES:
+    if not path.is_file() or path.name in formats.NAMED_FILES:
         path = checkpoint_dir(path)
     base_dir = checkpoint_dir(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
 

@@ -92,8 +92,8 @@ def extract_adapter(settings: LoRAExtractor) -> None:
 
     from litlora.adapters.extract import as_adapter, extract
     from litlora.adapters.merge import merge_chain
-    from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
-    from litlora.formats.peft import to_peft, write_peft
+    from litlora.checkpoint import reference_to, resolve, write_adapter
+    from litlora.formats.peft_export import to_peft, write_peft
     from litlora.storage.atomic import replacing_directory
 
     base, tuned = resolve(source), resolve(target)
@@ -105,15 +105,15 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     before, after = merge_chain(base)[0], merge_chain(tuned)[0]
     left_out = _check_comparable(before, after, settings.allow_mismatch)
     report = Report(settings)
-    tensors, lora = as_adapter(report.told(extract(before, after, _plan(settings), left_out)))
+    adapter = as_adapter(report.told(extract(before, after, _plan(settings), left_out)))
     if settings.format == "litlora":
-        meta = adapter_meta(lora, base.top, output)
-        write_checkpoint(output, tensors, meta, base.config, sidecars_from=[*tuned.sources, *base.sources])
+        adapter = adapter.trained_on(reference_to(base.top, output))
+        write_adapter(output, adapter, base.config, sidecars_from=[*tuned.sources, *base.sources])
         report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
         return
     config = source / HF_CONFIG_FILE
     family = read_json(config)["model_type"] if config.is_file() else write_config(base.config)["model_type"]
-    folder = to_peft(tensors, lora, family, base.config, base.base.tensors, base_name=str(source.resolve()))
+    folder = to_peft(adapter, family, base.config, base.base.tensors, base_name=str(source.resolve()))
     with replacing_directory(output) as staging:
         write_peft(staging, *folder)
     report.sum_up(

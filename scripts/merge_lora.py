@@ -28,9 +28,8 @@ def main(settings: MergeLoRA) -> None:
 
     from litlora.adapters.merge import converted, plan_sum
     from litlora.adapters.verify import bytes_needed, probe_ids, verify
-    from litlora.checkpoint import full_meta, write_checkpoint
+    from litlora.checkpoint import write_full
     from litlora.ram import free_ram
-    from litlora.storage.fingerprint import fingerprint
 
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(adapter_dirs)]
     plan, config, chains = plan_sum(
@@ -52,13 +51,6 @@ def main(settings: MergeLoRA) -> None:
         and all(tensor.dtype == tensor.own for tensor in plan.values())
     )
 
-    def meta(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        return (
-            full_meta(merged={"chain": chains[0].top.fingerprint, "result": fingerprint(tensors)})
-            if as_trained
-            else full_meta()
-        )
-
     report = [] if settings.verify else ["not verified: --verify false"]
 
     def check(directory: Path) -> None:
@@ -72,8 +64,13 @@ def main(settings: MergeLoRA) -> None:
             report.extend([f"note: {notice}"] if notice else [])
             report.extend(verify(plan, config, directory, ids).lines())
 
-    write_checkpoint(
-        out_dir, plan, meta, config, sidecars_from=chains[0].sources, check=check if settings.verify else None
+    write_full(
+        out_dir,
+        plan,
+        config,
+        sidecars_from=chains[0].sources,
+        merged_from=chains[0].top.fingerprint if as_trained else None,
+        check=check if settings.verify else None,
     )
     for notice in notices:
         say(f"note: {notice}")

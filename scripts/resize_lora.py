@@ -7,6 +7,7 @@ python scripts/resize_lora.py --lora_path some_style.safetensors --energy 0.99 -
 
 from pathlib import Path
 
+from litlora import formats
 from litlora.cli import dump, run
 from litlora.console import say
 from litlora.errors import CheckpointError
@@ -14,7 +15,6 @@ from litlora.paths import (
     CHECKPOINT_NAMES,
     WEIGHTS_FILE,
     checkpoint_dir,
-    is_lora_file,
     keep_inputs,
     output_dir,
 )
@@ -23,7 +23,7 @@ from litlora.settings import ResizeLoRA, check
 
 def main(settings: ResizeLoRA) -> None:
     file = Path(settings.lora_path)
-    if is_lora_file(file):
+    if formats.is_lora_file(file):
         _resize_file(file, settings)
         return
     adapter_dir = checkpoint_dir(settings.lora_path)
@@ -36,9 +36,9 @@ def main(settings: ResizeLoRA) -> None:
     import torch
 
     from litlora.adapters.merge import plan_merge
-    from litlora.adapters.resize import resize_all, settings_for, table, tensors_of, updates_of
-    from litlora.checkpoint import adapter_meta, resolve, whole_tensors, write_checkpoint
-    from litlora.lora.adapter import parse_settings
+    from litlora.adapters.resize import plain_updates, resize_all, settings_for, table
+    from litlora.checkpoint import Beside, reference_to, resolve, write_adapter
+    from litlora.lora import Adapter
     from litlora.storage.fingerprint import check_finite
 
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
@@ -48,22 +48,23 @@ def main(settings: ResizeLoRA) -> None:
     check_finite(chain.top.tensors, chain.top.file)
     plan_merge(chain)  # whether it fits its base
     generator = torch.Generator().manual_seed(settings.seed)
+    adapter = chain.top
     resized, changes = resize_all(
-        updates_of(chain.top), rank=settings.rank, max_error=settings.error_bound, generator=generator
+        plain_updates(adapter), rank=settings.rank, max_error=settings.error_bound, generator=generator
     )
-    lora, whole = (
-        settings_for(resized, parse_settings(chain.top.meta["lora"])),
-        whole_tensors(chain.top.tensors),
-    )
-    tensors = tensors_of(resized) | whole
-    meta = adapter_meta(lora, chain.inner.top, out_dir)
-    write_checkpoint(
-        out_dir, tensors, meta, chain.config, sidecars_from=chain.sources, hyperparameters=dump(settings)
+    config, base = settings_for(resized, adapter.config), reference_to(chain.inner.top, out_dir)
+    beside = Beside(hyperparameters=dump(settings))
+    write_adapter(
+        out_dir,
+        Adapter(config, resized, adapter.whole, base),
+        chain.config,
+        sidecars_from=chain.sources,
+        beside=beside,
     )
     for notice in chain.notices:
         say(f"note: {notice}")
-    if whole:
-        say(f"note: {', '.join(whole)}: saved whole, kept as they are")
+    if adapter.whole:
+        say(f"note: {', '.join(adapter.whole)}: saved whole, kept as they are")
     say(*table(changes))
     result = out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")

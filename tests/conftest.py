@@ -10,6 +10,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
+from litlora.lora import Adapter, adapter_of
+from litlora.lora.adapter import parse_tensors
+
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # tests run side by side: a thread each, or they wait for each other's
@@ -21,10 +25,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
+from litlora.checkpoint import resolve
 from litlora.cli import parse
 from litlora.config import ModelConfig
-from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.prompts import STYLES
 from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
@@ -86,9 +90,7 @@ def make_checkpoint(tmp_path, tokenizer_dir) -> Callable[..., Path]:
         torch.manual_seed(seed)
         config = tiny_config(**changes)
         model = GPT(config).to(dtype)
-        write_checkpoint(
-            tmp_path / name, dict(model.named_parameters()), full_meta(), config, sidecars_from=tokenizer_dir
-        )
+        write_full(tmp_path / name, dict(model.named_parameters()), config, sidecars_from=[tokenizer_dir])
         return tmp_path / name
 
     return make
@@ -106,11 +108,11 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
     tensors, config = merge_chain(chain)
     model = GPT.from_tensors(config, tensors)
     add_lora(model, settings)
-    trained = {name: torch.randn_like(tensor) * 0.1 for name, tensor in lora_tensors(model).items()}
-    meta = adapter_meta(settings, chain.top, directory)
-    write_checkpoint(
-        directory, trained, meta, chain.config, sidecars_from=chain.sources, prompt_style=STYLES["alpaca"]
-    )
+    adapter = adapter_of(model, settings)
+    random = {name: torch.randn_like(tensor) * 0.1 for name, tensor in adapter.tensors.items()}
+    adapter = Adapter(settings, *parse_tensors(random, settings), reference_to(chain.top, directory))
+    beside = Beside(prompt_style=STYLES["alpaca"])
+    write_adapter(directory, adapter, chain.config, sidecars_from=chain.sources, beside=beside)
     return directory
 
 

@@ -20,9 +20,10 @@ from conftest import REPO, tiny_config
 from safetensors.torch import save_file
 
 from litlora import settings as all_settings
-from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
+from litlora.checkpoint import open_checkpoint, reference_to, write_adapter, write_full
 from litlora.config import ModelConfig
-from litlora.lora import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig
+from litlora.lora.adapter import parse_tensors
 from litlora.model import GPT
 
 SCRIPTS = {
@@ -39,13 +40,14 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     place = tmp_path_factory.mktemp("bad_input")
     config, lora = tiny_config(), LoRAConfig(rank=2, targets=["q_proj"])
     tensors = {name: parameter.detach() for name, parameter in GPT(config).named_parameters()}
-    write_checkpoint(place / "base", tensors, full_meta(), config, sidecars_from=tokenizer_dir)
+    write_full(place / "base", tensors, config, sidecars_from=[tokenizer_dir])
     pairs = {}
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
         pairs |= {f"{name}.lora_A": torch.randn(2, 32), f"{name}.lora_B": torch.randn(32, 2)}
-    meta = adapter_meta(lora, open_checkpoint(place / "base"), place / "adapter")
-    write_checkpoint(place / "adapter", pairs, meta, config, sidecars_from=tokenizer_dir)
+    reference = reference_to(open_checkpoint(place / "base"), place / "adapter")
+    adapter = Adapter(lora, *parse_tensors(pairs, lora), reference)
+    write_adapter(place / "adapter", adapter, config, sidecars_from=[tokenizer_dir])
     shutil.copytree(tokenizer_dir, place / "hf")
     save_file(tensors, place / "hf/model.safetensors")
     facts = {name: getattr(config, name) for name in HF_FIELDS if hasattr(config, name)}

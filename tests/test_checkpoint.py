@@ -10,10 +10,12 @@ import yaml
 from conftest import tiny_config
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, resolve, write_checkpoint
+from litlora.checkpoint import Beside, open_checkpoint, reference_to, resolve, write_full
+from litlora.checkpoint import write_adapter as store_adapter
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load
-from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.lora import Adapter, LoRAConfig, adapter_of, add_lora
+from litlora.lora.adapter import parse_tensors
 from litlora.model import GPT
 from litlora.paths import CHECKPOINT_NAMES, output_dir
 from litlora.prompts import STYLES
@@ -26,10 +28,15 @@ def write_adapter(directory, base_dir, *, seed=1, targets="all-linear", alpha=16
     config = LoRAConfig(rank=rank, alpha=alpha, targets=targets, **more)
     loaded = load(base_dir)
     add_lora(loaded.model, config)
-    tensors = {name: torch.randn_like(t) * 0.1 for name, t in lora_tensors(loaded.model).items()}
-    meta = adapter_meta(config, loaded.chain.top, directory)
-    write_checkpoint(
-        directory, tensors, meta, loaded.model.config, sidecars_from=base_dir, prompt_style=STYLES["alpaca"]
+    adapter = adapter_of(loaded.model, config)
+    random = {name: torch.randn_like(t) * 0.1 for name, t in adapter.tensors.items()}
+    base = reference_to(loaded.chain.top, directory)
+    store_adapter(
+        directory,
+        Adapter(config, *parse_tensors(random, config), base),
+        loaded.model.config,
+        sidecars_from=[base_dir],
+        beside=Beside(prompt_style=STYLES["alpaca"]),
     )
     return directory
 
@@ -75,7 +82,7 @@ def test_a_view_is_stored_at_its_own_size(tmp_path, base, tokenizer_dir):
         name: torch.cat([t, torch.zeros(10_000, *t.shape[1:])])[: len(t)]
         for name, t in open_checkpoint(base).tensors.items()
     }
-    write_checkpoint(tmp_path / "views", tensors, full_meta(), tiny_config(), sidecars_from=tokenizer_dir)
+    write_full(tmp_path / "views", tensors, tiny_config(), sidecars_from=[tokenizer_dir])
     assert (tmp_path / "views/lit_model.pth").stat().st_size < 1.1 * (base / "lit_model.pth").stat().st_size
 
 
@@ -97,7 +104,7 @@ def test_a_chain_equals_merging_one_by_one(tmp_path, base):
     chain = resolve(second)
     assert [link.directory.name for link in (chain.base, *chain.adapters)] == ["base", "first", "second"]
     tensors, config = merge_chain(resolve(first))
-    write_checkpoint(tmp_path / "merged", tensors, full_meta(), config, sidecars_from=first)
+    write_full(tmp_path / "merged", tensors, config, sidecars_from=[first])
     one_by_one, _ = merge_chain(resolve(second, base_dir=tmp_path / "merged", allow_base_mismatch=True))
     # The stand-in takes the place of the last link whose own base it could be; here that is the
     # first adapter's.
@@ -128,13 +135,14 @@ def test_a_merge_answers_for_its_chain_until_it_is_changed(tmp_path, base):
     second = write_adapter(tmp_path / "second", first, seed=2)
     chain = resolve(first)
     tensors, config = merge_chain(chain)
-    meta = full_meta(merged={"chain": chain.top.fingerprint, "result": fingerprint(tensors)})
-    write_checkpoint(tmp_path / "merged", tensors, meta, config, sidecars_from=first)
+    write_full(tmp_path / "merged", tensors, config, sidecars_from=[first], merged_from=chain.top.fingerprint)
     on_merged = resolve(second, base_dir=tmp_path / "merged")
     assert [link.directory.name for link in (on_merged.base, *on_merged.adapters)] == ["merged", "second"]
     torch.testing.assert_close(merge_chain(on_merged)[0], merge_chain(resolve(second))[0])
-    tensors = {name: t + 0.01 for name, t in tensors.items()}
-    write_checkpoint(tmp_path / "merged", tensors, meta, config, sidecars_from=first)
+    file = tmp_path / "merged/lit_model.pth"
+    content = torch.load(file, weights_only=True)
+    content["model"] = {name: t + 0.01 for name, t in content["model"].items()}
+    torch.save(content, file)
     with pytest.raises(BaseMismatchError):
         resolve(second, base_dir=tmp_path / "merged")
 
@@ -158,7 +166,7 @@ def test_another_base_of_equal_shapes_is_refused(tmp_path, base, make_checkpoint
     adapter = write_adapter(tmp_path / "adapter", base)
     other = make_checkpoint("other", seed=7)
     with pytest.raises(
-        BaseMismatchError, match=r"other: not the base that .*adapter was trained on.*--allow_base_mismatch"
+        BaseMismatchError, match=r"other: not the base that .*adapter was trained on.*allow_base_mismatch"
     ):
         resolve(adapter, base_dir=other)
     assert resolve(adapter, base_dir=other, allow_base_mismatch=True).base.directory == other
@@ -192,7 +200,7 @@ def test_moving_the_tree_or_the_adapter_keeps_working(tmp_path, base):
     shutil.move(tmp_path / "moved/base", tmp_path / "renamed")
     with pytest.raises(
         CheckpointError,
-        match=r"adapter -> .*base: the last is no checkpoint directory.*--base_checkpoint_dir",
+        match=r"adapter -> .*base: the last is not a checkpoint directory.*base_checkpoint_dir",
     ):
         load(tmp_path / "moved/adapter")
     assert torch.equal(logits(tmp_path / "moved/adapter", base_dir=tmp_path / "renamed"), expected)
@@ -210,7 +218,7 @@ def test_a_stand_in_finds_its_link_in_a_chain(tmp_path, base):
 
 
 def test_a_stand_in_for_a_full_model_is_refused(base, make_checkpoint):
-    with pytest.raises(CheckpointError, match="is no adapter"):
+    with pytest.raises(CheckpointError, match="is not an adapter"):
         resolve(base, base_dir=make_checkpoint("other"))
 
 
@@ -291,12 +299,12 @@ def test_a_bad_file_is_refused_in_one_line_with_its_name(tmp_path, base, how, sa
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c["litlora"]["lora"].update(rank=0), "make no adapter"),
+        (lambda c: c["litlora"]["lora"].update(rank=0), "rank 0: must be at least 1"),
         (lambda c: c["litlora"]["lora"].update(rank="2"), "lora.rank is '2'"),
-        (lambda c: c["litlora"]["lora"].update(alpha=float("nan")), "make no adapter"),
+        (lambda c: c["litlora"]["lora"].update(alpha=float("nan")), "alpha nan: must be"),
         (lambda c: c["litlora"]["lora"].update(rank=3), "make no update of rank 3"),
         (lambda c: c["litlora"]["base"].pop("fingerprint"), "base.fingerprint is None"),
-        (lambda c: c["model"].pop(next(iter(c["model"]))), "but not both"),
+        (lambda c: c["model"].pop(next(iter(c["model"]))), "has no lora_A, but lora_B"),
         (
             lambda c: c["model"].update({"model.norm.weight": torch.zeros(2)}),
             "has lora_A or lora_B|is not part of an adapter",
@@ -333,7 +341,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, base, tokenizer_dir, mon
 
     monkeypatch.setattr("litlora.storage.torch_file.TorchFile.finish", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_checkpoint(base, {}, full_meta(), tiny_config(), sidecars_from=tokenizer_dir)
+        write_full(base, {}, tiny_config(), sidecars_from=[tokenizer_dir])
     assert (base / "lit_model.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "nothing half written may remain"
 

@@ -130,7 +130,7 @@ def test_the_second_round(adapter, tmp_path):
     )
     assert "the full model" in done.stdout
     full = open_checkpoint(tmp_path / "full/final")
-    assert not full.is_adapter and full.tensors.keys() == base.tensors.keys()
+    assert full.kind == "full" and full.tensors.keys() == base.tensors.keys()
     assert all(not torch.equal(full.tensors[name], merged.tensors[name]) for name in merged.tensors)
     assert contents(tmp_path / "merged") == before, "training must not touch its base"
     succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "full/final", *ask)
@@ -156,7 +156,7 @@ def test_a_full_run_on_an_adapter_merges_it_first(adapter, tmp_path):
         "--train.max_steps",
         1,
     )
-    assert not open_checkpoint(tmp_path / "full/final").is_adapter
+    assert open_checkpoint(tmp_path / "full/final").kind == "full"
 
 
 def test_ones_own_data_and_the_real_tokenizer(tmp_path):

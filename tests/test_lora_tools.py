@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import full_meta, open_checkpoint, resolve, write_checkpoint
+from litlora.checkpoint import open_checkpoint, resolve, write_full
 from litlora.cli import parse
 from litlora.errors import UserError
 from litlora.load import load
@@ -418,7 +418,7 @@ def checkpoints(make_checkpoint):
                 @ torch.randn(4, tensor.size(1), generator=generator)
             )
     tensors["model.norm.weight"] += 0.5
-    write_checkpoint(base.parent / "tuned", tensors, full_meta(), opened.config, sidecars_from=base)
+    write_full(base.parent / "tuned", tensors, opened.config, sidecars_from=[base])
     return base, base.parent / "tuned"
 
 

@@ -59,7 +59,7 @@ def test_the_verdict(command, forked, tmp_path, base, make_checkpoint, alpaca_fi
     works(base_option, "other", "--allow_base_mismatch")
 
     base.rename(tmp_path / "renamed")
-    assert "adapter -> base: the last is no checkpoint directory" in forked.refuses(*words, cwd=tmp_path)
+    assert "adapter -> base: the last is not a checkpoint directory" in forked.refuses(*words, cwd=tmp_path)
     works(base_option, "renamed")
 
     (tmp_path / "renamed").rename(base)

@@ -2,14 +2,15 @@
 tensor at a time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.formats.lora_files import DIFF_OF, LoRAFile, Update
+from litlora.formats.lora_files import DIFF_OF, LoRAFile
+from litlora.lora import Update
 from litlora.lora.update import fitting
 
 COMFYUI = "diffusion_model."
@@ -157,17 +158,13 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
         exact = tensor.to(_wide(tensor), copy=True, memory_format=torch.contiguous_format)
         for addition in additions:
             value, of = addition.value, f"{addition.file}: {addition.key}"
-            factor = fitting(addition.factor * (value.scale if isinstance(value, Update) else 1), of)
-            if not isinstance(value, Update):
-                value = value.to(exact.dtype)
-                exact = exact.add_(
-                    value - tensor.to(exact.dtype) if addition.replaces else value, alpha=factor
-                )
-            elif value.kind == "linear":
-                A, B = value.A.flatten(1).to(exact.dtype), value.B.flatten(1).to(exact.dtype)
-                exact.view(len(exact), -1).addmm_(B, A, alpha=factor)
-            else:
-                exact.add_(replace(value, scale=1.0).delta(), alpha=factor)
+            if isinstance(value, Update):
+                fitting(addition.factor * value.scale, of)
+                value.add_product(exact, factor=addition.factor)
+                continue
+            value = value.to(exact.dtype)
+            change = value - tensor.to(exact.dtype) if addition.replaces else value
+            exact.add_(change, alpha=fitting(addition.factor, of))
         result = exact.to(dtype)
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"

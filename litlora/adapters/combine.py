@@ -19,6 +19,7 @@ goes into its scale.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,43 +32,53 @@ from litlora.adapters.resize import (
     difference,
     finite,
     least_rank,
-    matrices,
     norm,
+    plain_updates,
     settings_for,
     shrink,
-    tensors_of,
-    updates_of,
     wide,
-    with_matrices,
 )
-from litlora.checkpoint import Chain, whole_tensors
+from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError
-from litlora.formats.lora_files import LoRAFile, Update, as_stored
-from litlora.lora.adapter import parse_settings
-from litlora.settings import CombineLoRA, LoRAConfig
+from litlora.formats.lora_files import LoRAFile, as_stored
+from litlora.lora import Adapter, Update
 
 ELECTING = ("ties", "dare_ties")
 _OVERSAMPLE, _ITERATIONS = 16, 4
 
 
-def combine_adapters(
-    chains: list[Chain], settings: CombineLoRA
-) -> tuple[dict[str, Tensor], LoRAConfig, list[Change]]:
-    """The tensors and settings of the combination of the outermost adapters of `chains`, and what
-    became of every layer.
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters are combined."""
+
+    weights: list[float]
+    """A factor for each adapter, of any sign; one of weight 0 is left out."""
+    mode: str = "linear"
+    """One of those above."""
+    density: float = 1.0
+    """Share of an update's entries that magnitude_prune, ties and the dare modes keep."""
+    rank: int | None = None
+    """Rank of the result; with max_error, the largest that a layer may get."""
+    max_error: float | None = None
+    """Largest share of an update's norm (Frobenius) that may be lost in a layer."""
+    seed: int = 0
+
+
+def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list[Change]]:
+    """The combination of the outermost adapters of `chains`, and what became of every layer.
 
     Tensors saved whole are combined by their differences from the base. Raises CheckpointError for
     a layer whose shapes differ and for what a mode cannot combine.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
     adapters = [chain.top for chain in chains]
     updates, changes = combine_all(
         [adapter.file for adapter in adapters],
-        [updates_of(adapter) for adapter in adapters],
-        settings,
+        [plain_updates(adapter) for adapter in adapters],
+        recipe,
         generator,
     )
-    configs = [parse_settings(adapter.meta["lora"]) for adapter in adapters]
+    configs = [adapter.config for adapter in adapters]
     same = all(config.targets == configs[0].targets for config in configs)
     like = dataclasses.replace(
         configs[0],
@@ -75,23 +86,18 @@ def combine_adapters(
         targets=configs[0].targets if same else list(updates),
         modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
     )
-    return (
-        tensors_of(updates) | _combine_whole(chains, settings, generator),
-        settings_for(updates, like),
-        changes,
-    )
+    whole = _combine_whole(chains, recipe, generator)
+    return Adapter(settings_for(updates, like), updates, whole, adapters[0].base), changes
 
 
-def combine_files(
-    loras: list[LoRAFile], settings: CombineLoRA, dtype: torch.dtype
-) -> tuple[LoRAFile, list[Change]]:
+def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> tuple[LoRAFile, list[Change]]:
     """The same of LoRA files of other tools, under the names and in the format of the first, to be
     stored in `dtype`.
 
     Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose
     layers are called otherwise, which might be the same layers, and for shapes that differ.
     """
-    generator, first = torch.Generator().manual_seed(settings.seed), loras[0]
+    generator, first = torch.Generator().manual_seed(recipe.seed), loras[0]
     for other in loras[1:]:
         if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (
             other.updates.keys() | other.diffs.keys()
@@ -102,20 +108,20 @@ def combine_files(
     updates, changes = combine_all(
         [lora.path for lora in loras],
         [lora.updates for lora in loras],
-        settings,
+        recipe,
         generator,
         form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),
     )
     diffs = {}
     for key in dict.fromkeys(key for lora in loras for key in lora.diffs):
         _check_shapes(key, [(lora.path, lora.diffs[key].shape) for lora in loras if key in lora.diffs])
-        weighted = zip(settings.each_weight, loras, strict=True)
+        weighted = zip(recipe.weights, loras, strict=True)
         terms = [(weight, lora.diffs[key]) for weight, lora in weighted if key in lora.diffs and weight != 0]
-        if len(terms) == 1 and terms[0][0] == 1 and settings.density == 1:
+        if len(terms) == 1 and terms[0][0] == 1 and recipe.density == 1:
             diffs[key] = terms[0][1]
         elif terms:
             diffs[key] = combine_dense(
-                [weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], settings, generator
+                [weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], recipe, generator
             )
         if key in diffs and not torch.isfinite(diffs[key].to(dtype)).all():
             raise CheckpointError(
@@ -127,7 +133,7 @@ def combine_files(
 def combine_all(
     files: list[Path],
     found: list[dict[str, Update]],
-    settings: CombineLoRA,
+    recipe: Recipe,
     generator: Generator,
     form: Form = lambda update: update,
 ) -> tuple[dict[str, Update], list[Change]]:
@@ -140,12 +146,12 @@ def combine_all(
         )
         terms = [
             (weight, one[name])
-            for weight, one in zip(settings.each_weight, found, strict=True)
+            for weight, one in zip(recipe.weights, found, strict=True)
             if name in one and weight != 0
         ]
         if not terms:
             continue
-        updates[name], full, lost = combine_layer(terms, settings, generator, form)
+        updates[name], full, lost = combine_layer(terms, recipe, generator, form)
         finite(name, updates[name])
         changes.append(Change(name, sum(update.rank for _, update in terms), updates[name].rank, full, lost))
     return updates, changes
@@ -153,7 +159,7 @@ def combine_all(
 
 def combine_layer(
     terms: list[tuple[float, Update]],
-    settings: CombineLoRA,
+    recipe: Recipe,
     generator: Generator,
     form: Form = lambda update: update,
 ) -> tuple[Update, float, float]:
@@ -161,22 +167,22 @@ def combine_layer(
     what the stored one lacks."""
     exact = _finite(concatenate(terms))
     alone = len(terms) == 1
-    if settings.density < 1 or (settings.mode in ELECTING and not alone):
-        dense = combine_dense([weight * _delta(update) for weight, update in terms], settings, generator)
-        most = exact.rank if settings.error_bound is None else min(dense.shape)
-        stored = with_matrices(exact, *_factor(dense, settings.rank or most, settings.error_bound, generator))
+    if recipe.density < 1 or (recipe.mode in ELECTING and not alone):
+        dense = combine_dense([weight * update.product() for weight, update in terms], recipe, generator)
+        most = exact.rank if recipe.max_error is None else min(dense.shape)
+        stored = exact.with_matrices(*factorized(dense, recipe.rank or most, recipe.max_error, generator))
         stored = form(dataclasses.replace(stored, scale=1.0))
-        lost = torch.linalg.norm(dense.double() - _delta(stored).double()).item()
+        lost = torch.linalg.norm(dense.double() - stored.product().double()).item()
         return stored, torch.linalg.norm(dense.double()).item(), lost
     stored = exact
-    if settings.mode != "cat":
-        rank = settings.rank
-        if settings.mode == "svd" and rank is None and settings.error_bound is None:
+    if recipe.mode != "cat":
+        rank = recipe.rank
+        if recipe.mode == "svd" and rank is None and recipe.max_error is None:
             rank = max(update.rank for _, update in terms)
         # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of
         # their product.
-        if not alone or (rank or exact.rank) < exact.rank or settings.error_bound is not None:
-            stored = shrink(exact, rank=rank, max_error=settings.error_bound or 0.0)
+        if not alone or (rank or exact.rank) < exact.rank or recipe.max_error is not None:
+            stored = shrink(exact, rank=rank, max_error=recipe.max_error or 0.0)
     stored = form(stored)
     return stored, norm(exact), difference(exact, stored)
 
@@ -188,10 +194,10 @@ def concatenate(terms: list[tuple[float, Update]]) -> Update:
     scale = max((weight * update.scale for weight, update in terms), key=abs)
     columns = []
     for weight, update in terms:
-        factor, B = weight * update.scale / scale, matrices(update)[0]
+        factor, B = weight * update.scale / scale, update.matrices[0]
         columns.append(B if factor == 1 else (B.double() * factor).to(wide(B.dtype)))
-    rows = torch.cat([matrices(update)[1] for _, update in terms])
-    return with_matrices(dataclasses.replace(first, scale=scale), torch.cat(columns, dim=1), rows)
+    rows = torch.cat([update.matrices[1] for _, update in terms])
+    return dataclasses.replace(first, scale=scale).with_matrices(torch.cat(columns, dim=1), rows)
 
 
 def _finite(update: Update) -> Update:
@@ -201,14 +207,16 @@ def _finite(update: Update) -> Update:
     return update
 
 
-def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Generator) -> Tensor:
+def combine_dense(deltas: list[Tensor], recipe: Recipe, generator: Generator) -> Tensor:
     """The combination of weighted changes of one tensor, entry by entry; equal shapes, fp32 or
     better."""
-    density, random = settings.density, settings.mode.startswith("dare")
+    density, random = recipe.density, recipe.mode.startswith("dare")
     if density < 1:
-        deltas = [_drop(delta, density, generator) if random else _trim(delta, density) for delta in deltas]
+        deltas = [
+            drop_random(delta, density, generator) if random else trim(delta, density) for delta in deltas
+        ]
     total = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-    if settings.mode not in ELECTING:
+    if recipe.mode not in ELECTING:
         return total
     elected, agreed, count = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
     for delta in deltas:
@@ -218,7 +226,7 @@ def combine_dense(deltas: list[Tensor], settings: CombineLoRA, generator: Genera
     return agreed / count.clamp(min=1)
 
 
-def _trim(delta: Tensor, density: float) -> Tensor:
+def trim(delta: Tensor, density: float) -> Tensor:
     """The entries of the largest magnitude, a share `density` of them (and any as large as the
     last), the others zero."""
     size = delta.abs()
@@ -227,20 +235,15 @@ def _trim(delta: Tensor, density: float) -> Tensor:
     return delta * (size >= least)
 
 
-def _drop(delta: Tensor, density: float, generator: Generator) -> Tensor:
+def drop_random(delta: Tensor, density: float, generator: Generator) -> Tensor:
     """Random entries, each kept with probability `density` and divided by it, so that the mean over
     all draws is delta."""
     return delta * torch.empty_like(delta).bernoulli_(density, generator=generator) / density
 
 
-def _delta(update: Update) -> Tensor:
-    """s · B A, (out, in), in fp32 or better."""
-    B, A = matrices(update)
-    exact = wide(torch.promote_types(B.dtype, A.dtype))
-    return update.scale * (B.to(exact) @ A.to(exact))
-
-
-def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Generator) -> tuple[Tensor, Tensor]:
+def factorized(
+    delta: Tensor, rank: int, max_error: float | None, generator: Generator
+) -> tuple[Tensor, Tensor]:
     """B and A, the nearest of at most `rank` to a dense (out, in) matrix, or of the least rank
     within `max_error`, a share of its norm.
 
@@ -279,10 +282,10 @@ def _factor(delta: Tensor, rank: int, max_error: float | None, generator: Genera
 # ---- tensors saved whole
 
 
-def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Generator) -> dict[str, Tensor]:
+def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
     """W + the combination of all W_i - W, in the dtype of the W_i. What a single adapter holds, at
     weight 1, is its own to the bit."""
-    weights, held = settings.each_weight, [whole_tensors(chain.top.tensors) for chain in chains]
+    weights, held = recipe.weights, [chain.top.whole for chain in chains]
     base, _ = plan_merge(chains[0].inner)
     combined = {}
     for name in dict.fromkeys(name for one in held for name in one):
@@ -293,13 +296,13 @@ def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Genera
         ]
         if not terms:
             continue
-        adapted = [chain for chain in chains if f"{name.removesuffix('.weight')}.lora_A" in chain.top.tensors]
-        if adapted and (settings.density < 1 or (settings.mode in ELECTING and len(chains) > 1)):
+        adapted = [chain for chain in chains if name.removesuffix(".weight") in chain.top.updates]
+        if adapted and (recipe.density < 1 or (recipe.mode in ELECTING and len(chains) > 1)):
             raise CheckpointError(
-                f"{adapted[0].top.file}: adapts {name}, which {terms[0][1].top.file} replaces whole; --mode {settings.mode} cannot "
+                f"{adapted[0].top.file}: adapts {name}, which {terms[0][1].top.file} replaces whole; --mode {recipe.mode} cannot "
                 "combine the two, linear, cat and svd can"
             )
-        if len(terms) == 1 and terms[0][0] == 1 and settings.density == 1:
+        if len(terms) == 1 and terms[0][0] == 1 and recipe.density == 1:
             combined[name] = terms[0][2]
             continue
         stored_as = EMBEDDING if name == HEAD and HEAD not in base else name
@@ -318,7 +321,7 @@ def _combine_whole(chains: list[Chain], settings: CombineLoRA, generator: Genera
         dtype = terms[0][2].dtype
         for _, _, tensor in terms:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        combined[name] = (weight.to(exact) + combine_dense(deltas, settings, generator)).to(dtype)
+        combined[name] = (weight.to(exact) + combine_dense(deltas, recipe, generator)).to(dtype)
     return combined
 
 

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litlora import formats
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
 from litlora.adapters.resize import norm
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
+from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.config import ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.formats import litgpt, peft
+from litlora.formats import litgpt
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import weight_files
-from litlora.formats.lora_files import LoRAFile, Update, read_lora
+from litlora.formats.full import FullModel
+from litlora.formats.lora_files import LoRAFile, read_lora
 from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora.adapter import parse_settings
-from litlora.lora.select import layer_scale
-from litlora.paths import WEIGHTS_FILES, checkpoint_dir
+from litlora.lora import Adapter, Update
+from litlora.paths import checkpoint_dir
 from litlora.prompts import STYLE_FILE
 from litlora.storage.fingerprint import check_finite
 from litlora.storage.tensors import at_least_16_bits, open_tensors, open_torch
@@ -36,7 +37,7 @@ Description = dict[str, Any]
 def describe(path: Path, *, base_dir: Path | None = None) -> Description:
     """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for
     what is no checkpoint."""
-    if path.is_file() and path.name not in WEIGHTS_FILES:
+    if path.is_file() and path.name not in formats.NAMED_FILES:
         return _lora_file(path, read_lora(path, allow_unknown=True), [])
     directory = checkpoint_dir(path)
     try:
@@ -46,12 +47,12 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
             return adapter
         raise
     chain, problems = _resolve(directory, base_dir, found)
-    config = chain.config if chain else found.config
+    config = chain.config if chain else found.config if isinstance(found, FullModel) else None
     files = {file.name for file in find_sidecars(chain.sources if chain else [directory])}
     described = {
         "path": str(directory),
-        "kind": found.meta["kind"],
-        "format": _format(directory),
+        "kind": found.kind,
+        "format": formats.detect(directory).name,
         "file": found.file.name,
         "bytes": _size(found),
         **_numbers(found.tensors),
@@ -61,13 +62,13 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
         "prompt_style": (directory / STYLE_FILE).is_file(),
         "tokenizer": bool(files & {"tokenizer.json", "tokenizer.model"}),
     }
-    if merged := found.meta.get("merged"):
+    if isinstance(found, FullModel) and (merged := found.merged):
         described["merged_from"] = {
             "chain": merged["chain"],
             "unchanged_since": merged["result"] == found.fingerprint,
         }
-    if found.is_adapter:
-        described["lora"] = found.meta["lora"]
+    if isinstance(found, Adapter):
+        described["lora"] = found.settings
         described["base"] = _base(found, chain)
         described["chain"] = [
             str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])
@@ -78,11 +79,13 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
     return described | {"notices": chain.notices if chain else [], "problems": problems}
 
 
-def _resolve(directory: Path, base_dir: Path | None, found: Checkpoint) -> tuple[Chain | None, list[str]]:
+def _resolve(
+    directory: Path, base_dir: Path | None, found: FullModel | Adapter
+) -> tuple[Chain | None, list[str]]:
     """The chain, if all its links can be opened, and what is wrong with it."""
-    if not found.is_adapter and base_dir is None:
+    if isinstance(found, FullModel) and base_dir is None:
         line = bitsandbytes.notice(directory, found.tensors)
-        return Chain(found, [], found.config, [line] if line else []), []
+        return Chain(found, [], [line] if line else []), []
     try:
         return resolve(directory, base_dir=base_dir), []
     except BaseMismatchError as error:
@@ -91,13 +94,13 @@ def _resolve(directory: Path, base_dir: Path | None, found: Checkpoint) -> tuple
         return None, [str(error)]
 
 
-def _base(adapter: Checkpoint, chain: Chain | None) -> Description:
+def _base(adapter: Adapter, chain: Chain | None) -> Description:
     """Where the base is, and whether it is the one: None if it is not there, or if the adapter's
     format does not tell."""
-    wanted = adapter.meta["base"]["fingerprint"]
+    wanted = adapter.base.fingerprint
     if chain is None:
         return {
-            "path": adapter.meta["base"]["absolute_path"],
+            "path": adapter.base.absolute_path,
             "found": False,
             "wanted": wanted,
             "fingerprint": None,
@@ -114,26 +117,23 @@ def _base(adapter: Checkpoint, chain: Chain | None) -> Description:
     }
 
 
-def _layers(adapter: Checkpoint, chain: Chain | None) -> tuple[list[Description], list[str]]:
+def _layers(adapter: Adapter, chain: Chain | None) -> tuple[list[Description], list[str]]:
     """Each updated tensor and how large its update is beside it; and why that cannot be told, if it
     cannot."""
     weights: Plan = {}
     problems = []
     if chain is not None:
         try:
-            inner, config = plan_merge(Chain(chain.base, chain.adapters[:-1], chain.config))
+            inner, config = plan_merge(chain.inner)
             weights = inner if HEAD in inner else inner | {HEAD: inner[EMBEDDING]}  # a tied head
             add_adapters(inner, config, [(adapter, 1.0)])
         except CheckpointError as error:
             problems.append(str(error))
-    lora = parse_settings(adapter.meta["lora"])
     layers = []
-    for module in adapter_modules(adapter.tensors):
-        A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
-        update = Update(A, B, layer_scale(lora, module))
+    for module, update in adapter.updates.items():
         W = _fitting(weights.get(f"{module}.weight"), update.shape)
         layers.append(_layer(module, update.shape, norm(update), W, update.rank, update.scale))
-    for name, tensor in whole_tensors(adapter.tensors).items():
+    for name, tensor in adapter.whole.items():
         W = _fitting(weights.get(name), tuple(tensor.shape))
         size = None if W is None else _norm(tensor[rows] - W.exact(rows) for rows in W.row_slices())
         layers.append(_layer(name, tuple(tensor.shape), size, W))
@@ -197,10 +197,10 @@ def _without_base(directory: Path, why: str) -> Description | None:
     """An adapter of another format whose base is not there or does not fit, as far as its own files
     tell; else None."""
     problem = [f"only what its own files tell is shown: {why}"]
-    if peft.adapter_file(directory) is not None:
+    if formats.peft_weights(directory) is not None:
         return _lora_file(directory, read_lora(directory, allow_unknown=True), problem)
-    file = litgpt.adapter_file(directory)
-    if file is None:
+    file = directory / formats.LITGPT_ADAPTER_FILE
+    if formats.detect(directory).name != "litgpt" or not file.is_file():
         return None
     content = open_torch(file)
     content = content.get("model", content) if isinstance(content, dict) else {}
@@ -254,17 +254,7 @@ def _unknown_base(name: str | None) -> Description:
 # ---- facts
 
 
-def _format(directory: Path) -> str:
-    if peft.adapter_file(directory) is not None:
-        return "PEFT"
-    if litgpt.adapter_file(directory) is not None:
-        return "litgpt"
-    if not (directory / "lit_model.pth").is_file():
-        return "Hugging Face"
-    return "litgpt" if litgpt.is_litgpt(directory) else "litlora"
-
-
-def _size(found: Checkpoint) -> int:
+def _size(found: FullModel | Adapter) -> int:
     """Bytes of the weights on the disk."""
     if found.file.is_file() and found.file.suffix != ".json":
         return found.file.stat().st_size

@@ -12,9 +12,9 @@ from torch import Tensor
 from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, truncate_exact
 from litlora.errors import CheckpointError
 from litlora.formats import peft
-from litlora.formats.lora_files import PEFT_PARTS, LoRAFile, Update
+from litlora.formats.lora_files import PEFT_PARTS, LoRAFile
 from litlora.formats.model_files import Pages
-from litlora.settings import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.storage.torch_file import Memory, rows_at_a_time
 
 EMBEDDINGS = (
@@ -148,30 +148,31 @@ def _extract(name: str, D: Tensor, norm: float, after: Tensor, plan: Plan) -> Ex
     return Extracted(name, tuple(D.shape), update, norm, error, best.excess)
 
 
-def as_adapter(found: Iterable[Extracted]) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """What `extract` found with Plan.replace, between two models under our names, as the tensors
-    and settings of an adapter."""
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    whole: dict[str, None] = {}
+def as_adapter(found: Iterable[Extracted]) -> Adapter:
+    """What `extract` found with Plan.replace, between two models under our names, as an adapter."""
+    updates: dict[str, Update] = {}
+    whole: dict[str, Tensor] = {}
+    order: list[str] = []
     for one in found:
         module = one.name.rpartition(".")[0]
         if isinstance(one.result, Update):
-            tensors |= {f"{module}.lora_A": one.result.A, f"{module}.lora_B": one.result.B}
-            ranks[module] = one.result.rank
+            updates[module] = one.result
+            order += [f"{module}.{part}" for part in one.result.tensors()]
         else:
-            tensors[one.name] = one.result
-            whole[module] = None
+            whole[one.name] = one.result
+            order.append(one.name)
+    ranks = {module: update.rank for module, update in updates.items()}
     rank = max(ranks.values(), default=1)
     others = {module: value for module, value in ranks.items() if value != rank}
-    return tensors, LoRAConfig(
+    config = LoRAConfig(
         rank=rank,
         alpha=rank,
         targets=list(ranks) or ["none"],
         rank_pattern=others,
         alpha_pattern={module: float(value) for module, value in others.items()},
-        modules_to_save=list(whole),
+        modules_to_save=list(dict.fromkeys(name.rpartition(".")[0] for name in whole)),
     )
+    return Adapter(config, updates, whole, order=tuple(order))
 
 
 def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name: str) -> LoRAFile:

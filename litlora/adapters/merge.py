@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litlora.checkpoint import Chain, Checkpoint, adapter_modules, open_checkpoint, resolve, whole_tensors
+from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.config import ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora.adapter import parse_settings
-from litlora.lora.select import OUTPUT_HEAD, layer_scale
+from litlora.lora import Adapter, Update
+from litlora.lora.adapter import names_of
+from litlora.lora.select import OUTPUT_HEAD
 from litlora.lora.update import fitting
 from litlora.storage.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 
@@ -25,20 +26,19 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """factor · B A, with A (r, in) and B (out, r)."""
+class Added:
+    """What one adapter adds to a tensor W: factor · (W' - W) of its update, or factor · (T - W) of a
+    tensor T that it holds in W's place."""
 
-    A: Tensor
-    B: Tensor
+    value: Update | Tensor
     factor: float
 
-
-@dataclass(frozen=True)
-class Whole:
-    """factor · (T - W), for a tensor T that an adapter holds in W's place."""
-
-    tensor: Tensor
-    factor: float
+    def add_to(self, total: Tensor, before: Tensor, rows: slice) -> None:
+        """Add these rows to `total` in place; `before` are the same rows of W."""
+        if isinstance(self.value, Update):
+            self.value.add_to(total, before, rows, self.factor)
+        else:
+            total += self.factor * (self.value[rows].to(total.dtype) - before.to(total.dtype))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MergedTensor(LazyTensor):
     """W's dtype in the base."""
     dtype: torch.dtype
     """That of the result."""
-    links: tuple[tuple[LowRank | Whole, ...], ...] = ()
+    links: tuple[tuple[Added, ...], ...] = ()
     """The updates of each link of the chain, innermost first."""
     seed: int | None = None
     """Round up or down at random, so that the mean is right (see `rounded`); None: to the
@@ -117,11 +117,8 @@ class MergedTensor(LazyTensor):
             total = into[: len(before)].copy_(before)
         else:
             total = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
-        for update in self.links[-1] if self.links else ():
-            if isinstance(update, LowRank):
-                total.addmm_(update.B[rows].to(total.dtype), update.A.to(total.dtype), alpha=update.factor)
-            else:
-                total += update.factor * (update.tensor[rows].to(total.dtype) - before.to(total.dtype))
+        for added in self.links[-1] if self.links else ():
+            added.add_to(total, before, rows)
         return total
 
     def tensor(self) -> Tensor:
@@ -219,7 +216,7 @@ def resolve_sharing(
             )
         # The first one's base is what the others must have been trained on.
         wanted = below[-1] if base_dir is None and below else base_dir
-        if not open_checkpoint(path, base_dir=wanted).is_adapter:
+        if not isinstance(open_checkpoint(path, base_dir=wanted), Adapter):
             raise CheckpointError(f"{path}: is a full model already; --lora_path needs an adapter")
         chain = resolve(path, base_dir=wanted, allow_base_mismatch=allow_base_mismatch)
         if below and [place.resolve() for place in chain.directories[:-1]] != [
@@ -234,54 +231,30 @@ def resolve_sharing(
 
 
 def add_adapters(
-    plan: Plan, config: ModelConfig, adapters: list[tuple[Checkpoint, float]]
+    plan: Plan, config: ModelConfig, adapters: list[tuple[Adapter, float]]
 ) -> tuple[Plan, ModelConfig]:
-    """A plan with one more link: W + Σ weight · update over adapters that were trained on this very
-    model.
+    """A plan with one more link: W + Σ weight · (W' - W) over adapters that were trained on this
+    very model.
 
-    An update is s · B A, or T - W for a tensor T that an adapter holds whole. An update of a tied
-    output head, or of the embedding that it is tied to, unties them: the result has a head of its
-    own, and a config that says so. A whole embedding of more or fewer rows changes the vocabulary's
-    size with it. An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer
-    that the base lacks or whose shape differs.
+    An adapter gives W' by an update, or as a tensor that it holds whole. An update of a tied output
+    head, or of the embedding that it is tied to, unties them: the result has a head of its own, and
+    a config that says so. A whole embedding of more or fewer rows changes the vocabulary's size with
+    it. An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer that the
+    base lacks or whose shape differs.
     """
     adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0]
-    updates: dict[str, list[LowRank | Whole]] = {}
-    merged, sole = dict(plan), len(adapters) == 1 and adapters[0][1] == 1
-    num_rows = config.vocab_size
-    for adapter, _ in adapters:
-        found = whole_tensors(adapter.tensors).get(EMBEDDING)
-        if found is not None and found.size(0) != config.vocab_size:
-            if not sole:
-                raise CheckpointError(
-                    f"{adapter.file}: changes the vocabulary from {config.vocab_size} to {found.size(0)} rows; such an adapter can "
-                    "only be merged alone and at strength 1"
-                )
-            num_rows = found.size(0)
-    touched = {f"{name}.weight" for adapter, _ in adapters for name in adapter_modules(adapter.tensors)}
-    touched = {HEAD, EMBEDDING} & touched.union(*(whole_tensors(adapter.tensors) for adapter, _ in adapters))
-    # An embedding that was resized keeps its tie: a head of the old size would not fit it.
-    if (
-        config.tie_word_embeddings
-        and touched
-        and not (touched == {EMBEDDING} and num_rows != config.vocab_size)
-    ):
-        merged[HEAD] = dataclasses.replace(plan[EMBEDDING], name=HEAD)
-        config = dataclasses.replace(config, tie_word_embeddings=False)
+    sole = len(adapters) == 1 and adapters[0][1] == 1
+    num_rows = _vocabulary(config, adapters, sole=sole)
+    plan, config = _untied(plan, config, [adapter for adapter, _ in adapters], num_rows)
+    merged = dict(plan)
+    added: dict[str, list[Added]] = {}
     for adapter, weight in adapters:
-        for name, tensor in whole_tensors(adapter.tensors).items():
-            if name not in merged:
-                raise CheckpointError(f"{adapter.file}: replaces {name}, which the base does not have")
-            shape = tuple(merged[name].shape)
-            resized = name in (HEAD, EMBEDDING) and tensor.shape == (num_rows, config.hidden_size)
-            if shape != tensor.shape and not resized:
-                raise CheckpointError(
-                    f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {shape}"
-                )
+        for name, tensor in adapter.whole.items():
+            _check_whole(merged, name, tensor, adapter, (num_rows, config.hidden_size))
             if sole:
                 merged[name] = dataclasses.replace(merged[name], start=tensor, links=())
             else:
-                updates.setdefault(name, []).append(Whole(tensor, fitting(weight, f"{adapter.file}: {name}")))
+                added.setdefault(name, []).append(Added(tensor, fitting(weight, f"{adapter.file}: {name}")))
     if num_rows != config.vocab_size:
         if HEAD in merged and merged[HEAD].shape[0] != num_rows:
             raise CheckpointError(
@@ -289,22 +262,65 @@ def add_adapters(
             )
         config = dataclasses.replace(config, vocab_size=num_rows)
     for adapter, weight in adapters:
-        lora = parse_settings(adapter.meta["lora"])
-        for module in adapter_modules(adapter.tensors):
+        for module, update in adapter.updates.items():
             name = f"{module}.weight"
-            A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
-            if name not in merged:
-                raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
-            shape = tuple(merged[name].shape)
-            if shape != (B.size(0), A.size(1)):
-                raise CheckpointError(
-                    f"{adapter.file}: updates {module} as {B.size(0)} x {A.size(1)}; the base has {shape}"
-                )
-            factor = fitting(weight * layer_scale(lora, module), f"{adapter.file}: {module}")
-            updates.setdefault(name, []).append(LowRank(A, B, factor))
-    for name, added in updates.items():
-        merged[name] = dataclasses.replace(merged[name], links=(*merged[name].links, tuple(added)))
+            _check_update(merged, name, update, adapter)
+            fitting(weight * update.scale, f"{adapter.file}: {module}")
+            added.setdefault(name, []).append(Added(update, weight))
+    for name, terms in added.items():
+        merged[name] = dataclasses.replace(merged[name], links=(*merged[name].links, tuple(terms)))
     return merged, config
+
+
+def _vocabulary(config: ModelConfig, adapters: list[tuple[Adapter, float]], *, sole: bool) -> int:
+    """The rows of the embedding with these adapters. Raises CheckpointError if they change it and
+    are not merged alone and at weight 1."""
+    for adapter, _ in adapters:
+        found = adapter.whole.get(EMBEDDING)
+        if found is None or found.size(0) == config.vocab_size:
+            continue
+        if sole:
+            return found.size(0)
+        raise CheckpointError(
+            f"{adapter.file}: changes the vocabulary from {config.vocab_size} to {found.size(0)} rows; "
+            "such an adapter can only be merged alone and at strength 1"
+        )
+    return config.vocab_size
+
+
+def _untied(
+    plan: Plan, config: ModelConfig, adapters: list[Adapter], num_rows: int
+) -> tuple[Plan, ModelConfig]:
+    """The plan with an output head of its own, if one of the adapters changes a tied one."""
+    changed = {name for adapter in adapters for name in (*names_of(adapter.updates), *adapter.whole)}
+    touched = {HEAD, EMBEDDING} & changed
+    # An embedding that was resized keeps its tie: a head of the old size would not fit it.
+    resized = touched == {EMBEDDING} and num_rows != config.vocab_size
+    if not config.tie_word_embeddings or not touched or resized:
+        return plan, config
+    head = dataclasses.replace(plan[EMBEDDING], name=HEAD)
+    return {**plan, HEAD: head}, dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _check_whole(plan: Plan, name: str, tensor: Tensor, adapter: Adapter, resized: tuple[int, int]) -> None:
+    if name not in plan:
+        raise CheckpointError(f"{adapter.file}: replaces {name}, which the base does not have")
+    shape = tuple(plan[name].shape)
+    may_be_resized = name in (HEAD, EMBEDDING) and tensor.shape == resized
+    if shape != tensor.shape and not may_be_resized:
+        raise CheckpointError(
+            f"{adapter.file}: replaces {name} by {tuple(tensor.shape)}; the base has {shape}"
+        )
+
+
+def _check_update(plan: Plan, name: str, update: Update, adapter: Adapter) -> None:
+    module = name.removesuffix(".weight")
+    if name not in plan:
+        raise CheckpointError(f"{adapter.file}: updates {module}, which the base does not have")
+    shape = tuple(plan[name].shape)
+    if shape != update.shape:
+        size = " x ".join(map(str, update.shape))
+        raise CheckpointError(f"{adapter.file}: updates {module} as {size}; the base has {shape}")
 
 
 def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None) -> Plan:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from litlora.checkpoint import Checkpoint, adapter_modules
 from litlora.errors import CheckpointError
-from litlora.formats.lora_files import Update
-from litlora.lora.adapter import parse_settings
+from litlora.lora import Adapter, Update
 from litlora.lora.select import layer_rank, layer_scale
+from litlora.lora.variants import variant_named
 from litlora.settings import LoRAConfig
 
 ROUNDING = 1e-9
@@ -44,13 +43,15 @@ class Change:
     """Frobenius norm of what the stored ΔW lacks of it."""
 
 
-def updates_of(adapter: Checkpoint) -> dict[str, Update]:
-    """Every layer's update, by the layer's name."""
-    config, tensors = parse_settings(adapter.meta["lora"]), adapter.tensors
-    return {
-        name: Update(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], layer_scale(config, name))
-        for name in adapter_modules(tensors)
-    }
+def plain_updates(adapter: Adapter) -> dict[str, Update]:
+    """Every layer's update, by the layer's name. Raises CheckpointError for a variant of LoRA whose
+    updates are not s · B A."""
+    if not variant_named(adapter.config.variant).is_plain:
+        raise CheckpointError(
+            f"{adapter.file}: is of the variant {adapter.config.variant}, whose updates are not a product "
+            "of two factors; merge it with scripts/merge_lora.py instead"
+        )
+    return adapter.updates
 
 
 Form = Callable[[Update], Update]
@@ -99,14 +100,14 @@ def resize(update: Update, *, rank: int | None, max_error: float | None, generat
     """
     if max_error is not None:
         return shrink(update, rank=rank, max_error=max_error)
-    B, A = matrices(update)
+    B, A = update.matrices
     rank = min(rank, B.size(0), A.size(1))
     if rank > update.rank:
         missing = rank - update.rank
         bound = 1 / math.sqrt(A.size(1))  # Kaiming-uniform with a = √5
         fresh = torch.empty(missing, A.size(1)).uniform_(-bound, bound, generator=generator)
-        return with_matrices(
-            update, torch.cat([B, B.new_zeros(B.size(0), missing)], dim=1), torch.cat([A, fresh.to(A.dtype)])
+        return update.with_matrices(
+            torch.cat([B, B.new_zeros(B.size(0), missing)], dim=1), torch.cat([A, fresh.to(A.dtype)])
         )
     return update if rank == update.rank else _truncate(update, rank, *svd(update))
 
@@ -118,7 +119,7 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
     With an error of 0: at the rank that ΔW has. Where nothing can go, the update itself.
     """
     U, S, Vt = svd(update)
-    B, A = matrices(update)
+    B, A = update.matrices
     needed = least_rank(S, max_error, NOISE * (B.double().norm() * A.double().norm()).item())
     needed = needed if rank is None else min(needed, rank)
     return update if needed >= update.rank else _truncate(update, needed, U, S, Vt)
@@ -127,7 +128,7 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
 def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, k), S (k,) and Vt (k, in) of B A, without the scale, in float64; k is the smallest of
     rank, out and in."""
-    B, A = matrices(update)
+    B, A = update.matrices
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
     U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -145,21 +146,7 @@ def _truncate(update: Update, rank: int, U: Tensor, S: Tensor, Vt: Tensor) -> Up
     # Rows of A of length 1 are of the size of a fresh adapter's; B, which starts at zero there,
     # takes the singular values.
     B, A = U[:, :rank] * S[:rank], Vt[:rank]
-    return with_matrices(update, B.to(wide(update.B.dtype)), A.to(wide(update.A.dtype)))
-
-
-def matrices(update: Update) -> tuple[Tensor, Tensor]:
-    """B (out, r) and A (r, in), of a convolution A (r, in · kernel)."""
-    return update.B.flatten(1), update.A.flatten(1)
-
-
-def with_matrices(update: Update, B: Tensor, A: Tensor) -> Update:
-    """The update with other factors, of any rank: B (out, r) and A (r, in) take on the form that
-    its own have."""
-    B = B.reshape(*B.shape, *update.B.shape[2:])
-    return dataclasses.replace(
-        update, B=B.contiguous(), A=A.reshape(A.size(0), *update.A.shape[1:]).contiguous()
-    )
+    return update.with_matrices(B.to(wide(update.B.dtype)), A.to(wide(update.A.dtype)))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -170,7 +157,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def norm(update: Update) -> float:
     """‖ΔW‖, Frobenius."""
-    B, A = matrices(update)
+    B, A = update.matrices
     return _norm(B.double() * update.scale, A.double())
 
 
@@ -178,7 +165,7 @@ def difference(one: Update, other: Update) -> float:
     """‖ΔW - ΔW'‖, Frobenius, of the factors as they are stored."""
     if one is other:
         return 0.0
-    (B, A), (other_B, other_A) = ([factor.double() for factor in matrices(update)] for update in (one, other))
+    (B, A), (other_B, other_A) = ([factor.double() for factor in update.matrices] for update in (one, other))
     return _norm(torch.cat([B * one.scale, other_B * -other.scale], dim=1), torch.cat([A, other_A]))
 
 
@@ -186,15 +173,6 @@ def _norm(B: Tensor, A: Tensor) -> float:
     R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
     found = torch.linalg.norm(R_B @ R_A.T).item()
     return 0.0 if found <= NOISE * (R_B.norm() * R_A.norm()).item() else found
-
-
-def tensors_of(updates: dict[str, Update]) -> dict[str, Tensor]:
-    """The tensors of an adapter with these updates, by their names."""
-    return {
-        f"{name}.{part}": getattr(update, part[-1])
-        for name, update in updates.items()
-        for part in ("lora_A", "lora_B")
-    }
 
 
 def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from litlora.adapters.merge import LowRank, MergedTensor, Plan
+from litlora.adapters.merge import Added, MergedTensor, Plan
 from litlora.checkpoint import open_checkpoint
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.lora import LoRALinear
+from litlora.lora import LoRALinear, Update
+from litlora.lora.variants import variant_named
 from litlora.model import GPT
 from litlora.storage.torch_file import one_thread, row_blocks, rows_at_a_time
 from litlora.tokenizer import Tokenizer
@@ -167,11 +168,7 @@ def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
     for name, tensor in plan.items():
         module = name.rpartition(".")[0]
         kind = modules.get(module)
-        live = (
-            isinstance(kind, nn.Linear)
-            and bool(tensor.links)
-            and all(isinstance(update, LowRank) for update in tensor.links[-1])
-        )
+        live = isinstance(kind, nn.Linear) and bool(tensor.links) and _can_be_live(tensor.links[-1])
         if live:
             updates[module] = tensor.links[-1]
         part = tensor.before if live or not tensor.links else tensor.exact
@@ -189,13 +186,33 @@ def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
     model = GPT.from_tensors(config, tensors)
     computed = {model.get_parameter(name): part for name, part in parts.items()}
     for module, added in updates.items():
-        linear = model.get_submodule(module)
-        rank = sum(update.A.size(0) for update in added)
-        layer = LoRALinear(linear, rank, float(rank))  # a scale of 1: each factor goes into its B
-        layer.lora_A = nn.Parameter(torch.cat([update.A.float() for update in added]))
-        layer.lora_B = nn.Parameter(torch.cat([update.B.float() * update.factor for update in added], dim=1))
-        model.set_submodule(module, layer)
+        model.set_submodule(module, _live_layer(model.get_submodule(module), added))
     return model, computed
+
+
+def _can_be_live(link: tuple[Added, ...]) -> bool:
+    """Whether one LoRALinear computes what a link adds: plain updates, or a single one of another
+    variant, as it was trained."""
+    if not all(isinstance(added.value, Update) for added in link):
+        return False
+    plain = all(variant_named(added.value.variant).is_plain for added in link)
+    return plain or (len(link) == 1 and link[0].factor == 1)
+
+
+def _live_layer(linear: nn.Linear, link: tuple[Added, ...]) -> LoRALinear:
+    """The layer with what a link adds to it, live."""
+    first = link[0].value
+    if not variant_named(first.variant).is_plain:
+        layer = LoRALinear(linear, first.rank, first.rank, variant=first.variant)
+        layer.scale = first.scale
+        layer.load_update(first)
+        return layer
+    rank = sum(added.value.rank for added in link)
+    layer = LoRALinear(linear, rank, float(rank))  # a scale of 1: each factor goes into its B
+    scaled = [added.value.B.float() * (added.factor * added.value.scale) for added in link]
+    layer.lora_A = nn.Parameter(torch.cat([added.value.A.float() for added in link]))
+    layer.lora_B = nn.Parameter(torch.cat(scaled, dim=1))
+    return layer
 
 
 @torch.inference_mode()

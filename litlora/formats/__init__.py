@@ -1,0 +1,167 @@
+"""Layouts of checkpoints on disk: one class and one file a format, one list, asked once. Torch-free.
+
+    litlora.py      our own: lit_model.pth, full or adapter
+    huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
+    peft.py         PEFT adapter folders
+    litgpt.py       litgpt's directories and adapters
+    lora_files.py   LoRA files of kohya's, ComfyUI's and PEFT's names, for whatever model
+
+To add a format: subclass `Format`, and put an instance into FORMATS. Every command then reads it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litlora.config import CONFIG_FILE
+from litlora.errors import CheckpointError
+from litlora.formats.families import HF_CONFIG_FILE
+from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
+from litlora.storage.untrusted import read_yaml
+
+if TYPE_CHECKING:
+    from litlora.checkpoint import Chain
+    from litlora.formats.full import FullModel
+    from litlora.lora import Adapter
+
+WEIGHTS_FILE = "lit_model.pth"
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+LITGPT_ADAPTER_FILE = "lit_model.pth.lora"
+
+FindBase = Callable[[str, Path | None], "Chain"]
+"""(what an adapter calls its base, the directory of that name if there is one) -> the base's chain.
+
+Raises CheckpointError where no base is found."""
+
+
+class Format(ABC):
+    """One way to lay a model or an adapter out in a directory."""
+
+    name: str
+    """As `inspect_checkpoint` shows it."""
+
+    @abstractmethod
+    def detect(self, directory: Path) -> bool:
+        """Whether the directory has this format. Opens small text files at most; a directory that
+        has the format but lacks a part raises CheckpointError, which names it."""
+
+    @abstractmethod
+    def open(self, directory: Path, find_base: FindBase) -> "FullModel | Adapter":
+        """What the directory holds, memory-mapped. An adapter whose own files do not tell the
+        architecture asks for its base. Raises CheckpointError for anything but sound files."""
+
+
+class _PEFT(Format):
+    name = "PEFT"
+
+    def detect(self, directory: Path) -> bool:
+        return peft_weights(directory) is not None
+
+    def open(self, directory: Path, find_base: FindBase) -> "Adapter":
+        from litlora.formats.peft import base_of, read_adapter
+
+        base = find_base(*base_of(directory))
+        return read_adapter(directory, base.config, base.base.tensors)
+
+
+class _LitGPTAdapter(Format):
+    name = "litgpt"
+
+    def detect(self, directory: Path) -> bool:
+        """A merged model beside the adapter counts instead if it is as new."""
+        file, merged = directory / LITGPT_ADAPTER_FILE, directory / WEIGHTS_FILE
+        return file.is_file() and not (merged.is_file() and merged.stat().st_mtime >= file.stat().st_mtime)
+
+    def open(self, directory: Path, find_base: FindBase) -> "Adapter":
+        from litlora.formats.litgpt import base_of, read_adapter
+
+        base = find_base(*base_of(directory))
+        return read_adapter(directory, base.config, base.base.tensors)
+
+
+class _LitGPT(Format):
+    name = "litgpt"
+
+    def detect(self, directory: Path) -> bool:
+        if not (directory / WEIGHTS_FILE).is_file():
+            return False
+        try:
+            values = read_yaml(directory / CONFIG_FILE)
+        except FileNotFoundError:
+            return False
+        return isinstance(values, dict) and "n_embd" in values
+
+    def open(self, directory: Path, find_base: FindBase) -> "FullModel":
+        from litlora.formats.litgpt import open_full
+
+        return open_full(directory)
+
+
+class _LitLoRA(Format):
+    name = "litlora"
+
+    def detect(self, directory: Path) -> bool:
+        return (directory / WEIGHTS_FILE).is_file()
+
+    def open(self, directory: Path, find_base: FindBase) -> "FullModel | Adapter":
+        from litlora.formats.litlora import open_directory
+
+        return open_directory(directory)
+
+
+class _HuggingFace(Format):
+    name = "Hugging Face"
+
+    def detect(self, directory: Path) -> bool:
+        if not is_model_folder(directory):
+            return False
+        weight_files(directory)  # names a missing shard
+        return True
+
+    def open(self, directory: Path, find_base: FindBase) -> "FullModel":
+        from litlora.formats.huggingface import open_folder
+
+        return open_folder(directory)
+
+
+FORMATS: list[Format] = [_PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
+"""Every format; the first that a directory has counts."""
+NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
+"""Files that may be named in place of the directory that holds them."""
+
+
+def detect(directory: Path) -> Format | None:
+    """The format of a checkpoint directory; None if it has none. Raises CheckpointError for one that
+    lacks a part of its format."""
+    return next((format for format in FORMATS if format.detect(directory)), None)
+
+
+def peft_weights(directory: Path) -> Path | None:
+    """The file of the weights in a PEFT adapter's folder; None if it is not such a folder."""
+    if not (directory / PEFT_CONFIG_FILE).is_file():
+        return None
+    file = next((directory / name for name in PEFT_WEIGHTS_FILES if (directory / name).is_file()), None)
+    if file is None:
+        expected = " nor ".join(PEFT_WEIGHTS_FILES)
+        raise CheckpointError(f"{directory}: has {PEFT_CONFIG_FILE}, but neither {expected}")
+    return file
+
+
+def is_lora_file(path: Path) -> bool:
+    """Whether a path is a LoRA file of another tool: a file of tensors that is not part of a
+    checkpoint directory.
+
+    Raises CheckpointError for one that is named like such a file and does not exist.
+    """
+    named_so = path.suffix == ".safetensors" and path.name not in NAMED_FILES
+    if named_so and not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    return named_so and path.is_file()
+
+
+def missing_part(directory: Path) -> None:
+    """Raise CheckpointError, naming the part, for a Hugging Face folder that lacks its weights."""
+    if (directory / HF_CONFIG_FILE).is_file():
+        weight_files(directory)

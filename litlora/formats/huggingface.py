@@ -20,6 +20,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
 from litlora.formats.folder import weight_files
+from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
@@ -30,8 +31,8 @@ from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def open_folder(directory: Path) -> tuple[dict[str, Tensor | Quantized], ModelConfig, Path]:
-    """(tensors under our names, ModelConfig, the file that an error about a weight should name).
+def open_folder(directory: Path) -> FullModel:
+    """The model in a folder, under our names.
 
     The tensors are views of the mapped files, but for fused ones whose parts are interleaved
     (GPT-NeoX, Falcon), which are copied, and those in 4 or 8 bits, which are dequantised where they
@@ -61,7 +62,7 @@ def open_folder(directory: Path) -> tuple[dict[str, Tensor | Quantized], ModelCo
             ours = _without_tied_head(ours)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return ours, config, file
+    return FullModel(directory, file, ours, config).checked()
 
 
 def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig, RopeScaling
 from litlora.errors import CheckpointError, UserError
+from litlora.formats import LITGPT_ADAPTER_FILE as ADAPTER_FILE
+from litlora.formats import WEIGHTS_FILE
+from litlora.formats.full import FullModel
 from litlora.formats.layout import LAYER, QKV, Layout, Rule
-from litlora.settings import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig, Update
+from litlora.lora.update import scale_of
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml
 
-WEIGHTS_FILE = "lit_model.pth"
-ADAPTER_FILE = "lit_model.pth.lora"
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 
 _COVERED = {
@@ -82,17 +84,26 @@ _COVERED = {
 _NO_EFFECT = {"routed_scaling_factor": 1.0}
 
 
-def is_litgpt(directory: Path) -> bool:
-    """Whether a directory's `model_config.yaml` is litgpt's, or it holds an adapter of litgpt's."""
-    return (directory / ADAPTER_FILE).is_file() or "n_embd" in _read_yaml(directory / CONFIG_FILE)
+def open_full(directory: Path) -> FullModel:
+    """The full model in a directory of litgpt's, under our names. Raises CheckpointError for a file
+    that does not hold tensors, and names what is not covered."""
+    file = directory / WEIGHTS_FILE
+    config = load_config(directory)
+    tensors = _stored_tensors(file)
+    try:
+        ours = _layout(config).read({_current(name): tensor for name, tensor in tensors.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return FullModel(directory, file, ours, config).checked()
 
 
-def adapter_file(directory: Path) -> Path | None:
-    """litgpt's adapter in a directory, unless a merged model as new as it lies beside it."""
-    file, merged = directory / ADAPTER_FILE, directory / WEIGHTS_FILE
-    if not file.is_file() or (merged.is_file() and merged.stat().st_mtime >= file.stat().st_mtime):
-        return None
-    return file
+def _stored_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of litgpt's, alone or under "model"."""
+    content = open_torch(file)
+    tensors = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f'{file}: must hold a mapping of names to tensors, alone or under "model"')
+    return tensors
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -213,18 +224,6 @@ def _rope_scaling(c: dict[str, Any]) -> RopeScaling | None:
     raise CheckpointError(f"rope_adjustments with {', '.join(found)} is not implemented here")
 
 
-def read_full(file: Path, content: Any, config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors of a `lit_model.pth` of litgpt's. Raises CheckpointError for a file that does not
-    hold tensors."""
-    tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f'{file}: must hold a mapping of names to tensors, alone or under "model"')
-    try:
-        return _layout(config).read({_current(name): tensor for name, tensor in tensors.items()})
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
 def _current(name: str) -> str:
     """A name that tells the old matrix of query, key and value from GPT-NeoX's causal mask,
     `attn.bias`."""
@@ -243,46 +242,29 @@ def base_of(directory: Path) -> tuple[str, Path | None]:
     )
 
 
-def read_adapter(
-    directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The tensors of a `lit_model.pth.lora` under our names, and their settings; `model` and `base`
-    describe its base.
+def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> Adapter:
+    """The adapter in a `lit_model.pth.lora`, under our names; `model` and `base` describe its base.
 
     Raises CheckpointError for a tensor that has no place and for shapes that `hyperparameters.yaml`
     does not explain.
     """
     file, path = directory / ADAPTER_FILE, directory / HYPERPARAMETERS_FILE
-    run = _read_yaml(path)
-    if missing := [
-        name for name in ("lora_r", "lora_alpha", "lora_query", "lora_key", "lora_value") if name not in run
-    ]:
-        raise CheckpointError(
-            f"{path}: lacks {', '.join(missing)}; the adapter beside it cannot be read without"
-        )
-    for name in ("lora_r", "lora_alpha", "lora_dropout"):
-        if type(value := run.get(name, 0)) is not int and (name == "lora_r" or type(value) is not float):
-            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
-    if run["lora_r"] < 1:
-        raise CheckpointError(f"{path}: lora_r is {run['lora_r']}; it must be at least 1")
+    run = _run_settings(path)
     rank, alpha = run["lora_r"], float(run["lora_alpha"])
-    content = open_torch(file)
-    stored = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise CheckpointError(f'{file}: must hold a mapping of names to tensors, alone or under "model"')
     pairs: dict[str, dict[str, Tensor]] = {}
     lost = []
-    for name, tensor in stored.items():
+    for name, tensor in _stored_tensors(file).items():
         if found := re.fullmatch(r"(.+)\.lora_([AB])", name):
             pairs.setdefault(found[1], {})[found[2]] = tensor
         else:
             lost.append(name)
-    tensors: dict[str, Tensor] = {}
+    updates: dict[str, Update] = {}
     layout = _layout(model)
     for module, pair in pairs.items():
         if module.endswith(".attn.attn"):
             raise CheckpointError(
-                f"{file}: {module} was adapted by a litgpt of before 0.5, whose order of rows differs; merge it there"
+                f"{file}: {module} was adapted by a litgpt of before 0.5, whose order of rows differs; "
+                "merge it there"
             )
         rule = layout.to_ours(module)
         if pair.keys() != {"A", "B"}:
@@ -295,32 +277,43 @@ def read_adapter(
             continue
         sizes = [base[f"{name}.weight"].size(0) for name in adapted]
         A, B = pair["A"], pair["B"]
-        if (
-            A.ndim != 2
-            or B.ndim != 2
-            or A.size(0) != rank * len(adapted)
-            or B.size(1) != rank
-            or B.size(0) != sum(sizes)
-        ):
+        if A.ndim != 2 or B.ndim != 2 or (A.size(0), *B.shape) != (rank * len(adapted), sum(sizes), rank):
             raise CheckpointError(
-                f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank} of {len(adapted)} layer(s), "
-                f"{sum(sizes)} rows, which is what {path.name} and the base say"
+                f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank} "
+                f"of {len(adapted)} layer(s), {sum(sizes)} rows, which is what {path.name} and the base say"
             )
         for name, own_A, own_B in zip(adapted, A.split(rank), B.split(sizes), strict=True):
-            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = own_A, own_B
+            updates[name] = Update(own_A, own_B, scale_of(alpha, rank, rslora=False))
     if lost:
         raise CheckpointError(
-            f"{file}: the base has no place for {', '.join(lost)}; is it the base that this adapter was trained on?"
+            f"{file}: the base has no place for {', '.join(lost)}; is it the base that this adapter was "
+            "trained on?"
         )
-    if not tensors:
+    if not updates:
         raise CheckpointError(f"{file}: the adapter is empty")
-    targets = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
     try:
-        return tensors, LoRAConfig(
-            rank=rank, alpha=alpha, dropout=float(run.get("lora_dropout", 0)), targets=targets
-        )
+        dropout = float(run.get("lora_dropout", 0))
+        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, targets=list(updates))
     except UserError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return Adapter(config, updates, file=file)
+
+
+def _run_settings(path: Path) -> dict[str, Any]:
+    """The run's settings, which an adapter cannot be read without."""
+    run = _read_yaml(path)
+    wanted = ("lora_r", "lora_alpha", "lora_query", "lora_key", "lora_value")
+    if missing := [name for name in wanted if name not in run]:
+        raise CheckpointError(
+            f"{path}: lacks {', '.join(missing)}; the adapter beside it cannot be read without"
+        )
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        value = run.get(name, 0)
+        if type(value) is not int and (name == "lora_r" or type(value) is not float):
+            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+    if run["lora_r"] < 1:
+        raise CheckpointError(f"{path}: lora_r is {run['lora_r']}; it must be at least 1")
+    return run
 
 
 _SWITCHES = {"q_proj": "lora_query", "k_proj": "lora_key", "v_proj": "lora_value"}

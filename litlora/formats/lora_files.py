@@ -18,15 +18,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.formats import peft
+from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, peft, peft_weights
 from litlora.formats.model_files import open_model
-from litlora.lora.update import scale_of
+from litlora.lora.update import Update, scale_of
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
 from litlora.storage.tensors import at_least_16_bits, write_safetensors
@@ -41,36 +41,6 @@ DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
 DIFFS = tuple(DIFF_OF.values())
 _FACTOR = r"(.+)\.(lora_(?:down|up|[AB]|[AB]\.default)|lora\.(?:down|up))\.weight|(.+)\.lora_embedding_([AB])"
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a pair of factors adds to a weight: scale · B A."""
-
-    A: Tensor
-    """(r, in), or (r, in, *kernel) of a convolution."""
-    B: Tensor
-    """(out, r), or (out, r, 1, ...) of a convolution."""
-    scale: float = 1.0
-    kind: Literal["linear", "conv1d", "embedding"] = "linear"
-    """conv1d and embedding: the weight is stored as (in, out), so that the update is added
-    transposed."""
-
-    @property
-    def rank(self) -> int:
-        return self.A.size(0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that this is for."""
-        shape = (self.B.size(0), *self.A.shape[1:])
-        return shape if self.kind == "linear" else shape[::-1]
-
-    def delta(self) -> Tensor:
-        """What is added to the weight, in fp32 and of the weight's shape."""
-        A, B = self.A.flatten(1).float(), self.B.flatten(1).float()
-        product = (B @ A) * self.scale
-        return product.view(self.shape) if self.kind == "linear" else product.T
 
 
 @dataclass(frozen=True)
@@ -109,13 +79,13 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
     to us.
     """
     folder = path if path.is_dir() else path.parent
-    if (folder / peft.CONFIG_FILE).is_file() and (path.is_dir() or path.name in peft.WEIGHTS_FILES):
-        file, config = peft.adapter_file(folder), peft.read_config(folder)
-        peft.refuse_variants(folder / peft.CONFIG_FILE, config)
+    if (folder / PEFT_CONFIG_FILE).is_file() and (path.is_dir() or path.name in PEFT_WEIGHTS_FILES):
+        file, config = peft_weights(folder), peft.read_config(folder)
+        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
         files = [file]
     elif path.is_dir() and not files:
         raise CheckpointError(
-            f"{path}: is a directory without {peft.CONFIG_FILE}; a LoRA file or a PEFT folder is needed"
+            f"{path}: is a directory without {PEFT_CONFIG_FILE}; a LoRA file or a PEFT folder is needed"
         )
     else:
         file, config, files = path, None, files or [path]
@@ -185,7 +155,7 @@ def _update(
         return Update(A, B, 1.0 if alpha is None else alpha / rank, "embedding" if embedding else "linear")
     config, name = found.config, module.removeprefix(peft.PREFIX)
     if rank != (told := peft.by_pattern(config["rank_pattern"], name, config["r"])):
-        raise CheckpointError(f"{found.path}: {module} has rank {rank}; {peft.CONFIG_FILE} says {told}")
+        raise CheckpointError(f"{found.path}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {told}")
     alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
     kind = "embedding" if embedding else "conv1d" if config.get("fan_in_fan_out") else "linear"
     return Update(A, B, scale_of(alpha, rank, rslora=config["use_rslora"]), kind)
@@ -270,9 +240,9 @@ def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
         with replacing_file(path) as staging:
             write_safetensors(staging, tensors)
         return
-    with replacing_file(path / peft.WEIGHTS_FILES[0]) as staging:
+    with replacing_file(path / PEFT_WEIGHTS_FILES[0]) as staging:
         write_safetensors(staging, {_peft_key(key, lora): tensor for key, tensor in tensors.items()})
-    with replacing_file(path / peft.CONFIG_FILE) as staging:
+    with replacing_file(path / PEFT_CONFIG_FILE) as staging:
         staging.write_text(json.dumps(peft_config(lora), indent=2) + "\n", encoding="utf-8")
 
 

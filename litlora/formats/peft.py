@@ -8,30 +8,26 @@ in blocks, the rank their sum, unless they share one A. An update of the embeddi
 A')^T in PEFT's file, is A = B'^T and B = A'^T here.
 """
 
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.formats.layout import Layout, Rule
+from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
+from litlora.formats import peft_weights
+from litlora.formats.layout import Rule
 from litlora.formats.layout import layout as layout_of
-from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora.select import layer_scale
+from litlora.lora import Adapter, Update
+from litlora.lora.update import scale_of
 from litlora.settings import LEAST_ALPHA, LoRAConfig
 from litlora.storage.tensors import at_least_16_bits, open_tensors
 from litlora.storage.untrusted import check_pattern, read_json
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 
 _READ = {
@@ -83,18 +79,6 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialise that also change the base's weights."""
 
 
-def adapter_file(directory: Path) -> Path | None:
-    """The file of the weights in a PEFT adapter's folder; None if it is no such folder."""
-    if not (directory / CONFIG_FILE).is_file():
-        return None
-    file = next((directory / name for name in WEIGHTS_FILES if (directory / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(
-            f"{directory}: has {CONFIG_FILE}, but neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}"
-        )
-    return file
-
-
 # ---- reading
 
 
@@ -105,19 +89,79 @@ def base_of(directory: Path) -> tuple[str, Path | None]:
     return name, next((place for place in places if place.is_dir()), None)
 
 
-def read_adapter(
-    directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The tensors of a PEFT folder under our names, and their settings; `model` and `base` describe
-    its base.
+def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> Adapter:
+    """The adapter in a PEFT folder, under our names; `model` and `base` describe its base.
 
     Raises CheckpointError for whatever cannot be expressed here, by name, and for every tensor that
     has no place.
     """
     config = read_config(directory)
     refuse_variants(directory / CONFIG_FILE, config)
-    file = adapter_file(directory)
-    stored = open_tensors(file)
+    file = peft_weights(directory)
+    pairs, whole = _sorted_out(file, open_tensors(file))
+    names = _Names(model, base, [*pairs, *whole])
+    updates: dict[str, Update] = {}
+    ranks, alphas, lost = {}, {}, []
+    for module, pair in pairs.items():
+        rank, alpha = (
+            _rank(config, module),
+            float(by_pattern(config["alpha_pattern"], module, config["lora_alpha"])),
+        )
+        A, B = _checked_pair(file, module, pair, rank)
+        rule = names.rule_of(module)
+        if not names.all_known(rule, "weight"):
+            lost.append(module)
+            continue
+        for ours, rows in zip(rule.ours, rule.split(B), strict=True):
+            updates[ours] = Update(A, rows, scale_of(alpha, rank, rslora=config["use_rslora"]))
+            ranks[ours], alphas[ours] = rank, alpha
+    tensors: dict[str, Tensor] = {}
+    replaced: list[str] = []
+    for name, tensor in whole.items():
+        module, _, leaf = name.rpartition(".")
+        rule = names.rule_of(module)
+        if not names.all_known(rule, leaf):
+            lost.append(name)
+            continue
+        parts = rule.split(tensor.t() if rule.transposed and tensor.ndim == 2 else tensor)
+        tensors |= {f"{ours}.{leaf}": part for ours, part in zip(rule.ours, parts, strict=True)}
+        replaced += rule.ours
+    if lost:
+        raise CheckpointError(
+            f"{file}: the base has no place for {', '.join(lost)}; is it the base that this adapter was "
+            "trained on?"
+        )
+    if not updates and not replaced:
+        raise CheckpointError(f"{file}: the adapter is empty")
+    if config["ensure_weight_tying"] and {"lm_head", "model.embed_tokens"} & {*ranks, *replaced}:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE}: ensure_weight_tying is not supported for an embedding or output head"
+        )
+    return Adapter(_settings(config, ranks, alphas, replaced), updates, tensors, file=file)
+
+
+def _settings(
+    config: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float], replaced: list[str]
+) -> LoRAConfig:
+    """The settings by which every layer has its rank and alpha."""
+    rank, alpha = config["r"], float(config["lora_alpha"])
+    return LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=config["lora_dropout"],
+        targets=list(ranks) or ["none"],
+        rslora=config["use_rslora"],
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        modules_to_save=list(dict.fromkeys(replaced)),
+    )
+
+
+def _sorted_out(
+    file: Path, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({module: {"A": ..., "B": ...}}, tensors saved whole) of a file, by PEFT's names without its
+    prefix."""
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     untrained: list[str] = []
@@ -136,73 +180,51 @@ def read_adapter(
         else:
             name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if name in whole and not (whole[name].dtype == tensor.dtype and torch.equal(whole[name], tensor)):
-                raise CheckpointError(f"{file}: holds {name} twice, and not the same")
+                raise CheckpointError(f"{file}: holds {name} twice, with different values")
             whole[name] = tensor
     # Beside a module that was trained whole PEFT may store what it was before, which has no effect.
     if odd := [name for name in untrained if name.replace(".original_module.", ".") not in whole]:
         raise CheckpointError(
-            f"{file}: {odd[0]} is what a module was before training, but the trained one is not there"
+            f"{file}: {odd[0]} is what a module was before training, but the trained one is missing"
         )
+    return pairs, whole
 
-    layout = layout_of(_family([*pairs, *whole]), model)
-    bare = not any(
-        name.startswith(layout.prefix) for name in (*pairs, *whole)
-    )  # made for the decoder without its head
-    known = {*base, "lm_head.weight"}  # a tied head is stored once, under the embedding's name
 
-    def rule_of(module: str) -> Rule:
-        return layout.to_ours(layout.prefix + module if bare and module != "lm_head" else module)
+def _rank(config: dict[str, Any], module: str) -> int:
+    return by_pattern(config["rank_pattern"], module, config["r"])
 
-    tensors: dict[str, Tensor] = {}
-    lora = LoRAConfig(rank=config["r"], alpha=float(config["lora_alpha"]), rslora=config["use_rslora"])
-    ranks, alphas, lost = {}, {}, []
-    for module, pair in pairs.items():
-        if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
-        A, B = pair["A"], pair["B"]
-        rank = by_pattern(config["rank_pattern"], module, lora.rank)
-        fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) == rank and A.numel() and B.numel()
-        if not fits or not (A.is_floating_point() and B.is_floating_point()):
-            raise CheckpointError(
-                f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}"
-            )
-        rule = rule_of(module)
-        if not all(f"{ours}.weight" in known for ours in rule.ours):
-            lost.append(module)
-            continue
-        for ours, rows in zip(rule.ours, rule.split(B), strict=True):
-            tensors[f"{ours}.lora_A"], tensors[f"{ours}.lora_B"] = A, rows
-            ranks[ours], alphas[ours] = rank, float(by_pattern(config["alpha_pattern"], module, lora.alpha))
-    replaced = []
-    for name, tensor in whole.items():
-        module, _, leaf = name.rpartition(".")
-        rule = rule_of(module)
-        if not all(f"{ours}.{leaf}" in known for ours in rule.ours):
-            lost.append(name)
-            continue
-        parts = rule.split(tensor.t() if rule.transposed and tensor.ndim == 2 else tensor)
-        tensors |= {f"{ours}.{leaf}": part for ours, part in zip(rule.ours, parts, strict=True)}
-        replaced += rule.ours
-    if lost:
+
+def _checked_pair(file: Path, module: str, pair: dict[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of one module. Raises CheckpointError if they are not the factors of a matrix."""
+    if pair.keys() != {"A", "B"}:
+        raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
+    A, B = pair["A"], pair["B"]
+    fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) == rank and A.numel() and B.numel()
+    if not fits or not (A.is_floating_point() and B.is_floating_point()):
         raise CheckpointError(
-            f"{file}: the base has no place for {', '.join(lost)}; is it the base that this adapter was trained on?"
+            f"{file}: {module}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}"
         )
-    if not ranks and not replaced:
-        raise CheckpointError(f"{file}: the adapter is empty")
-    if config["ensure_weight_tying"] and {"lm_head", "model.embed_tokens"} & {*ranks, *replaced}:
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE}: ensure_weight_tying is not supported for an embedding or output head"
-        )
-    return tensors, LoRAConfig(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=config["lora_dropout"],
-        targets=list(ranks) or ["none"],
-        rslora=lora.rslora,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != lora.rank},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
-        modules_to_save=list(dict.fromkeys(replaced)),
-    )
+    return A, B
+
+
+class _Names:
+    """PEFT's names of modules, those of the Hugging Face model, beside the base's own."""
+
+    def __init__(self, model: ModelConfig, base: Mapping[str, Tensor], modules: list[str]) -> None:
+        self._layout = layout_of(_family(modules), model)
+        # made for the decoder without its head
+        self._bare = not any(name.startswith(self._layout.prefix) for name in modules)
+        # a tied head is stored once, under the embedding's name
+        self._known = {*base, "lm_head.weight"}
+
+    def rule_of(self, module: str) -> Rule:
+        """Which of our modules it is made of."""
+        is_bare = self._bare and module != "lm_head"
+        return self._layout.to_ours(self._layout.prefix + module if is_bare else module)
+
+    def all_known(self, rule: Rule, leaf: str) -> bool:
+        """Whether the base has this tensor of each of the modules."""
+        return all(f"{ours}.{leaf}" in self._known for ours in rule.ours)
 
 
 def _family(modules: list[str]) -> str:
@@ -298,185 +320,3 @@ def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
-
-
-# ---- writing
-
-
-def to_peft(
-    tensors: dict[str, Tensor],
-    lora: LoRAConfig,
-    model_type: str,
-    model: ModelConfig,
-    base: Mapping[str, Tensor],
-    base_name: str,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a PEFT folder for this adapter holds: the tensors by PEFT's keys, and
-    adapter_config.json.
-
-    `model_type` is the Hugging Face family that the folder is for. `model` and `base` describe the
-    base, whose tensors stand in for what PEFT wants whole; `base_name` is what the folder will call
-    it. Raises CheckpointError for a tensor that the Hugging Face model has no place for.
-    """
-    adapted = {name.rpartition(".")[0] for name in tensors if name.endswith(".lora_A")}
-    whole = {name: tensor for name, tensor in tensors.items() if not name.endswith((".lora_A", ".lora_B"))}
-    written: dict[str, Tensor] = {}
-    ranks, alphas, saved, embeddings, biases = {}, {}, [], [], False
-    left = adapted | whole.keys()
-    groups = _groups(layout_of(model_type, model), base)
-    for theirs, (rule, _) in groups.items():
-        module, _, leaf = theirs.rpartition(".")
-        members = rule.ours if leaf == "weight" else ()
-        if any(name in adapted for name in members):
-            rank, scale, A, B = _join(rule, tensors, lora, base)
-            ranks[module], alphas[module] = rank, _plain(scale * (math.sqrt(rank) if lora.rslora else rank))
-            if members[0].rpartition(".")[2].startswith("embed_"):
-                embeddings.append(module)
-                written |= {
-                    f"{PREFIX}{module}.lora_embedding_A": B.T,
-                    f"{PREFIX}{module}.lora_embedding_B": A.T,
-                }
-            else:
-                written |= {f"{PREFIX}{module}.lora_A.weight": A, f"{PREFIX}{module}.lora_B.weight": B}
-            left -= set(members)
-    for theirs, (rule, ours) in groups.items():
-        if any(name in whole for name in ours):
-            module, _, leaf = theirs.rpartition(".")
-            if module in ranks:
-                written[f"{PREFIX}{module}.base_layer.{leaf}"] = _whole(rule, ours, whole, base)
-                biases |= leaf == "bias"
-            elif module not in saved:  # of any other module PEFT wants every tensor
-                saved.append(module)
-                for name, (_, parts) in groups.items():
-                    if name.rpartition(".")[0] == module:
-                        written[PREFIX + name] = _whole(rule, parts, whole, base)
-            left -= set(ours)
-    if left:
-        raise CheckpointError(
-            f"{', '.join(sorted(left))}: the Hugging Face model of this architecture has no place for it"
-        )
-
-    rank, alpha = (
-        Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas)
-    )
-    if model.num_experts is not None:
-        _check_experts(
-            adapted,
-            base,
-            uniform=not lora.rslora and {*ranks.values()} == {rank} and {*alphas.values()} == {alpha},
-        )
-    return {name: tensor.contiguous() for name, tensor in written.items()}, {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "target_modules": _targets(
-            list(ranks), [name.rpartition(".")[0] for name in groups if name.endswith(".weight")]
-        ),
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "modules_to_save": saved or None,
-        "bias": "lora_only" if biases else "none",
-        "fan_in_fan_out": any(groups[f"{name}.weight"][0].transposed for name in ranks),
-        "init_lora_weights": True,
-    }
-
-
-def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write the two files of a PEFT folder."""
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()},
-        directory / WEIGHTS_FILES[0],
-        metadata={"format": "pt"},
-    )
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bool) -> None:
-    """Refuse what PEFT misreads: it joins the experts' adapters by the last part of their names,
-    all of them or none."""
-    mlps = {name for name in adapted if ".mlp." in name}
-    experts = {name.removesuffix(".weight") for name in base if ".mlp.experts." in name}
-    if beside := sorted(mlps - experts):
-        raise CheckpointError(
-            f"{beside[0]}: PEFT would take its adapter for one of an expert's; adapt attention or experts only"
-        )
-    if mlps and mlps != experts:
-        raise CheckpointError(
-            f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have; PEFT needs one for all or none"
-        )
-    if mlps and not uniform:
-        raise CheckpointError(
-            f"{sorted(mlps)[0]}: PEFT reads an expert's adapter wrongly unless all ranks and alphas are the same, without rsLoRA"
-        )
-
-
-def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
-    """Every tensor of the Hugging Face model: the rule of its module, and those of ours that it is
-    made of."""
-    groups = {}
-    for name in (
-        *base,
-        "lm_head.weight",
-    ):  # of a tied head, which is not stored, PEFT speaks like of any other
-        module, _, leaf = name.rpartition(".")
-        rule = layout.to_theirs(module)
-        groups[f"{rule.theirs}.{leaf}"] = rule, [f"{part}.{leaf}" for part in rule.ours]
-    return groups
-
-
-def _join(
-    rule: Rule, tensors: dict[str, Tensor], lora: LoRAConfig, base: Mapping[str, Tensor]
-) -> tuple[int, float, Tensor, Tensor]:
-    """(rank, scale, A, B) of one update that does what those of the members do, each on its own
-    rows.
-
-    Members that share one A share its rows; every other has rows of A and columns of B to itself.
-    """
-    there = [name for name in rule.ours if f"{name}.lora_A" in tensors]
-    scale = layer_scale(lora, there[0])
-    blocks: list[Tensor] = []
-    columns: dict[str, int] = {}
-    for name in there:
-        A = tensors[f"{name}.lora_A"]
-        known = next((index for index, block in enumerate(blocks) if torch.equal(block, A)), None)
-        columns[name] = len(blocks) if known is None else known
-        blocks += [A] if known is None else []
-    starts = [sum(block.size(0) for block in blocks[:index]) for index in range(len(blocks) + 1)]
-    rows = []
-    for member in rule.ours:
-        out = tensors[f"{member}.lora_B"].size(0) if member in columns else base[f"{member}.weight"].size(0)
-        rows.append(torch.zeros(out, starts[-1], dtype=tensors[f"{there[0]}.lora_B"].dtype))
-        if member in columns:
-            factor = (
-                layer_scale(lora, member) / scale
-            )  # one update has one scale: the others' goes into their B
-            B = tensors[f"{member}.lora_B"]
-            start = starts[columns[member]]
-            rows[-1][:, start : start + B.size(1)] = B if factor == 1 else B * factor
-    return starts[-1], scale, torch.cat(blocks), rule.join(rows)
-
-
-def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-    kept = {name: base[name] for name in ours if name not in whole}
-    found = whole | {
-        name: tensor.tensor() if isinstance(tensor, Quantized) else tensor for name, tensor in kept.items()
-    }
-    joined = rule.join([found[name] for name in ours])
-    return joined.t() if rule.transposed and joined.ndim == 2 else joined
-
-
-def _targets(adapted: list[str], modules: list[str]) -> list[str]:
-    """target_modules: the last part of a name where it means adapted layers only, else the whole
-    name."""
-    leaves = {name.rpartition(".")[2] for name in modules if name not in adapted}
-    return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
-
-
-def _plain(value: float) -> float | int:
-    """16.0 as 16, and 16.000000000000004, which comes of dividing and multiplying, too."""
-    return int(round(value)) if abs(value - round(value)) < 1e-9 * abs(value) else value

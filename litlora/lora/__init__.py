@@ -15,10 +15,10 @@ select.py    which layers, and the rank and alpha of each
 from litlora.lora.adapter import Adapter, BaseReference
 from litlora.lora.layer import (
     LoRALinear,
+    adapter_of,
     add_lora,
     attach_lora,
     gated_mlp,
-    lora_tensors,
     lora_updates,
     merge_lora,
     project,
@@ -38,10 +38,10 @@ __all__ = [
     "LoRALinear",
     "Update",
     "Variant",
+    "adapter_of",
     "add_lora",
     "attach_lora",
     "gated_mlp",
-    "lora_tensors",
     "lora_updates",
     "merge_lora",
     "project",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -47,6 +47,10 @@ class Adapter:
     taught: dict[str, str] | None = None
     """What the text that it was trained on depends on: see `litlora.checkpoint`."""
 
+    order: tuple[str, ...] = ()
+    """The names of its tensors in the order in which a file holds them; none: updates first."""
+    kind: ClassVar[str] = "adapter"
+
     @property
     def directory(self) -> Path:
         """The directory that it was read from."""
@@ -57,6 +61,7 @@ class Adapter:
         """What a file stores as "lora"."""
         return stored_values(self.config) if self.described is None else self.described
 
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by the name that a file has for it."""
         named = {
@@ -64,13 +69,14 @@ class Adapter:
             for layer, update in self.updates.items()
             for name, tensor in update.tensors().items()
         }
-        return named | self.whole
+        named |= self.whole
+        return {name: named[name] for name in self.order} if self.order else named
 
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the adapter: its tensors, its settings and its base's fingerprint."""
         facts = {"lora": self.settings, "base": self.base.fingerprint if self.base else None}
-        return fingerprint(self.tensors(), json.dumps(facts, sort_keys=True))
+        return fingerprint(self.tensors, json.dumps(facts, sort_keys=True))
 
     def answers_to(self, wanted: str) -> bool:
         """Whether this is the adapter of that fingerprint."""

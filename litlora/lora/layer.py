@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from litlora.errors import UserError
 from litlora.kernels import lora as kernels
+from litlora.lora.adapter import Adapter
 from litlora.lora.select import layer_alpha, layer_rank, matches, select_layers, select_whole
 from litlora.lora.update import Update, scale_of
 from litlora.lora.variants import variant_named
@@ -268,16 +269,16 @@ def lora_updates(model: nn.Module) -> dict[str, Update]:
     return {name: layer.update for name, layer in _lora_layers(model).items()}
 
 
-def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of every update of a model and whatever trains beside them, by their names in it."""
-    adapters = {
-        f"{name}.{part}": tensor.detach()
-        for name, update in lora_updates(model).items()
-        for part, tensor in update.tensors().items()
+def adapter_of(model: nn.Module, config: LoRAConfig) -> Adapter:
+    """What trains in a model that `add_lora` prepared: every update, and what trains whole."""
+    updates = {name: update.detached() for name, update in lora_updates(model).items()}
+    inside = {f"{layer}.{name}" for layer, update in updates.items() for name in update.tensors()}
+    whole = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in inside
     }
-    return adapters | {
-        name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in adapters
-    }
+    return Adapter(config, updates, whole)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -65,12 +65,16 @@ class Update:
         """All tensors, by their names behind the layer's."""
         return {LORA_A: self.A, LORA_B: self.B, **self.extra}
 
-    def delta(self) -> Tensor:
-        """s · B A in fp32 or better, of the weight's shape."""
+    def detached(self) -> "Update":
+        """The same tensors, of which no gradient is asked for."""
+        extra = {name: tensor.detach() for name, tensor in self.extra.items()}
+        return dataclasses.replace(self, A=self.A.detach(), B=self.B.detach(), extra=extra)
+
+    def product(self) -> Tensor:
+        """s · B A, (out, in), of a convolution (out, in · kernel), in fp32 or better."""
         B, A = self.matrices
         exact = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
-        product = (B.to(exact) @ A.to(exact)) * self.scale
-        return product.view(self.shape) if self.kind == "linear" else product.T
+        return self.scale * (B.to(exact) @ A.to(exact))
 
     def add_product(self, total: Tensor, rows: slice = slice(None), factor: float = 1.0) -> Tensor:
         """Add these rows of factor · s · B A to `total`, the same rows of a weight in fp32 or better,

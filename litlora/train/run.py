@@ -17,13 +17,14 @@ import yaml
 from torch import Tensor
 
 from litlora import console
-from litlora.checkpoint import Checkpoint, write_checkpoint
+from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.cli import dump
 from litlora.data.batches import padding_share, plan_epoch
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import Records
 from litlora.errors import UserError
 from litlora.load import Loaded, load, pick_device
+from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.paths import (
     FINAL,
@@ -58,10 +59,8 @@ class Method:
     trains_base: bool
     """Whether the base's own weights change, so that they need fp32 and memory apart from the
     file's."""
-    tensors: Callable[[GPT], dict[str, Tensor]]
-    """What a checkpoint stores; a weight of the base's in the base's dtype."""
-    meta: Callable[[Checkpoint, Path], dict[str, Any]]
-    """(base, directory to be written) -> the "litlora" entry of the checkpoint there."""
+    content: Callable[[GPT], dict[str, Tensor] | Adapter]
+    """What a checkpoint stores: every weight, or an adapter."""
     stores: str
     """For the summary: what the result holds."""
 
@@ -176,24 +175,31 @@ def finetune(settings: Finetune, method: Method, found: Records, run: RunDirecto
         def save(directory: Path, training: dict[str, Any] | None = None) -> None:
             try:
                 if fabric.is_global_zero:
-                    write_checkpoint(
-                        directory,
-                        {
+                    resuming = None
+                    if training is not None:
+                        resuming = {**training, "facts": here, "metrics": metrics.text}
+                    content = method.content(model)
+                    options = {
+                        "sidecars_from": loaded.chain.sources,
+                        "beside": Beside(style, hyperparameters, resuming),
+                        # Before this one has its name: a crash in between must not leave the earlier
+                        # result beside it.
+                        "check": lambda _: forget_earlier(),
+                    }
+
+                    def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+                        return {
                             name: tensor.to(stored.get(name, tensor.dtype))
-                            for name, tensor in method.tensors(model).items()
-                        },
-                        method.meta(base, directory),
-                        model.config,
-                        sidecars_from=loaded.chain.sources,
-                        prompt_style=style,
-                        hyperparameters=hyperparameters,
-                        state=None
-                        if training is None
-                        else {**training, "facts": here, "metrics": metrics.text},
-                        # Before this one has its name: a crash in between must not leave the
-                        # earlier result beside it.
-                        check=lambda _: forget_earlier(),
-                    )
+                            for name, tensor in tensors.items()
+                        }
+
+                    if isinstance(content, Adapter):
+                        content = dataclasses.replace(
+                            content, whole=rounded(content.whole), base=reference_to(base, directory)
+                        )
+                        write_adapter(directory, content, model.config, **options)
+                    else:
+                        write_full(directory, rounded(content), model.config, **options)
             finally:
                 fabric.barrier()
 

@@ -11,21 +11,21 @@ from conftest import fails, random_adapter, succeeds
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.combine import (
-    _drop,
-    _factor,
-    _trim,
+    Recipe,
     combine_adapters,
     combine_dense,
     combine_files,
     combine_layer,
+    drop_random,
+    factorized,
+    trim,
 )
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_modules, open_checkpoint, resolve, whole_tensors
+from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError, UserError
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.load import load
 from litlora.lora import LoRAConfig
-from litlora.lora.adapter import parse_settings
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.settings import CombineLoRA
 
@@ -33,8 +33,10 @@ MODES = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_
 OUT, IN = 30, 44
 
 
-def asked(mode: str, **more) -> CombineLoRA:
-    return CombineLoRA(lora_path=more.pop("lora_path", ["a"]), out_dir="out", mode=mode, **more)
+def asked(mode: str, **more) -> Recipe:
+    energy = more.pop("energy", None)
+    bound = {} if energy is None else {"max_error": (1 - energy) ** 0.5}
+    return Recipe(**{"weights": [1.0], "mode": mode, "seed": 1337, **bound, **more})
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -163,11 +165,13 @@ def test_weights_go_in_before_the_election():
 
 def test_dropping_keeps_the_mean_and_obeys_the_seed():
     one = torch.linspace(1, 2, 50_000)
-    kept = _drop(one, 0.2, seeded(3))
+    kept = drop_random(one, 0.2, seeded(3))
     chosen = kept != 0
     assert 0.19 < chosen.float().mean() < 0.21 and abs(kept.mean() / one.mean() - 1) < 0.03
     assert torch.allclose(kept[chosen], one[chosen] / 0.2)
-    assert torch.equal(kept, _drop(one, 0.2, seeded(3))) and not torch.equal(kept, _drop(one, 0.2, seeded(4)))
+    assert torch.equal(kept, drop_random(one, 0.2, seeded(3))) and not torch.equal(
+        kept, drop_random(one, 0.2, seeded(4))
+    )
 
 
 def test_dropping_is_drawn_anew_for_each_adapter():
@@ -177,7 +181,7 @@ def test_dropping_is_drawn_anew_for_each_adapter():
 
 
 def test_trimming_keeps_at_least_one_entry():
-    assert _trim(torch.tensor([[0.1, -3.0, 0.2]]), 0.01).tolist() == [[0.0, -3.0, 0.0]]
+    assert trim(torch.tensor([[0.1, -3.0, 0.2]]), 0.01).tolist() == [[0.0, -3.0, 0.0]]
 
 
 @pytest.mark.parametrize("mode", ["ties", "dare_ties", "dare_linear", "magnitude_prune"])
@@ -201,9 +205,9 @@ def test_a_sketch_finds_what_the_whole_spectrum_has():
     matrix = torch.randn(160, 200, generator=seeded()) * torch.linspace(1, 0.3, 200)
     values = torch.linalg.svdvals(matrix.double())
     for rank in (1, 8, 20):  # 20 + 16, four times, is below 160
-        B, A = _factor(matrix, rank, None, seeded())
+        B, A = factorized(matrix, rank, None, seeded())
         assert A.size(0) == rank and torch.linalg.norm(matrix - B @ A) <= 1.002 * values[rank:].norm()
-    B, A = _factor(matrix, 30, None, seeded())
+    B, A = factorized(matrix, 30, None, seeded())
     assert torch.linalg.norm(matrix - B @ A) <= (1 + 1e-6) * values[30:].norm()
 
 
@@ -311,22 +315,24 @@ def changes_of(directory) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("which", range(3))
 def test_one_adapter_at_weight_1_stays_what_it_is(mode, which, adapters):
     chain = resolve(adapters[which])
-    tensors, settings, changes = combine_adapters([chain], asked(mode))
+    combined, changes = combine_adapters([chain], asked(mode))
+    tensors, settings = combined.tensors, combined.config
     assert tensors.keys() == chain.top.tensors.keys()
     assert all(
         torch.equal(tensor, chain.top.tensors[name]) and tensor.dtype == chain.top.tensors[name].dtype
         for name, tensor in tensors.items()
     )
-    assert settings == parse_settings(chain.top.meta["lora"]) and all(change.error == 0 for change in changes)
+    assert settings == chain.top.config and all(change.error == 0 for change in changes)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_weight_of_one_s_own_goes_into_the_scale(mode, adapters):
     chain = resolve(adapters[0])
-    tensors, settings, _ = combine_adapters([chain], asked(mode, weights=[-0.5]))
-    before = parse_settings(chain.top.meta["lora"])
+    combined, _ = combine_adapters([chain], asked(mode, weights=[-0.5]))
+    tensors, settings = combined.tensors, combined.config
+    before = chain.top.config
     assert all(torch.equal(tensor, chain.top.tensors[name]) for name, tensor in tensors.items())
-    for name in adapter_modules(tensors):
+    for name in combined.updates:
         assert layer_rank(settings, name) == layer_rank(before, name)
         assert math.isclose(layer_scale(settings, name), -0.5 * layer_scale(before, name), rel_tol=1e-13)
 
@@ -334,7 +340,8 @@ def test_a_weight_of_one_s_own_goes_into_the_scale(mode, adapters):
 @pytest.mark.parametrize("mode", MODES)
 def test_an_adapter_of_weight_0_is_left_out(mode, adapters):
     chains = [resolve(adapter) for adapter in adapters]
-    tensors, _, _ = combine_adapters(chains, asked(mode, lora_path=["a", "b", "c"], weights=[0.0, 1.0, 0.0]))
+    combined, _ = combine_adapters(chains, asked(mode, weights=[0.0, 1.0, 0.0]))
+    tensors = combined.tensors
     assert tensors.keys() == chains[1].top.tensors.keys()
     assert all(torch.equal(tensor, chains[1].top.tensors[name]) for name, tensor in tensors.items())
 
@@ -360,7 +367,7 @@ def test_the_command_adds_what_the_adapters_change(mode, adapters, tmp_path):
     assert {"prompt_style.yaml", "tokenizer.json", "hyperparameters.yaml", "model_config.yaml"} <= {
         path.name for path in out.iterdir()
     }
-    assert open_checkpoint(out).meta["base"]["fingerprint"] == resolve(adapters[0]).base.fingerprint
+    assert open_checkpoint(out).base.fingerprint == resolve(adapters[0]).base.fingerprint
 
 
 def test_a_combination_can_be_talked_to_trained_further_and_exported(adapters, tmp_path, alpaca_file):
@@ -395,13 +402,13 @@ def test_a_combination_can_be_talked_to_trained_further_and_exported(adapters, t
         assert torch.allclose(got, pair[0][name] + pair[1][name], atol=3e-6), name
     chains = [resolve(adapter) for adapter in adapters[:2]]
     again = [
-        combine_adapters(chains, asked("dare_ties", lora_path=["a", "b"], density=0.5, rank=6, seed=seed))[0]
+        combine_adapters(chains, asked("dare_ties", weights=[1.0, 1.0], density=0.5, rank=6, seed=seed))[0]
         for seed in (1337, 3)
     ]
     stored = open_checkpoint(out).tensors
-    assert all(torch.allclose(again[0][name], tensor, atol=1e-4) for name, tensor in stored.items()), (
-        "the seed repeats the draws"
-    )
+    assert all(
+        torch.allclose(again[0].tensors[name], tensor, atol=1e-4) for name, tensor in stored.items()
+    ), "the seed repeats the draws"
     assert not any(
         torch.allclose(again[1][name], tensor, atol=1e-4) for name, tensor in stored.items() if "lora" in name
     )
@@ -409,9 +416,9 @@ def test_a_combination_can_be_talked_to_trained_further_and_exported(adapters, t
 
 def test_modules_saved_whole_are_elected_too(adapters, base):
     chains = [resolve(adapters[1]), resolve(adapters[2])]
-    tensors, _, _ = combine_adapters(chains, asked("ties", lora_path=["a", "b"]))
+    tensors = combine_adapters(chains, asked("ties", weights=[1.0, 1.0]))[0].tensors
     weight = open_checkpoint(base).tensors["model.norm.weight"].double()
-    apart = [whole_tensors(chain.top.tensors)["model.norm.weight"].double() - weight for chain in chains]
+    apart = [chain.top.whole["model.norm.weight"].double() - weight for chain in chains]
     wanted = combine_dense(apart, asked("ties"), seeded())
     assert torch.allclose(tensors["model.norm.weight"].double() - weight, wanted, atol=1e-6)
     assert torch.equal(
@@ -481,7 +488,7 @@ def test_shapes_and_kinds_that_do_not_go_together_are_refused(adapters, make_che
         )
     )
     with pytest.raises(CheckpointError, match="gate_proj is 80 x 32, but 64 x 32 in"):
-        combine_adapters([resolve(adapters[0]), wide], asked("linear", lora_path=["a", "b"]))
+        combine_adapters([resolve(adapters[0]), wide], asked("linear", weights=[1.0, 1.0]))
     head = resolve(
         random_adapter(
             tmp_path / "head", tmp_path / "base", LoRAConfig(targets="qv", modules_to_save=["lm_head"])
@@ -490,8 +497,8 @@ def test_shapes_and_kinds_that_do_not_go_together_are_refused(adapters, make_che
     pair = [resolve(adapters[1]), head]  # A and B of the head in one, the whole head in the other
     for mode, density in (("ties", 1.0), ("magnitude_prune", 0.5)):
         with pytest.raises(CheckpointError, match="adapts lm_head.weight, which .* replaces whole"):
-            combine_adapters(pair, asked(mode, lora_path=["a", "b"], density=density))
-    tensors, _, _ = combine_adapters(pair, asked("linear", lora_path=["a", "b"]))
+            combine_adapters(pair, asked(mode, weights=[1.0, 1.0], density=density))
+    tensors = combine_adapters(pair, asked("linear", weights=[1.0, 1.0]))[0].tensors
     assert {"lm_head.weight", "lm_head.lora_A"} <= tensors.keys()
 
 
@@ -626,10 +633,10 @@ def test_the_error_that_is_told_is_that_of_what_is_stored(weight, size, dtype, t
     ]
     told = float(succeeds(*words).stdout.splitlines()[1].split()[-1])
     exact = sum(
-        factor * weight * read_lora(file).updates["x"].delta().double()
+        factor * weight * read_lora(file).updates["x"].product().double()
         for factor, file in zip((1, -1 / 3), files, strict=True)
     )
-    found = read_lora(tmp_path / "out/a.safetensors").updates["x"].delta().double()
+    found = read_lora(tmp_path / "out/a.safetensors").updates["x"].product().double()
     assert 0 < told == pytest.approx(relative(found, exact), rel=0.01, abs=1e-6) and told < 0.5
 
 
@@ -662,7 +669,9 @@ def test_adapters_that_cancel_out_leave_nothing_and_an_error_of_nothing(mode):
     one = Update(torch.randn(4, 30), torch.randn(20, 4), 2.0)
     stored, full, lost = combine_layer([(1.0, one), (-1.0, one)], asked(mode), seeded())
     assert (
-        full == lost == 0 and stored.rank == (8 if mode == "cat" else 1) and stored.delta().abs().max() < 1e-5
+        full == lost == 0
+        and stored.rank == (8 if mode == "cat" else 1)
+        and stored.product().abs().max() < 1e-5
     )
 
 

@@ -91,7 +91,7 @@ def test_a_missing_base_is_said(tmp_path, base):
     shutil.move(base, tmp_path / "moved")
     found = describe(adapter)
     assert not found["base"]["found"] and found["base"]["matches"] is None
-    assert "is no checkpoint directory; name the base" in found["problems"][0]
+    assert "is not a checkpoint directory; name the base" in found["problems"][0]
     assert all(layer["delta_norm"] > 0 and layer["relative"] is None for layer in found["layers"])
     assert "NOT FOUND" in "\n".join(table(found)) and "PROBLEM" in "\n".join(table(found))
     assert describe(adapter, base_dir=tmp_path / "moved")["base"]["matches"]

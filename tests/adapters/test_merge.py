@@ -10,11 +10,11 @@ from conftest import REPO, fails, succeeds
 from test_checkpoint import write_adapter
 
 from litlora.adapters import merge as merging
-from litlora.adapters.merge import LowRank, MergedTensor, merge_chain, plan_merge, rounded
-from litlora.checkpoint import adapter_modules, open_checkpoint, resolve
+from litlora.adapters.merge import Added, MergedTensor, merge_chain, plan_merge, rounded
+from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError
 from litlora.load import load
-from litlora.lora import LoRAConfig, add_lora, attach_lora, merge_lora, unmerge_lora, unwrap_lora
+from litlora.lora import LoRAConfig, Update, add_lora, attach_lora, merge_lora, unmerge_lora, unwrap_lora
 from litlora.settings import MergeLoRA
 
 IDS = torch.arange(40).view(2, 20)
@@ -183,7 +183,7 @@ def test_numbers_beyond_fp16_are_refused_and_leave_nothing(tmp_path, make_checkp
 def test_large_layers_are_computed_some_rows_at_a_time(monkeypatch):
     monkeypatch.setattr("litlora.storage.torch_file.BLOCK_BYTES", 1 << 12)
     W, A, B = torch.randn(1000, 16).bfloat16(), torch.randn(4, 16), torch.randn(1000, 4)
-    tensor = MergedTensor("W", W, W.dtype, W.dtype, ((LowRank(A, B, 0.5),),))
+    tensor = MergedTensor("W", W, W.dtype, W.dtype, ((Added(Update(A, B, 0.5), 1.0),),))
     blocks = list(tensor.blocks())
     assert max(block.numel() for block in blocks) * 4 <= 1 << 12
     torch.testing.assert_close(torch.cat(blocks), (W.float() + 0.5 * B @ A).bfloat16())
@@ -204,7 +204,7 @@ def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_ch
     with torch.no_grad():
         expected = [model(IDS)]
         for adapter in adapters:
-            attach_lora(model, adapter_modules(adapter.tensors), LoRAConfig(rank=2, alpha=16.0))
+            attach_lora(model, list(adapter.updates), LoRAConfig(rank=2, alpha=16.0))
             model.load_state_dict(adapter.tensors, strict=False)
             merge_lora(model)
             expected.append(model(IDS))
@@ -217,7 +217,7 @@ def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_ch
             assert torch.equal(model(IDS), expected[0])
         for _ in range(3):  # back and forth
             for adapter, wanted in zip(adapters, expected[1:], strict=True):
-                attach_lora(model, adapter_modules(adapter.tensors), LoRAConfig(rank=2, alpha=16.0))
+                attach_lora(model, list(adapter.updates), LoRAConfig(rank=2, alpha=16.0))
                 model.load_state_dict(adapter.tensors, strict=False)
                 merge_lora(model)
                 assert torch.equal(model(IDS), wanted)
@@ -325,7 +325,7 @@ def test_a_resized_vocabulary_has_no_other_strength(tmp_path, base):
         n: torch.cat([t, t[:3]]) if n in (merging.HEAD, merging.EMBEDDING) else t
         for n, t in adapter.top.tensors.items()
     }
-    larger = dataclasses.replace(adapter.top, tensors=resized)
+    larger = dataclasses.replace(adapter.top, whole={name: resized[name] for name in adapter.top.whole})
     plan, config = plan_merge(dataclasses.replace(adapter, adapters=[]))
     assert merging.add_adapters(plan, config, [(larger, 1.0)])[1].vocab_size == 403
     with pytest.raises(

@@ -487,12 +487,12 @@ def outside_by_a_link(directory: Path) -> None:
     _base_of(directory, "base")
 
 
-@attack("chains", "the last is no checkpoint directory", command=MERGE)
+@attack("chains", "the last is not a checkpoint directory", command=MERGE)
 def no_checkpoint_at_all(directory: Path) -> None:
     _base_of(directory, "../../../../../../../../etc")
 
 
-@attack("chains", "the last is no checkpoint directory", command=MERGE)
+@attack("chains", "the last is not a checkpoint directory", command=MERGE)
 def a_path_that_steers_the_terminal(directory: Path) -> None:
     _base_of(directory, "\x1b]0;owned\x07\u202egnorw")
 

@@ -13,10 +13,11 @@ import torch
 from conftest import REPO, tiny_config
 from safetensors.torch import save_file
 
-from litlora.checkpoint import adapter_meta, full_meta, open_checkpoint, write_checkpoint
+from litlora.checkpoint import open_checkpoint, reference_to, write_adapter, write_full
 from litlora.console import printable
 from litlora.errors import CheckpointError
-from litlora.lora import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig
+from litlora.lora.adapter import parse_tensors
 from litlora.model import GPT
 from litlora.paths import STATE_FILE
 from litlora.train.resume import read_state
@@ -33,19 +34,16 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
     """A directory with a full checkpoint, `base`, and an adapter on it, `adapter`."""
     directory = tmp_path_factory.mktemp("sound")
     config, lora = tiny_config(), LoRAConfig(rank=2, targets=["q_proj"])
-    write_checkpoint(
-        directory / "base",
-        dict(GPT(config).named_parameters()),
-        full_meta(),
-        config,
-        sidecars_from=tokenizer_dir,
+    write_full(
+        directory / "base", dict(GPT(config).named_parameters()), config, sidecars_from=[tokenizer_dir]
     )
     tensors = {}
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
         tensors |= {f"{name}.lora_A": torch.randn(2, 32), f"{name}.lora_B": torch.randn(32, 2)}
-    meta = adapter_meta(lora, open_checkpoint(directory / "base"), directory / "adapter")
-    write_checkpoint(directory / "adapter", tensors, meta, config, sidecars_from=tokenizer_dir)
+    reference = reference_to(open_checkpoint(directory / "base"), directory / "adapter")
+    adapter = Adapter(lora, *parse_tensors(tensors, lora), reference)
+    write_adapter(directory / "adapter", adapter, config, sidecars_from=[tokenizer_dir])
     return directory
 
 

@@ -100,7 +100,7 @@ def test_an_old_torch_file_of_peft_is_read(base, tmp_path):
 def test_a_base_that_is_not_here_is_asked_for(base, tmp_path):
     adapter = write_peft(tmp_path / "peft", "someone/model")
     error = fails("chat/base.py", "--checkpoint_dir", adapter, "--prompt", "x")
-    assert "its base 'someone/model' is no directory here" in error and "--base_checkpoint_dir" in error
+    assert "its base 'someone/model' is not a directory here" in error and "--base_checkpoint_dir" in error
     succeeds(
         "chat/base.py",
         "--checkpoint_dir",

@@ -55,9 +55,9 @@ def test_a_merged_model_is_used_only_if_it_is_no_older_than_the_adapter_beside_i
     directory = Path(shutil.copytree(FILES / "llama_lora", tmp_path / "final"))
     shutil.copyfile(FILES / "llama" / "lit_model.pth", directory / "lit_model.pth")
     os.utime(directory / "lit_model.pth", (1, 1))
-    assert open_checkpoint(directory, base_dir=FILES / "llama").is_adapter
+    assert open_checkpoint(directory, base_dir=FILES / "llama").kind == "adapter"
     os.utime(directory / "lit_model.pth")
-    assert not open_checkpoint(directory).is_adapter
+    assert open_checkpoint(directory).kind == "full"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_merged_model_is_used_only_if_it_is_no_older_than_the_adapter_beside_i
             "llama_lora",
             "hyperparameters.yaml",
             {"checkpoint_dir": "nowhere"},
-            "'nowhere' is no directory here",
+            "'nowhere' is not a directory here",
         ),
         ("llama", "model_config.yaml", {"latent_attention": {"q_lora_rank": 4}}, "latent_attention"),
         ("llama", "model_config.yaml", {"rope_interleave": True}, "rope_interleave"),

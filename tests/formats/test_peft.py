@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
+from litlora.checkpoint import reference_to, resolve, write_adapter, write_full
 from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build
-from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.lora import LoRAConfig, adapter_of, add_lora
 from litlora.settings import ExportPEFT
 
 transformers = pytest.importorskip("transformers")
@@ -250,8 +250,8 @@ def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.
     model = build(chain.config, chain.base.tensors, chain.base)
     add_lora(model, settings)
     randomize(model)
-    meta = adapter_meta(vars(settings), chain.base, directory)
-    write_checkpoint(directory, lora_tensors(model), meta, chain.config, sidecars_from=base_dir)
+    adapter = adapter_of(model, settings).trained_on(reference_to(chain.base, directory))
+    write_adapter(directory, adapter, chain.config, sidecars_from=[base_dir])
     return model
 
 
@@ -272,7 +272,7 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(case, bases, tmp_pat
 def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, capsys):
     base, folder = bases("phi3")
     chain = resolve(folder)
-    write_checkpoint(tmp_path / "ours", chain.base.tensors, full_meta(), chain.config, sidecars_from=tmp_path)
+    write_full(tmp_path / "ours", chain.base.tensors, chain.config, sidecars_from=[tmp_path])
     model = theirs(base, r=4, target_modules=["qkv_proj", "gate_up_proj"])
     directory = save(model, tmp_path / "peft", tmp_path / "ours")
     assert (logits(ours(directory)) - logits(model)).abs().max() < 1e-5

@@ -9,7 +9,7 @@ from conftest import tiny_config
 from torch import nn
 
 from litlora.errors import UserError
-from litlora.lora import LoRALinear, add_lora, lora_tensors, merge_lora, project, unmerge_lora, unwrap_lora
+from litlora.lora import LoRALinear, adapter_of, add_lora, merge_lora, project, unmerge_lora, unwrap_lora
 from litlora.lora.select import select_layers
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
@@ -48,7 +48,7 @@ def test_only_the_adapter_trains_and_in_fp32():
     assert len(names) == 2 * 7
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
-    assert all(t.dtype == torch.float32 for t in lora_tensors(model).values())
+    assert all(t.dtype == torch.float32 for t in adapter_of(model, LoRAConfig()).tensors.values())
     assert model.model.layers[0].mlp.up_proj.linear.weight.dtype == torch.bfloat16
     assert model(IDS).dtype == torch.bfloat16
 

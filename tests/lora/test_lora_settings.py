@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_config
 
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import adapter_meta, resolve, write_checkpoint
+from litlora.checkpoint import reference_to, resolve, write_adapter
 from litlora.errors import CheckpointError, UserError
 from litlora.load import attach_adapter, build, load
-from litlora.lora import LoRALinear, add_lora, lora_tensors
+from litlora.lora import Adapter, LoRALinear, adapter_of, add_lora
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
@@ -93,8 +93,8 @@ def test_whole_modules_and_patterns_survive_the_file(base, tmp_path):
     assert torch.equal(chain.base.tensors["lm_head.weight"], before), (
         "the base must stay as it is: its fingerprint is yet to be taken"
     )
-    meta = adapter_meta(vars(settings), chain.base, tmp_path / "adapter")
-    write_checkpoint(tmp_path / "adapter", lora_tensors(model), meta, chain.config, sidecars_from=base)
+    adapter = adapter_of(model, settings).trained_on(reference_to(chain.base, tmp_path / "adapter"))
+    write_adapter(tmp_path / "adapter", adapter, chain.config, sidecars_from=[base])
     x = torch.arange(20).reshape(2, 10)
     found = resolve(tmp_path / "adapter")
     tensors, config = merge_chain(found)
@@ -110,8 +110,9 @@ def test_a_tensor_that_the_settings_do_not_explain_is_refused(base, tmp_path):
     chain = resolve(base)
     model = build(chain.config, chain.base.tensors, chain.base)
     add_lora(model, LoRAConfig(rank=2))
-    meta = adapter_meta(vars(LoRAConfig(rank=2)), chain.base, tmp_path / "adapter")
-    tensors = lora_tensors(model) | {"model.norm.weight": torch.ones(32)}
-    write_checkpoint(tmp_path / "adapter", tensors, meta, chain.config, sidecars_from=base)
+    updates = adapter_of(model, LoRAConfig(rank=2)).updates
+    whole = {"model.norm.weight": torch.ones(32)}
+    adapter = Adapter(LoRAConfig(rank=2), updates, whole, reference_to(chain.base, tmp_path / "adapter"))
+    write_adapter(tmp_path / "adapter", adapter, chain.config, sidecars_from=[base])
     with pytest.raises(CheckpointError, match="model.norm.weight is not part of an adapter"):
         resolve(tmp_path / "adapter")

@@ -259,7 +259,7 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
         in capsys.readouterr().err
     )
     limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
-    assert not (out / "final").exists() and open_checkpoint(out / "step-000010").is_adapter
+    assert not (out / "final").exists() and open_checkpoint(out / "step-000010").kind == "adapter"
     run("lora", out, "--resume", "auto")
     assert same(out, expected)
 

@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, expected, numb
     assert (
         f"stopped by {number.name} after step {int(step.name[5:])}; the newest checkpoint is {step}" in said
     )
-    assert open_checkpoint(step).is_adapter and not (out / "final").exists()
+    assert open_checkpoint(step).kind == "adapter" and not (out / "final").exists()
     command = shlex.split(said.partition("\nresume: ")[2])
     assert command[0] == "python"
     subprocess.run(
@@ -104,7 +104,7 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
     os.close(terminal)
     assert process.wait(timeout=60) == 129
     (step,) = step_directories(out)
-    assert open_checkpoint(step).is_adapter and (step / "state.pth").is_file()
+    assert open_checkpoint(step).kind == "adapter" and (step / "state.pth").is_file()
 
 
 def test_under_nohup_a_hangup_is_ignored():

@@ -137,7 +137,7 @@ def test_what_was_trained_is_what_chat_merges(
     assert validation_loss(tmp_path / "out/final", alpaca_file, compute) == pytest.approx(live, abs=close)
     adapter = open_checkpoint(tmp_path / "out/final")
     assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
-    assert adapter.meta["base"]["fingerprint"] == open_checkpoint(base).fingerprint, (
+    assert adapter.base.fingerprint == open_checkpoint(base).fingerprint, (
         "that of the base as stored, not as cast"
     )
     assert (base / "lit_model.pth").read_bytes() == before
@@ -161,7 +161,7 @@ def test_a_base_stored_as_parameters_keeps_its_fingerprint(precision, base, alpa
         lora=LoRAConfig(targets="qv", modules_to_save=["norm"]),
     )
     adapter = open_checkpoint(tmp_path / "out/final")
-    assert adapter.meta["base"]["fingerprint"] == open_checkpoint(base).fingerprint
+    assert adapter.base.fingerprint == open_checkpoint(base).fingerprint
     assert adapter.tensors["model.norm.weight"].dtype == torch.bfloat16, (
         "what replaces a weight of the base has its dtype"
     )

@@ -1,0 +1,118 @@
+"""Our own format: `lit_model.pth`, a torch file of one dict.
+
+full      {"model": {name: tensor}, "litlora": {"format": 1, "kind": "full", "merged": ...}}
+adapter   {"model": {what was trained}, "litlora": {"format": 1, "kind": "adapter",
+          "lora": settings, "base": {"path", "absolute_path", "fingerprint"}, "taught": ...}}
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from litlora.config import CONFIG_FILE, ModelConfig
+from litlora.errors import CheckpointError, UserError
+from litlora.formats import WEIGHTS_FILE
+from litlora.formats.full import DTYPES, FullModel
+from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
+from litlora.storage.tensors import open_torch
+
+FORMAT = 1
+"""Version of the layout, stored in every file; a newer one is refused."""
+
+_FIELDS = {
+    "lora": {"rank": int, "alpha": float},
+    "base": {"path": str, "absolute_path": str, "fingerprint": str},
+}
+"""What an adapter must say about itself."""
+
+
+# ---- reading
+
+
+def open_directory(directory: Path) -> FullModel | Adapter:
+    """What a directory of ours holds. Raises CheckpointError for anything but a sound file."""
+    file = directory / WEIGHTS_FILE
+    content = open_torch(file)
+    entries = [content.get(name) for name in ("model", "litlora")] if isinstance(content, dict) else []
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f'{file}: not written by litlora: it lacks the entries "model" and "litlora"')
+    tensors, described = entries
+    if described.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file}: has format {described.get('format')!r}; this version of litlora reads format {FORMAT}"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f'{file}: the entry {name!r} of "model" is not a tensor')
+    if described.get("kind") == "adapter":
+        return _adapter(file, tensors, described)
+    if described.get("kind") != "full":
+        raise CheckpointError(f"{file}: kind is {described.get('kind')!r}; it must be full or adapter")
+    config = ModelConfig.load(directory / CONFIG_FILE)
+    return FullModel(directory, file, tensors, config, _merged(file, described)).checked()
+
+
+def _merged(file: Path, described: dict[str, Any]) -> dict[str, str] | None:
+    merged = described.get("merged")
+    if "merged" not in described:
+        return None
+    kinds = {name: type(value) for name, value in merged.items()} if isinstance(merged, dict) else {}
+    if kinds != {"chain": str, "result": str}:
+        raise CheckpointError(f"{file}: merged is {merged!r}; it must name the chain and the result")
+    return merged
+
+
+def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> Adapter:
+    for entry, fields in _FIELDS.items():
+        for name, kind in fields.items():
+            found = described.get(entry)
+            value = found.get(name) if isinstance(found, dict) else None
+            if type(value) is not kind:
+                raise CheckpointError(
+                    f"{file}: an adapter must describe itself, but its {entry}.{name} is {value!r}"
+                )
+    lora, base = described["lora"], described["base"]
+    try:
+        config = parse_settings(lora)
+    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # values of strange types
+        raise CheckpointError(f"{file}: its settings are not usable: {error}") from None
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        raise CheckpointError(
+            f"{file}: {odd[0]} is {tensors[odd[0]].dtype}; the tensors of an adapter must be in float32, "
+            "bfloat16, float16 or float64"
+        )
+    try:
+        updates, whole = parse_tensors(tensors, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    reference = BaseReference(base["path"], base["absolute_path"], base["fingerprint"])
+    taught = described.get("taught")
+    style = taught if isinstance(taught, dict) else None  # the first versions stored none
+    return Adapter(config, updates, whole, reference, file, lora, style)
+
+
+# ---- writing
+
+
+def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
+    """The "litlora" entry of a full model."""
+    entry = {"format": FORMAT, "kind": "full"}
+    return entry if merged is None else {**entry, "merged": merged}
+
+
+def adapter_entry(adapter: Adapter, taught: dict[str, str]) -> dict[str, Any]:
+    """The "litlora" entry of an adapter; `taught` describes the text that it was trained on."""
+    base = adapter.base
+    return {
+        "format": FORMAT,
+        "kind": "adapter",
+        "lora": adapter.settings,
+        "base": {
+            "path": base.path,
+            "absolute_path": base.absolute_path,
+            "fingerprint": base.fingerprint,
+        },
+        "taught": taught,
+    }

@@ -1,0 +1,216 @@
+"""An adapter as a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`; see peft.py."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
+from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
+from litlora.formats.layout import Layout, Rule
+from litlora.formats.layout import layout as layout_of
+from litlora.formats.peft import PREFIX
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.lora import Adapter
+from litlora.lora.variants import variant_named
+
+
+def to_peft(
+    adapter: Adapter, model_type: str, model: ModelConfig, base: Mapping[str, Tensor], base_name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a PEFT folder for this adapter holds: the tensors by PEFT's keys, and
+    adapter_config.json.
+
+    `model_type` is the Hugging Face family that the folder is for. `model` and `base` describe the
+    base, whose tensors stand in for what PEFT wants whole; `base_name` is what the folder will call
+    it. Raises CheckpointError for a tensor that the Hugging Face model has no place for, and for a
+    variant of LoRA that PEFT's files are not written for.
+    """
+    if not variant_named(adapter.config.variant).is_plain:
+        raise CheckpointError(
+            f"a PEFT folder cannot hold the variant {adapter.config.variant}; merge the adapter and "
+            "export the model"
+        )
+    found = _Found(_groups(layout_of(model_type, model), base))
+    left = {*adapter.updates, *adapter.whole}
+    for theirs, (rule, _) in found.groups.items():
+        module, _, leaf = theirs.rpartition(".")
+        if leaf == "weight" and any(name in adapter.updates for name in rule.ours):
+            found.add_update(module, rule, adapter, base)
+            left -= set(rule.ours)
+    for theirs, (_, ours) in found.groups.items():
+        if any(name in adapter.whole for name in ours):
+            found.add_whole(theirs, adapter, base)
+            left -= set(ours)
+    if left:
+        raise CheckpointError(
+            f"{', '.join(sorted(left))}: the Hugging Face model of this architecture has no place for it"
+        )
+    config = found.config(adapter, base_name)
+    if model.num_experts is not None:
+        _check_experts({*adapter.updates}, base, uniform=_is_uniform(config))
+    return {name: tensor.contiguous() for name, tensor in found.tensors.items()}, config
+
+
+@dataclass
+class _Found:
+    """What goes into the folder, as it is found."""
+
+    groups: dict[str, tuple[Rule, list[str]]]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    has_biases: bool = False
+
+    def add_update(self, module: str, rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+        """One update of a module of theirs."""
+        rank, scale, A, B = _join(rule, adapter, base)
+        self.ranks[module] = rank
+        self.alphas[module] = _plain(scale * (math.sqrt(rank) if adapter.config.rslora else rank))
+        key = PREFIX + module
+        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
+            self.tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
+        else:
+            self.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+
+    def add_whole(self, theirs: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+        """A tensor that is saved whole, with the rest of its module, as PEFT wants it."""
+        module, _, leaf = theirs.rpartition(".")
+        rule, ours = self.groups[theirs]
+        if module in self.ranks:
+            self.tensors[f"{PREFIX}{module}.base_layer.{leaf}"] = _whole(rule, ours, adapter.whole, base)
+            self.has_biases |= leaf == "bias"
+        elif module not in self.saved:
+            self.saved.append(module)
+            for name, (_, parts) in self.groups.items():
+                if name.rpartition(".")[0] == module:
+                    self.tensors[PREFIX + name] = _whole(rule, parts, adapter.whole, base)
+
+    def config(self, adapter: Adapter, base_name: str) -> dict[str, Any]:
+        """adapter_config.json."""
+        rank, alpha = (
+            Counter(values.values()).most_common(1)[0][0] if values else 1
+            for values in (self.ranks, self.alphas)
+        )
+        modules = [name.rpartition(".")[0] for name in self.groups if name.endswith(".weight")]
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": adapter.config.dropout,
+            "use_rslora": adapter.config.rslora,
+            "target_modules": _targets(list(self.ranks), modules),
+            "rank_pattern": {name: value for name, value in self.ranks.items() if value != rank},
+            "alpha_pattern": {name: value for name, value in self.alphas.items() if value != alpha},
+            "modules_to_save": self.saved or None,
+            "bias": "lora_only" if self.has_biases else "none",
+            "fan_in_fan_out": any(self.groups[f"{name}.weight"][0].transposed for name in self.ranks),
+            "init_lora_weights": True,
+        }
+
+
+def _is_uniform(config: dict[str, Any]) -> bool:
+    return not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
+
+
+def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write the two files of a PEFT folder."""
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        directory / PEFT_WEIGHTS_FILES[0],
+        metadata={"format": "pt"},
+    )
+    (directory / PEFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bool) -> None:
+    """Refuse what PEFT misreads: it joins the experts' adapters by the last part of their names,
+    all of them or none."""
+    mlps = {name for name in adapted if ".mlp." in name}
+    experts = {name.removesuffix(".weight") for name in base if ".mlp.experts." in name}
+    if beside := sorted(mlps - experts):
+        raise CheckpointError(
+            f"{beside[0]}: PEFT would take its adapter for one of an expert's; adapt attention or experts only"
+        )
+    if mlps and mlps != experts:
+        raise CheckpointError(
+            f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have; PEFT needs one for all or none"
+        )
+    if mlps and not uniform:
+        raise CheckpointError(
+            f"{sorted(mlps)[0]}: PEFT reads an expert's adapter wrongly unless all ranks and alphas are the same, without rsLoRA"
+        )
+
+
+def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
+    """Every tensor of the Hugging Face model: the rule of its module, and those of ours that it is
+    made of."""
+    groups = {}
+    for name in (
+        *base,
+        "lm_head.weight",
+    ):  # of a tied head, which is not stored, PEFT speaks like of any other
+        module, _, leaf = name.rpartition(".")
+        rule = layout.to_theirs(module)
+        groups[f"{rule.theirs}.{leaf}"] = rule, [f"{part}.{leaf}" for part in rule.ours]
+    return groups
+
+
+def _join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int, float, Tensor, Tensor]:
+    """(rank, scale, A, B) of one update that does what those of the members do, each on its own
+    rows.
+
+    Members that share one A share its rows; every other has rows of A and columns of B to itself.
+    """
+    updates = {name: adapter.updates[name] for name in rule.ours if name in adapter.updates}
+    first = next(iter(updates.values()))
+    blocks: list[Tensor] = []
+    columns: dict[str, int] = {}
+    for name, update in updates.items():
+        known = next((index for index, block in enumerate(blocks) if torch.equal(block, update.A)), None)
+        columns[name] = len(blocks) if known is None else known
+        blocks += [update.A] if known is None else []
+    starts = [sum(block.size(0) for block in blocks[:index]) for index in range(len(blocks) + 1)]
+    rows = []
+    for member in rule.ours:
+        update = updates.get(member)
+        out = base[f"{member}.weight"].size(0) if update is None else update.B.size(0)
+        rows.append(torch.zeros(out, starts[-1], dtype=first.B.dtype))
+        if update is not None:
+            factor = update.scale / first.scale  # one update has one scale: the others' goes into their B
+            B, start = update.B, starts[columns[member]]
+            rows[-1][:, start : start + B.size(1)] = B if factor == 1 else B * factor
+    return starts[-1], first.scale, torch.cat(blocks), rule.join(rows)
+
+
+def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    kept = {name: base[name] for name in ours if name not in whole}
+    found = whole | {
+        name: tensor.tensor() if isinstance(tensor, Quantized) else tensor for name, tensor in kept.items()
+    }
+    joined = rule.join([found[name] for name in ours])
+    return joined.t() if rule.transposed and joined.ndim == 2 else joined
+
+
+def _targets(adapted: list[str], modules: list[str]) -> list[str]:
+    """target_modules: the last part of a name where it means adapted layers only, else the whole
+    name."""
+    leaves = {name.rpartition(".")[2] for name in modules if name not in adapted}
+    return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
+
+
+def _plain(value: float) -> float | int:
+    """16.0 as 16, and 16.000000000000004, which comes of dividing and multiplying, too."""
+    return int(round(value)) if abs(value - round(value)) < 1e-9 * abs(value) else value

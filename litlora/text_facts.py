@@ -1,0 +1,41 @@
+"""What the text that an adapter sees depends on, its tokenizer and prompt style: whether they are
+still those of its training. Torch-free."""
+
+import hashlib
+from pathlib import Path
+
+from litlora.prompts import STYLE_FILE
+from litlora.storage.untrusted import read_yaml
+from litlora.tokenizer import TOKENIZER_FILE
+
+
+def text_facts(directory: Path) -> dict[str, str]:
+    """A digest of a checkpoint directory's tokenizer, and the name of its prompt style."""
+    found = {}
+    if (file := directory / TOKENIZER_FILE).is_file():
+        with file.open("rb") as stream:
+            found["tokenizer"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    if (file := directory / STYLE_FILE).is_file():
+        values = read_yaml(file)
+        found["prompt_style"] = str(values.get("style") if isinstance(values, dict) else values)
+    return found
+
+
+def changed_text(then: dict[str, str], adapter: Path, base: Path) -> list[str]:
+    """Notices, if the text of the adapter in one directory is no longer what it was trained on, or
+    is not its base's: either may be meant. `then` are the facts that the adapter stores."""
+    now, below, notices = text_facts(adapter), text_facts(base), []
+    trained = then.get("tokenizer")
+    if now.get("tokenizer", trained) != trained:
+        notices.append(f"{adapter / TOKENIZER_FILE}: is not the tokenizer that this adapter was trained with")
+    elif below.get("tokenizer", trained) != trained:
+        notices.append(
+            f"{base / TOKENIZER_FILE}: is not the tokenizer that {adapter} was trained with, whose "
+            "own is used"
+        )
+    if (style := now.get("prompt_style")) != (other := then.get("prompt_style")):
+        notices.append(
+            f"{adapter / STYLE_FILE}: says {style}, but this adapter was trained with the prompt "
+            f"style {other}"
+        )
+    return notices
