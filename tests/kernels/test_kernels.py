@@ -8,23 +8,26 @@ from torch.autograd import gradcheck
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from litlora.frozen.dense import Dense
 from litlora.kernels import attention, cross_entropy, lora, norm
 from litlora.kernels.attention import Pack
 from litlora.kernels.lora import Layer
+from litlora.lora import Update
 
 
 def layer(out, inner, rank=None, *, bias=False, scale=1.0):
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    A, B = (
-        (random(rank, inner).requires_grad_(), random(out, rank).requires_grad_()) if rank else (None, None)
-    )
-    return Layer(random(out, inner), random(out) if bias else None, A, B, scale)
+    update = None
+    if rank:
+        update = Update(random(rank, inner).requires_grad_(), random(out, rank).requires_grad_(), scale)
+    return Layer(Dense(random(out, inner)), random(out) if bias else None, update)
 
 
 def trained(x, *layers):
-    return [x, *(tensor for one in layers for tensor in (one.lora_A, one.lora_B) if tensor is not None)]
+    updates = [one.update for one in layers if one.update is not None]
+    return [x, *(factor for update in updates for factor in (update.A, update.B))]
 
 
 def same_value_and_gradients(kernel, plain, inputs):
@@ -89,9 +92,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        torch.autograd.grad(y.sum(), [one.lora_A, one.lora_B])
+        torch.autograd.grad(y.sum(), [one.update.A, one.update.B])
     assert multiplied and not any(
-        tensor.shape in (one.weight.shape, one.weight.t().shape) for tensor in multiplied
+        tensor.shape in (one.weight.shape, one.weight.shape[::-1]) for tensor in multiplied
     )
     (frozen,) = lora.project(x, [layer(4, 6)])
     assert not frozen.requires_grad

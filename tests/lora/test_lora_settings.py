@@ -50,8 +50,8 @@ def test_rslora_scales_by_the_root_of_the_rank():
     [
         ({"rank_pattern": {"nowhere": 2}}, "rank_pattern nowhere: matches none of the layers"),
         ({"alpha_pattern": {"lm_head": 2.0}}, "alpha_pattern lm_head: matches none of the layers"),
-        ({"rank_pattern": {"q_proj": 99}}, "--lora.rank_pattern 99: .*q_proj is 32 x 32"),
-        ({"modules_to_save": ["nowhere"]}, "modules_to_save nowhere: no module of that name"),
+        ({"rank_pattern": {"q_proj": 99}}, "^rank_pattern 99: .*q_proj is 32 x 32"),
+        ({"modules_to_save": ["nowhere"]}, "modules_to_save nowhere: no module has that name"),
         ({"modules_to_save": ["self_attn"]}, "has an adapter; leave it out of one of the two"),
     ],
 )
@@ -93,7 +93,7 @@ def test_whole_modules_and_patterns_survive_the_file(base, tmp_path):
     assert torch.equal(chain.base.tensors["lm_head.weight"], before), (
         "the base must stay as it is: its fingerprint is yet to be taken"
     )
-    meta = adapter_meta(vars(settings), chain.base, tmp_path / "adapter")
+    meta = adapter_meta(settings, chain.base, tmp_path / "adapter")
     write_checkpoint(tmp_path / "adapter", lora_tensors(model), meta, chain.config, sidecars_from=base)
     x = torch.arange(20).reshape(2, 10)
     found = resolve(tmp_path / "adapter")
@@ -110,7 +110,7 @@ def test_a_tensor_that_the_settings_do_not_explain_is_refused(base, tmp_path):
     chain = resolve(base)
     model = build(chain.config, chain.base.tensors, chain.base)
     add_lora(model, LoRAConfig(rank=2))
-    meta = adapter_meta(vars(LoRAConfig(rank=2)), chain.base, tmp_path / "adapter")
+    meta = adapter_meta(LoRAConfig(rank=2), chain.base, tmp_path / "adapter")
     tensors = lora_tensors(model) | {"model.norm.weight": torch.ones(32)}
     write_checkpoint(tmp_path / "adapter", tensors, meta, chain.config, sidecars_from=base)
     with pytest.raises(CheckpointError, match="model.norm.weight is not part of an adapter"):
