@@ -2,8 +2,6 @@
 train adapters on it, and merge them, as on the dense model that holds the same values."""
 
 import copy
-import os
-import shutil
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from litlora.lora import (
     unwrap_lora,
 )
 from litlora.model import GPT
-from litlora.train.compile import compile_blocks
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -151,17 +148,13 @@ def test_it_is_part_of_the_state_and_moves_with_the_model():
     assert storage.device.type == "meta" and isinstance(storage, FrozenWeight)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
-def test_a_compiled_model_learns_the_same_in_one_graph():
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no C++ compiler here")
+def test_a_compiled_block_learns_the_same_in_one_graph():
     stored, dense = pair(num_hidden_layers=1)
     adapted([stored, dense])
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compile_blocks(stored)
+    for block in stored.model.layers:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True, dynamic=True)
     got, expected = gradients(stored), gradients(dense)
-    assert not torch._dynamo.utils.counters["graph_break"]
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
 
