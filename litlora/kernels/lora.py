@@ -94,8 +94,8 @@ def plain_gated_mlp(
     keep: Tensor | None = None,
     keep_inner: Tensor | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) · up(x)); keep (..., in) for gate's and up's updates, keep_inner for
-    down's, see plain_project."""
+    """down(activation(gate(x)) · up(x)). `keep` (..., in) is the dropout mask of the updates of gate
+    and up, `keep_inner` that of down's: see plain_project."""
     g, u = plain_project(x, [gate, up], keep)
     return plain_project(ACTIVATIONS[activation](g) * u, [down], keep_inner)[0]
 
