@@ -263,13 +263,22 @@ def flex_packed_attention(
     """As plain_packed_attention, by FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled on
     first use."""
 
+    options = flex_options(q.device, pack, window=window, softcap=softcap)
+    return _compiled_flex()(q, k, v, **options, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+def flex_options(
+    device: torch.device, pack: Pack, *, window: int | None = None, softcap: float | None = None
+) -> dict[str, Any]:
+    """What tells FlexAttention of the pack, the window and the softcap: score_mod and block_mask."""
+
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    score_mod, mask = None if softcap is None else capped, pack.block_mask(window, q.device)
-    return _compiled_flex()(
-        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)
-    )
+    return {
+        "score_mod": None if softcap is None else capped,
+        "block_mask": pack.block_mask(window, device),
+    }
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Positions by rotation (Su et al. 2021, arXiv:2104.09864), and the scalings that stretch them
-beyond the context of training."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864), and the scalings that stretch them beyond the
+context of training."""
 
 import math
 
@@ -33,21 +33,20 @@ class RotaryTable:
             or self._rows[0].device != like.device
         ):
             self._regime = regime
-            with torch.inference_mode(
-                False
-            ):  # kept beyond this call: what generation computed must serve training too
+            # The table outlives this call: one that generation computed must serve training too.
+            with torch.inference_mode(False):
                 self._rows = self._compute(length, like.device)
         cos, sin = self._rows
         return cos[start:length].to(like.dtype), sin[start:length].to(like.dtype)
 
     def packed_rows(self, pack: Pack, like: Tensor) -> Rope:
-        """As rows, for sequences one behind the other: the positions start anew with each."""
+        """As rows, for packed sequences: the positions of each start at 0."""
         cos, sin = zip(*(self.rows(0, length, like) for length in pack.lengths), strict=True)
         return torch.cat(cos), torch.cat(sin)
 
     def _regime_of(self, length: int) -> int:
-        """Lengths of one regime share their frequencies: two scalings make them depend on how long
-        the sequence is."""
+        """Lengths of one regime share their frequencies; with two of the scalings these depend on the
+        length of the sequence."""
         kind = self.scaling.rope_type if self.scaling is not None else None
         if kind == "dynamic":
             return max(length, self.max_positions)
@@ -58,19 +57,18 @@ class RotaryTable:
             self.dim, self.theta, self.scaling, self.max_positions, length
         )
         rows = -(-length // 256) * 256  # some in advance: generation asks for one more at a time
-        angles = torch.outer(
-            torch.arange(rows, dtype=torch.float32, device=device), frequencies.to(device)
-        ).repeat(1, 2)
+        places = torch.arange(rows, dtype=torch.float32, device=device)
+        angles = torch.outer(places, frequencies.to(device)).repeat(1, 2)
         return angles.cos() * factor, angles.sin() * factor
 
 
 def rotary_frequencies(
     dim: int, theta: float, scaling: RopeScaling | None, max_positions: int, length: int
 ) -> tuple[Tensor, float]:
-    """The angle between two positions for each rotated pair, theta^(-2i/dim) as scaled, (dim / 2,);
-    and a factor for cos and sin.
+    """The angle between neighbouring positions for each rotated pair, theta^(-2i/dim) after scaling,
+    (dim / 2,); and a factor for cos and sin.
 
-    `length` is that of the sequence. linear: Chen et al. 2023, arXiv:2306.15595; dynamic:
+    `length` is that of the sequence. Scalings: linear: Chen et al. 2023, arXiv:2306.15595; dynamic:
     NTK-aware, growing with the length; yarn: Peng et al. 2023, arXiv:2309.00071; longrope: Ding et
     al. 2024, arXiv:2402.13753; llama3: Llama 3.1.
     """
@@ -81,35 +79,35 @@ def rotary_frequencies(
     frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if kind == "linear":
         return frequencies / scaling.factor, 1.0
-    if (
-        kind == "llama3"
-    ):  # waves that turn often within the old context stay, those that hardly turn are stretched
+    if kind == "llama3":
+        # Waves that turn often within the old context stay; those that hardly turn are stretched.
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = (
-            (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        ).clamp(0, 1)
+        width = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
         return keep * frequencies + (1 - keep) * frequencies / scaling.factor, 1.0
-    if kind == "yarn":  # the same idea, with a ramp over the pair's number instead of its turns
-
-        def pair_that_turns(times: float) -> float:
-            return (
-                dim
-                * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi))
-                / (2 * math.log(theta))
-            )
-
-        first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
-        if scaling.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, dim - 1)
-        keep = 1 - ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+    if kind == "yarn":
+        keep = _yarn_ramp(dim, theta, scaling)
         return keep * frequencies + (1 - keep) * frequencies / scaling.factor, scaling.attention_factor
     if kind == "longrope":
-        divisors = (
-            scaling.long_factor if length > scaling.original_max_position_embeddings else scaling.short_factor
-        )
-        return frequencies / torch.tensor(divisors), scaling.attention_factor
+        long = length > scaling.original_max_position_embeddings
+        divisors = torch.tensor(scaling.long_factor if long else scaling.short_factor)
+        return frequencies / divisors, scaling.attention_factor
     return frequencies, 1.0
+
+
+def _yarn_ramp(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """How much of each pair's frequency stays, (dim / 2,): as llama3, with a ramp over the pair's
+    number instead of its turns."""
+
+    def pair_that_turns(times: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    return 1 - ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
