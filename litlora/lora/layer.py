@@ -141,8 +141,8 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
     In training, their updates share one dropout mask of x, and hooks of the modules do not run.
     """
-    layers = [_layer(linear) for linear in linears]
-    if None in layers or not _fused(x) or not _share_dropout(*linears):
+    layers = _fusable(x, linears, sharing=linears)
+    if layers is None:
         return tuple(linear(x) for linear in linears)
     return kernels.project(x, layers, _dropout_mask(x, linears))
 
@@ -150,8 +150,8 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
     frozen."""
-    layers = [_layer(linear) for linear in (gate, up, down)]
-    if None in layers or not _fused(x) or not _share_dropout(gate, up):
+    layers = _fusable(x, (gate, up, down), sharing=(gate, up))
+    if layers is None:
         g, u = project(x, gate, up)
         return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
     keep = _dropout_mask(x, (gate, up))
@@ -165,9 +165,14 @@ def _fused(x: Tensor) -> bool:
     return torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
-def _share_dropout(*linears: nn.Module) -> bool:
-    """Whether one dropout mask can serve the updates of all these layers."""
-    return len({linear.dropout for linear in linears if type(linear) is LoRALinear}) <= 1
+def _fusable(
+    x: Tensor, linears: Sequence[nn.Module], *, sharing: Sequence[nn.Module]
+) -> list[kernels.Layer] | None:
+    """The layers, if one fused function can compute them all; those in `sharing` share a dropout mask."""
+    if not _fused(x) or len({linear.dropout for linear in sharing if type(linear) is LoRALinear}) > 1:
+        return None
+    layers = [_layer(linear) for linear in linears]
+    return None if None in layers else layers
 
 
 def _layer(linear: nn.Module) -> kernels.Layer | None:
