@@ -44,7 +44,8 @@ class KVCache:
         ]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T, D)."""
+        """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T,
+        D)."""
         end = self.length + k.size(2)
         keys, values = self._layers[layer]
         keys[:, :, self.length : end] = k
@@ -152,8 +153,8 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through the experts that score highest, and through the shared expert if there
-    is one (Jiang et al. 2024, arXiv:2401.04088)."""
+    """Each token goes through the experts that score highest, and through the shared expert if
+    there is one (Jiang et al. 2024, arXiv:2401.04088)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -188,7 +189,8 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream; norms on their input, output or both."""
+    """Attention and MLP, each added to the residual stream; norms on their input, output or
+    both."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -371,8 +373,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class RMSNormPlusOne(nn.Module):
-    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). 1 + weight is not stored: it
-    would round in bf16."""
+    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). 1 + weight is not stored:
+    it would round in bf16."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -396,8 +398,8 @@ class HeadNorms(nn.Module):
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
-    """The architecture's normalisation over the last dimension, of hidden_size unless another size is
-    given."""
+    """The architecture's normalisation over the last dimension, of hidden_size unless another size
+    is given."""
     size = size or config.hidden_size
     if config.norm == "layernorm_plain":
         return nn.LayerNorm(size, config.norm_eps, elementwise_affine=False)

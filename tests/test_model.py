@@ -125,8 +125,8 @@ def test_weights_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize("length", [4, 8])
-def test_rows_added_for_the_sake_of_few_sizes_stay_within_the_context(length):
-    """A pack of many short examples in bf16 gets more empty rows than there are positions to be
+def test_sequences_added_to_fill_a_bucket_stay_within_the_context(length):
+    """A pack of many short examples in bf16 gets more empty tokens than there are positions to be
     learned."""
     model = GPT(tiny_config(positions="learned", max_position_embeddings=8)).bfloat16()
     lengths = [length] * (1100 // length) + [1]

@@ -70,11 +70,11 @@ class Pack:
         self._block_masks: dict[int | None, Any] = {}
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
-        """FlexAttention's mask: a token sees the earlier ones of its own sequence, within the window
-        if there is one.
+        """FlexAttention's mask: a token sees the earlier ones of its own sequence, within the
+        window if there is one.
 
-        Which blocks see each other is computed from the lengths: comparing all pairs of tokens would
-        take N² bytes.
+        Which blocks see each other is computed from the lengths: comparing all pairs of tokens
+        would take N² bytes.
         """
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import BlockMask
@@ -100,8 +100,8 @@ class Pack:
 
 
 def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """(partly, fully): which blocks of BLOCK keys a block of queries sees in part, and which it sees
-    as a whole; each (blocks of queries, blocks of keys).
+    """(partly, fully): which blocks of BLOCK keys a block of queries sees in part, and which it
+    sees as a whole; each (blocks of queries, blocks of keys).
 
     `sequence` (N,) is the number of each token's sequence, ascending. Two blocks belong to one
     sequence if the first token of one and the last of the other do.
@@ -119,7 +119,8 @@ def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row sees, (1, 1, rows), and their numbers first, (1, 1, rows, blocks)."""
+    """How many blocks each row sees, (1, 1, rows), and their numbers first, (1, 1, rows,
+    blocks)."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
@@ -158,8 +159,8 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU with
-    our own backward."""
+    """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
+    with our own backward."""
     if q.device.type == "cuda" and len(pack.lengths) > 1:
         return flex_packed_attention(q, k, v, pack, scale=scale, window=window, softcap=softcap)
     within = window is None or max(pack.lengths) <= window
@@ -175,8 +176,8 @@ def packed_attention(
 
 
 def matrix_packed_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
-    """As plain_packed_attention without a window, with a backward of matrix multiplications, which in
-    bf16 takes half to two thirds of SDPA's time."""
+    """As plain_packed_attention without a window, with a backward of matrix multiplications, which
+    in bf16 takes half to two thirds of SDPA's time."""
     return _PackedAttention.apply(q, k, v, pack.lengths, scale)
 
 
@@ -207,8 +208,8 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, output, log_sums = ctx.saved_tensors
         (_, H, _, D), G, exact = q.shape, k.size(1), exact_dtype(q)
         # With p = exp(s - log_sum), the gradient of the scores s is p · (upstream vᵀ - delta). The
-        # multiplications compute both differences, through two more columns: bf16 then rounds values
-        # that are small where p is large, and errs no more than in p itself.
+        # multiplications compute both differences, through two more columns: bf16 then rounds
+        # values that are small where p is large, and errs no more than in p itself.
         delta = (upstream.to(exact) * output).sum(-1)
         power = 2.0 ** round(math.log2(ctx.scale))  # q times a power of two is not rounded
         rest = ctx.scale / power
@@ -219,7 +220,8 @@ class _PackedAttention(torch.autograd.Function):
         for T in ctx.lengths:
             parts = [_sequence(x, start, T) for x in (rows, up_rows, keys, values)]
             for i in range(0, T, QUERIES):
-                # Queries i to j see keys 0 to j; queries that share a key become rows of one matrix.
+                # Queries i to j see keys 0 to j; queries that share a key become rows of one
+                # matrix.
                 j = min(parts[0].size(2), i + QUERIES)
                 x, up = (part[:, :, i:j].reshape(G, H // G * (j - i), D + 2) for part in parts[:2])
                 key, value = (part[0, :, :j] for part in parts[2:])
@@ -236,16 +238,16 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _sequence(x: Tensor, start: int, T: int) -> Tensor:
-    """T tokens of x (1, H, N, D), with zeros after them up to a bucket: no token sees what comes after
-    it."""
+    """T tokens of x (1, H, N, D), with zeros after them up to a bucket: no token sees what comes
+    after it."""
     x = x[:, :, start : start + T]
     size = bucket(T, x, least=32, parts=8)
     return x if size == T else F.pad(x, (0, 0, 0, size - T))
 
 
 def _with(x: Tensor, y: Tensor) -> Tensor:
-    """x (1, H, N, D) and two more columns of its dtype, whose sum is y (1, H, N), in bf16 to 16 bits:
-    (1, H, N, D + 2)."""
+    """x (1, H, N, D) and two more columns of its dtype, whose sum is y (1, H, N), in bf16 to 16
+    bits: (1, H, N, D + 2)."""
     high = y.to(x.dtype)
     return torch.cat([x, high[..., None], (y - high).to(x.dtype)[..., None]], dim=-1)
 
@@ -270,7 +272,8 @@ def flex_packed_attention(
 def flex_options(
     device: torch.device, pack: Pack, *, window: int | None = None, softcap: float | None = None
 ) -> dict[str, Any]:
-    """What tells FlexAttention of the pack, the window and the softcap: score_mod and block_mask."""
+    """What tells FlexAttention of the pack, the window and the softcap: score_mod and
+    block_mask."""
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -25,8 +25,8 @@ def bucket(size: int, like: Tensor, *, least: int, parts: int) -> int:
 def bucketed(
     input_ids: Tensor, lengths: list[int] | None, positions: Tensor, like: Tensor
 ) -> tuple[Tensor, list[int] | None, Tensor]:
-    """A batch for `Decoder.forward` whose sizes are buckets: sequences added to a pack, and positions
-    added after the batch's own. A model has the dtype and the device of `like`.
+    """A batch for `Decoder.forward` whose sizes are buckets: sequences added to a pack, and
+    positions added after the batch's own. A model has the dtype and the device of `like`.
 
     No token sees the added sequences, and none is longer than the longest of the pack, so that they
     fit into the context and the windows.

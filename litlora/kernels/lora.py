@@ -94,8 +94,8 @@ def plain_gated_mlp(
     keep: Tensor | None = None,
     keep_inner: Tensor | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) · up(x)). `keep` (..., in) is the dropout mask of the updates of gate
-    and up, `keep_inner` that of down's: see plain_project."""
+    """down(activation(gate(x)) · up(x)). `keep` (..., in) is the dropout mask of the updates of
+    gate and up, `keep_inner` that of down's: see plain_project."""
     g, u = plain_project(x, [gate, up], keep)
     return plain_project(ACTIVATIONS[activation](g) * u, [down], keep_inner)[0]
 
@@ -115,7 +115,8 @@ def gated_mlp(
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """A mask like x that is 0 with probability p, a multiple of 2^-16 (see `dropout_share`), else 1.
+    """A mask like x that is 0 with probability p, a multiple of 2^-16 (see `dropout_share`), else
+    1.
 
     It has the dtype of x: on the CPU, multiplying by a bool takes six times as long.
     """
@@ -144,7 +145,8 @@ class _Times(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """`trained` are A and B of all updates: they stand in `layers` too, but autograd must see them."""
+    """`trained` are A and B of all updates: they stand in `layers` too, but autograd must see
+    them."""
 
     @staticmethod
     def forward(

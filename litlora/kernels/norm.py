@@ -16,8 +16,8 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As plain_rms_norm, by the fastest way to the same values and gradients."""
-    # A compiler fuses the plain one by itself; torch 2.11's turns the in-place operations below into
-    # a wrong gradient.
+    # A compiler fuses the plain one by itself; torch 2.11's turns the in-place operations below
+    # into a wrong gradient.
     if (
         torch.is_grad_enabled()
         and x.device.type == "cpu"

@@ -1,5 +1,5 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864), and the scalings that stretch them beyond the
-context of training."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864), and the scalings that stretch them beyond
+the context of training."""
 
 import math
 
@@ -45,8 +45,8 @@ class RotaryTable:
         return torch.cat(cos), torch.cat(sin)
 
     def _regime_of(self, length: int) -> int:
-        """Lengths of one regime share their frequencies; with two of the scalings these depend on the
-        length of the sequence."""
+        """Lengths of one regime share their frequencies; with two of the scalings these depend on
+        the length of the sequence."""
         kind = self.scaling.rope_type if self.scaling is not None else None
         if kind == "dynamic":
             return max(length, self.max_positions)
@@ -65,8 +65,8 @@ class RotaryTable:
 def rotary_frequencies(
     dim: int, theta: float, scaling: RopeScaling | None, max_positions: int, length: int
 ) -> tuple[Tensor, float]:
-    """The angle between neighbouring positions for each rotated pair, theta^(-2i/dim) after scaling,
-    (dim / 2,); and a factor for cos and sin.
+    """The angle between neighbouring positions for each rotated pair, theta^(-2i/dim) after
+    scaling, (dim / 2,); and a factor for cos and sin.
 
     `length` is that of the sequence. Scalings: linear: Chen et al. 2023, arXiv:2306.15595; dynamic:
     NTK-aware, growing with the length; yarn: Peng et al. 2023, arXiv:2309.00071; longrope: Ding et

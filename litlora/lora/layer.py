@@ -168,7 +168,8 @@ def _fused(x: Tensor) -> bool:
 def _fusable(
     x: Tensor, linears: Sequence[nn.Module], *, sharing: Sequence[nn.Module]
 ) -> list[kernels.Layer] | None:
-    """The layers, if one fused function can compute them all; those in `sharing` share a dropout mask."""
+    """The layers, if one fused function can compute them all; those in `sharing` share a dropout
+    mask."""
     if not _fused(x) or len({linear.dropout for linear in sharing if type(linear) is LoRALinear}) > 1:
         return None
     layers = [_layer(linear) for linear in linears]
@@ -270,8 +271,8 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def unwrap_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear by the layer that it wraps: merged if it was merged, else without its
-    update."""
+    """Replace every LoRALinear by the layer that it wraps: merged if it was merged, else without
+    its update."""
     for name, layer in _lora_layers(model).items():
         model.set_submodule(name, layer.linear)
 
