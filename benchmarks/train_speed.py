@@ -72,10 +72,13 @@ def all_logits() -> dict[str, Any]:
     """Logits and loss at every position, learned or not."""
     import torch.nn.functional as F
 
+    from litlora.kernels.buckets import bucketed
     from litlora.train.objective import SupervisedLoss
 
     def forward(self: Any, input_ids: Any, positions: Any, targets: Any, lengths: Any = None) -> Any:
-        logits = self.model.logits(self.model.model(input_ids, lengths=lengths)).flatten(0, 1)  # (N, V)
+        ids, lengths, _ = bucketed(input_ids, lengths, positions, self.model.model.embed_tokens.weight)
+        hidden = self.model.model(ids, lengths=lengths)[:, : input_ids.size(1)]
+        logits = self.model.logits(hidden).flatten(0, 1)  # (N, V)
         labels = targets.new_full((len(logits),), -100).index_copy(0, positions, targets)
         return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 

@@ -5,25 +5,21 @@ are the names people know. Shapes: B batch, T tokens, C hidden_size, H heads, G 
 head_dim, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from litlora.config import ModelConfig, RopeScaling
+from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.norm import rms_norm
-from litlora.kernels.sizes import few
+from litlora.kernels.rotary import Rope, RotaryTable, rotate
 from litlora.lora import gated_mlp, project
-
-Rope = tuple[Tensor, Tensor]
-"""Cosines and sines (T, R) of the positions at hand, for the R rotated dimensions of a head."""
 
 
 class KVCache:
@@ -48,8 +44,8 @@ class KVCache:
         ]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, D) of the new tokens behind those held; return all (B, G, length +
-        T, D)."""
+        """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T,
+        D)."""
         end = self.length + k.size(2)
         keys, values = self._layers[layer]
         keys[:, :, self.length : end] = k
@@ -57,9 +53,24 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+class Context(NamedTuple):
+    """What a block needs to know of the tokens that it computes, beside their hidden states."""
+
+    rope: Rope | None = None
+    """The rotation of each token's queries and keys, if the layer has one."""
+    mask: Tensor | None = None
+    """(T, S): what each token sees; None if attention knows by itself."""
+    cache: KVCache | None = None
+    """The tokens before these, if any."""
+    pack: Pack | None = None
+    """How the B · T tokens divide into sequences; None: each of the B rows is one."""
+    positions: Tensor | None = None
+    """(M,), places of the flattened B · T tokens: the others are attended to, and not computed any
+    further."""
+
+
 class Attention(nn.Module):
-    """Causal grouped-query self-attention; positions by rotation (Su et al. 2021,
-    arXiv:2104.09864), if the layer has them."""
+    """Causal grouped-query self-attention, with rotary positions if the layer has them."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -75,23 +86,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
         output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(H * self.head_dim, config.hidden_size, bias=output_bias)
-        self.packed_attention = (
-            packed_attention  # an attribute: what compiles a block leaves this out, see litlora.train.compile
-        )
+        # An attribute, since compiled blocks leave it uncompiled: see litlora.train.compile.
+        self.packed_attention = packed_attention
         self.norm_all_heads = config.qk_norm == "all_heads"
         self.q_norm = make_head_norm(config, H)
         self.k_norm = make_head_norm(config, G)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        pack: Pack | None,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or (1, M, C) of the `wanted` (M,) of the B · T tokens."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.clip is not None:
@@ -101,26 +103,21 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in (q, k, v))  # (B, T, H·D) -> (B, T, H, D)
         if self.q_norm is not None and not self.norm_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-        )  # (B, H, T, D); k and v (B, G, T, D)
-        if rope is not None:
-            q, k = (
-                rotate(part, *rope).to(v.dtype) for part in (q, k)
-            )  # under autocast fp32 comes out; attention wants one dtype
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D); k and v (B, G, T, D)
+        if context.rope is not None:
+            # Under autocast this gives fp32; attention needs one dtype.
+            q, k = (rotate(part, *context.rope).to(v.dtype) for part in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
             if T == 1 and self.window is not None:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        if pack is None:
-            y = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
+        if context.pack is None:
+            y = attend(q, k, v, context.mask, scale=self.scale, softcap=self.softcap)
         else:
             y = self.packed_attention(
-                q, k, v, pack, scale=self.scale, window=self.window, softcap=self.softcap
+                q, k, v, context.pack, scale=self.scale, window=self.window, softcap=self.softcap
             )
-        return project(pick(y.transpose(1, 2).reshape(B, T, -1), wanted), self.o_proj)[0]
+        return project(pick(y.transpose(1, 2).reshape(B, T, -1), context.positions), self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -143,8 +140,8 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores of each token: x W^T. A module of its own kind, as an adapter on all linear layers
-    does not mean it."""
+    """Scores of each token: x Wᵀ. Not an nn.Linear, since adapters on all linear layers leave it
+    out."""
 
     def __init__(self, hidden_size: int, num_scores: int) -> None:
         super().__init__()
@@ -156,8 +153,8 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through the experts that score highest, and through the shared one if there
-    is one (arXiv:2401.04088)."""
+    """Each token goes through the experts that score highest, and through the shared expert if
+    there is one (Jiang et al. 2024, arXiv:2401.04088)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -174,17 +171,16 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.size(-1))  # (B, T, C) -> (N, C)
-        scores = self.gate(tokens).softmax(
-            dim=-1, dtype=torch.float32
-        )  # fp32: the shares decide who is picked
+        # fp32: the shares decide which experts are picked
+        scores = self.gate(tokens).softmax(dim=-1, dtype=torch.float32)
         shares, picked = scores.topk(self.num_picked)  # (N, num_picked)
         if self.norm_shares:
             shares = shares / shares.sum(dim=-1, keepdim=True)
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             rows, places = torch.where(picked == number)
-            # In training an expert that nobody picked computes nothing on no rows, so that its
-            # gradient is zero, not absent.
+            # In training, an expert that no token picked runs on no rows: its gradient is then zero
+            # instead of absent.
             if len(rows) or torch.is_grad_enabled():
                 y = y.index_add(0, rows, (expert(tokens[rows]) * shares[rows, places, None]).to(y.dtype))
         if self.shared_expert is not None:
@@ -193,17 +189,15 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the stream; norms on their input, their output or both."""
+    """Attention and MLP, each added to the residual stream; norms on their input, output or
+    both."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.norm_position, self.parallel, self.shared_norm = (
-            config.norm_position,
-            config.parallel_residual,
-            config.shared_norm,
-        )
-        # The names are those of the families: where only inputs are normalised, the MLP's norm is
-        # post_attention_layernorm.
+        self.norm_position = config.norm_position
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
+        # The names are those of the families: where only inputs are normalised, the norm of the
+        # MLP's input is called post_attention_layernorm.
         self.input_layernorm = nn.Identity() if self.norm_position == "after" else make_norm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.Identity() if self.shared_norm else make_norm(config)
@@ -215,22 +209,13 @@ class Block(nn.Module):
         sparse = config.num_experts is not None and layer not in config.dense_layers
         self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        pack: Pack | None,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or (1, M, C) of the `wanted` (M,) of the B · T tokens: all are
-        attended to, no other is computed on."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, rope, mask, cache, pack, wanted)
-        x = pick(x, wanted)
+        attended = self.self_attn(normed, context)
+        x = pick(x, context.positions)
         if self.parallel:
-            normed = pick(normed, wanted)
+            normed = pick(normed, context.positions)
             return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
         if self.norm_position == "before":
             x = x + attended
@@ -253,7 +238,7 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
         self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
-        # filled on first use: computed, so no part of any checkpoint
+        # Filled on first use, and not part of a checkpoint, since they are computed.
         self._tables = {
             rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings)
             for rope in self._ropes
@@ -265,60 +250,43 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
-        wanted: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """With `lengths`, input_ids (1, N) holds sequences of these lengths one behind the other:
-        none sees another.
+        """With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
+        sees itself alone.
 
-        With `wanted` (M,), places in the flattened input_ids, only their hidden states come back,
+        With `positions` (M,) of the flattened input_ids, only the hidden states there are returned,
         (1, M, C).
         """
-        num_tokens = input_ids.size(1)
-        if lengths is not None and (
-            spare := few(num_tokens, self.embed_tokens.weight, least=16, parts=32) - num_tokens
-        ):
-            # Sequences more, which nobody looks at; none longer than the others, so within the
-            # context and the windows.
-            pieces = [min(max(lengths), spare - start) for start in range(0, spare, max(lengths))]
-            input_ids, lengths = F.pad(input_ids, (0, spare)), [*lengths, *pieces]
-        num_wanted = num_tokens
-        if wanted is not None:
-            num_wanted = len(wanted)
-            wanted = F.pad(
-                wanted, (0, few(num_wanted, self.embed_tokens.weight, least=16, parts=32) - num_wanted)
-            )
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
         pack = Pack(lengths) if lengths is not None else None
-        x = self.embed_tokens(input_ids)  # (B, T, C)
-        if self.config.scale_embeddings:
-            x = x * float(
-                torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
-            )  # rounded to the embedding's dtype, as in training
-        if self.embed_positions is not None:
-            spans = [(start, T)] if pack is None else [(0, length) for length in pack.lengths]
-            positions = torch.cat([torch.arange(first, first + length) for first, length in spans])
-            x = x + self.embed_positions(positions.to(x.device))
-        masks = (
-            {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
-            if pack is None
-            else {}
-        )
-        rotations = {
+        x = self._embed(input_ids, start, pack)
+        masks = {}
+        if pack is None:
+            masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
+        ropes = {
             rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x)
             for rope, table in self._tables.items()
         }
         for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
-            x = block(
-                x,
-                rotations.get(rope),
-                masks.get(window),
-                cache,
-                pack,
-                wanted if block is self.layers[-1] else None,
-            )
+            last = block is self.layers[-1]
+            context = Context(ropes.get(rope), masks.get(window), cache, pack, positions if last else None)
+            x = block(x, context)
         if cache is not None:
             cache.length += T
-        return self.norm(x)[:, :num_wanted]
+        return self.norm(x)
+
+    def _embed(self, input_ids: Tensor, start: int, pack: Pack | None) -> Tensor:
+        """(B, T) -> (B, T, C); the first token has the position `start`."""
+        x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:
+            # rounded to the embedding's dtype, as in training
+            x = x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))
+        if self.embed_positions is not None:
+            spans = [(start, input_ids.size(1))] if pack is None else [(0, length) for length in pack.lengths]
+            places = torch.cat([torch.arange(first, first + length) for first, length in spans])
+            x = x + self.embed_positions(places.to(x.device))
+        return x
 
 
 class GPT(nn.Module):
@@ -348,11 +316,9 @@ class GPT(nn.Module):
             return cls(config)
 
     def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError unless names and shapes are exactly those of this model's
-        weights."""
-        expected = {
-            name: parameter.shape for name, parameter in self.named_parameters()
-        }  # a tied head is not named twice
+        """Raise CheckpointError unless names and shapes are exactly those of this model's weights;
+        a tied head has no name of its own."""
+        expected = {name: parameter.shape for name, parameter in self.named_parameters()}
         if missing := sorted(expected.keys() - tensors.keys()):
             raise CheckpointError(f"weight(s) missing: {shorten(missing)}")
         if unexpected := sorted(tensors.keys() - expected.keys()):
@@ -365,16 +331,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> "GPT":
-        """A model that holds these very tensors: built on the meta device, so nothing is
-        initialised or copied.
+        """A model that holds these very tensors: nothing is initialised or copied.
 
-        Tied heads are stored once, under the embedding's name. Raises CheckpointError unless names
+        A tied head is stored once, under the embedding's name. Raises CheckpointError unless names
         and shapes fit exactly.
         """
         model = cls.without_weights(config)
         model.check_fit(tensors)
-        # Detached: a tensor that is a Parameter would become the model's own, and change with its
-        # dtype and device.
+        # Detached: a Parameter among the tensors would become the model's own, and change when the
+        # model's dtype or device does.
         model.load_state_dict(
             {name: tensor.detach() for name, tensor in tensors.items()}, strict=False, assign=True
         )
@@ -384,8 +349,8 @@ class GPT(nn.Module):
 
 
 class _SkipInit(TorchFunctionMode):
-    """Initialises nothing: on the meta device there is nothing to fill, yet the first random number
-    costs a second of imports."""
+    """Skips initialisation: the meta device has nothing to fill, yet torch's first random number
+    there costs a second of imports."""
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -395,21 +360,21 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """These (M,) of the B · T tokens of x (B, T, C): (1, M, C); all, as they are, for None."""
-    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)[None]
+def pick(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x (B, T, C) at these positions (M,) of the B · T tokens: (1, M, C); x itself for None."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in fp32; a frozen one keeps little for the backward."""
+    """RMSNorm in fp32; with a frozen weight, it keeps little for the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
 class RMSNormPlusOne(nn.Module):
-    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). Stored as it is: 1 +
-    weight would round in bf16."""
+    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). 1 + weight is not stored:
+    it would round in bf16."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -417,9 +382,8 @@ class RMSNormPlusOne(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(
-            x, 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), self.eps
-        )
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return rms_norm(x, 1 + exact, self.eps)
 
 
 class HeadNorms(nn.Module):
@@ -434,14 +398,13 @@ class HeadNorms(nn.Module):
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
-    """The normalisation that the architecture asks for, over the last dimension; of hidden_size
-    unless another is given."""
+    """The architecture's normalisation over the last dimension, of hidden_size unless another size
+    is given."""
     size = size or config.hidden_size
     if config.norm == "layernorm_plain":
         return nn.LayerNorm(size, config.norm_eps, elementwise_affine=False)
-    return {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}[config.norm](
-        size, config.norm_eps
-    )
+    kinds = {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}
+    return kinds[config.norm](size, config.norm_eps)
 
 
 def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
@@ -451,115 +414,6 @@ def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
     if config.qk_norm == "each_head":
         return HeadNorms(num_heads, config.head_dim, config.norm_eps)
     return make_norm(config, config.head_dim if config.qk_norm == "head" else num_heads * config.head_dim)
-
-
-class RotaryTable:
-    """Cosines and sines of position · frequency, kept for the longest sequence so far."""
-
-    def __init__(self, dim: int, theta: float, scaling: RopeScaling | None, max_positions: int) -> None:
-        self.dim, self.theta, self.scaling, self.max_positions = dim, theta, scaling, max_positions
-        self._regime: int | None = None
-        self._rows: Rope | None = None
-
-    def rows(self, start: int, T: int, like: Tensor) -> Rope:
-        """cos, sin (T, dim) of the positions start to start + T - 1, in the dtype and on the device
-        of `like`."""
-        length = start + T
-        regime = self._regime_of(length)
-        if (
-            self._rows is None
-            or regime != self._regime
-            or self._rows[0].size(0) < length
-            or self._rows[0].device != like.device
-        ):
-            self._regime = regime
-            with torch.inference_mode(
-                False
-            ):  # kept beyond this call: what generation computed must serve training too
-                self._rows = self._compute(length, like.device)
-        cos, sin = self._rows
-        return cos[start:length].to(like.dtype), sin[start:length].to(like.dtype)
-
-    def packed_rows(self, pack: Pack, like: Tensor) -> Rope:
-        """As rows, for sequences one behind the other: the positions start anew with each."""
-        cos, sin = zip(*(self.rows(0, length, like) for length in pack.lengths), strict=True)
-        return torch.cat(cos), torch.cat(sin)
-
-    def _regime_of(self, length: int) -> int:
-        """Lengths of one regime share their frequencies: two scalings make them depend on how long
-        the sequence is."""
-        kind = self.scaling.rope_type if self.scaling is not None else None
-        if kind == "dynamic":
-            return max(length, self.max_positions)
-        return int(kind == "longrope" and length > self.scaling.original_max_position_embeddings)
-
-    def _compute(self, length: int, device: torch.device) -> Rope:
-        frequencies, factor = rotary_frequencies(
-            self.dim, self.theta, self.scaling, self.max_positions, length
-        )
-        rows = -(-length // 256) * 256  # some in advance: generation asks for one more at a time
-        angles = torch.outer(
-            torch.arange(rows, dtype=torch.float32, device=device), frequencies.to(device)
-        ).repeat(1, 2)
-        return angles.cos() * factor, angles.sin() * factor
-
-
-def rotary_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None, max_positions: int, length: int
-) -> tuple[Tensor, float]:
-    """The angle between two positions for each rotated pair, theta^(-2i/dim) as scaled, (dim / 2,);
-    and a factor for cos and sin.
-
-    `length` is that of the sequence. linear: Chen et al. 2023, arXiv:2306.15595; dynamic:
-    NTK-aware, growing with the length; yarn: Peng et al. 2023, arXiv:2309.00071; longrope: Ding et
-    al. 2024, arXiv:2402.13753; llama3: Llama 3.1.
-    """
-    kind = scaling.rope_type if scaling is not None else None
-    if kind == "dynamic" and length > max_positions:
-        theta *= (scaling.factor * length / max_positions - (scaling.factor - 1)) ** (dim / (dim - 2))
-    # fp32: a bf16 angle is off by whole turns at long range
-    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if kind == "linear":
-        return frequencies / scaling.factor, 1.0
-    if (
-        kind == "llama3"
-    ):  # waves that turn often within the old context stay, those that hardly turn are stretched
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = (
-            (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        ).clamp(0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / scaling.factor, 1.0
-    if kind == "yarn":  # the same idea, with a ramp over the pair's number instead of its turns
-
-        def pair_that_turns(times: float) -> float:
-            return (
-                dim
-                * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi))
-                / (2 * math.log(theta))
-            )
-
-        first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
-        if scaling.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, dim - 1)
-        keep = 1 - ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / scaling.factor, scaling.attention_factor
-    if kind == "longrope":
-        divisors = (
-            scaling.long_factor if length > scaling.original_max_position_embeddings else scaling.short_factor
-        )
-        return frequencies / torch.tensor(divisors), scaling.attention_factor
-    return frequencies, 1.0
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+R/2}) of the first R dimensions of x (B, H, T, D) by its angle
-    (T, R)."""
-    if cos.size(-1) < x.size(-1):
-        rotated, rest = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], dim=-1)
-        return torch.cat((rotate(rotated, cos, sin), rest), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def shorten(names: list[str], most: int = 6) -> str:

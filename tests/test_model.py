@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_config
 
 from litlora.errors import CheckpointError
+from litlora.kernels.buckets import bucketed
 from litlora.model import GPT, KVCache
 
 
@@ -124,12 +125,14 @@ def test_weights_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize("length", [4, 8])
-def test_rows_added_for_the_sake_of_few_sizes_stay_within_the_context(length):
-    """A pack of many short examples in bf16 gets more empty rows than there are positions to be
+def test_sequences_added_to_fill_a_bucket_stay_within_the_context(length):
+    """A pack of many short examples in bf16 gets more empty tokens than there are positions to be
     learned."""
     model = GPT(tiny_config(positions="learned", max_position_embeddings=8)).bfloat16()
     lengths = [length] * (1100 // length) + [1]
     ids = torch.randint(400, (1, sum(lengths)))
-    got = model.model(ids, lengths=lengths)
-    assert got.shape == (1, sum(lengths), 32)
+    padded, packed, _ = bucketed(ids, lengths, torch.arange(1), model.lm_head.weight)
+    assert padded.size(1) == sum(packed) > sum(lengths) and packed[: len(lengths)] == lengths
+    got = model.model(padded, lengths=packed)
+    assert got.shape == (1, sum(packed), 32)
     torch.testing.assert_close(got[:, :length], model.model(ids[:, :length]), atol=0.05, rtol=0.05)

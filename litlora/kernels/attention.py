@@ -1,8 +1,7 @@
-"""Causal attention: of one sequence or of several that lie one behind the other, each seeing itself
-alone.
+"""Causal attention of one sequence, or of several packed ones, each of which sees itself alone.
 
-Shapes: B batch, T tokens, S tokens seen, H heads, G key/value heads, D head_dim; N tokens of all
-sequences of a pack.
+Shapes: B batch, T tokens, S tokens seen, H heads, G key/value heads, D head_dim; N tokens of a
+pack, all sequences together.
 """
 
 import math
@@ -15,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.kernels.buckets import bucket
 from litlora.kernels.cross_entropy import exact_dtype
-from litlora.kernels.sizes import few
 
 QUERIES = 256
-"""Rows of scores that exist at a time: few enough to skip most of what nobody sees, enough for
+"""Rows of scores that exist at a time: few enough to skip most of the masked ones, enough for
 multiplications at full speed."""
 BLOCK = 128
-"""Queries, and keys, that FlexAttention takes or leaves as one."""
+"""Queries, and keys, in one block of FlexAttention's mask."""
 
 
 def attend(
@@ -30,19 +29,17 @@ def attend(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    mask (T, S) is True where a token sees; without one and with T > 1, T = S and each sees what
-    came before. With a softcap the scores are cap · tanh(scores / cap) (Gemma 2).
+    mask (T, S) is True where a token sees. Without one and with T > 1, T = S and attention is
+    causal. With a softcap the scores are cap · tanh(scores / cap) (Gemma 2).
     """
     if softcap is None:
-        causal = (
-            True if mask is None and q.size(2) > 1 else False
-        )  # a bool to a compiler, too, to which a size is a symbol
+        # To a compiler the comparison is a symbol; SDPA wants a bool.
+        causal = True if mask is None and q.size(2) > 1 else False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
-    k, v = (
-        part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v)
-    )  # (B, G, S, D) -> (B, H, S, D)
+    # (B, G, S, D) -> (B, H, S, D)
+    k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))  # (B, H, T, S)
     T = q.size(2)
     if mask is None and T > 1:
@@ -54,10 +51,10 @@ def attend(
 
 def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:
     """Which of start + T tokens each of the last T sees, (T, start + T); None where attention needs
-    no mask to know.
+    no mask.
 
-    Without a past and within the window it is SDPA's own triangle; a single token sees all that
-    attention hands it.
+    Without a past and within the window, the mask is SDPA's own triangle; a single token sees all
+    keys that it is given.
     """
     if T == 1 or (start == 0 and (window is None or T <= window)):
         return None
@@ -66,26 +63,24 @@ def causal_mask(T: int, start: int, window: int | None, device: torch.device) ->
 
 
 class Pack:
-    """Several sequences one behind the other, of these lengths; what the layers share of a
-    micro-batch."""
+    """Several sequences in one row, of these lengths, and what the layers share of them."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self._block_masks: dict[int | None, Any] = {}
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
-        """FlexAttention's mask: a token sees those of its own sequence that came before, `window`
-        of them if there is one.
+        """FlexAttention's mask: a token sees the earlier ones of its own sequence, within the
+        window if there is one.
 
-        Which blocks of tokens see one another follows from the lengths: to ask for every pair of
-        tokens takes N² bytes.
+        Which blocks see each other is computed from the lengths: comparing all pairs of tokens
+        would take N² bytes.
         """
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import BlockMask
 
-            sequence = torch.repeat_interleave(
-                torch.tensor(self.lengths)
-            )  # (N,): which sequence a token is of
+            # (N,): the number of each token's sequence
+            sequence = torch.repeat_interleave(torch.tensor(self.lengths))
             parts = [
                 part
                 for blocks in visible_blocks(sequence, window)
@@ -105,11 +100,11 @@ class Pack:
 
 
 def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Of which blocks of BLOCK keys some, and of which all are seen by a block of queries: (blocks,
-    blocks) each, True in one of the two.
+    """(partly, fully): which blocks of BLOCK keys a block of queries sees in part, and which it
+    sees as a whole; each (blocks of queries, blocks of keys).
 
-    `sequence` (N,) counts the sequences up. Of two blocks, all that is between them is of one
-    sequence if their near ends are.
+    `sequence` (N,) is the number of each token's sequence, ascending. Two blocks belong to one
+    sequence if the first token of one and the last of the other do.
     """
     starts = torch.arange(0, len(sequence), BLOCK)
     ends = (starts + BLOCK - 1).clamp(max=len(sequence) - 1)
@@ -124,7 +119,8 @@ def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row has, (1, 1, rows), and which, those first, (1, 1, rows, blocks)."""
+    """How many blocks each row sees, (1, 1, rows), and their numbers first, (1, 1, rows,
+    blocks)."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
@@ -139,13 +135,13 @@ def plain_packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of several sequences one behind the other, each by itself: q (1, H, N, D), k and v
-    (1, G, N, D) -> (1, H, N, D)."""
+    """Attention of packed sequences, each by itself: q (1, H, N, D), k and v (1, G, N, D) ->
+    (1, H, N, D)."""
     parts = zip(*(part.split(pack.lengths, dim=2) for part in (q, k, v)), strict=True)
     outputs = []
     for part, T in zip(parts, pack.lengths, strict=True):
-        size = few(T, q, least=32, parts=8)
-        if size != T:  # nobody sees what is behind
+        size = bucket(T, q, least=32, parts=8)
+        if size != T:  # no token sees what comes after it
             part = [F.pad(tensor, (0, 0, 0, size - T)) for tensor in part]
         outputs.append(
             attend(*part, causal_mask(size, 0, window, q.device), scale=scale, softcap=softcap)[:, :, :T]
@@ -163,8 +159,8 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As plain_packed_attention; on a CUDA device in one FlexAttention kernel, in bf16 on the CPU
-    with a backward of our own."""
+    """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
+    with our own backward."""
     if q.device.type == "cuda" and len(pack.lengths) > 1:
         return flex_packed_attention(q, k, v, pack, scale=scale, window=window, softcap=softcap)
     within = window is None or max(pack.lengths) <= window
@@ -180,8 +176,8 @@ def packed_attention(
 
 
 def matrix_packed_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
-    """As plain_packed_attention without a window, with a backward of matrix multiplications: in
-    bf16, half to two thirds of SDPA's time."""
+    """As plain_packed_attention without a window, with a backward of matrix multiplications, which
+    in bf16 takes half to two thirds of SDPA's time."""
     return _PackedAttention.apply(q, k, v, pack.lengths, scale)
 
 
@@ -211,9 +207,9 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, log_sums = ctx.saved_tensors
         (_, H, _, D), G, exact = q.shape, k.size(1), exact_dtype(q)
-        # With p = exp(s - log_sum), the gradient of the scores s is p · (upstream vᵀ - delta). Both
-        # differences are made inside the multiplications, by two columns more: so bf16 rounds what
-        # is small where p is large, and errs no more than in p itself.
+        # With p = exp(s - log_sum), the gradient of the scores s is p · (upstream vᵀ - delta). The
+        # multiplications compute both differences, through two more columns: bf16 then rounds
+        # values that are small where p is large, and errs no more than in p itself.
         delta = (upstream.to(exact) * output).sum(-1)
         power = 2.0 ** round(math.log2(ctx.scale))  # q times a power of two is not rounded
         rest = ctx.scale / power
@@ -224,9 +220,9 @@ class _PackedAttention(torch.autograd.Function):
         for T in ctx.lengths:
             parts = [_sequence(x, start, T) for x in (rows, up_rows, keys, values)]
             for i in range(0, T, QUERIES):
-                j = min(
-                    parts[0].size(2), i + QUERIES
-                )  # queries i to j see keys 0 to j; those that share a key lie below each other
+                # Queries i to j see keys 0 to j; queries that share a key become rows of one
+                # matrix.
+                j = min(parts[0].size(2), i + QUERIES)
                 x, up = (part[:, :, i:j].reshape(G, H // G * (j - i), D + 2) for part in parts[:2])
                 key, value = (part[0, :, :j] for part in parts[2:])
                 p = torch.bmm(x, key.transpose(1, 2))  # (G, H / G · (j - i), j)
@@ -242,16 +238,16 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _sequence(x: Tensor, start: int, T: int) -> Tensor:
-    """T tokens of x (1, H, N, D), and zeros behind them up to one of a few lengths: nobody sees
-    what is behind."""
+    """T tokens of x (1, H, N, D), with zeros after them up to a bucket: no token sees what comes
+    after it."""
     x = x[:, :, start : start + T]
-    size = few(T, x, least=32, parts=8)
+    size = bucket(T, x, least=32, parts=8)
     return x if size == T else F.pad(x, (0, 0, 0, size - T))
 
 
 def _with(x: Tensor, y: Tensor) -> Tensor:
-    """x (1, H, N, D) and two columns of its dtype whose sum is y (1, H, N), in bf16 to 16 bits: (1,
-    H, N, D + 2)."""
+    """x (1, H, N, D) and two more columns of its dtype, whose sum is y (1, H, N), in bf16 to 16
+    bits: (1, H, N, D + 2)."""
     high = y.to(x.dtype)
     return torch.cat([x, high[..., None], (y - high).to(x.dtype)[..., None]], dim=-1)
 
@@ -266,16 +262,26 @@ def flex_packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As plain_packed_attention, by FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled at
-    its first use."""
+    """As plain_packed_attention, by FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled on
+    first use."""
+
+    options = flex_options(q.device, pack, window=window, softcap=softcap)
+    return _compiled_flex()(q, k, v, **options, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+def flex_options(
+    device: torch.device, pack: Pack, *, window: int | None = None, softcap: float | None = None
+) -> dict[str, Any]:
+    """What tells FlexAttention of the pack, the window and the softcap: score_mod and
+    block_mask."""
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    score_mod, mask = None if softcap is None else capped, pack.block_mask(window, q.device)
-    return _compiled_flex()(
-        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1)
-    )
+    return {
+        "score_mod": None if softcap is None else capped,
+        "block_mask": pack.block_mask(window, device),
+    }
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Cross-entropy of a frozen output head, with the gradient of its input computed on the way.
+"""Cross-entropy of a frozen output head; its forward computes the gradient of the input too.
 
-Of tokens x vocabulary numbers only one tile exists at a time, and each logit is computed once: a
-summed loss has the gradient softmax - onehot whatever comes after it, up to one factor, so nothing
-need be kept or computed again.
+Of the tokens x vocabulary logits only one tile exists at a time, and each logit is computed once.
+That works since the gradient of a summed loss is softmax - onehot, times the one factor that comes
+from whatever follows the loss: nothing need be kept or computed again.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,17 @@ from torch.autograd.function import once_differentiable
 
 
 class Tiles(NamedTuple):
-    """Of tokens x vocabulary numbers, those that exist at a time."""
+    """How much of the tokens x vocabulary logits exists at a time."""
 
     rows: int
-    """Tokens: enough to keep the matrix multiplication at its best."""
+    """Tokens at most: enough for matrix multiplications at full speed."""
     elements: int
-    """Few enough for the processor's cache."""
+    """Logits at most: few enough for the processor's cache."""
 
 
 TILES = {"cpu": Tiles(512, 2**20), "cuda": Tiles(4096, 2**26)}
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
-"""The same for heads that are trained, whose logits are computed in chunks of whole rows."""
+"""Logits at a time of a head that trains: they are computed in chunks of whole rows."""
 
 
 def plain_head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
@@ -46,19 +46,17 @@ def head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None) -> Tensor:
-        (N, V), exact, limits = (
-            (len(hidden), len(weight)),
-            exact_dtype(hidden),
-            TILES.get(hidden.device.type, TILES["cuda"]),
-        )
-        # Blocks of equal size, a multiple of 32: sizes should be few, see litlora.kernels.sizes.
+        N, V, exact = len(hidden), len(weight), exact_dtype(hidden)
+        limits = TILES.get(hidden.device.type, TILES["cuda"])
+        # Blocks of equal size, a multiple of 32: few sizes, see litlora.kernels.buckets.
         blocks = max(1, -(-N // limits.rows))
         rows = max(1, -(-N // (32 * blocks))) * 32
         columns = -(-V // -(-V * rows // limits.elements))
-        # Buffers for all tiles: mapping fresh memory for each would cost a fifth of its
+        # Buffers serve all tiles: mapping fresh memory for a tile costs a fifth of its
         # multiplication.
         logits = hidden.new_empty(rows * columns)
         exacts = logits if logits.dtype == exact else hidden.new_empty(rows * columns, dtype=exact)
+        buffers = _Buffers(columns, logits, exacts)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, N, rows):
@@ -66,9 +64,7 @@ class _HeadLoss(torch.autograd.Function):
             x, labels = hidden[start : start + n], targets[start : start + n, None]
             if n < rows:
                 x, labels = F.pad(x, (0, 0, 0, rows - n)), F.pad(labels, (0, 0, 0, rows - n))
-            losses, dx = _block_loss(
-                x, labels, weight, cap, logits, exacts, columns, needs_dx=gradient is not None
-            )
+            losses, dx = _block_loss(x, labels, weight, cap, buffers, needs_dx=gradient is not None)
             total += losses[:n].sum()
             if gradient is not None:
                 gradient[start : start + n] = dx[:n]
@@ -82,32 +78,38 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None, None
 
 
+class _Buffers(NamedTuple):
+    """Memory that all tiles of up to `columns` of the vocabulary share."""
+
+    columns: int
+    logits: Tensor
+    exacts: Tensor
+    """The same logits in fp32 or better; the same memory if they are already."""
+
+    def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of both."""
+        logits, exacts = (buffer[: rows * columns].view(rows, columns) for buffer in self[1:])
+        return logits, exacts
+
+
 def _block_loss(
-    x: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    cap: float | None,
-    logits: Tensor,
-    exacts: Tensor,
-    columns: int,
-    *,
-    needs_dx: bool,
+    x: Tensor, labels: Tensor, weight: Tensor, cap: float | None, buffers: _Buffers, *, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses (n, 1) of x (n, C) and their gradients (n, C), both in fp32 or better; labels (n, 1).
 
-    The vocabulary passes in tiles of `columns`, as keys pass in flash attention, and the target's
-    logit is kept apart from the others: with d the logarithm of the others' sum less the target's
-    logit, the loss is log(1 + exp d), and the gradient sigmoid(d) times what the others' mean row
-    of the weight differs from the target's. That stays exact where the target is all but certain.
+    The vocabulary passes in tiles, as keys do in flash attention, and the target's logit is kept
+    apart from the others. With d = log Σ exp(other logits) - target's logit, the loss is
+    log(1 + exp d), and its gradient sigmoid(d) · (others' mean row of the weight - target's row).
+    This stays exact where the target is all but certain.
     """
-    n, (V, C), exact = len(x), weight.shape, exacts.dtype
+    n, (V, C), exact = len(x), weight.shape, buffers.exacts.dtype
     lowest = torch.finfo(exact).min
     top = x.new_full((n, 1), lowest, dtype=exact)
     others, picked = torch.zeros_like(top), torch.zeros_like(top)
     mean = x.new_zeros((n, C), dtype=exact)
-    for first in range(0, V, columns):
-        part = weight[first : first + columns]
-        z, e = (buffer[: n * len(part)].view(n, -1) for buffer in (logits, exacts))
+    for first in range(0, V, buffers.columns):
+        part = weight[first : first + buffers.columns]
+        z, e = buffers.tile(n, len(part))
         torch.mm(x, part.t(), out=z)
         if e.dtype != z.dtype:
             e.copy_(z)
@@ -125,7 +127,7 @@ def _block_loss(
         torch.softmax(e, dim=1, out=e)
         new_top = torch.maximum(top, local_top)
         shrink, top = (top - new_top).exp_(), new_top
-        # The likeliest has the share 1 / Σ exp(e - local_top).
+        # The most likely has the share 1 / Σ exp(e - local_top).
         local_sum = (local_top - new_top).exp_() / e.amax(dim=1, keepdim=True)
         others.mul_(shrink).add_(local_sum)
         if needs_dx:
@@ -135,14 +137,14 @@ def _block_loss(
             mean.mul_(shrink).addcmul_(torch.mm(shares, part), local_sum)
     d = others.log() + top - picked
     losses = torch.logaddexp(d, torch.zeros_like(d))
-    wanted = weight[labels[:, 0]].to(exact)
+    own = weight[labels[:, 0]].to(exact)
     if cap is not None:
-        wanted = wanted * (1 - (picked / cap).square())
-    return losses, mean.div_(others).sub_(wanted).mul_(d.sigmoid())
+        own = own * (1 - (picked / cap).square())
+    return losses, mean.div_(others).sub_(own).mul_(d.sigmoid())
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that may exist at a time on this device."""
+    """Rows of logits that may exist at a time on this device, for a head that trains."""
     rows = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab_size
     return max(1, rows // 32 * 32 or rows)
 

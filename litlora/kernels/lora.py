@@ -1,29 +1,29 @@
 """Frozen linear layers with low-rank updates: layers of one input in one autograd function, and a
 gated MLP in another.
 
-y = W x + b + s · B A x. The backward computes what trains and what lies below, nothing else: no
-gradient of W or b, none of x where nothing below learns. It keeps the input and A x; a gated MLP
-keeps its gate and up, and makes their product again.
+y = W x + b + s · B A x. The backward computes what trains and what lies below, and nothing else: no
+gradient of W or b, and none of x where nothing below learns. It keeps the input and A x. A gated
+MLP also keeps the outputs of gate and up, and computes their product again.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from litlora.frozen.weight import FrozenWeight
+    from litlora.lora.update import Update
+
 
 class Layer(NamedTuple):
-    """A frozen linear layer, (out, in), and its update if it has one."""
+    """A frozen linear layer and its plain low-rank update, if it has one."""
 
-    weight: Tensor
+    weight: "FrozenWeight"
     bias: Tensor | None = None
-    lora_A: Tensor | None = None
-    """(r, in)"""
-    lora_B: Tensor | None = None
-    """(out, r)"""
-    scale: float = 1.0
+    update: "Update | None" = None
 
 
 ACTIVATIONS = {
@@ -41,39 +41,47 @@ _DERIVATIVES = {
 }
 
 
+def times(x: Tensor, weight: "FrozenWeight", bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (..., in), differentiable by x."""
+    if weight.differentiable or not (torch.is_grad_enabled() and x.requires_grad):
+        return weight.times(x, bias)
+    return _Times.apply(x, weight, bias)
+
+
 def plain_project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> list[Tensor]:
     """Each layer applied to x (..., in): a list of (..., out).
 
-    `keep` (..., in), ones and zeros, is dropout's mask of what the updates see, x itself stays; 1 /
-    (1 - p) is the scale's matter. The update is computed in the dtype of x, as everything around
-    it; A and B stay in their own.
+    `keep` (..., in), of ones and zeros, is the dropout mask of the updates' input; the factor
+    1 / (1 - p) belongs to the scale. An update is computed in the dtype of x, as everything around
+    it is; A and B keep their own.
     """
     outputs = []
-    for layer in layers:
-        y = F.linear(x, layer.weight, layer.bias)
-        if layer.lora_A is not None:
+    for weight, bias, update in layers:
+        y = times(x, weight, bias)
+        if update is not None:
             dropped = x if keep is None else x * keep
-            y = y + F.linear(
-                F.linear(dropped, layer.lora_A.to(x.dtype)) * layer.scale, layer.lora_B.to(x.dtype)
-            )
+            y = y + F.linear(F.linear(dropped, update.A.to(x.dtype)) * update.scale, update.B.to(x.dtype))
         outputs.append(y)
     return outputs
 
 
 def project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> tuple[Tensor, ...]:
     """As plain_project. W and b get no gradient: they must be frozen."""
-    return _Project.apply(x, keep, [layer.scale for layer in layers], *_flat(layers))
+    return _Project.apply(x, keep, layers, *_trained(layers))
 
 
 def project_one(x: Tensor, layer: Layer) -> Tensor:
-    """As plain_project of one layer without dropout, in place: where no gradient is wanted."""
-    y = F.linear(x, layer.weight, layer.bias)
-    if layer.lora_A is not None:
-        z = F.linear(x, layer.lora_A.to(x.dtype))
+    """As plain_project of one layer without dropout, in place: where no gradient is needed."""
+    weight, bias, update = layer
+    y = weight.times(x, bias)
+    if update is not None:
+        z = F.linear(x, update.A.to(x.dtype))
         if z.numel() == z.size(-1):  # one token
-            y.view(-1).addmv_(layer.lora_B.to(x.dtype), z.view(-1), alpha=layer.scale)
+            y.view(-1).addmv_(update.B.to(x.dtype), z.view(-1), alpha=update.scale)
         else:
-            y.view(-1, y.size(-1)).addmm_(z.view(-1, z.size(-1)), _flat_B(layer, x.dtype), alpha=layer.scale)
+            y.view(-1, y.size(-1)).addmm_(
+                z.view(-1, z.size(-1)), _flat_B(update, x.dtype), alpha=update.scale
+            )
     return y
 
 
@@ -86,8 +94,8 @@ def plain_gated_mlp(
     keep: Tensor | None = None,
     keep_inner: Tensor | None = None,
 ) -> Tensor:
-    """down(activation(gate(x)) · up(x)); keep (..., in) for gate's and up's updates, keep_inner for
-    down's, see plain_project."""
+    """down(activation(gate(x)) · up(x)). `keep` (..., in) is the dropout mask of the updates of
+    gate and up, `keep_inner` that of down's: see plain_project."""
     g, u = plain_project(x, [gate, up], keep)
     return plain_project(ACTIVATIONS[activation](g) * u, [down], keep_inner)[0]
 
@@ -103,52 +111,65 @@ def gated_mlp(
 ) -> Tensor:
     """As plain_gated_mlp. Every W and b must be frozen."""
     layers = [gate, up, down]
-    return _GatedMLP.apply(x, keep, keep_inner, activation, [layer.scale for layer in layers], *_flat(layers))
+    return _GatedMLP.apply(x, keep, keep_inner, activation, layers, *_trained(layers))
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """A mask like x that is 0 with probability p, a multiple of 2^-16 (see `dropout_share`), else
     1.
 
-    In x's dtype: on the CPU, to multiply by a bool takes six times as long.
+    It has the dtype of x: on the CPU, multiplying by a bool takes six times as long.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return (torch.rand(x.shape, device=x.device) >= dropout_share(p)).to(x.dtype)
-    # The CPU's generator makes one number at a time: four decisions of 16 bits from each take a
-    # quarter of the time.
+    # The CPU's generator draws one number at a time. Taking four decisions of 16 bits from each is
+    # four times as fast.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return (bits[: x.numel()] >= round(p * 2**16) - 2**15).to(x.dtype).view(x.shape)
 
 
 def dropout_share(p: float) -> float:
-    """p as dropout_mask can tell it: the nearest multiple of 2^-16."""
+    """The probability that dropout_mask uses for p: the nearest multiple of 2^-16."""
     return round(p * 2**16) / 2**16
 
 
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: "FrozenWeight", bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.shape = weight, x.shape
+        return weight.times(x, bias)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.weight.back(_rows(upstream)).view(ctx.shape), None, None
+
+
 class _Project(torch.autograd.Function):
+    """`trained` are A and B of all updates: they stand in `layers` too, but autograd must see
+    them."""
+
     @staticmethod
     def forward(
-        ctx, x: Tensor, keep: Tensor | None, scales: list[float], *tensors: Tensor | None
+        ctx, x: Tensor, keep: Tensor | None, layers: Sequence[Layer], *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        layers = _layers(tensors, scales)
-        rows = x.reshape(-1, x.size(-1))  # (N, in)
-        outputs, z = _forward(rows, layers, keep)
-        ctx.save_for_backward(x if _adapted(layers) else None, keep, z, *tensors)
-        ctx.scales, ctx.shape = scales, x.shape
+        outputs, z = _forward(_rows(x), layers, keep)
+        ctx.save_for_backward(x if trained else None, keep, z)
+        ctx.layers, ctx.shape = layers, x.shape
         return tuple(y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
 
     @staticmethod
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, z, *tensors = ctx.saved_tensors
-        rows = None if x is None else x.reshape(-1, x.size(-1))
-        upstream = [dy.reshape(-1, dy.size(-1)) for dy in upstream]
+        x, keep, z = ctx.saved_tensors
+        rows = None if x is None else _rows(x)
         dx, gradients = _backward(
-            upstream, rows, z, _layers(tensors, ctx.scales), keep, needs_dx=ctx.needs_input_grad[0]
+            [_rows(dy) for dy in upstream], rows, z, ctx.layers, keep, needs_dx=ctx.needs_input_grad[0]
         )
         return None if dx is None else dx.view(ctx.shape), None, None, *gradients
 
 
 class _GatedMLP(torch.autograd.Function):
+    """`trained` as in _Project."""
+
     @staticmethod
     def forward(
         ctx,
@@ -156,48 +177,43 @@ class _GatedMLP(torch.autograd.Function):
         keep: Tensor | None,
         keep_inner: Tensor | None,
         activation: str,
-        scales: list[float],
-        *tensors: Tensor | None,
+        layers: list[Layer],
+        *trained: Tensor,
     ) -> Tensor:
-        gate, up, down = layers = _layers(tensors, scales)
-        rows = x.reshape(-1, x.size(-1))
-        (g, u), z = _forward(rows, [gate, up], keep)  # (N, inner)
+        gate, up, down = layers
+        (g, u), z = _forward(_rows(x), [gate, up], keep)  # (N, inner)
         inner = ACTIVATIONS[activation](g).mul_(u)
         (y,), z_inner = _forward(inner, [down], keep_inner)
-        ctx.save_for_backward(
-            x if _adapted(layers[:2]) else None, keep, keep_inner, g, u, z, z_inner, *tensors
-        )
-        ctx.activation, ctx.scales, ctx.shape = activation, scales, x.shape
+        ctx.save_for_backward(x if _updates([gate, up]) else None, keep, keep_inner, g, u, z, z_inner)
+        ctx.activation, ctx.layers, ctx.shape = activation, layers, x.shape
         return y.view(*x.shape[:-1], y.size(-1))
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, keep, keep_inner, g, u, z, z_inner, *tensors = ctx.saved_tensors
-        gate, up, down = _layers(tensors, ctx.scales)
+        x, keep, keep_inner, g, u, z, z_inner = ctx.saved_tensors
+        gate, up, down = ctx.layers
         activated = ACTIVATIONS[ctx.activation](g)
-        inner = activated * u if _adapted([down]) else None
-        d_inner, d_down = _backward(
-            [upstream.reshape(-1, upstream.size(-1))], inner, z_inner, [down], keep_inner, needs_dx=True
-        )
+        inner = activated * u if down.update is not None else None
+        d_inner, d_down = _backward([_rows(upstream)], inner, z_inner, [down], keep_inner, needs_dx=True)
         du = activated.mul_(d_inner)
         dg = _DERIVATIVES[ctx.activation](d_inner.mul_(u), g)
-        rows = None if x is None else x.reshape(-1, x.size(-1))
+        rows = None if x is None else _rows(x)
         dx, d_first = _backward([dg, du], rows, z, [gate, up], keep, needs_dx=ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *d_first, *d_down
 
 
-def _forward(x: Tensor, layers: list[Layer], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side, (N, Σ
-    r); None without updates."""
-    outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
-    adapted = _adapted(layers)
-    if not adapted:
+def _forward(x: Tensor, layers: Sequence[Layer], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side,
+    (N, Σ r); None without updates."""
+    outputs = [layer.weight.times(x, layer.bias) for layer in layers]
+    updates = _updates(layers)
+    if not updates:
         return outputs, None
-    z = torch.mm(_dropped(x, keep), _joined_A(adapted, x.dtype).t())
-    parts = iter(z.split([len(layer.lora_A) for layer in adapted], dim=1))
+    z = torch.mm(_dropped(x, keep), _joined_A(updates, x.dtype).t())
+    parts = iter(z.split([len(update.A) for update in updates], dim=1))
     for layer, y in zip(layers, outputs, strict=True):
-        if layer.lora_A is not None:
-            y.addmm_(next(parts), _flat_B(layer, x.dtype), alpha=layer.scale)
+        if layer.update is not None:
+            y.addmm_(next(parts), _flat_B(layer.update, x.dtype), alpha=layer.update.scale)
     return outputs, z
 
 
@@ -205,71 +221,61 @@ def _backward(
     upstream: Sequence[Tensor],
     x: Tensor | None,
     z: Tensor | None,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     keep: Tensor | None,
     *,
     needs_dx: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x (N, in) and, for each layer, of weight, bias, A and B: the first two are
-    None."""
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of x (N, in), and of A and B of each update."""
     dx = None
     if needs_dx:
         for dy, layer in zip(upstream, layers, strict=True):
-            dx = dy @ layer.weight if dx is None else dx.addmm_(dy, layer.weight)
-    adapted = _adapted(layers)
-    if not adapted:
-        return dx, [None] * (4 * len(layers))
-    ranks = [len(layer.lora_A) for layer in adapted]
-    parts, dz, dB = iter(z.split(ranks, dim=1)), [], []
-    for dy, layer in zip(upstream, layers, strict=True):
-        if layer.lora_A is not None:
-            dz.append((dy @ _flat_B(layer, dy.dtype).t()).mul_(layer.scale))
-            # (zᵀ dy)ᵀ: on the CPU dyᵀ z takes twice as long
-            dB.append((next(parts).t() @ dy).t().contiguous().to(layer.lora_B.dtype).mul_(layer.scale))
+            dx = layer.weight.back(dy, dx)
+    updates = _updates(layers)
+    if not updates:
+        return dx, []
+    ranks = [len(update.A) for update in updates]
+    adapted = [dy for dy, layer in zip(upstream, layers, strict=True) if layer.update is not None]
+    dz, dB = [], []
+    for dy, update, part in zip(adapted, updates, z.split(ranks, dim=1), strict=True):
+        dz.append((dy @ _flat_B(update, dy.dtype).t()).mul_(update.scale))
+        # (zᵀ dy)ᵀ: on the CPU dyᵀ z takes twice as long
+        dB.append((part.t() @ dy).t().contiguous().to(update.B.dtype).mul_(update.scale))
     dz = dz[0] if len(dz) == 1 else torch.cat(dz, dim=1)  # (N, Σ r)
     dA = (dz.t() @ _dropped(x, keep)).split(ranks)
     if needs_dx:
-        A = _joined_A(adapted, dz.dtype)
+        A = _joined_A(updates, dz.dtype)
         dx = dx.addmm_(dz, A) if keep is None else dx.add_((dz @ A).mul_(_rows(keep)))
-    found = zip(dA, dB, strict=True)
-    gradients: list[Tensor | None] = []
-    for layer in layers:
-        a, b = next(found) if layer.lora_A is not None else (None, None)
-        gradients += [None, None, a if a is None else a.to(layer.lora_A.dtype), b]
-    return dx, gradients
+    return dx, [
+        gradient
+        for update, a, b in zip(updates, dA, dB, strict=True)
+        for gradient in (a.to(update.A.dtype), b)
+    ]
 
 
-def _adapted(layers: Sequence[Layer]) -> list[Layer]:
-    return [layer for layer in layers if layer.lora_A is not None]
+def _updates(layers: Sequence[Layer]) -> list["Update"]:
+    return [layer.update for layer in layers if layer.update is not None]
 
 
-def _joined_A(layers: list[Layer], dtype: torch.dtype) -> Tensor:
-    """The A of all updates on top of each other: (Σ r, in). One multiplication reads x once for all
-    of them."""
-    return (
-        torch.cat([layer.lora_A for layer in layers]).to(dtype)
-        if len(layers) > 1
-        else layers[0].lora_A.to(dtype)
-    )
+def _trained(layers: Sequence[Layer]) -> list[Tensor]:
+    return [factor for update in _updates(layers) for factor in (update.A, update.B)]
 
 
-def _flat_B(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """Bᵀ, (r, out), with long rows: on the CPU in fp32, to multiply by a narrow B takes twice as
+def _joined_A(updates: list["Update"], dtype: torch.dtype) -> Tensor:
+    """The A of all updates, stacked: (Σ r, in). One multiplication then reads x once for all."""
+    return (torch.cat([update.A for update in updates]) if len(updates) > 1 else updates[0].A).to(dtype)
+
+
+def _flat_B(update: "Update", dtype: torch.dtype) -> Tensor:
+    """Bᵀ (r, out), with long rows: on the CPU in fp32, multiplying by a narrow B takes twice as
     long."""
-    return layer.lora_B.t().contiguous().to(dtype)
+    return update.B.t().contiguous().to(dtype)
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * _rows(keep)
 
 
-def _rows(keep: Tensor) -> Tensor:
-    return keep.reshape(-1, keep.size(-1))
-
-
-def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
-    return [tensor for layer in layers for tensor in layer[:4]]
-
-
-def _layers(tensors: Sequence[Tensor | None], scales: list[float]) -> list[Layer]:
-    return [Layer(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (N, C)."""
+    return x.reshape(-1, x.size(-1))

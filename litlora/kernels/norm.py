@@ -1,5 +1,5 @@
-"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with a frozen weight: the backward keeps the
-input and one number a row."""
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). With a frozen weight, it keeps the input and
+one number a row for the backward."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As plain_rms_norm, by the quickest way to the same numbers and gradients."""
-    # A compiler fuses the plain one by itself; torch 2.11's would make a wrong gradient of what
-    # changes in place below.
+    """As plain_rms_norm, by the fastest way to the same values and gradients."""
+    # A compiler fuses the plain one by itself; torch 2.11's turns the in-place operations below
+    # into a wrong gradient.
     if (
         torch.is_grad_enabled()
         and x.device.type == "cpu"
@@ -43,8 +43,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        # y = x · i · w with i = (mean(x²) + eps)^-½: dx = i · (g - x · i² · mean(g · x)) for g = dy
-        # · w
+        # y = x · i · w with i = (mean(x²) + eps)^-½. With g = dy · w,
+        # dx = i · (g - x · i² · mean(g · x)).
         g = upstream * weight.to(inverse.dtype)
         share = (g * x).mean(dim=-1, keepdim=True).mul_(inverse.square())
         return g.sub_(x * share).mul_(inverse).to(x.dtype), None, None

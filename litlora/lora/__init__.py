@@ -1,9 +1,9 @@
 """LoRA on any `nn.Module`: wrap linear layers, train, merge, unmerge, unwrap.
 
 add_lora(model, config)      wraps the layers that config.targets names and freezes everything else
-merge_lora(model)            folds every update into its W, in place; outputs stay the same up to rounding
-unmerge_lora(model)          puts back the very bits of every W
-unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
+merge_lora(model)            folds every update into its W; outputs stay the same up to rounding
+unmerge_lora(model)          puts back every W, bit for bit
+unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 
 layer.py     LoRALinear, and the functions above
 update.py    one layer's update, and the formula

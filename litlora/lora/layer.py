@@ -5,23 +5,25 @@ arXiv:2106.09685), or alpha / √r where the settings ask for it (rsLoRA, Kalajd
 arXiv:2312.03732).
 
     add_lora(model, config)      wraps the layers that config.targets names and freezes everything else
-    merge_lora(model)            folds every update into its W, in place; outputs stay the same up to rounding
-    unmerge_lora(model)          puts back the very bits of every W
-    unwrap_lora(model)           plain nn.Linear layers again, with plain names: merged if merged, else the base
+    merge_lora(model)            folds every update into its W; outputs stay the same up to rounding
+    unmerge_lora(model)          puts back every W, bit for bit
+    unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from litlora.errors import UserError
+from litlora.errors import UserError, setting
+from litlora.frozen.linear import FrozenLinear, frozen_weight
+from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import lora as kernels
 from litlora.lora.adapter import Adapter
-from litlora.lora.select import layer_alpha, layer_rank, matches, select_layers, select_whole
+from litlora.lora.select import check_patterns, layer_alpha, layer_rank, select_layers, select_whole
 from litlora.lora.update import Update, scale_of
-from litlora.lora.variants import variant_named
+from litlora.lora.variants import check_dropout, variant_named
 from litlora.settings import LoRAConfig
 
 
@@ -30,7 +32,7 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: nn.Linear | FrozenLinear,
         rank: int,
         alpha: float,
         dropout: float = 0.0,
@@ -39,36 +41,42 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         variant: str = "lora",
     ) -> None:
-        """A fresh adapter as its variant starts it: plain LoRA changes nothing at first. `dtype` is
+        """A fresh adapter, started by its variant: plain LoRA changes nothing at first. `dtype` is
         that of A and B."""
         super().__init__()
+        self.variant = variant_named(variant)
+        check_dropout(self.variant, dropout)
         self.linear = linear.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scale = scale_of(alpha, rank, rslora=rslora)
-        self.variant = variant_named(variant)
-        device = linear.weight.device
+        device = self.frozen.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
         self.variant.start(self)
-        self._base_weight: nn.Parameter | None = None  # W's own tensor, while the update is folded in
+        self._base: nn.Linear | FrozenLinear | None = None  # the layer without the update, while merged
 
     @property
     def merged(self) -> bool:
         """Whether the update is folded into W."""
-        return self._base_weight is not None
+        return self._base is not None
+
+    @property
+    def frozen(self) -> FrozenWeight:
+        """The wrapped layer's W; with the update folded in while merged."""
+        return frozen_weight(self.linear)
 
     @property
     def update(self) -> Update:
-        """The update as it stands: its tensors are the layer's own parameters."""
+        """The current update: its tensors are the layer's own parameters."""
         extra = {name: getattr(self, name) for name in self.variant.extra}
         return Update(self.lora_A, self.lora_B, self.scale, variant=self.variant.name, extra=extra)
 
     @torch.no_grad()
     def load_update(self, update: Update) -> None:
-        """Copy the tensors of an update into this layer's. Raises UserError if they do not fit."""
+        """Copy an update's tensors into the layer's own. Raises UserError if they do not fit."""
         for name, tensor in update.tensors().items():
             own = getattr(self, name)
-            if own.shape != tensor.shape:  # copying would stretch a single row
+            if own.shape != tensor.shape:  # copy_ would broadcast a single row
                 raise UserError(f"{name} is {tuple(tensor.shape)}, not {tuple(own.shape)}")
             own.copy_(tensor)
 
@@ -76,10 +84,10 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """The effective weight W', (out, in).
 
-        Code that reads a layer's weight and skips its forward, as `nn.TransformerEncoderLayer` does
-        in eval mode, thus still meets the update.
+        It is there for code that reads a layer's weight instead of calling the layer, as
+        `nn.TransformerEncoderLayer` does in eval mode.
         """
-        return self.linear.weight if self.merged else self.update.added_to(self.linear.weight)
+        return self.linear.weight if self.merged else self.update.added_to(self.frozen.rows())
 
     @property
     def bias(self) -> Tensor | None:
@@ -99,31 +107,30 @@ class LoRALinear(nn.Module):
         if not self.variant.is_plain:
             return self.variant.forward(self, x)
         if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
-            return kernels.project_one(x, _frozen(self))
+            return kernels.project_one(x, _layer(self))
         keep = _dropout_mask(x, (self,))
-        return (kernels.project if _fused(x) else kernels.plain_project)(x, [_frozen(self)], keep)[0]
+        return (kernels.project if _fused(x) else kernels.plain_project)(x, [_layer(self)], keep)[0]
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Fold the update into W, once however often it is called; returns the wrapped layer, for
-        `set_submodule`."""
+        """Fold the update into W and return the merged layer, for `set_submodule`. Merging twice
+        adds the update once."""
         if not self.merged:
-            base = self.linear.weight
-            self.linear.weight = nn.Parameter(self.update.added_to(base), requires_grad=False)
-            self._base_weight = base
+            merged, base = _linear(self.update.added_to(self.frozen.rows()), self.linear), self.linear
+            self.linear = merged
+            object.__setattr__(self, "_base", base)  # not a submodule: it would show in the state_dict
         return self.linear
 
     def unmerge(self) -> None:
-        """Put back W as it was: the same tensor, so the same bits."""
+        """Put back the layer without the update: the same tensors, hence the same bits."""
         if self.merged:
-            self.linear.weight = self._base_weight
-            self._base_weight = None
+            self.linear = self._base
+            self._base = None
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(
-            f"{prefix}_base_weight", None
-        )  # a parameter, so that it follows W to other devices and dtypes
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
+        if self._base is not None:  # it follows the merged layer to other devices and dtypes
+            self._base._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
@@ -133,14 +140,10 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """Several linear layers of one input x (..., in): a tuple of (..., out). Frozen ones go through
     one fused function.
 
-    In training, the updates share one dropout mask of x, and hooks of the modules are not called.
+    In training, their updates share one dropout mask of x, and hooks of the modules do not run.
     """
-    layers = [_frozen(linear) for linear in linears]
-    if (
-        None in layers
-        or not _fused(x)
-        or len({linear.dropout for linear in linears if type(linear) is LoRALinear}) > 1
-    ):
+    layers = _fusable(x, linears, sharing=linears)
+    if layers is None:
         return tuple(linear(x) for linear in linears)
     return kernels.project(x, layers, _dropout_mask(x, linears))
 
@@ -148,12 +151,8 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
     frozen."""
-    layers = [_frozen(linear) for linear in (gate, up, down)]
-    if (
-        None in layers
-        or not _fused(x)
-        or len({linear.dropout for linear in (gate, up) if type(linear) is LoRALinear}) > 1
-    ):
+    layers = _fusable(x, (gate, up, down), sharing=(gate, up))
+    if layers is None:
         g, u = project(x, gate, up)
         return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
     keep = _dropout_mask(x, (gate, up))
@@ -162,26 +161,46 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activa
 
 
 def _fused(x: Tensor) -> bool:
-    """Whether the fused functions are of use: they are for the backward, and autocast would not
-    reach into them."""
+    """Whether to use the fused functions: they serve the backward, and autocast does not reach
+    into them."""
     return torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
-def _frozen(linear: nn.Module) -> kernels.Layer | None:
-    """What the kernels need of a frozen linear layer and its update; None for a layer whose own
-    weight trains or that is no linear one."""
+def _fusable(
+    x: Tensor, linears: Sequence[nn.Module], *, sharing: Sequence[nn.Module]
+) -> list[kernels.Layer] | None:
+    """The layers, if one fused function can compute them all; those in `sharing` share a dropout
+    mask."""
+    if not _fused(x) or len({linear.dropout for linear in sharing if type(linear) is LoRALinear}) > 1:
+        return None
+    layers = [_layer(linear) for linear in linears]
+    return None if None in layers else layers
+
+
+def _layer(linear: nn.Module) -> kernels.Layer | None:
+    """What the kernels need of a frozen linear layer; None for a layer that they cannot compute."""
     if type(linear) is LoRALinear:
         if linear.merged:
-            return _frozen(linear.linear)
+            return _layer(linear.linear)
         if not linear.variant.is_plain:
             return None
-        scale = linear.scale
-        if linear.training:
-            scale /= 1 - kernels.dropout_share(linear.dropout)
-        return kernels.Layer(linear.linear.weight, linear.linear.bias, linear.lora_A, linear.lora_B, scale)
-    if type(linear) is not nn.Linear or linear.weight.requires_grad:
-        return None
-    return kernels.Layer(linear.weight, linear.bias)
+        update = linear.update
+        if linear.training and linear.dropout:
+            update = replace(update, scale=update.scale / (1 - kernels.dropout_share(linear.dropout)))
+        return kernels.Layer(linear.frozen, linear.linear.bias, update)
+    if type(linear) is FrozenLinear or (type(linear) is nn.Linear and not linear.weight.requires_grad):
+        return kernels.Layer(frozen_weight(linear), linear.bias)
+    return None
+
+
+def _linear(weight: Tensor, like: nn.Linear | FrozenLinear) -> nn.Linear:
+    """An `nn.Linear` of this very weight, frozen, with the bias and the mode of `like`."""
+    linear = nn.Linear.__new__(nn.Linear)  # its __init__ would draw random numbers
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", like.bias)
+    return linear.train(like.training)
 
 
 def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
@@ -198,31 +217,26 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     """Wrap the linear layers that `config.targets` names and freeze everything else; returns their
     names.
 
-    Raises UserError if a target matches nothing, names a layer whose forward is not its own, or is
+    Raises UserError for a target that matches nothing, and for a layer that cannot be adapted or is
     too small for the rank.
     """
     if _lora_layers(model):
         raise UserError("the model already has an adapter; merge it or unwrap it first")
     names = select_layers(model, config.targets)
-    for option, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        if missed := [target for target in pattern if not any(matches(name, target) for name in names)]:
-            raise UserError(
-                f"--lora.{option} {', '.join(missed)}: matches none of the layers that --lora.targets chooses"
-            )
+    check_patterns(config, names)
     for name in names:
         linear, rank = model.get_submodule(name), layer_rank(config, name)
         if rank > (most := min(linear.in_features, linear.out_features)):
-            option = "rank" if rank == config.rank else "rank_pattern"
+            origin = setting("rank" if rank == config.rank else "rank_pattern")
             raise UserError(
-                f"--lora.{option} {rank}: {name} is {linear.out_features} x {linear.in_features}, so its rank can be {most} at most"
+                f"{origin} {rank}: {name} is {linear.out_features} x {linear.in_features}; "
+                f"its rank can be at most {most}"
             )
     whole = select_whole(model, config.modules_to_save, names)
     attach_lora(model, names, config, dtype)
     for name in whole:
         for parameter in model.get_submodule(name).parameters():
-            parameter.data = (
-                parameter.data.clone()
-            )  # the base's own tensor may be asked for its fingerprint later
+            parameter.data = parameter.data.clone()  # the base's own tensor must keep its fingerprint
             parameter.requires_grad_(True)
     return names
 
@@ -231,11 +245,11 @@ def attach_lora(
     model: nn.Module, names: list[str], config: LoRAConfig, dtype: torch.dtype = torch.float32
 ) -> None:
     """Wrap the linear layers of these exact names and freeze everything else."""
+    check_dropout(variant_named(config.variant), config.dropout)
     model.requires_grad_(False)
     wrapped: dict[nn.Module, LoRALinear] = {}
-    for name, module in list(
-        model.named_modules(remove_duplicate=False)
-    ):  # one layer under two names stays one layer
+    # A layer that has two names stays one layer.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if name in names or module in wrapped:
             if module not in wrapped:
                 rank, alpha = layer_rank(config, name), layer_alpha(config, name)
@@ -246,20 +260,20 @@ def attach_lora(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter of a model into its W, in place."""
+    """Fold every update of a model into its W, in place."""
     for layer in _lora_layers(model).values():
         layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Take every adapter of a model out of its W again, to the bit."""
+    """Put back every W of a model, bit for bit."""
     for layer in _lora_layers(model).values():
         layer.unmerge()
 
 
 def unwrap_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear by the plain layer in it: merged if it was merged, else without its
-    adapter."""
+    """Replace every LoRALinear by the layer that it wraps: merged if it was merged, else without
+    its update."""
     for name, layer in _lora_layers(model).items():
         model.set_submodule(name, layer.linear)
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from litlora.errors import UserError
+from litlora.errors import UserError, setting
+from litlora.frozen.linear import LINEAR, FrozenLinear
 from litlora.lora.update import scale_of
 from litlora.settings import PRESETS, LoRAConfig
 
@@ -14,31 +15,32 @@ OUTPUT_HEAD = "lm_head"
 
 
 def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
-    """The modules that modules_to_save means: names or ends of names. Raises UserError for one that
-    cannot train whole."""
+    """The modules that modules_to_save means: names or ends of names. Raises UserError for a module
+    that cannot be trained whole."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for target in modules_to_save:
         names = [name for name in modules if name == target or name.endswith("." + target)]
         if not names:
-            raise UserError(f"--lora.modules_to_save {target}: no module of that name")
+            raise UserError(f"{setting('modules_to_save')} {target}: no module has that name")
         for name in names:
-            inside = [layer for layer in adapted if layer == name or layer.startswith(name + ".")]
-            if inside:
-                raise UserError(
-                    f"--lora.modules_to_save {target}: {inside[0]} has an adapter; leave it out of one of the two"
-                )
-            weights = {id(parameter) for parameter in modules[name].parameters()}
-            shared = [
-                other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in weights
-            ]
-            if not weights or any(not other.startswith(name + ".") for other in shared):
-                why = "has no weights" if not weights else "shares its weight with another module"
-                raise UserError(
-                    f"--lora.modules_to_save {target}: {name} {why}, so it cannot be trained by itself"
-                )
+            if reason := _why_not_whole(model, name, adapted):
+                raise UserError(f"{setting('modules_to_save')} {target}: {reason}")
         found += names
     return found
+
+
+def _why_not_whole(model: nn.Module, name: str, adapted: list[str]) -> str | None:
+    """Why this module cannot be trained whole; None if it can."""
+    if inside := [layer for layer in adapted if layer == name or layer.startswith(name + ".")]:
+        return f"{inside[0]} has an adapter; leave it out of one of the two"
+    weights = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    if not weights:
+        return f"{name} has no weights, so it cannot be trained by itself"
+    named = model.named_parameters(remove_duplicate=False)
+    if any(id(weight) in weights and not other.startswith(name + ".") for other, weight in named):
+        return f"{name} shares its weight with another module, so it cannot be trained by itself"
+    return None
 
 
 def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
@@ -49,27 +51,27 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     linear layer and for a layer that cannot be adapted.
     """
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     asked = [targets] if isinstance(targets, str) else targets
     found_by = {target: [name for name in linears if matches(name, target)] for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
         raise UserError(
-            f"--lora.targets {', '.join(missed)}: no linear layer of that name; presets: {', '.join(PRESETS)}; layers: {there}"
+            f"{setting('targets')} {', '.join(missed)}: no linear layer has that name; "
+            f"presets: {', '.join(PRESETS)}; layers: {there}"
         )
     selected = [name for name in linears if any(name in found for found in found_by.values())]
     refused = {name: reason for name in selected if (reason := _why_not(modules, name))}
     if refused:
         able = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in selected if name not in refused))
         name, reason = next(iter(refused.items()))
-        raise UserError(
-            f"--lora.targets: {name} cannot be adapted: {reason}; "
-            + (f"name others, here {able}" if able else "name others")
-        )
+        others = f"choose other layers, here {able}" if able else "choose other layers"
+        raise UserError(f"{setting('targets')}: {name} cannot be adapted: {reason}; {others}")
     return selected
 
 
 def matches(name: str, target: str) -> bool:
+    """Whether a target means the layer of this name."""
     leaf = name.rpartition(".")[2]
     if target == "all-linear":
         return leaf != OUTPUT_HEAD
@@ -81,7 +83,7 @@ def matches(name: str, target: str) -> bool:
         return re.fullmatch(target, name) is not None
     except re.error as error:
         raise UserError(
-            f"--lora.targets {target}: neither a layer's name nor a regular expression ({error})"
+            f"{setting('targets')} {target}: neither a layer's name nor a regular expression ({error})"
         ) from None
 
 
@@ -91,11 +93,22 @@ def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:
     layer, parent = modules[name], modules[name.rpartition(".")[0]]
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight and never calls it"
-    if type(layer).forward is not nn.Linear.forward:
+    if type(layer).forward not in (nn.Linear.forward, FrozenLinear.forward):
         return f"its class {type(layer).__name__} computes something else than W x + b"
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized, so it cannot be replaced by a merged one"
     return None
+
+
+def check_patterns(config: LoRAConfig, names: list[str]) -> None:
+    """Raise UserError for a pattern of ranks or alphas that matches none of the chosen layers."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option)
+        if missed := [target for target in patterns if not any(matches(name, target) for name in names)]:
+            raise UserError(
+                f"{setting(option)} {', '.join(missed)}: matches none of the layers "
+                f"that {setting('targets')} chooses"
+            )
 
 
 def layer_rank(config: LoRAConfig, name: str) -> int:

@@ -1,8 +1,8 @@
-"""Variants of LoRA: what A, B and what belongs to them mean. One small class a variant.
+"""Variants of LoRA: what A, B and a variant's own parameters mean. One small class a variant.
 
-To add one: subclass `Variant`, give it a name, and put an instance into VARIANTS; `--lora.variant`
-then takes the name. Training, saving, resuming and merging need nothing else; a format that cannot
-hold it refuses it by its name.
+To add one: subclass `Variant`, give it a name, and put an instance into VARIANTS; the setting
+`variant` then takes the name. Training, saving, resuming and merging need nothing else. A format
+that cannot hold the variant refuses it by name.
 """
 
 import math
@@ -24,13 +24,19 @@ class Variant:
 
     name = "lora"
     extra: tuple[str, ...] = ()
-    """Names of the parameters that a layer has beside A and B, and a file holds: each lora_..."""
+    """Names of the parameters that a layer, and a file, has beside A and B: each lora_..."""
 
     @property
     def is_plain(self) -> bool:
         """Whether the update is s · B A and nothing else: what the fused kernels compute, and what
         every format can hold."""
         return type(self) is Variant
+
+    @property
+    def applies_dropout(self) -> bool:
+        """Whether the forward applies the layer's dropout: the default one of other variants does
+        not, since it multiplies by W' as a whole."""
+        return self.is_plain or type(self).forward is not Variant.forward
 
     def start(self, layer: "LoRALinear") -> None:
         """Fill a fresh layer's lora_A (r, in) and lora_B (out, r), and register the parameters that
@@ -51,19 +57,29 @@ class Variant:
 
     def forward(self, layer: "LoRALinear", x: Tensor) -> Tensor:
         """W' x + b for x (..., in), while the adapter is live; plain LoRA has fused functions
-        instead. Override it where the update can be applied without W' in memory."""
-        W = layer.linear.weight
+        instead. Override it where the update can be applied without W' in memory, and apply
+        `layer.dropout` in training there."""
+        W = layer.frozen.rows()
         exact = W.to(torch.promote_types(W.dtype, torch.float32))
         effective = exact + self.change(layer.update, exact, slice(None))
         return F.linear(x, effective.to(x.dtype), layer.bias)
 
 
 VARIANTS: dict[str, Variant] = {"lora": Variant()}
-"""Every variant, by the name that `--lora.variant` takes and a file stores."""
+"""Every variant, by the name that the setting `variant` takes and a file stores."""
 
 
 def variant_named(name: str) -> Variant:
     """Raises UserError for a name that is not in VARIANTS."""
     if name not in VARIANTS:
-        raise UserError(f"{setting('variant')} {name}: no such variant; there are {', '.join(VARIANTS)}")
+        raise UserError(f"{setting('variant')} {name}: no such variant; choose from {', '.join(VARIANTS)}")
     return VARIANTS[name]
+
+
+def check_dropout(variant: Variant, dropout: float) -> None:
+    """Raise UserError for a dropout that the variant would not apply."""
+    if dropout > 0 and not variant.applies_dropout:
+        raise UserError(
+            f"{setting('dropout')} {dropout:g}: {setting('variant')} {variant.name} does not apply dropout; "
+            "set it to 0"
+        )

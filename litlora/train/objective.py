@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
 from litlora.model import GPT
 
@@ -27,7 +28,8 @@ class SupervisedLoss(nn.Module):
         positions (M,) of the flattened input_ids are those whose next token is learned, targets
         (M,) these tokens.
         """
-        hidden = self.model.model(input_ids, lengths=lengths, wanted=positions)[0]  # (M, C)
+        ids, lengths, places = bucketed(input_ids, lengths, positions, self.model.model.embed_tokens.weight)
+        hidden = self.model.model(ids, lengths=lengths, positions=places)[0, : len(positions)]  # (M, C)
         head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if plain and not torch.is_autocast_enabled(hidden.device.type):

@@ -8,23 +8,26 @@ from torch.autograd import gradcheck
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from litlora.frozen.dense import Dense
 from litlora.kernels import attention, cross_entropy, lora, norm
 from litlora.kernels.attention import Pack
 from litlora.kernels.lora import Layer
+from litlora.lora import Update
 
 
 def layer(out, inner, rank=None, *, bias=False, scale=1.0):
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    A, B = (
-        (random(rank, inner).requires_grad_(), random(out, rank).requires_grad_()) if rank else (None, None)
-    )
-    return Layer(random(out, inner), random(out) if bias else None, A, B, scale)
+    update = None
+    if rank:
+        update = Update(random(rank, inner).requires_grad_(), random(out, rank).requires_grad_(), scale)
+    return Layer(Dense(random(out, inner)), random(out) if bias else None, update)
 
 
 def trained(x, *layers):
-    return [x, *(tensor for one in layers for tensor in (one.lora_A, one.lora_B) if tensor is not None)]
+    updates = [one.update for one in layers if one.update is not None]
+    return [x, *(factor for update in updates for factor in (update.A, update.B))]
 
 
 def same_value_and_gradients(kernel, plain, inputs):
@@ -89,9 +92,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        torch.autograd.grad(y.sum(), [one.lora_A, one.lora_B])
+        torch.autograd.grad(y.sum(), [one.update.A, one.update.B])
     assert multiplied and not any(
-        tensor.shape in (one.weight.shape, one.weight.t().shape) for tensor in multiplied
+        tensor.shape in (one.weight.shape, one.weight.shape[::-1]) for tensor in multiplied
     )
     (frozen,) = lora.project(x, [layer(4, 6)])
     assert not frozen.requires_grad
@@ -190,26 +193,27 @@ def test_rms_norm_computes_in_fp32_and_rounds_once(dtype):
     ("window", "softcap", "groups"), list(itertools.product([None, 3], [None, 2.0], [1, 4]))
 )
 @pytest.mark.parametrize("way", ["packed_attention", "flex_packed_attention"])
-def test_packed_attention_equals_each_sequence_alone(way, window, softcap, groups, monkeypatch):
-    if (
-        way == "flex_packed_attention"
-    ):  # without a device for its kernel: the same mask and scores, computed plainly
-        monkeypatch.setattr(attention, "_compiled_flex", lambda: plain_flex)
+def test_packed_attention_equals_each_sequence_alone(way, window, softcap, groups):
     torch.manual_seed(0)
     lengths = [5, 1, 9, 4]
     q, k, v = (
         torch.randn(1, heads, 19, 8, dtype=torch.float64, requires_grad=True) for heads in (4, groups, groups)
     )
-    settings = {"scale": 0.3, "window": window, "softcap": softcap}
+    settings = {"window": window, "softcap": softcap}
+
+    def packed():
+        if way == "packed_attention":
+            return attention.packed_attention(q, k, v, Pack(lengths), scale=0.3, **settings)
+        # Without a device for FlexAttention: the same mask and scores, computed plainly.
+        options = attention.flex_options(q.device, Pack(lengths), **settings)
+        return plain_flex(q, k, v, **options, scale=0.3, enable_gqa=groups != 4)
 
     def alone():
         masks = [attention.causal_mask(length, 0, window, q.device) for length in lengths]
         parts = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), masks, strict=True)
         return torch.cat([attention.attend(*part, scale=0.3, softcap=softcap) for part in parts], dim=2)
 
-    same_value_and_gradients(
-        lambda: getattr(attention, way)(q, k, v, Pack(lengths), **settings), alone, [q, k, v]
-    )
+    same_value_and_gradients(packed, alone, [q, k, v])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -256,8 +260,7 @@ def test_packed_attention_in_bf16_errs_little_more_than_torchs(size):
 
 
 def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
-    """What FlexAttention stands for: every score through score_mod, and -inf where mask_mod says
-    no."""
+    """What FlexAttention computes: every score through score_mod, and -inf where mask_mod is false."""
     k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
     N = q.size(2)
     query, key = torch.arange(N)[:, None], torch.arange(N)[None, :]

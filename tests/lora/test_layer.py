@@ -235,7 +235,7 @@ def test_targets_select(targets, leaves):
     "targets", [["query"], ["q_proj", "nope"], ["embed_tokens"], ["self_attn"], ["proj"], ["(", "q_proj"]]
 )
 def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
-    with pytest.raises(UserError, match=r"--lora\.targets"):
+    with pytest.raises(UserError, match=r"^targets "):
         select_layers(GPT(tiny_config()), targets)
 
 
@@ -256,12 +256,12 @@ def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
     ids=str,
 )
 def test_settings_that_make_no_adapter_are_refused(settings):
-    with pytest.raises(UserError, match=r"--lora\."):
+    with pytest.raises(UserError, match=next(iter(settings))):
         LoRAConfig(**settings)
 
 
 def test_a_rank_above_the_layers_size_names_the_layer():
-    with pytest.raises(UserError, match=r"--lora\.rank 17: .*k_proj is 16 x 32"):
+    with pytest.raises(UserError, match="^rank 17: .*k_proj is 16 x 32"):
         add_lora(GPT(tiny_config()), LoRAConfig(rank=17))
 
 

@@ -50,8 +50,8 @@ def test_rslora_scales_by_the_root_of_the_rank():
     [
         ({"rank_pattern": {"nowhere": 2}}, "rank_pattern nowhere: matches none of the layers"),
         ({"alpha_pattern": {"lm_head": 2.0}}, "alpha_pattern lm_head: matches none of the layers"),
-        ({"rank_pattern": {"q_proj": 99}}, "--lora.rank_pattern 99: .*q_proj is 32 x 32"),
-        ({"modules_to_save": ["nowhere"]}, "modules_to_save nowhere: no module of that name"),
+        ({"rank_pattern": {"q_proj": 99}}, "^rank_pattern 99: .*q_proj is 32 x 32"),
+        ({"modules_to_save": ["nowhere"]}, "modules_to_save nowhere: no module has that name"),
         ({"modules_to_save": ["self_attn"]}, "has an adapter; leave it out of one of the two"),
     ],
 )

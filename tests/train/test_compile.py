@@ -1,4 +1,4 @@
-"""--train.compile: the same gradients under the same names, or one line."""
+"""torch.compile of the blocks: the same gradients under the same names, or one line."""
 
 import os
 import shutil
@@ -51,8 +51,8 @@ def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
     assert compiled > 0, "it must have compiled"
     got = gradients(objective, batches)
     assert graphs["unique_graphs"] == compiled, "what is compiled must serve batches of any lengths"
-    # One break for attention over a pack, which stays as it is; that dropout draws random numbers
-    # is none.
+    # Attention over a pack breaks the graph once, since it is not compiled; dropout's random numbers
+    # do not.
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) <= 2 * packed, (
         torch._dynamo.utils.counters["graph_break"]
     )
@@ -68,7 +68,7 @@ def test_without_a_compiler_it_is_one_line(base, alpaca_file, tmp_path, monkeypa
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     torch._dynamo.reset()
     with pytest.raises(
-        UserError, match="--train.compile: torch.compile does not work here .* C\\+\\+ compiler"
+        UserError, match="^compile: torch.compile does not work here .* C\\+\\+ compiler"
     ) as raised:
         tune("lora", base, alpaca_file, tmp_path / "out", train={"compile": True})
     assert "\n" not in str(raised.value)

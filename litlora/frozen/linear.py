@@ -1,0 +1,46 @@
+"""A linear layer whose weight is a `FrozenWeight`."""
+
+from torch import Tensor, nn
+
+from litlora.frozen.dense import Dense
+from litlora.frozen.weight import FrozenWeight
+from litlora.kernels.lora import times
+
+
+class FrozenLinear(nn.Module):
+    """x Wᵀ + b for any storage of W, in place of an `nn.Linear`. Neither W nor b trains."""
+
+    def __init__(self, storage: FrozenWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.storage = storage
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def out_features(self) -> int:
+        return self.storage.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.storage.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The exact values of W, (out, in), read anew each time."""
+        return self.storage.rows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return times(x, self.storage, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+LINEAR = (nn.Linear, FrozenLinear)
+"""The linear layers that can have an adapter."""
+
+
+def frozen_weight(linear: nn.Linear | FrozenLinear) -> FrozenWeight:
+    """The weight of a linear layer, seen as frozen."""
+    return linear.storage if isinstance(linear, FrozenLinear) else Dense(linear.weight)

@@ -1,0 +1,45 @@
+"""The frozen weight of a linear layer, whatever it is stored in."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class FrozenWeight(ABC):
+    """W (out, in). Whatever trains an adapter reads W through these methods and in no other way.
+
+    To add a storage, subclass this in a file of its own and put it into a model:
+    `model.set_submodule(name, FrozenLinear(storage, bias))`. A storage that holds tensors is an
+    `nn.Module` with buffers as well, so that they follow the model to its device and into its
+    `state_dict`.
+    """
+
+    differentiable = False
+    """Whether autograd can follow `times` to x by itself, and cheaply. Otherwise it uses `back`."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the exact values."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b for x (..., in): a new tensor (..., out), contiguous, of the dtype of x."""
+
+    @abstractmethod
+    def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dy W for dy (N, out): (N, in), of the dtype of dy. Added in place to `into`, if given."""
+
+    @abstractmethod
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """The exact values of these rows of W, (n, in)."""
