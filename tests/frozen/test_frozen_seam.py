@@ -15,8 +15,8 @@ from litlora.frozen.weight import FrozenWeight
 from litlora.lora import (
     LoRAConfig,
     LoRALinear,
+    adapter_of,
     add_lora,
-    lora_tensors,
     merge_lora,
     select_layers,
     unmerge_lora,
@@ -71,7 +71,7 @@ def adapted(models, dropout=0.0, targets="all-linear", dtype=torch.float64) -> l
     for model in models:
         names.append(add_lora(model, LoRAConfig(rank=3, dropout=dropout, targets=targets), dtype))
         torch.manual_seed(3)
-        for tensor in lora_tensors(model).values():
+        for tensor in adapter_of(model, LoRAConfig()).tensors.values():
             tensor.normal_(std=0.1)
     return names
 
@@ -91,7 +91,7 @@ def test_gradients_equal_those_of_a_dense_model_of_the_same_values(targets, chan
     models = stored, dense = pair(**changes)
     assert len({tuple(names) for names in adapted(models, dropout=0.2, targets=targets)}) == 1
     got, expected = gradients(stored.train()), gradients(dense.train())
-    assert got.keys() == expected.keys() == lora_tensors(stored).keys()
+    assert got.keys() == expected.keys() == adapter_of(stored, LoRAConfig()).tensors.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12)
 
@@ -119,7 +119,7 @@ def test_a_merge_is_the_dequantised_weight_plus_the_update():
     adapted(models, dtype=torch.float32)
     live, layer = stored.eval()(IDS), stored.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(live, dense.eval()(IDS), atol=1e-5, rtol=1e-5)
-    expected = layer.frozen.rows() + layer.update.delta()
+    expected = layer.frozen.rows() + layer.update.product()
     names = list(stored.state_dict())
     merge_lora(stored)
     merge_lora(dense)

@@ -13,8 +13,8 @@ from litlora.lora import (
     LoRAConfig,
     LoRALinear,
     Variant,
+    adapter_of,
     add_lora,
-    lora_tensors,
     lora_updates,
     merge_lora,
     unmerge_lora,
@@ -59,7 +59,7 @@ def _registered(monkeypatch):
 def trained(model: GPT) -> GPT:
     """As after training: nothing of an update is where it started."""
     with torch.no_grad():
-        for tensor in lora_tensors(model).values():
+        for tensor in adapter_of(model, LoRAConfig()).tensors.values():
             tensor.add_(0.1 * torch.randn_like(tensor))
     return model.eval()
 
@@ -71,7 +71,9 @@ def test_a_fresh_adapter_changes_nothing():
     names = add_lora(model, LoRAConfig(rank=4, variant="gain"))
     assert torch.equal(model(IDS), expected)
     parts = ("lora_A", "lora_B", "lora_gain")
-    assert set(lora_tensors(model)) == {f"{name}.{part}" for name in names for part in parts}
+    assert set(adapter_of(model, LoRAConfig()).tensors) == {
+        f"{name}.{part}" for name in names for part in parts
+    }
 
 
 @torch.no_grad()
