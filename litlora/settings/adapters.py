@@ -115,8 +115,7 @@ class ResizeLoRA(_AdapterToAdapter):
         super().__post_init__()
         check(
             self.rank is not None or self.error_bound is not None,
-            "name the size of the result: "
-            f"{setting('rank')}, {setting('energy')} or {setting('max_error')}",
+            f"name the size of the result: {setting('rank')}, {setting('energy')} or {setting('max_error')}",
         )
 
 

@@ -88,7 +88,10 @@ class LoRAExtractor:
         criteria = {name: value for name, value in given.items() if value is not None}
         rank = setting("rank")
         check_value(self, "rank", self.rank == "auto" or self.rank >= 1, "must be at least 1")
-        check(self.rank != "auto" or bool(criteria), f"{rank} auto: needs {' or '.join(map(setting, given))}")
+        check(
+            self.rank != "auto" or bool(criteria),
+            f"{rank} auto: needs {setting('energy')}, {setting('sv_ratio')} or {setting('max_error')}",
+        )
         for name, value in criteria.items():
             check(self.rank == "auto", f"{setting(name)}: is for {rank} auto, not for {rank} {self.rank}")
             if name == "sv_ratio":

@@ -59,7 +59,7 @@ class Finetune:
         check_value(self, "devices", 1 <= self.devices <= 1024, "must be from 1 to 1024")
         check(
             not (self.resume and self.overwrite),
-            f"{setting('resume')} continues what {setting('overwrite')} would remove; use only one of the two",
+            f"{setting('resume')} continues what {setting('overwrite')} would remove; use only one",
         )
         check(
             bool(self.resume) or not self.resume_force,

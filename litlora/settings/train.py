@@ -101,7 +101,7 @@ class TrainConfig:
         check(
             not (self.compile and self.offload_activations),
             f"{setting('compile')} and {setting('offload_activations')}: compiled blocks keep their "
-            "activations where they are; use only one of the two",
+            "activations where they are; use only one",
         )
 
     def _check_batches(self) -> None:
