@@ -257,7 +257,7 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     # settings without a default
     (r"the following arguments are required: (.+)", lambda found: f"{_options(found[1])}: required"),
     # `--source`, the beginning of several options
-    (r"^ambiguous option: (\S+) could match (.+)", r"\1: may be \2"),
+    (r"^ambiguous option: (\S+) could match (.+)", r"\1: could match \2"),
     (r'^Invalid option "(.*)" for --print_config', r"--print_config=\1: no such flag"),
     # what most messages begin with: the full name of a setting
     (r'Parser key "([\w.]+)": ?', r"--\1: "),

@@ -92,7 +92,7 @@ class _AdapterToAdapter:
         check_value(self, "max_error", below_1, "must be at least 0 and below 1")
         check(
             self.energy is None or self.max_error is None,
-            f"{setting('energy')} and {setting('max_error')} are two ways to say the same; use one",
+            f"{setting('energy')} and {setting('max_error')} mean the same; name one",
         )
 
     @property

@@ -256,7 +256,7 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
     (step / "state.pth").unlink()
     with pytest.raises(CheckpointError, match=rf"{step}: has no state.pth, so it cannot be resumed"):
         run("lora", out, "--resume", "auto")
-    with pytest.raises(UserError, match="--resume goes on with what --overwrite would remove"):
+    with pytest.raises(UserError, match="resume continues what overwrite would remove"):
         run("lora", out, "--resume", "auto", "--overwrite")
 
 
