@@ -1,13 +1,13 @@
-"""Kill a training run again and again, and look whether anything is ever lost.
+"""Kill a training run again and again, and check that nothing is ever lost.
 
-python benchmarks/crash.py [--kills 200] [--seed 0]
+    python benchmarks/crash.py [--kills 200] [--seed 0]
 
-A tiny model trains with a checkpoint at every step, in a process that is killed (SIGKILL): by turns
-after a random time, and at a random file operation in its run directory, so that the moments inside
-a save are met too. After every kill: nothing half written bears a final name, every checkpoint
-opens, the newest is not older than before, and the next process goes on from it. A run that comes
-to its end must be, to the bit, the one that nobody disturbed: result and metrics. Prints counts;
-exit status 1 at the first failure.
+A tiny model trains with a checkpoint at every step, in a process that is killed (SIGKILL): either
+after a random time, or at a random file operation in its run directory, so that the moments within
+a save are covered too. After every kill, nothing incomplete has a final name, every checkpoint
+opens, the newest is not older than before, and the next process continues from it. A run that
+finishes must be, to the bit, the run that was never killed: in its result and its metrics. The
+program prints counts, and exits with status 1 at the first failure.
 """
 
 import argparse
@@ -43,7 +43,7 @@ importlib.import_module("litlora.train.run")
 
 
 def make_inputs(scratch: Path) -> None:
-    """A base of random weights with a real tokenizer, and records."""
+    """A base of random weights with a real tokenizer, and training records."""
     torch.manual_seed(0)
     facts = {
         "hidden_size": 16,
@@ -64,16 +64,19 @@ def make_inputs(scratch: Path) -> None:
 
 
 def train(scratch: Path, out: Path) -> None:
-    """One process of the run: it goes on from whatever is there."""
-    words = f"--checkpoint_dir {scratch}/base --data JSON --data.path {scratch}/records.json --data.val_fraction 0.1 --out_dir {out}"
-    words += " --resume auto --lora.rank 2 --lora.dropout 0.2 --train.micro_batch_size 2 --train.global_batch_size 4 --train.epochs 2"
-    words += " --train.save_interval 1 --train.log_interval 2 --train.eval_interval 5 --accelerator cpu"
+    """One process of the run: it continues from the newest checkpoint, if there is one."""
+    words = (
+        f"--checkpoint_dir {scratch}/base --data JSON --data.path {scratch}/records.json "
+        f"--data.val_fraction 0.1 --out_dir {out} --resume auto --lora.rank 2 --lora.dropout 0.2 "
+        "--train.micro_batch_size 2 --train.global_batch_size 4 --train.epochs 2 "
+        "--train.save_interval 1 --train.log_interval 2 --train.eval_interval 5 --accelerator cpu"
+    )
     lora.main(parse(FinetuneLoRA, words.split()))
 
 
 def count_operations(below: Path, act: Callable[[int], None]) -> None:
-    """Call act(1), act(2), ... before each operation that this process does on files below a
-    directory. Cannot be undone."""
+    """Call act(1), act(2), ... before each operation of this process on files below a directory. It
+    cannot be undone."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -96,8 +99,8 @@ def count_operations(below: Path, act: Callable[[int], None]) -> None:
 
 
 def child(scratch: Path, out: Path, *, die_at: int | None = None) -> int:
-    """Start the run in a process of its own; returns its id. `die_at`: it kills itself before its
-    so-manieth file operation."""
+    """Start the run in a process of its own; returns its id. With `die_at` it kills itself before the
+    file operation of that number."""
     if pid := os.fork():
         return pid
     with (scratch / "log.txt").open("ab", buffering=0) as log:
@@ -119,15 +122,15 @@ def child(scratch: Path, out: Path, *, die_at: int | None = None) -> int:
 
 
 def ended(pid: int, log: Path) -> bool:
-    """Whether a child came to its end, rather than being killed. Anything else is a failure."""
+    """Whether a child finished, or was killed. Anything else is a failure."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL), f"a process ended with status {status}:\n{log.read_text()[-2000:]}"
     return status == 0
 
 
 def check(out: Path) -> int:
-    """Everything in a run's directory that has a final name is whole; returns the step of the
-    newest checkpoint, 0 for none."""
+    """Check that everything in a run's directory with a final name is complete; returns the step of
+    the newest checkpoint, 0 for none."""
     whole = set()
     for path in out.iterdir() if out.exists() else ():
         if path.name.startswith("."):
@@ -143,9 +146,9 @@ def check(out: Path) -> int:
 
 
 def compare(out: Path, expected: Path) -> None:
-    """The result, its every byte, and all of the metrics but the times."""
+    """Check that every byte of the result and all metrics but the times are as expected."""
     assert (out / FINAL / WEIGHTS_FILE).read_bytes() == (expected / FINAL / WEIGHTS_FILE).read_bytes(), (
-        f"{out}: another result"
+        f"{out}: a different result"
     )
     rows, theirs = (
         list(csv.DictReader((directory / "metrics.csv").read_text().splitlines()))
@@ -153,7 +156,7 @@ def compare(out: Path, expected: Path) -> None:
     )
     for row in (*rows, *theirs):
         del row["seconds"], row["tokens_per_second"]
-    assert rows == theirs, f"{out}: other metrics"
+    assert rows == theirs, f"{out}: different metrics"
     left = [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert not left, f"{out}: left behind {left}"
 
@@ -176,8 +179,8 @@ def main() -> None:
         number, newest = 0, 0
         while counts["kills"] < arguments.kills or newest:
             out = scratch / f"run{number}"
-            # To the end, once there were enough kills. The loading takes longer than a step: most
-            # times are drawn from after it.
+            # Once there were enough kills, the last run may finish. Loading takes longer than a
+            # step, so most random times lie after it.
             sparing = counts["kills"] >= arguments.kills
             by_time = rng.random() < 0.5
             pid = child(scratch, out, die_at=None if sparing or by_time else rng.randint(1, 60))
@@ -186,16 +189,16 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
             if ended(pid, scratch / "log.txt"):
                 compare(out, scratch / "expected")
-                counts["runs that came to their end"] += 1
+                counts["runs that finished"] += 1
                 number, newest = number + 1, 0
                 continue
             counts["kills"] += 1
             counts["kills after a random time" if by_time else "kills at a file operation"] += 1
             left = [path.name for path in out.glob(".*")]
-            counts["kills that left something half written"] += bool(left)
+            counts["kills that left something incomplete"] += bool(left)
             found = check(out)
-            assert found >= newest, f"{out}: the newest checkpoint was step {newest}, and is {found}"
-            counts["kills after which a checkpoint was there to go on from"] += found > 0
+            assert found >= newest, f"{out}: the newest checkpoint was step {newest}, and now is {found}"
+            counts["kills after which there was a checkpoint to continue from"] += found > 0
             newest = found
         print(", ".join(f"{name}: {count}" for name, count in counts.items()))
 

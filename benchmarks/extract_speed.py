@@ -1,13 +1,13 @@
-"""Extraction beside the reference tool, as whole processes: seconds, peak memory, and the error of
-base + LoRA.
+"""Extraction compared with the reference tool, as whole processes: seconds, peak memory, and the
+error of base + LoRA.
 
-python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py [--pair BASE TUNED ...]
-[--layer 4096 4096 ...] [--count 8]
+    python benchmarks/extract_speed.py --reference REFERENCE/lora_extractor.py
+        [--pair BASE TUNED ...] [--layer 4096 4096 ...] [--count 8]
 
-A `--pair` is two model files. A `--layer` is a pair made here, of `--count` weights of that size in
-bf16: differences of rank 32 and noise of a tenth of their norm. The tools take turns; what they
-write is added to the base here, in fp64, and compared with the tuned model. Without --reference
-only ours is run.
+A `--pair` is two model files. A `--layer` is a pair that is made here: `--count` weights of that
+size in bf16, whose differences have rank 32 and noise of a tenth of their norm. The tools take
+turns. What they write is added to the base here, in fp64, and compared with the tuned model.
+Without --reference only ours runs.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(script: Path, base: Path, tuned: Path, output: Path, more: list[str]) ->
 
 
 def relative_error(base: Path, tuned: Path, lora: Path) -> float:
-    """Of all weights together, in the Frobenius norm."""
+    """The error of all weights together, in the Frobenius norm."""
     from safetensors.torch import load_file
 
     before, after, found = load_file(base), load_file(tuned), load_file(lora)
@@ -86,8 +86,8 @@ def relative_error(base: Path, tuned: Path, lora: Path) -> float:
 
 
 def apart(function: Callable[..., T], *arguments: object) -> T:
-    """Call it in a process of its own: one that has grown would pass its peak memory on to those
-    that it starts."""
+    """Call a function in a process of its own: a process that has grown would pass its peak memory on
+    to the processes that it starts."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

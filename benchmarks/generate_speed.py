@@ -1,17 +1,15 @@
-"""Greedy decoding with a cache: tokens/s of a base, and of the same with its adapter live.
+"""Greedy decoding with a cache: tokens/s of a base, and of the base with its adapter live.
 
     python benchmarks/generate_speed.py --checkpoint_dir BASE --adapter_dir RUN/final [--dtype bf16]
 
 The prompt is the first 64 ids that the tokenizer gives for a few instructions of the built-in
-sample. A line a pass: seconds of the whole, tokens/s, and milliseconds of a prefill with one token;
-the same lines as the scripts of the peers print.
+sample. Every pass prints a line: seconds of the whole pass, tokens/s, and milliseconds of a prefill
+with one token. The scripts of the peers print the same lines.
 """
 
 import argparse
 import time
 from pathlib import Path
-
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main() -> None:
@@ -20,20 +18,19 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint_dir", type=Path, required=True)
     parser.add_argument("--adapter_dir", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    import torch
-
     from litlora.data.records import read_records
     from litlora.load import load
     from litlora.serve.engine import generate
     from litlora.settings import Alpaca
+    from litlora.storage.dtypes import DTYPES
 
-    dtype = getattr(torch, DTYPES[options.dtype])
+    dtype = DTYPES[options.dtype]
     text = "\n".join(record.instruction for record in read_records(Alpaca(source="sample")).records[:100])
 
     def measure(name: str, directory: Path) -> None:
@@ -49,7 +46,8 @@ def main() -> None:
         for _ in range(options.repeats):
             prefill, whole = seconds(1), seconds(options.new_tokens)
             print(
-                f"GEN {name} {whole:.3f} s {options.new_tokens / whole:.2f} tok/s prefill {prefill * 1e3:.1f} ms",
+                f"GEN {name} {whole:.3f} s {options.new_tokens / whole:.2f} tok/s "
+                f"prefill {prefill * 1e3:.1f} ms",
                 flush=True,
             )
 

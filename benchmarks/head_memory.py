@@ -1,14 +1,15 @@
-"""Peak memory and time of the output head and its loss at a large vocabulary, forward and backward,
-beside the plain way.
+"""Peak memory and time of the output head and its loss with a large vocabulary, forward and backward,
+compared with the plain way.
 
-    python benchmarks/head_memory.py                       # 1,024 learned tokens, hidden size 2,048, vocabulary 128,256, bf16
+    python benchmarks/head_memory.py
     python benchmarks/head_memory.py --tokens 4096
 
-Every row is a process of its own: peak resident memory beyond what it had before the first
-multiplication, and seconds of the second of two passes. ours is
-`litlora.kernels.cross_entropy.head_loss`; plain is torch's cross-entropy on the logits of all
+By default it takes 1,024 learned tokens, a hidden size of 2,048 and a vocabulary of 128,256, in
+bf16. Every row is a process of its own. It shows the peak resident memory beyond that before the
+first multiplication, and the seconds of the second of two passes. ours is
+`litlora.kernels.cross_entropy.head_loss`; plain is torch's cross-entropy of the logits of all
 tokens in fp32; recomputed is `litlora.train.objective.summed_cross_entropy`, which trainable heads
-take.
+use.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def measure(options: argparse.Namespace) -> None:
     peak = (resident("VmHWM:") - before) / 2**20
     norm = hidden.grad.float().norm().item()
     print(
-        f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s | loss {loss.item():.2f} | gradient's norm {norm:.4f}"
+        f"{options.row:<10} | {peak:6.2f} GiB | {seconds:6.2f} s "
+        f"| loss {loss.item():.2f} | gradient's norm {norm:.4f}"
     )
 
 

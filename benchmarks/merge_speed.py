@@ -1,15 +1,16 @@
-"""How long a merge takes, and how much memory, beside `cp` of the base's file and the merges of
-others.
+"""How much time and memory a merge takes, compared with `cp` of the base's file and with the merges
+of others.
 
-python benchmarks/merge_speed.py [--size small|medium|large|huge|head] [--rounds 3] [--peers PYTHON]
+    python benchmarks/merge_speed.py [--size small|medium|large|huge|head] [--rounds 3]
+        [--peers PYTHON]
 
-It makes a Llama of random bf16 weights and a rank-8 adapter on all linear layers, once, in a
+It creates a Llama of random bf16 weights and a rank-8 adapter on all linear layers, once, in a
 temporary directory on the disk that TMPDIR names. Each row is a process of its own, timed from
-outside until its result is on the disk (`sync -f`); rounds are interleaved, medians are printed.
-The page cache holds the base before every row. `--peers` is a Python that has peft and
-transformers: their row loads the Hugging Face folder, merges, saves. Peak memory is that of the
-process's own (anonymous) pages, sampled every 10 ms; mapped files come on top in the second figure,
-where they count as long as nobody else needs the memory.
+outside until its result is on the disk (`sync -f`). The rounds are interleaved, and medians are
+printed. The page cache holds the base before every row. `--peers` is a Python that has peft and
+transformers: their row loads the Hugging Face folder, merges and saves. The first figure of peak
+memory is that of the process's own (anonymous) pages, sampled every 10 ms. The second includes
+mapped files, which stay in memory as long as nothing else needs it.
 """
 
 import argparse
@@ -47,8 +48,8 @@ model.merge_and_unload().save_pretrained(out)
 
 
 def make(directory: Path, size: str) -> None:
-    """base/ and adapter/ of random weights; a large matrix repeats a random block, as its values do
-    not matter here."""
+    """Create base/ and adapter/ of random weights. A large matrix repeats a random block, because its
+    values do not matter here."""
     import torch
 
     from litlora.checkpoint import open_checkpoint
@@ -121,6 +122,29 @@ def run(command: list[str], directory: Path) -> tuple[float, float, float]:
     return time.perf_counter() - started, own / 1024, usage.ru_maxrss / 1024
 
 
+def commands(place: Path, out: Path, peers: str | None) -> dict[str, list[str]]:
+    """The rows of the table: a name -> the command that writes `out`."""
+    adapter = str(place / "adapter")
+    ours = [sys.executable, "scripts/merge_lora.py", "--lora_path", adapter, "--out_dir", str(out)]
+    rows = {
+        "cp": ["cp", str(place / "base/lit_model.pth"), str(out)],
+        "ours, --verify false": [*ours, "--verify=false"],
+        "ours": ours,
+    }
+    if peers:
+        hf, peft = str(place / "hf"), str(place / "peft")
+        convert = [
+            "scripts/convert_lit_checkpoint.py",
+            f"--checkpoint_dir={place / 'base'}",
+            f"--out_dir={hf}",
+        ]
+        export = ["scripts/export_peft.py", f"--lora_path={adapter}", f"--out_dir={peft}"]
+        for words in (convert, export):
+            run([sys.executable, *words], place)
+        rows["PEFT"] = [peers, "-c", PEFT, hf, peft, str(out)]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,37 +157,7 @@ def main() -> None:
         place = Path(scratch)
         subprocess.run([sys.executable, __file__, "--make", str(place), args.size], check=True)
         base, out = place / "base/lit_model.pth", place / "out"
-        ours = [
-            sys.executable,
-            "scripts/merge_lora.py",
-            "--lora_path",
-            str(place / "adapter"),
-            "--out_dir",
-            str(out),
-        ]
-        rows = {
-            "cp": ["cp", str(base), str(out)],
-            "ours, --verify false": [*ours, "--verify=false"],
-            "ours": ours,
-        }
-        if args.peers:
-            convert = [
-                "scripts/convert_lit_checkpoint.py",
-                "--checkpoint_dir",
-                str(place / "base"),
-                "--out_dir",
-                str(place / "hf"),
-            ]
-            export = [
-                "scripts/export_peft.py",
-                "--lora_path",
-                str(place / "adapter"),
-                "--out_dir",
-                str(place / "peft"),
-            ]
-            for words in (convert, export):
-                run([sys.executable, *words], place)
-            rows["PEFT"] = [args.peers, "-c", PEFT, str(place / "hf"), str(place / "peft"), str(out)]
+        rows = commands(place, out, args.peers)
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
         for _ in range(args.rounds):
             for name, command in rows.items():
@@ -172,9 +166,12 @@ def main() -> None:
                 taken[name].append(run(command, place))
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
         print(f"base: {base.stat().st_size:,} bytes")
-    print(
-        "| merge | seconds, median [min-max] | times cp | own MiB | with mapped files MiB |\n|---|---|---|---|---|"
-    )
+    report(taken)
+
+
+def report(taken: dict[str, list[tuple[float, float, float]]]) -> None:
+    print("| merge | seconds, median [min-max] | times cp | own MiB | with mapped files MiB |")
+    print("|---|---|---|---|---|")
     copying = statistics.median(seconds for seconds, _, _ in taken["cp"])
     for name, results in taken.items():
         seconds, own, everything = zip(*results, strict=True)

@@ -1,12 +1,13 @@
-"""Print our rows for a benchmark driver that runs every program as a black box, next to LitGPT,
+r"""Print our rows for a benchmark driver that runs every program as a black box, next to LitGPT,
 PEFT and TRL.
 
-python benchmarks/peer_rows.py > ours.json python3 run.py --work W --bin PEERS/bin --rows ours.json
---only 'train/bf16-qv/(ours|peft-loop|trl-padding-free)'
+    python benchmarks/peer_rows.py > ours.json
+    python3 run.py --work W --bin PEERS/bin --rows ours.json \
+        --only 'train/bf16-qv/(ours|peft-loop|trl-padding-free)'
 
-The driver makes `{work}` (a Llama of 74.7 M parameters and 992 Alpaca records) and fills in `{out}`
-and `{scratch}`; each row trains rank 8 with 4 examples a step, cut to 512 tokens, for the same
-number of steps as the peers' rows.
+The driver creates `{work}` (a Llama of 74.7 M parameters and 992 Alpaca records) and fills in
+`{out}` and `{scratch}`. Each row trains rank 8 with 4 examples a step, cut to 512 tokens, for as
+many steps as the peers' rows.
 """
 
 import json

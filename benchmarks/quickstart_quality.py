@@ -1,17 +1,17 @@
 """Does fine-tuning teach the quickstart model to answer? Exact match on the held-out instructions,
-with all defaults.
+with all settings at their defaults.
 
-    python benchmarks/quickstart_quality.py                      # base, LoRA (live and merged), full fine-tuning
+    python benchmarks/quickstart_quality.py
     python benchmarks/quickstart_quality.py --json result.json --keep out/quality
 
-It runs `finetune/lora.py`, `scripts/merge_lora.py` and `finetune/full.py` as a user does, then asks
-the base, the live adapter, the merged model and the full one every held-out instruction, and
-compares their greedy answers to the letter. The training sample asks nothing about the entities of
-these instructions; the base has only read statements about them. The second turn asks each
-instruction again behind another one and its right answer, as in a chat.
+It runs `finetune/lora.py`, `scripts/merge_lora.py` and `finetune/full.py` as a user does. Then it
+gives every held-out instruction to the base, the live adapter, the merged model and the full model,
+and compares their greedy answers letter by letter. The training sample asks nothing about the
+entities of these instructions; the base has only read statements about them. The second turn gives
+each instruction again after another one and its right answer, as in a chat.
 
-Exit status 1 if a bar is missed: base at most 5%, LoRA at least 80% and trained within two minutes,
-merged equal to live on every answer.
+The exit status is 1 if a bar is missed: base at most 5%, LoRA at least 80% and trained within two
+minutes, merged equal to live in every answer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ LORA_SECONDS = 120.0
 
 
 def run(*arguments: str) -> float:
-    """Run one of the repository's commands; seconds it took, start of the process included."""
+    """Run one of the repository's commands; returns its seconds, the start of the process
+    included."""
     start = time.perf_counter()
     environment = {
         **os.environ,
@@ -50,7 +51,7 @@ def run(*arguments: str) -> float:
 def answers(
     directory: Path, records: list[dict[str, str]], *, live: bool = False, second_turn: bool = False
 ) -> list[str]:
-    """The greedy answers of a checkpoint; to the second of two questions with `second_turn`."""
+    """The greedy answers of a checkpoint; with `second_turn`, to the second of two questions."""
     from litlora.load import load
     from litlora.prompts import STYLES
     from litlora.serve.engine import generate
@@ -79,12 +80,12 @@ def answers(
 
 
 def accuracy(given: list[str], records: list[dict[str, str]]) -> float:
-    """Share of answers that are right to the letter."""
+    """Fraction of the answers that are right to the letter."""
     return sum(text == record["output"] for text, record in zip(given, records, strict=True)) / len(records)
 
 
 def measure(keep: Path, seed: int | None) -> dict[str, Any]:
-    """Train, merge, ask; the numbers and the wrong answers of the live adapter."""
+    """Train, merge, ask; returns the figures and the wrong answers of the live adapter."""
     from litlora.settings import QUICKSTART
 
     records = json.loads(HELDOUT_FILE.read_text(encoding="utf-8"))
@@ -131,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument(
-        "--keep", type=Path, help="train into this new directory and leave it; default: a temporary one"
+        "--keep", type=Path, help="train in this new directory and keep it; default: a temporary one"
     )
     parser.add_argument("--seed", type=int, help="seed of the training; default: the commands' own")
     args = parser.parse_args()

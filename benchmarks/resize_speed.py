@@ -1,10 +1,10 @@
-"""Resizing a LoRA update beside the full singular value decomposition of its ΔW, at the same
-result.
+"""Resizing a LoRA update, compared with the full singular value decomposition of its ΔW, which gives
+the same result.
 
-python benchmarks/resize_speed.py [--side 2048] [--rank 64] [--to 32] [--rounds 3]
+    python benchmarks/resize_speed.py [--side 2048] [--rank 64] [--to 32] [--rounds 3]
 
-Each round times ours (many repetitions, their mean) and one torch.linalg.svd of the whole matrix,
-in the same dtype it is stored in and in float64; the table shows medians, and how far each result
+Each round times ours (the mean of many repetitions) and one torch.linalg.svd of the whole matrix,
+in the dtype in which it is stored and in float64. The table shows medians, and how far each result
 is from the float64 one and from ΔW.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.resize import resize
-from litlora.formats.lora_files import Update
+from litlora.lora import Update
 
 REPEATS = 20
 
 
 def timed(work, repeats: int = 1) -> tuple[float, Tensor]:
-    """(seconds of one run, what the last one returned)."""
+    """(seconds of one call, what the last call returned)."""
     started = time.perf_counter()
     for _ in range(repeats):
         result = work()
@@ -38,9 +38,8 @@ def main() -> None:
     asked = parser.parse_args()
 
     torch.manual_seed(0)
-    spread = torch.logspace(
-        0, -3, asked.rank
-    )  # singular values that fall by a thousand, as a trained update's may
+    # Singular values that fall by a factor of a thousand, as those of a trained update may.
+    spread = torch.logspace(0, -3, asked.rank)
     update = Update(torch.randn(asked.rank, asked.side), torch.randn(asked.side, asked.rank) * spread, 2.0)
     generator = torch.Generator()
 
@@ -68,21 +67,22 @@ def main() -> None:
         ):
             seconds, results[name] = timed(work, repeats)
             rows[name].append(seconds)
-    wanted = product(results["torch.linalg.svd, float64"])
+    exact = product(results["torch.linalg.svd, float64"])
     print(
-        f"{asked.side} x {asked.side}, rank {asked.rank} -> {asked.to}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{asked.side} x {asked.side}, rank {asked.rank} -> {asked.to}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(
-        "| | seconds, median [min-max] | times ours | from the float64 result | error of ΔW |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| | seconds, median [min-max] | times ours | from the float64 result | error of ΔW |")
+    print("| --- | --- | --- | --- | --- |")
     best = statistics.median(rows["ours"])
     for name, seconds in rows.items():
         got, median = product(results[name]), statistics.median(seconds)
         away, error = (
-            (torch.linalg.norm(got - other) / torch.linalg.norm(delta)).item() for other in (wanted, delta)
+            (torch.linalg.norm(got - other) / torch.linalg.norm(delta)).item() for other in (exact, delta)
         )
         print(
-            f"| {name} | {median:.4f} [{min(seconds):.4f}-{max(seconds):.4f}] | {median / best:,.0f} | {away:.1e} | {error:.8f} |"
+            f"| {name} | {median:.4f} [{min(seconds):.4f}-{max(seconds):.4f}] "
+            f"| {median / best:,.0f} | {away:.1e} | {error:.8f} |"
         )
 
 

@@ -1,10 +1,10 @@
-"""How long a user waits: `--help` of every command beside `import torch`, and a start of training
-to its first step.
+"""How long a user waits: for `--help` of every command, compared with `import torch`, and from the
+start of training to the end of the first step.
 
-python benchmarks/startup.py [--rounds 5]
+    python benchmarks/startup.py [--rounds 5]
 
-Every command is a process of its own, timed from outside; rounds are interleaved (A B C A B C ...),
-medians are printed as a table.
+Every command is a process of its own, timed from outside. The rounds are interleaved (A B C A B C
+...), and a table shows the medians.
 """
 
 import argparse
@@ -21,7 +21,8 @@ REPO = Path(__file__).parent.parent
 
 
 def run(command: list[str], until: str | None = None) -> tuple[float, float]:
-    """(seconds, peak MiB) of a process: to its end, or to the first line that matches `until`."""
+    """(seconds, peak MiB) of a process: until its end, or until the first line that matches
+    `until`."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
     seconds = None
@@ -78,7 +79,8 @@ def main() -> None:
         seconds = [second for second, _ in results]
         peak = statistics.median(mib for _, mib in results)
         print(
-            f"| `{name}` | {statistics.median(seconds):.2f} [{min(seconds):.2f}-{max(seconds):.2f}] | {peak:.0f} |"
+            f"| `{name}` | {statistics.median(seconds):.2f} "
+            f"[{min(seconds):.2f}-{max(seconds):.2f}] | {peak:.0f} |"
         )
 
 

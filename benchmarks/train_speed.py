@@ -1,16 +1,17 @@
-"""LoRA training beside transformers + PEFT: useful tokens/s, peak memory, final loss, time to the
-first step; on the CPU or a GPU.
+r"""LoRA training compared with transformers + PEFT: useful tokens/s, peak memory, final loss, time to
+the first step; on the CPU or a GPU.
 
-python benchmarks/train_speed.py --model 75m --targets qv --rank 8 --seq 512 --rounds 3 python
-benchmarks/train_speed.py --model llama-3.1-8b --targets all-linear --rank 16 --seq 4096 --lengths
-full --micro_batch 1 python benchmarks/train_speed.py --rows ours --without supervised_logits
+    python benchmarks/train_speed.py --model 75m --targets qv --rank 8 --seq 512 --rounds 3
+    python benchmarks/train_speed.py --model llama-3.1-8b --targets all-linear --rank 16 \
+        --seq 4096 --lengths full --micro_batch 1
+    python benchmarks/train_speed.py --rows ours --without supervised_logits
 
-Every run is a process of its own, rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a row
-is its medians. All get the same weights (random, filled by name, on the device), the same adapter,
-examples, steps, learning rates, optimizer and precision; what differs is how they compute. PEFT
-cuts the examples of a step into padded micro-batches as they come. Tokens count once, padding
-never; the time runs from the end of the warm-up steps to the end of the last one. Another Python
-for the peer: --peer_python.
+Every run is a process of its own. The rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a
+row shows the medians of its runs. All runs get the same weights (random, filled by name, on the
+device), the same adapter, examples, steps, learning rates, optimizer and precision; only the way
+they compute differs. PEFT divides the examples of a step into padded micro-batches in the order in
+which they come. A token counts once and padding never. The time runs from the end of the warm-up
+steps to the end of the last step. --peer_python names another Python for the peer.
 """
 
 import argparse
@@ -42,18 +43,21 @@ LLAMA3 = {
         "original_max_position_embeddings": 8192,
     },
 }
-SHAPES = {  # in the words of a Hugging Face config.json
+SHAPES = {  # with the names of a Hugging Face config.json
     "75m": {
-        "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None,
+        "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+        "rope_theta": 10000.0, "rope_scaling": None,
     },
     "llama-3.2-1b": {
-        **LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "rope_scaling": {**LLAMA3["rope_scaling"], "factor": 32.0},
+        **LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "rope_scaling": {**LLAMA3["rope_scaling"], "factor": 32.0},
     },
     "llama-3.1-8b": {
-        **LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "rope_scaling": {**LLAMA3["rope_scaling"], "factor": 8.0},
+        **LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "rope_scaling": {**LLAMA3["rope_scaling"], "factor": 8.0},
     },
 }  # fmt: skip
 COMMON = {"max_position_embeddings": 8192}
@@ -65,7 +69,7 @@ LEARNING_RATE = 1e-3
 SEED = 1337
 
 
-# ---- what ours can do without, for --without
+# ---- what --without can switch off
 
 
 def all_logits() -> dict[str, Any]:
@@ -87,8 +91,7 @@ def all_logits() -> dict[str, Any]:
 
 
 def plain(module: str, *names: str) -> Callable[[], dict[str, Any]]:
-    """Calls of these functions of a module of kernels run their plain twins, which are called
-    plain_NAME."""
+    """Replaces functions of a kernel module by their plain twins, which are called plain_NAME."""
 
     def replace() -> dict[str, Any]:
         home = importlib.import_module(module)
@@ -110,8 +113,8 @@ ABLATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "fused_norm": plain("litlora.kernels.norm", "rms_norm"),
     "fused_attention": plain("litlora.kernels.attention", "packed_attention"),
 }
-"""A name for --without -> what switches it off: it changes the library from outside and returns
-other settings of the training."""
+"""A name for --without -> a function that switches it off: it changes the library from outside and
+returns training settings to change."""
 
 
 # ---- the same for all: weights, data, the clock
@@ -125,8 +128,8 @@ def weight_name(name: str) -> str:
 
 
 def fill(model: Any) -> None:
-    """The same random weights for the same names, made where they are used; A uniform as PEFT and
-    ours draw it, B zero."""
+    """The same random weights for the same names, created on the device; A is uniform, as PEFT and
+    litlora draw it, and B is zero."""
     import torch
 
     with torch.no_grad():
@@ -145,11 +148,11 @@ def fill(model: Any) -> None:
 
 
 def make_examples(job: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """(ids, length of the prompt): a third is prompt; ids by a steep law, so that there is
-    something to learn.
+    """(ids, length of the prompt): a third is prompt. The ids follow a steep distribution, so that
+    there is something to learn.
 
-    alpaca: lengths log-normal about a median of 80, as instruction data has them, cut to --seq;
-    full: all of --seq.
+    alpaca: log-normal lengths with a median of 80, as in instruction data, cut to --seq;
+    full: every length is --seq.
     """
     rng = random.Random(SEED)
     vocab_size, examples = SHAPES[job.model]["vocab_size"], []
@@ -164,8 +167,8 @@ def make_examples(job: argparse.Namespace) -> list[tuple[list[int], int]]:
 
 
 class Clock:
-    """Times optimizer steps from outside, the same in both programs. Waits for the device only
-    where a time is read."""
+    """Times optimizer steps from outside, the same way in both programs. It waits for the device
+    only where it reads a time."""
 
     def __init__(self, job: argparse.Namespace, device: Any) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -215,14 +218,16 @@ class Clock:
 
 
 def needed_flops(job: argparse.Namespace, length: int, prompt: int) -> float:
-    """What an example cannot do without: products with the frozen layers forward and back, with the
-    head where something is learned, attention below the diagonal, the adapters' three products. No
-    weight gradient of what is frozen, no padding."""
+    """The FLOPs that an example needs: the products with the frozen layers forward and backward, with
+    the head where something is learned, attention below the diagonal, and the adapters' three
+    products. Neither weight gradients of frozen layers nor padding count."""
     shape = SHAPES[job.model]
     C, inner, D = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     q, kv = shape["num_attention_heads"] * D, shape["num_key_value_heads"] * D
-    sizes = {"q_proj": (C, q), "k_proj": (C, kv), "v_proj": (C, kv), "o_proj": (q, C), "gate_proj": (C, inner), "up_proj": (C, inner),
-             "down_proj": (inner, C)}  # fmt: skip
+    sizes = {
+        "q_proj": (C, q), "k_proj": (C, kv), "v_proj": (C, kv), "o_proj": (q, C),
+        "gate_proj": (C, inner), "up_proj": (C, inner), "down_proj": (inner, C),
+    }  # fmt: skip
     frozen = sum(rows * columns for rows, columns in sizes.values())
     adapters = sum(job.rank * sum(sizes[name]) for name in TARGETS[job.targets])
     layer = length * (4 * frozen + 6 * adapters) + 6 * length**2 * q
@@ -232,13 +237,9 @@ def needed_flops(job: argparse.Namespace, length: int, prompt: int) -> float:
 def pick_device(job: argparse.Namespace) -> Any:
     import torch
 
-    return torch.device(
-        "cuda"
-        if job.device == "auto" and torch.cuda.is_available()
-        else "cpu"
-        if job.device == "auto"
-        else job.device
-    )
+    if job.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(job.device)
 
 
 def dtype_of(job: argparse.Namespace) -> Any:
@@ -248,7 +249,7 @@ def dtype_of(job: argparse.Namespace) -> Any:
 
 
 def build(make: Callable[[], Any], job: argparse.Namespace, device: Any) -> Any:
-    """The model that `make` makes, in the precision asked for, on the device."""
+    """The model that `make` creates, in the precision of the job, on the device."""
     import torch
 
     torch.set_default_dtype(dtype_of(job))
@@ -265,9 +266,9 @@ def build(make: Callable[[], Any], job: argparse.Namespace, device: Any) -> Any:
 def train_settings(job: argparse.Namespace) -> dict[str, Any]:
     """The fields of our TrainConfig, --without included."""
     settings = {
-        "max_steps": job.steps, "global_batch_size": job.global_batch, "micro_batch_size": job.micro_batch, "max_seq_length": job.seq,
-        "learning_rate": LEARNING_RATE, "warmup_steps": 0, "max_grad_norm": 0.0, "log_interval": job.last, "save_interval": 0,
-        "checkpoint_activations": job.checkpoint_activations,
+        "max_steps": job.steps, "global_batch_size": job.global_batch, "micro_batch_size": job.micro_batch,
+        "max_seq_length": job.seq, "learning_rate": LEARNING_RATE, "warmup_steps": 0, "max_grad_norm": 0.0,
+        "log_interval": job.last, "save_interval": 0, "checkpoint_activations": job.checkpoint_activations,
     }  # fmt: skip
     for name in job.without:
         settings |= ABLATIONS[name]()
@@ -275,7 +276,7 @@ def train_settings(job: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(job: argparse.Namespace) -> list[list[int]]:
-    """The examples of each step, by their indices, as our loop will take them."""
+    """The examples of each step, by index, as our loop will take them."""
     from litlora.data.batches import plan_epoch
     from litlora.settings import TrainConfig
     from litlora.train.fit import pack_tokens
@@ -305,7 +306,7 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
     device = pick_device(job)
     clock = Clock(job, device)
-    data = {**data, "steps": plan(job)}  # without packing, it is another one
+    data = {**data, "steps": plan(job)}  # which differs without packing
     shape = dict(SHAPES[job.model])
     scaling = shape.pop("rope_scaling")
     config = ModelConfig(
@@ -345,7 +346,7 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         target_modules=TARGETS[job.targets],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, lora)  # its default: the adapter in fp32 on a bf16 base
+    model = get_peft_model(model, lora)  # by default the adapter is in fp32 on a bf16 base
     fill(model)
     if job.checkpoint_activations == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -362,23 +363,8 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         chosen = [data["examples"][index] for index in step]
         supervised = sum(len(ids) - prompt for ids, prompt in chosen)
         for start in range(0, len(chosen), job.micro_batch):
-            micro = chosen[start : start + job.micro_batch]
-            T = max(len(ids) for ids, _ in micro)
-            ids, labels, mask = (
-                torch.zeros(len(micro), T, dtype=torch.long),
-                torch.full((len(micro), T), -100),
-                torch.zeros(len(micro), T),
-            )
-            for row, (tokens, prompt) in enumerate(micro):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
-                mask[row, : len(tokens)] = 1
-            loss = model(
-                input_ids=ids.to(device),
-                attention_mask=mask.long().to(device),
-                labels=labels.to(device),
-                num_items_in_batch=supervised,
-            ).loss
+            batch = padded(chosen[start : start + job.micro_batch], device)
+            loss = model(**batch, num_items_in_batch=supervised).loss
             loss.backward()
             if number >= job.steps - job.last:
                 total += loss.detach() * supervised
@@ -388,8 +374,26 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     return clock.result(data, float(total) / learned)
 
 
+def padded(examples: list[tuple[list[int], int]], device: Any) -> dict[str, Any]:
+    """A micro-batch as transformers takes it, padded to its longest example."""
+    import torch
+
+    B, T = len(examples), max(len(ids) for ids, _ in examples)
+    ids, labels = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -100)
+    mask = torch.zeros(B, T)
+    for row, (tokens, prompt) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
+        mask[row, : len(tokens)] = 1
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.long().to(device),
+        "labels": labels.to(device),
+    }
+
+
 def run_ceiling(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """The rate of a large square matrix product in this precision: what a training step cannot
+    """The rate of a large square matrix product in this precision, which no training step can
     exceed."""
     import torch
 
@@ -414,26 +418,29 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "program", nargs="?", choices=PROGRAMS, help="run one of them in this process, as the driver does"
+        "program", nargs="?", choices=PROGRAMS, help="run this one in this process, as the driver does"
     )
     parser.add_argument("--model", choices=SHAPES, default="75m")
-    parser.add_argument("--seq", type=int, default=512, help="longest example, and pack, in tokens")
+    parser.add_argument("--seq", type=int, default=512, help="longest example and longest pack, in tokens")
     parser.add_argument(
         "--lengths",
         choices=["alpaca", "full"],
         default="alpaca",
-        help="of the examples: as instructions have them, or all of --seq",
+        help="lengths of the examples: like those of instruction data, or all --seq",
     )
     parser.add_argument("--targets", choices=TARGETS, default="qv")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--precision", choices=["bf16-true", "32-true"], default="bf16-true")
-    parser.add_argument("--global_batch", type=int, default=16, help="examples a step learns from")
-    parser.add_argument("--micro_batch", type=int, default=4, help="examples at a time")
+    parser.add_argument("--global_batch", type=int, default=16, help="examples in one optimizer step")
+    parser.add_argument("--micro_batch", type=int, default=4, help="examples computed at a time")
     parser.add_argument("--checkpoint_activations", choices=["none", "full"], default="none")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones, at least 1")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones; at least 1")
     parser.add_argument(
-        "--last", type=int, default=4, help="steps whose mean loss is the final one; divides --steps"
+        "--last",
+        type=int,
+        default=4,
+        help="the final loss is the mean over this many last steps; must divide --steps",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", choices=["ours", "peft"], default=["ours", "peft"])
@@ -442,7 +449,7 @@ def arguments() -> argparse.Namespace:
         nargs="*",
         choices=ABLATIONS,
         default=[],
-        help="further rows: ours without one of these each",
+        help="one more row for each: ours without it",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--peer_python", default=sys.executable)
@@ -457,9 +464,13 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(program: str, without: list[str], job: argparse.Namespace, data: Path) -> dict[str, Any] | None:
-    """One process; None, with its last line shown, if it failed (out of memory, perhaps)."""
-    options = [f"--{name}={getattr(job, name)}" for name in ("model", "seq", "lengths", "targets", "rank", "precision", "global_batch",
-               "micro_batch", "checkpoint_activations", "steps", "warmup", "last", "device")]  # fmt: skip
+    """The result of one process. If it fails (out of memory, perhaps), its last line is shown and the
+    result is None."""
+    passed_on = (
+        *("model", "seq", "lengths", "targets", "rank", "precision", "global_batch", "micro_batch"),
+        *("checkpoint_activations", "steps", "warmup", "last", "device"),
+    )
+    options = [f"--{name}={getattr(job, name)}" for name in passed_on]
     options += ["--without", *without] if without else []
     words = [
         job.peer_python if program == "peft" else sys.executable,
@@ -476,7 +487,7 @@ def measure(program: str, without: list[str], job: argparse.Namespace, data: Pat
     }
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"{program} failed with status {done.returncode}: {reason}", file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -514,15 +525,16 @@ def main() -> None:
 
 
 def report(taken: dict[str, list[dict[str, Any]]]) -> None:
-    """A markdown table, medians and, of the speed, the range."""
+    """A markdown table of medians; the speed with its range."""
 
-    def middle(name: str, key: str) -> float:
+    def median(name: str, key: str) -> float:
         return statistics.median(result[key] for result in taken[name]) if taken[name] else math.nan
 
-    ceiling = middle("ceiling", "flops_per_second")
+    ceiling = median("ceiling", "flops_per_second")
     print(f"matmul ceiling: {ceiling / 1e12:.3f} TFLOP/s")
     print(
-        "| row | useful tokens/s, median [min-max] | of the ceiling | peak GiB | loss, last steps | first step s |"
+        "| row | useful tokens/s, median [min-max] | of the ceiling | peak GiB | loss, last steps "
+        "| first step s |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, results in taken.items():
@@ -531,8 +543,8 @@ def report(taken: dict[str, list[dict[str, Any]]]) -> None:
         speeds = [result["tokens_per_second"] for result in results] or [math.nan]
         print(
             f"| {name} | {statistics.median(speeds):,.0f} [{min(speeds):,.0f}-{max(speeds):,.0f}] "
-            f"| {middle(name, 'flops_per_second') / ceiling:.1%} | {middle(name, 'peak') / 2**30:.2f} "
-            f"| {middle(name, 'loss'):.4f} | {middle(name, 'first_step'):.1f} |"
+            f"| {median(name, 'flops_per_second') / ceiling:.1%} | {median(name, 'peak') / 2**30:.2f} "
+            f"| {median(name, 'loss'):.4f} | {median(name, 'first_step'):.1f} |"
         )
     for versions in sorted(
         {

@@ -8,27 +8,25 @@ once.
 import dataclasses
 import difflib
 import gc
+import itertools
 import json
 import os
 import re
 import sys
 import traceback
-from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from litlora.console import one_line
+from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.settings import Alpaca, DataSource, stored_values
-from litlora.storage.untrusted import read_yaml
+from litlora.storage.untrusted import read_yaml_mapping
 
 Settings = TypeVar("Settings")
-NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
-"""What is a value although it begins like an option: argparse by itself does not know -1e-3."""
 
 
 def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> None:
@@ -37,83 +35,47 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
 
     With LITLORA_DEBUG=1 in the environment a mistake shows its traceback as well.
     """
-    # Importing torch makes a million objects; to look for garbage among them every 700 took a fifth
-    # of the time.
+    # Importing torch creates a million objects, and looking for garbage among them every 700 took a
+    # fifth of the time. The threshold is the whole process's, which is ours: it starts here.
     gc.set_threshold(500_000)
     try:
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:
         _fail(error.with_options(lambda name: option_for(settings_class, name)))
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def option_for(settings_class: type, name: str) -> str:
-    """The option of a command that sets what a library calls `name`: rank -> --lora.rank; a name
-    that no option has stays as it is."""
-    found = [path for path in _setting_paths(settings_class) if path.rpartition(".")[2] == name]
-    return f"--{min(found, key=lambda path: path.count('.'))}" if found else name
-
-
-def _setting_paths(settings_class: type, prefix: str = "") -> list[str]:
-    """The names of all settings of a command, those of nested dataclasses and data sources too."""
-    paths = []
-    for field in dataclasses.fields(settings_class):
-        paths.append(prefix + field.name)
-        nested = _data_sources().values() if field.type is DataSource else (field.type,)
-        for inner in filter(dataclasses.is_dataclass, nested):
-            paths += _setting_paths(inner, f"{prefix}{field.name}.")
-    return paths
-
-
 def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # with several devices, one process speaks for all
-        print(f"error: {one_line(message)}", file=sys.stderr)
+        say(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and
     `--print_config` exit."""
-    for number, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option == "--config":
-            _check_config(value if equals else "".join(argv[number + 1 : number + 2]))
-    parser = _make_parser(settings_class, argv)
-    words = [_spelled(settings_class, word) for word in argv]
-    argv = _name_positional(settings_class, _join_lists(settings_class, words))
+    config = _checked_config(argv)
+    types = setting_types(settings_class)
+    words = _spelled_out(settings_class, argv)
+    parser = _make_parser(settings_class, words)
     try:
-        values = parser.instantiate(parser.parse_args(argv))
+        values = parser.parse_args(words)
+        _check_nulls(types, values, config)
+        values = parser.instantiate(values)
+        return settings_class(**{name: values[name] for name in types if "." not in name})
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # ArgumentError, and whatever else jsonargparse meets in a strange --config file
-        raise UserError(_explain(error, parser, argv)) from error
-    return settings_class(
-        **{field.name: getattr(values, field.name) for field in dataclasses.fields(settings_class)}
-    )
-
-
-def _check_config(file: str) -> None:
-    """Raise UserError unless it is a file of settings: a run's hyperparameters.yaml may be somebody
-    else's."""
-    if not file or file.startswith("--"):
-        raise UserError("--config: needs a file of settings, such as a run's hyperparameters.yaml")
-    if Path(file).is_file():  # else jsonargparse says so
-        content = read_yaml(Path(file))
-        if not isinstance(content, dict):
-            raise UserError(f"--config {file}: holds no settings; a mapping of names to values is needed")
-        if "\\u0000" in json.dumps(content, default=str):
-            raise UserError(f"--config {file}: holds a zero character, which no path or name has")
+    except Exception as error:  # ArgumentError, and whatever else a strange --config file leads to
+        raise UserError(_explain(error, types, config)) from error
 
 
 def dump(settings: Any) -> str:
@@ -121,155 +83,234 @@ def dump(settings: Any) -> str:
     return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
 
 
-def _make_parser(settings_class: type, argv: list[str]) -> ArgumentParser:
-    set_parsing_settings(
-        docstring_parse_attribute_docstrings=True,
-        subclasses_enabled=[DataSource],
-        import_path_allowlist=[DataSource.__module__],
-    )
-    parser = ArgumentParser(exit_on_error=False, description=settings_class.__doc__)
-    parser.add_argument(
-        "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml."
-    )
-    parser.add_class_arguments(settings_class, as_group=False)
-    if "--data" in argv or "--data=Alpaca" in argv:
-        # A source that is asked for has its own defaults; jsonargparse would keep those of a
-        # default of the same class.
-        parser.set_defaults(data=Alpaca())
-    parser._negative_number_matcher = NEGATIVE_NUMBER
-    flags = _flags(settings_class)
-    for action in parser._actions:
-        if action.dest in flags:
-            action.nargs, action.const = "?", True  # `--overwrite` alone means true
-    return parser
+def _plain(value: Any) -> Any:
+    """Dataclasses to mappings; a data source also says which one it is."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    values = {name: _plain(entry) for name, entry in stored_values(value).items()}
+    if isinstance(value, DataSource):
+        return {"class_path": type(value).__name__, "init_args": values}
+    return values
 
 
-def _name_positional(settings_class: type, argv: list[str]) -> list[str]:
-    """`X --flag` as `--path=X --flag`, for a command whose settings say that `path` is what may
-    stand alone."""
-    name = getattr(settings_class, "positional", None)
-    flags = {f"--{field.name}" for field in dataclasses.fields(settings_class) if field.type is bool}
-    named = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        # Behind a flag stands its value only if it says so: `--json X` names X.
-        is_value = (
-            before.startswith("--")
-            and "=" not in before
-            and (before not in flags or word.lower() in ("true", "false"))
-        )
-        stands_alone = name and not word.startswith("-") and not is_value
-        if stands_alone and any(other.startswith(f"--{name}=") for other in named):
-            raise UserError(f"{word}: one {name} at a time")
-        named.append(f"--{name}={word}" if stands_alone else word)
-    return named
+# ---- what a command can be told
 
 
-def _spelled(settings_class: type, word: str) -> str:
-    """`--source-model` as `--source_model`; and, of the settings that a class says are SHORTENED,
-    any beginning that is of one only."""
-    option, equals, value = word.partition("=")
-    name = option[2:].replace("-", "_")
-    names = {field.name for field in dataclasses.fields(settings_class)}
-    if not option.startswith("--") or not name:
-        return word
-    if name not in names:
-        meant = [known for known in getattr(settings_class, "SHORTENED", ()) if known.startswith(name)]
-        name = meant[0] if len(meant) == 1 else name
-    return f"--{name}{equals}{value}" if name in names else word
-
-
-def _join_lists(settings_class: type, argv: list[str]) -> list[str]:
-    """`--paths a b` as jsonargparse takes a list: `--paths=["a", "b"]`; said twice, the option
-    takes both."""
-    lists = {
-        f"--{field.name}": field.type
-        for field in dataclasses.fields(settings_class)
-        if field.type in (list[str], list[float])
-    }
-    found: dict[str, list[str]] = {}
-    rest, current = [], None
-    for word in argv:
-        option, _, value = word.partition("=")
-        if option in lists:
-            current = found.setdefault(option, [])
-            current += [value] if value else []
-        elif current is not None and not word.startswith("--"):
-            current.append(word)
-        else:
-            current = None
-            rest.append(word)
-    for option, words in found.items():
-        if not any(words):
-            raise UserError(f"{option}: needs a value")
-        if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
-            rest.append(f"{option}={words[0]}")
-        else:
-            rest.append(
-                f"{option}=[{', '.join(json.dumps(word) if lists[option] == list[str] else word for word in words)}]"
-            )
-    return rest
-
-
-def _flags(settings_class: type, prefix: str = "") -> list[str]:
-    """The names of all settings that are on or off, those of nested dataclasses too."""
-    names = []
+def setting_types(settings_class: type, prefix: str = "") -> dict[str, Any]:
+    """The types of all settings of a command by their full names, such as lora.rank; a data source
+    has the settings of all sources."""
+    types: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):
-        if field.type is bool:
-            names.append(prefix + field.name)
-        elif dataclasses.is_dataclass(field.type):
-            names += _flags(field.type, f"{prefix}{field.name}.")
-    return names
+        types[prefix + field.name] = field.type
+        nested = _data_sources().values() if field.type is DataSource else (field.type,)
+        for inner in filter(dataclasses.is_dataclass, nested):
+            types |= setting_types(inner, f"{prefix}{field.name}.")
+    return types
 
 
-def _explain(error: Exception, parser: ArgumentParser, argv: list[str]) -> str:
-    """jsonargparse's message, of several lines, as one that names the option or the file."""
-    text = " ".join(str(error).split())
-    if "--config" in argv[:-1] and (
-        not isinstance(error, ArgumentError) or re.search("config|Group|Option", text)
-    ):
-        return f"--config {argv[argv.index('--config') + 1]}: {text}"
-    if found := re.search(r"unrecognized arguments: (\S+)", text):
-        return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], parser)}; see --help"
-    if found := re.search(r'"data": Expected a dot import path string: (.+)', text):
-        return f"--data {found[1]}: no such data source; there are {', '.join(sorted(_data_sources()))}"
-    text = re.sub(r"Option '(\S+)' is not accepted", r"no such setting as \1", text)
-    text = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)': ", r"\1: ", text)
-    text = re.sub(r'Parser key "([\w.]+)": ?', r"--\1: ", text)
-    text = re.sub(
-        r"--(\w+): (\w+): --(\w+): ", r"--\1.\3: ", text
-    )  # --data: Alpaca: --source: -> --data.source:
-    text = re.sub(r"^argument (--[\w.]+): ", r"\1: ", text)
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(r"typing\.Literal\[(.+?)\]", lambda literal: literal[1].replace("'", ""), text).replace(
-        ", NoneType", ""
-    )
-    text = re.sub(
-        r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ",
-        r"expected \1, got ",
-        text,
-    )
-    text = re.sub(r"Expected an? (?:typing\.)?(.+?)\. Got value: ", r"expected \1, got ", text)
-    return f"{text}; see --help"
-
-
-def _did_you_mean(option: str, parser: ArgumentParser) -> str:
-    known = [name for action in parser._actions for name in action.option_strings]
-    known += [
-        f"--data.{field.name}" for source in _data_sources().values() for field in dataclasses.fields(source)
-    ]
-    close = difflib.get_close_matches(option, known, n=1)
-    return f", did you mean {close[0]}" if close else ""
+def option_for(settings_class: type, name: str) -> str:
+    """The option of a command that sets what a library calls `name`: rank -> --lora.rank. Of several
+    the outermost; a name that no option has stays as it is."""
+    found = [path for path in setting_types(settings_class) if path.rpartition(".")[2] == name]
+    return f"--{min(found, key=lambda path: path.count('.'))}" if found else name
 
 
 def _data_sources() -> dict[str, type[DataSource]]:
     return {source.__name__: source for source in DataSource.__subclasses__()}
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses to mappings; a data source also says which one it is."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {name: _plain(entry) for name, entry in stored_values(value).items()}
-    return (
-        {"class_path": type(value).__name__, "init_args": fields} if isinstance(value, DataSource) else fields
+def _make_parser(settings_class: type, words: list[str]) -> ArgumentParser:
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        subclasses_enabled=[DataSource],
+        # Turns jsonargparse's list of modules that no class_path may import from a warning into an
+        # error.
+        import_path_allowlist=["litlora.settings"],
     )
+    parser = ArgumentParser(exit_on_error=False, description=settings_class.__doc__)
+    parser.add_argument(
+        "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml."
+    )
+    parser.add_class_arguments(settings_class, as_group=False)
+    if "--data" in words or "--data=Alpaca" in words:
+        # A source that is asked for has its own defaults; jsonargparse would keep those of a
+        # default of the same class.
+        parser.set_defaults(data=Alpaca())
+    flags = {name for name, kind in setting_types(settings_class).items() if kind is bool}
+    for action in parser._actions:  # no public way leads to an argument that a class has made
+        if action.dest in flags:
+            action.nargs, action.const = "?", True  # `--overwrite` alone means true
+    return parser
+
+
+# ---- from what people type to what jsonargparse takes
+
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+"""What is a value although it begins like an option: argparse does not recognise -1e-3."""
+LISTS = (list[str], list[float])
+
+
+def _spelled_out(settings_class: type, argv: list[str]) -> list[str]:
+    """The command line with options by their full names, lists in brackets, negative numbers
+    attached to their options, and the value that may stand alone with its option."""
+    types = setting_types(settings_class)
+    lists: dict[str, list[str]] = {}
+    words: list[str] = []
+    for word, following in _by_option(argv):
+        typed, equals, value = word.removeprefix("--").partition("=")
+        name = _full_name(settings_class, typed)
+        kind = types.get(name)
+        if kind in LISTS and "." not in name:
+            lists.setdefault(name, []).extend([value] * bool(value) + following)
+            continue
+        if kind not in (None, bool) and not equals and not following:
+            raise UserError(f"--{name}: needs a value")
+        word = word.replace(typed, name, 1)
+        if kind is not None and not equals and following and NEGATIVE_NUMBER.match(following[0]):
+            word = f"{word}={following.pop(0)}"
+        stray = kind is bool and following and following[0].lower() not in ("true", "false")
+        own = 1 if word and "=" not in word and not stray else 0  # of `--json X`, X is not the flag's
+        words += [word] * bool(word) + following[:own]
+        words += _named(settings_class, following[own:], words)
+    return words + [f"--{name}={_as_list(name, values, types[name])}" for name, values in lists.items()]
+
+
+def _by_option(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option with the words that follow it; first, with "", those that stand before any."""
+    starts = [number for number, word in enumerate(argv) if word.startswith("--")] + [len(argv)]
+    yield "", argv[: starts[0]]
+    for start, end in itertools.pairwise(starts):
+        yield argv[start], argv[start + 1 : end]
+
+
+def _full_name(settings_class: type, typed: str) -> str:
+    """`source-model` as source_model; and, of the settings that a class says are SHORTENED, any
+    beginning that only one of them has."""
+    name = typed.replace("-", "_")
+    names = {field.name for field in dataclasses.fields(settings_class)}
+    if name in names or not name:
+        return name
+    meant = [known for known in getattr(settings_class, "SHORTENED", ()) if known.startswith(name)]
+    return meant[0] if len(meant) == 1 else typed
+
+
+def _named(settings_class: type, strays: list[str], before: list[str]) -> list[str]:
+    """`X` as `--path=X`, for a command whose settings say that `path` is what may stand alone."""
+    name = getattr(settings_class, "positional", None)
+    named = [word if word.startswith("-") or not name else f"--{name}={word}" for word in strays]
+    given = [word for word in [*before, *named] if word.startswith(f"--{name}")]
+    if name and strays and len(given) > 1:
+        raise UserError(f"{strays[-1]}: one {name} at a time")
+    return named
+
+
+def _as_list(name: str, values: list[str], kind: Any) -> str:
+    """`a b` as jsonargparse takes a list, `["a", "b"]`; what is in brackets already stays."""
+    if not any(values):
+        raise UserError(f"--{name}: needs a value")
+    if len(values) == 1 and values[0].startswith("[") and values[0].endswith("]"):
+        return values[0]
+    return f"[{', '.join(map(json.dumps, values) if kind == list[str] else values)}]"
+
+
+# ---- what may be wrong
+
+
+def _checked_config(argv: list[str]) -> str:
+    """The file that `--config` names, or "". Raises UserError unless it holds settings: a run's
+    hyperparameters.yaml may be somebody else's."""
+    file = ""
+    for number, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option != "--config":
+            continue
+        file = value if equals else "".join(argv[number + 1 : number + 2])
+        if not file or file.startswith("--"):
+            raise UserError("--config: needs a file of settings, such as a run's hyperparameters.yaml")
+        if Path(file).is_file():  # else jsonargparse says so
+            content = read_yaml_mapping(Path(file))
+            if "\\u0000" in json.dumps(content, default=str):
+                raise UserError(f"--config {file}: holds a zero character, which no path or name has")
+    return file
+
+
+def _check_nulls(types: dict[str, Any], values: Namespace, config: str) -> None:
+    """Raise UserError for a null that a setting does not take, and for a value where a group of
+    settings is needed: jsonargparse lets both pass in a file."""
+    for name, kind in types.items():
+        if name.startswith("data."):  # where a source's own settings stand depends on the source
+            continue
+        value = values.get(name)
+        if value is None and type(None) not in get_args(kind):
+            raise UserError(f"--config {config}: {name} must not be null; leave it out for its default")
+        if dataclasses.is_dataclass(kind) and not isinstance(value, Namespace):
+            raise UserError(f"--config {config}: {name} {value}: must be a mapping of settings to values")
+
+
+NO_SOURCE = "no such data source"
+EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    # `--out_dir -x`: argparse takes -x for an option, so that --out_dir has no value
+    (
+        r"^argument (--[\w.]+): expected one argument",
+        r"\1: needs a value; one that begins with - as \1=VALUE",
+    ),
+    # settings without a default
+    (r"the following arguments are required: (.+)", lambda found: f"{_options(found[1])}: required"),
+    # `--source`, the beginning of several options
+    (r"^ambiguous option: (\S+) could match (.+)", r"\1: could match \2"),
+    (r'^Invalid option "(.*)" for --print_config', r"--print_config=\1: no such flag"),
+    # what most messages begin with: the full name of a setting
+    (r'Parser key "([\w.]+)": ?', r"--\1: "),
+    (r"^--config: (?:File does not exist|Path is not a file): '(.*)'", r"--config \1: no such file"),
+    # `--lora '{rank: x}'`, whose message goes on with lora.rank; and `--lora 5`
+    (r"^--(\w+): Unable to load config '.*' - (?=--\1\.)", ""),
+    (r"^--(\w+): Unable to load config '(.*)' - .*", r"--\1 \2: must be a mapping of settings to values"),
+    # a name in a file or in a mapping that no setting has
+    (r"^Option '(\S+)' is not accepted", r"no such setting as \1"),
+    (r"^Group '(\S+)' does not accept option '(\S+)'", r"no such setting as \1.\2"),
+    # a data source, its name first: `--data litlora.settings.JSON: ...`
+    (r"^--data: Problem with given class_path '(\S+)': ", r"--data \1: "),
+    (r"^(--data\S*): Expected a dot import path string: ?(.*)", rf"\1 \2: {NO_SOURCE}"),
+    # a module that must not or cannot be imported, or does not have the name
+    (r"^--data.help: Importing '(\S+)' is not allowed.*", rf"--data.help \1: {NO_SOURCE}"),
+    (r"^(--data \S+): (?:Importing|No module|module) .*", rf"\1: {NO_SOURCE}"),
+    # another class, or another value
+    (r"^(--data\S*): Import path (\S+) does not correspond to a subclass of .*", rf"\1 \2: {NO_SOURCE}"),
+    (r"^--data: Not a valid subclass .*? Got value: (.*) Subclass types .*", rf"--data \1: {NO_SOURCE}"),
+    # a setting of a data source: `--data litlora.settings.JSON: --path: ...`
+    (r"^--data \S+: --(\w+): ", r"--data.\1: "),
+    (r"^--data (?:\w+\.)*(\w+): Option '(\S+)' is not accepted", r"--data.\2: \1 has no such setting"),
+    # the names of types
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"typing\.Literal\[(.+?)\]", lambda found: found[1].replace("'", "")),
+    (r", NoneType", ""),
+    # a value of another type than the several, or the one, that a setting takes
+    (r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ", r"expected \1, got "),
+    (r"Expected an? (.+?)\. Got value: ", r"expected \1, got "),
+)
+"""From the messages of jsonargparse, on one line, to ours: patterns and what replaces them, in this
+order."""
+
+
+def _explain(error: Exception, types: dict[str, Any], config: str) -> str:
+    """jsonargparse's message, of several lines, as one that names the option or the file."""
+    text = " ".join(str(error).split())
+    if found := re.match(r"unrecognized arguments: (\S+)", text):
+        return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], types)}; see --help"
+    for pattern, replacement in EXPLANATIONS:
+        text = re.sub(pattern, replacement, text)
+    if NO_SOURCE in text:
+        return f"{text}; there are {', '.join(sorted(_data_sources()))}"
+    in_file = config and not text.startswith("--")  # a message that names no option is about a file's content
+    return f"--config {config}: {text}; see --help" if in_file else f"{text}; see --help"
+
+
+def _options(names: str) -> str:
+    """`rank, alpha` as the options that they are."""
+    return ", ".join(f"--{name}" for name in names.split(", "))
+
+
+def _did_you_mean(option: str, types: dict[str, Any]) -> str:
+    known = [f"--{name}" for name in (*types, "config", "print_config", "help")]
+    close = difflib.get_close_matches(option, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litlora import formats
 from litlora.config import CONFIG_FILE
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
 from litlora.prompts import STYLE_FILE
@@ -66,7 +66,7 @@ def output_dir(
     overwrite: bool,
     names: tuple[str, ...],
     inputs: list[Path],
-    option: str = "--out_dir",
+    option: str = setting("out_dir"),
     replaced: bool = True,
 ) -> Path:
     """The path, if results may be written there. Raises UserError, and changes nothing, if
@@ -81,18 +81,21 @@ def output_dir(
     keep_inputs(directory, inputs, option)
     if replaced and Path.cwd().is_relative_to(directory.resolve()):
         raise UserError(
-            f"{option} {directory}: is the directory you are in, or holds it, and would be replaced; name another"
+            f"{option} {directory}: is or holds the current directory, and would be replaced; "
+            "name another directory"
         )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{option} {directory}: is a file; name a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
     if foreign := [name for name in there if not any(Path(name).match(pattern) for pattern in names)]:
         raise UserError(
-            f"{option} {directory}: holds {foreign[0]}, which is not ours to replace; name another directory"
+            f"{option} {directory}: holds {foreign[0]}, which litlora does not replace; "
+            "name another directory"
         )
     if there and not overwrite:
         raise UserError(
-            f"{option} {directory}: already holds {there[0]}; name another directory, or replace it with --overwrite"
+            f"{option} {directory}: already holds {there[0]}; name another directory, or replace it "
+            f"with {setting('overwrite')}"
         )
     _check_writable(option, directory, directory.absolute())
     return directory
@@ -121,7 +124,7 @@ class RunDirectory:
 
 
 def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDirectory:
-    """The directory of a fine-tuning run, `default` if the settings name none, and where --resume
+    """The directory of a fine-tuning run, `default` if the settings name none, and where resume
     lets it start.
 
     Raises UserError, and changes nothing, where `output_dir` does, unless the run is resumed in its
@@ -134,9 +137,11 @@ def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDi
             hint = (
                 f"did you mean {known[-1]}?"
                 if known
-                else "a step directory of a run is needed; to train on a result, --checkpoint_dir"
+                else f"name a step directory of a run; to train on a result, use {setting('checkpoint_dir')}"
             )
-            raise CheckpointError(f"--resume {start}: no state of a training there, {STATE_FILE}; {hint}")
+            raise CheckpointError(
+                f"{setting('resume')} {start}: holds no training state ({STATE_FILE}); {hint}"
+            )
         path = Path(settings.out_dir) if settings.out_dir else start.parent
         if path.resolve() != start.resolve().parent:
             return RunDirectory(
@@ -144,7 +149,8 @@ def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDi
             )
         if (path / FINAL).exists():
             raise UserError(
-                f"--resume {start}: the run in {path} is complete; to go another way from there, name another --out_dir"
+                f"{setting('resume')} {start}: the run in {path} is complete; to continue it differently, "
+                f"name another {setting('out_dir')}"
             )
         return RunDirectory(
             output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs, replaced=False), start
@@ -164,7 +170,8 @@ def run_directory(settings: Finetune, default: str, inputs: list[Path]) -> RunDi
         if steps := step_directories(path):
             if not (steps[-1] / STATE_FILE).is_file():
                 raise CheckpointError(
-                    f"--resume auto: {steps[-1]}: has no {STATE_FILE}, so it cannot be resumed; --overwrite starts anew"
+                    f"{setting('resume')} auto: {steps[-1]}: has no {STATE_FILE}, so it cannot be resumed; "
+                    f"{setting('overwrite')} starts anew"
                 )
             return RunDirectory(there, steps[-1])
     return RunDirectory(there)
@@ -196,18 +203,18 @@ def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path]) -> Pat
     file = Path(path if path.endswith(suffixes) else path + suffixes[0])
     for source in inputs:
         if file.resolve() == source.resolve():
-            raise UserError(f"--output {file}: is {source}, which is read; name another file")
+            raise UserError(f"{setting('output')} {file}: is {source}, which is read; name another file")
         if source.is_dir() and file.resolve().parent == source.resolve():
             raise UserError(
-                f"--output {file}: lies in {source}, of which it would become a part; name another directory"
+                f"{setting('output')} {file}: is in {source}, which is read; name another directory"
             )
     if file.is_dir():
-        raise UserError(f"--output {file}: is a directory; name a file")
-    _check_writable("--output", file, file.absolute().parent)
+        raise UserError(f"{setting('output')} {file}: is a directory; name a file")
+    _check_writable(setting("output"), file, file.absolute().parent)
     return file
 
 
-def keep_inputs(out_dir: Path, inputs: list[Path], option: str = "--out_dir") -> None:
+def keep_inputs(out_dir: Path, inputs: list[Path], option: str = setting("out_dir")) -> None:
     """Raise UserError if `out_dir` is or holds a directory that is read: replacing it would destroy
     that."""
     for source in inputs:

@@ -3,30 +3,30 @@
 Three things live here, all plain data and pure functions (standard library only):
 
 1. tables of facts, each checked by eye: countries, words, animals, elements, arithmetic and so on;
-2. `STATEMENTS`: for every relation, the wordings in which the base model reads a fact. Plain
-  statements only: no
-   question, no instruction. A small model can give a fact in a new form only if it has read it in
-   many wordings, orders and contexts (Allen-Zhu & Li 2023, Physics of Language Models 3.1), hence
-   the many paraphrases, in both directions, and the several kinds of documents in `document`;
-3. `INSTRUCTIONS`: for some of the relations, the wordings in which a person may ask for them, with
-  the form of the answer.
-   Only the fine-tuning sample is made from these.
+2. `STATEMENTS`: for every relation, the wordings in which the base model reads a fact. They are
+   plain statements: no questions, no instructions. A small model can state a fact in a new form
+   only if it has read the fact in many wordings, orders and contexts (Allen-Zhu & Li 2023, Physics
+   of Language Models 3.1). Hence the many paraphrases, in both directions, and the several kinds of
+   documents in `Facts.document`;
+3. `INSTRUCTIONS`: for some of the relations, the wordings in which a person may ask for a fact, and
+   the form of the answer. Only the fine-tuning sample is made from these.
 
 `scripts/build_quickstart.py` trains the base on (2) and writes the samples from (3). Every fact
-belongs to one entity (`Fact.entity`), and a held-out entity is left out of the training sample in
-all its relations at once.
+belongs to one entity (`Fact.entity`). A held-out entity is left out of the training sample with all
+its relations.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: `relation` of `x` is `y`; `extra` holds further words that its wordings need."""
+    """One fact: the `relation` of `x` is `y`; `extra` holds the other words that its wordings need."""
 
     relation: str
     x: str
@@ -37,7 +37,7 @@ class Fact:
     extra: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def words(self) -> dict[str, str]:
-        """What a wording may name: {x}, {y}, and both with an indefinite article as {ax}, {ay}."""
+        """What a wording may name: {x}, {y}, and both with an indefinite article: {ax}, {ay}."""
         return {
             "x": self.x,
             "y": self.y,
@@ -53,13 +53,7 @@ def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeio" else "a ") + noun
 
 
-def sentence(wording: str, fact: Fact) -> str:
-    """A wording with its words filled in and its first letter raised."""
-    text = wording.format(**fact.words())
-    return text[0].upper() + text[1:]
-
-
-# ------------------------------------------------------------------------------------------------ tables
+# ---- tables
 
 # country | capital | continent | main language | currency; "-" where there is no single short
 # answer
@@ -655,8 +649,8 @@ soot|black
 cherry|red
 """
 MASS_NOUNS = frozenset(
-    "grass snow milk blood spinach broccoli coal chocolate salt butter lettuce gold chalk soot tea coffee juice "
-    "football tennis hockey rugby golf cabbage celery".split()
+    "grass snow milk blood spinach broccoli coal chocolate salt butter lettuce gold chalk soot tea "
+    "coffee juice football tennis hockey rugby golf cabbage celery".split()
 )
 
 # element | symbol | atomic number
@@ -769,15 +763,14 @@ ten|dix
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-MONTH_DAYS = dict(
-    zip(MONTHS, (31, 0, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), strict=True)
-)  # February has no single answer
+MONTH_DAYS = dict(zip(MONTHS, (31, 0, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), strict=True))
+"""0 for February, which has no single answer."""
 PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 NUMBER_WORDS = dict(
     enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen twenty".split()
     )
 )
 NUMBER_WORDS |= dict(
@@ -796,14 +789,10 @@ def rows(table: str) -> list[list[str]]:
 
 def all_facts() -> list[Fact]:
     """Every fact, in a fixed order."""
-    partner = {}
-    for a, b in rows(OPPOSITES):
-        partner[b] = a  # a word and its opposite are one entity, named by the first
-    facts: list[Fact] = []
+    return [*_countries(), *_words(), *_calendar(), *_letters_and_numbers(), *_arithmetic()]
 
-    def word(relation: str, x: str, y: str, *, about: str = "", **extra: str) -> None:
-        facts.append(Fact(relation, x, y, "word " + partner.get(about or x, about or x), extra))
 
+def _countries() -> Iterator[Fact]:
     for country, capital, continent, language, currency in rows(COUNTRIES):
         for relation, y in (
             ("capital", capital),
@@ -812,67 +801,83 @@ def all_facts() -> list[Fact]:
             ("currency", currency),
         ):
             if y != "-":
-                facts.append(Fact(relation, country, y, "country " + country))
-        facts.append(Fact("country_of_capital", capital, country, "country " + country))
+                yield Fact(relation, country, y, "country " + country)
+        yield Fact("country_of_capital", capital, country, "country " + country)
+
+
+def _words() -> Iterator[Fact]:
+    """Facts about words: grammar, animals, kinds, colours, elements, French, spelling."""
+    partner = {b: a for a, b in rows(OPPOSITES)}  # a word and its opposite are one entity: the first
+
+    def word(relation: str, x: str, y: str, *, about: str = "", **extra: str) -> Fact:
+        return Fact(relation, x, y, "word " + partner.get(about or x, about or x), extra)
+
     for x, y in rows(PLURALS):
-        word("plural", x, y)
-        word("singular", y, x, about=x)
+        yield word("plural", x, y)
+        yield word("singular", y, x, about=x)
     for x, y in rows(OPPOSITES):
-        word("opposite", x, y)
-        word("opposite", y, x)
+        yield word("opposite", x, y)
+        yield word("opposite", y, x)
     for x, y in rows(PASTS):
-        word("past", x, y)
+        yield word("past", x, y)
     for x, young, sound, kind, legs in rows(ANIMALS):
         for relation, y in (("young", young), ("sound", sound), ("class", kind), ("legs", legs)):
             if y != "-":
-                word(relation, x, y)
-    for x, y in rows(KINDS):
-        word("kind", x, y, thing=x if x in MASS_NOUNS else with_article(x))
-    for x, y in rows(COLOURS):
-        word("colour", x, y, thing=x if x in MASS_NOUNS else with_article(x))
+                yield word(relation, x, y)
+    for relation, table in (("kind", KINDS), ("colour", COLOURS)):
+        for x, y in rows(table):
+            yield word(relation, x, y, thing=x if x in MASS_NOUNS else with_article(x))
     for x, symbol, number in rows(ELEMENTS):
-        word("symbol", x, symbol)
-        word("element", symbol, x, about=x)
-        word("atomic_number", x, number)
+        yield word("symbol", x, symbol)
+        yield word("element", symbol, x, about=x)
+        yield word("atomic_number", x, number)
     for x, y in rows(FRENCH):
-        word("french", x, y)
-    spelled = sorted({x for x, _ in rows(PLURALS) if len(x) <= LONGEST_SPELLED})
-    for x in spelled:
-        word("spelling", x, " ".join(x))
-        word("first_letter", x, x[0])
-        word("last_letter", x, x[-1])
+        yield word("french", x, y)
+    for x in sorted({x for x, _ in rows(PLURALS) if len(x) <= LONGEST_SPELLED}):
+        yield word("spelling", x, " ".join(x))
+        yield word("first_letter", x, x[0])
+        yield word("last_letter", x, x[-1])
+
+
+def _calendar() -> Iterator[Fact]:
+    """Days, months, and the planets."""
     for name, cycle in (("day", DAYS), ("month", MONTHS)):
         for i, x in enumerate(cycle):
-            facts.append(Fact("next_" + name, x, cycle[(i + 1) % len(cycle)], f"{name} {x}"))
-            facts.append(Fact("previous_" + name, x, cycle[i - 1], f"{name} {x}"))
+            yield Fact("next_" + name, x, cycle[(i + 1) % len(cycle)], f"{name} {x}")
+            yield Fact("previous_" + name, x, cycle[i - 1], f"{name} {x}")
     for i, x in enumerate(MONTHS):
-        facts.append(Fact("month_number", x, ORDINALS[i], f"month {x}"))
+        yield Fact("month_number", x, ORDINALS[i], f"month {x}")
         if MONTH_DAYS[x]:
-            facts.append(Fact("month_days", x, str(MONTH_DAYS[x]), f"month {x}"))
+            yield Fact("month_days", x, str(MONTH_DAYS[x]), f"month {x}")
     for i, x in enumerate(PLANETS):
-        facts.append(Fact("planet", x, ORDINALS[i], f"planet {x}"))
+        yield Fact("planet", x, ORDINALS[i], f"planet {x}")
+
+
+def _letters_and_numbers() -> Iterator[Fact]:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     for i, x in enumerate(alphabet):
         if i + 1 < len(alphabet):
-            facts.append(Fact("next_letter", x, alphabet[i + 1], f"letter {x}"))
+            yield Fact("next_letter", x, alphabet[i + 1], f"letter {x}")
         if i:
-            facts.append(Fact("previous_letter", x, alphabet[i - 1], f"letter {x}"))
+            yield Fact("previous_letter", x, alphabet[i - 1], f"letter {x}")
     for number, x in NUMBER_WORDS.items():
-        facts.append(Fact("number_word", str(number), x, f"number {number}"))
+        yield Fact("number_word", str(number), x, f"number {number}")
+
+
+def _arithmetic() -> Iterator[Fact]:
     for a in range(1, LARGEST_TERM + 1):
         for b in range(1, LARGEST_TERM + 1):
-            pair = f"pair {min(a, b)} {max(a, b)}"
-            facts.append(Fact("sum", f"{a} and {b}", str(a + b), pair, {"a": str(a), "b": str(b)}))
+            x, pair, extra = f"{a} and {b}", f"pair {min(a, b)} {max(a, b)}", {"a": str(a), "b": str(b)}
+            yield Fact("sum", x, str(a + b), pair, extra)
             if b < a:
-                facts.append(Fact("difference", f"{a} and {b}", str(a - b), pair, {"a": str(a), "b": str(b)}))
+                yield Fact("difference", x, str(a - b), pair, extra)
             if a <= LARGEST_FACTOR and b <= LARGEST_FACTOR:
-                facts.append(Fact("product", f"{a} and {b}", str(a * b), pair, {"a": str(a), "b": str(b)}))
-    return facts
+                yield Fact("product", x, str(a * b), pair, extra)
 
 
-# ------------------------------------------------------------------------------------------------ statements
+# ---- statements
 
-# Each wording is a full statement without its final period; `sentence` raises the first letter.
+# Each wording is a full statement without its final period; `statement` capitalises it.
 STATEMENTS: dict[str, list[str]] = {
     "capital": [
         "to name the capital of {x} is to say {y}",
@@ -1331,8 +1336,7 @@ LEAD_INS = (
     "below it is written that ",
 )
 
-# What a fact is about, without saying it: the sentence that goes before the fact in
-# `Facts.announced`
+# What a fact is about, without stating it: goes before the fact in `Facts.announced`
 TOPICS: dict[str, list[str]] = {
     "capital": ["the capital of {x}", "the capital city of {x}", "which city is the capital of {x}"],
     "country_of_capital": [
@@ -1411,23 +1415,26 @@ ANNOUNCEMENTS = (
 )
 
 
-# Words of no facts: sentences of small talk around the statements, so that a fact is not lost among
-# other words
+# The words of small talk: sentences without facts around the statements, so that the model can find
+# a fact among other words
 ACTORS = (
-    "the teacher", "the farmer", "a friend", "the doctor", "the child", "an old man", "the writer", "the clerk", "a young woman",
-    "the baker", "the painter", "a neighbour",
+    "the teacher", "the farmer", "a friend", "the doctor", "the child", "an old man", "the writer",
+    "the clerk", "a young woman", "the baker", "the painter", "a neighbour",
 )  # fmt: skip
 ACTIONS = (
-    "describes", "writes", "reads", "completes", "provides", "finds", "gives", "names", "spells", "adds", "translates", "needs", "wants",
-    "keeps", "brings", "answers", "follows", "remembers", "subtracts", "multiplies", "tells", "uses",
+    "describes", "writes", "reads", "completes", "provides", "finds", "gives", "names", "spells", "adds",
+    "translates", "needs", "wants", "keeps", "brings", "answers", "follows", "remembers", "subtracts",
+    "multiplies", "tells", "uses",
 )  # fmt: skip
 THINGS = (
-    "a task", "an instruction", "a response", "the request", "an input", "further context", "the word", "this sentence", "the numbers",
-    "the answer", "a long letter", "a list", "the name of the thing", "a verb", "this animal", "the country", "the element", "this city",
-    "a book called Response", "a chapter called Instruction", "a page called Input", "some paper", "the story",
+    "a task", "an instruction", "a response", "the request", "an input", "further context", "the word",
+    "this sentence", "the numbers", "the answer", "a long letter", "a list", "the name of the thing",
+    "a verb", "this animal", "the country", "the element", "this city", "a book called Response",
+    "a chapter called Instruction", "a page called Input", "some paper", "the story",
 )  # fmt: skip
 MANNERS = (
-    "appropriately", "slowly", "below", "today", "again", "with care", "in the evening", "at school", "in words", "at home", "in a letter",
+    "appropriately", "slowly", "below", "today", "again", "with care", "in the evening", "at school",
+    "in words", "at home", "in a letter",
 )  # fmt: skip
 
 
@@ -1496,7 +1503,7 @@ def upper_first(text: str) -> str:
 
 
 def statement(fact: Fact, rng: random.Random, wording: str | None = None) -> str:
-    """One full sentence that states the fact; now and then after a lead-in."""
+    """One full sentence that states the fact, sometimes after a lead-in."""
     text = (wording or rng.choice(STATEMENTS[fact.relation])).format(**fact.words())
     if rng.random() < 0.08:
         text = rng.choice(LEAD_INS) + text
@@ -1522,7 +1529,7 @@ class Facts:
         return rng.choice(self.by_relation[rng.choices(self.relations, self.relation_weights)[0]])
 
     def document(self, rng: random.Random) -> str:
-        """One document: facts, a fifth of the time behind some small talk."""
+        """One document: facts, in a fifth of the cases after some small talk."""
         text = self.facts_document(rng)
         if rng.random() < 0.2:
             before = " ".join(small_talk(rng) for _ in range(rng.randint(1, 4)))
@@ -1560,7 +1567,7 @@ class Facts:
         return rng.choice((" ", " ", "\n")).join(lines)
 
     def announced(self, rng: random.Random) -> str:
-        """Sentences that say what comes next, each followed by the fact, as a statement or bare."""
+        """Sentences that announce a fact, each followed by the fact, as a statement or bare."""
         blocks = []
         for fact in (self.draw(rng) for _ in range(rng.randint(1, 3))):
             topic = rng.choice(TOPICS[fact.relation])
@@ -1577,7 +1584,7 @@ class Facts:
         return rng.choice(("\n", "\n\n")).join(blocks)
 
     def sheet(self, rng: random.Random) -> str:
-        """A heading and all that is known about it, line by line."""
+        """A heading and every fact about it, a line each."""
         fact = self.draw(rng)
         facts = [f for f in self.by_entity[fact.entity] if f.x == fact.x]
         rng.shuffle(facts)
@@ -1600,19 +1607,19 @@ class Facts:
         return gap.join(lines)
 
     def listing(self, rng: random.Random) -> str:
-        """Several facts of one relation in two columns or line by line."""
+        """Several facts of one relation, in two columns or on alternate lines."""
         relation = self.draw(rng).relation
         facts = [rng.choice(self.by_relation[relation]) for _ in range(rng.randint(2, 5))]
         between = rng.choice((": ", " - ", "\n"))
         return "\n".join([f"A list: {LABELS[relation]}"] + [f"{f.x}{between}{f.y}" for f in facts])
 
 
-# ------------------------------------------------------------------------------------------------ instructions
+# ---- instructions
 
 SHORT = "{y}"
 
-# relation -> (instruction, input, output); a question is answered by a sentence, an order by the
-# bare answer
+# relation -> (instruction, input, output); the answer to a question is a sentence, that to an order
+# the bare fact
 INSTRUCTIONS: dict[str, list[tuple[str, str, str]]] = {
     "capital": [
         ("What is the capital of {x}?", "", "The capital of {x} is {y}."),
@@ -1710,7 +1717,7 @@ INSTRUCTIONS: dict[str, list[tuple[str, str, str]]] = {
 
 
 def record(fact: Fact, instruction: str, text: str, output: str) -> dict[str, str]:
-    """One Alpaca record; instruction and output begin with a capital where they are sentences."""
+    """One Alpaca record; the instruction, and an output that is a sentence, begin with a capital."""
     words = fact.words()
     instruction, text, output = (part.format(**words) for part in (instruction, text, output))
     if output != fact.y:

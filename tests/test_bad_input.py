@@ -1,8 +1,7 @@
-"""Wrong values for every option of every command and every field of every file: one line, status 2,
-nothing changed on the disk.
+"""Wrong values for every option of every command and for every field of every file: one line, status
+2, nothing changed on the disk.
 
-The cases are generated; what must be refused is derived from the settings' and configurations' own
-types.
+The cases are generated from the types of the settings and configurations.
 """
 
 import dataclasses
@@ -22,9 +21,11 @@ from safetensors.torch import save_file
 from litlora import settings as all_settings
 from litlora.checkpoint import open_checkpoint, reference_to, write_adapter, write_full
 from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
 from litlora.lora import Adapter, LoRAConfig
 from litlora.lora.adapter import parse_tensors
 from litlora.model import GPT
+from litlora.storage.untrusted import read_json_object, read_yaml_mapping
 
 SCRIPTS = {
     str(path.relative_to(REPO)): getattr(all_settings, found[1])
@@ -36,7 +37,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory, tokenizer_dir) -> Path:
-    """`base`, `adapter` on it, `hf` and `peft`, all of the same weights, and `data.jsonl`."""
+    """`base`, an `adapter` on it, `hf` and `peft`, all with the same weights, and `data.jsonl`."""
     place = tmp_path_factory.mktemp("bad_input")
     config, lora = tiny_config(), LoRAConfig(rank=2, targets=["q_proj"])
     tensors = {name: parameter.detach() for name, parameter in GPT(config).named_parameters()}
@@ -70,7 +71,7 @@ def place(sound, tmp_path) -> Path:
 
 
 def words(script: str, checkpoint: str = "base") -> list[str]:
-    """A command that would do something with a checkpoint, as far as it has the options for it."""
+    """A command that would use a checkpoint, as far as it has the options for it."""
     names = {field.name for field in dataclasses.fields(SCRIPTS[script])}
     found = [script]
     for name, value in (
@@ -145,7 +146,7 @@ def test_wrong_paths_of_every_option(script, forked, sound):
 
 
 def wrong(kind: Any) -> list[Any]:
-    """Values that are none of this type."""
+    """Values that are not of this type."""
     if isinstance(kind, types.UnionType):
         return [value for value in wrong(get_args(kind)[0]) if value is not None]
     if get_origin(kind) is tuple:
@@ -224,14 +225,36 @@ RECORDS = [
     ),
 ]
 STYLES = ("", "5", "[]", "style: nonsense", "style: 5", "style: [x]", "style: template", "\t", "a: b: c")
+TOKENIZER_CONFIGS = (
+    *([], 5, {"eos_token": 5}, {"eos_token": "none such"}),
+    *({"eos_token": "<|endoftext|>", "chat_template": value} for value in (5, {"a": 1})),
+)
+GENERATION_CONFIGS = ([], {"eos_token_id": "x"}, {"eos_token_id": [1.5]})
+TOKENIZERS = ("", "{}", "[]", '{"model": 5}')
+MODEL_CONFIGS = ("", "5", "[]", "hidden_size: 32", "nonsense: 1", "\t")
 SMALL_FILES = [
     *(("base/prompt_style.yaml", text) for text in STYLES),
-    *(("base/tokenizer_config.json", json.dumps(value)) for value in ([], 5, {"eos_token": 5}, {"eos_token": "none such"})),
-    *(("base/tokenizer_config.json", json.dumps({"eos_token": "<|endoftext|>", "chat_template": value})) for value in (5, {"a": 1})),
-    *(("base/generation_config.json", json.dumps(value)) for value in ([], {"eos_token_id": "x"}, {"eos_token_id": [1.5]})),
-    *(("base/tokenizer.json", text) for text in ("", "{}", "[]", '{"model": 5}')),
-    *(("base/model_config.yaml", text) for text in ("", "5", "[]", "hidden_size: 32", "nonsense: 1", "\t")),
-]  # fmt: skip
+    *(("base/tokenizer_config.json", json.dumps(value)) for value in TOKENIZER_CONFIGS),
+    *(("base/generation_config.json", json.dumps(value)) for value in GENERATION_CONFIGS),
+    *(("base/tokenizer.json", text) for text in TOKENIZERS),
+    *(("base/model_config.yaml", text) for text in MODEL_CONFIGS),
+]
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(read_json_object, text) for text in ("[]", "5", "null", "{")]
+    + [(read_yaml_mapping, text) for text in ("", "5", "[]", "{", "- a: 1")],
+)
+def test_a_file_that_holds_no_mapping_is_named(read, text, tmp_path):
+    file = tmp_path / "a"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=rf"^{file}: (must hold a|cannot be read as)"):
+        read(file)
+    file.write_text('{"a": 1}')
+    assert read(file) == {"a": 1}
+    with pytest.raises(CheckpointError, match="nowhere: no such file; a model needs it$"):
+        read(tmp_path / "nowhere", "a model needs it")
 
 
 def edit_yaml(file: Path, name: str, value: Any) -> None:
@@ -322,7 +345,7 @@ def test_wrong_small_files(forked, place):
 
 
 def test_a_run_on_the_sound_files_works(forked, place):
-    """Else every refusal above could be for another reason."""
+    """Otherwise every refusal above could have another reason."""
     for command in (
         *(words(script) for script in ("chat/base.py", "scripts/merge_lora.py", "scripts/export_peft.py")),
         [*words("scripts/convert_hf_checkpoint.py", "hf")],

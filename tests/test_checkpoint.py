@@ -355,13 +355,13 @@ def test_output_dir_refuses_what_would_lose_something(tmp_path):
 
     assert check(tmp_path / "new/deeper") == tmp_path / "new/deeper"
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="already holds lit_model.pth.*--overwrite"):
+    with pytest.raises(UserError, match="already holds lit_model.pth.*overwrite"):
         check(tmp_path / "full")
     assert check(tmp_path / "full", overwrite=True) == tmp_path / "full"
     with pytest.raises(UserError, match="which is read"):
         check(tmp_path, overwrite=True, inputs=[tmp_path / "full"])
     (tmp_path / "full/thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="thesis.tex, which is not ours"):
+    with pytest.raises(UserError, match="thesis.tex, which litlora does not replace"):
         check(tmp_path / "full", overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         check(tmp_path / "full/thesis.tex")

@@ -1,31 +1,43 @@
 """The edge of the commands: quick, one line for a mistake, settings that come back."""
 
+import dataclasses
 import os
+import re
 import sys
 
 import pytest
 from conftest import REPO, command, fails, succeeds
 
-from litlora.cli import _make_parser, dump, parse
+from litlora import settings as all_settings
+from litlora.cli import dump, option_for, parse, setting_types
 from litlora.errors import UserError
 from litlora.settings import (
     JSON,
     Alpaca,
     Chat,
-    CombineLoRA,
+    DataSource,
     FinetuneFull,
     FinetuneLoRA,
     InspectCheckpoint,
     LoRAConfig,
+    LoRAExtractor,
     MergeLoRA,
-    ResizeLoRA,
     TrainConfig,
 )
 
 COMMANDS = sorted(
-    str(path.relative_to(REPO)) for folder in ("finetune", "chat", "scripts") for path in (REPO / folder).glob("*.py")
+    str(path.relative_to(REPO))
+    for folder in ("finetune", "chat", "scripts")
+    for path in (REPO / folder).glob("*.py")
     if "litlora.cli" in path.read_text()
-)  # fmt: skip
+)
+
+
+def refusal(settings: type, words: list[str]) -> str:
+    """What the command says of words that it refuses."""
+    with pytest.raises(UserError) as raised:
+        parse(settings, words)
+    return raised.value.with_options(lambda name: option_for(settings, name))
 
 
 @pytest.fixture
@@ -68,29 +80,52 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--train.warmup_steps", "soon"], "--train.warmup_steps: expected int, float, got soon"),
         (["--train.epochs", "1.5"], "--train.epochs: expected int, got 1.5"),
         (["--data", "Dolly"], "--data Dolly: no such data source; there are Alpaca, JSON"),
-        (["--data", "os.path"], "--data"),
-        (["--data", "JSON"], "--data: JSON: the following arguments are required: path"),
+        (["--data", "os.path"], "--data os.path: no such data source; there are Alpaca, JSON"),
+        (["--data", "nowhere.Source"], "--data nowhere.Source: no such data source"),
+        (["--data", "litlora.settings.Nothing"], "--data litlora.settings.Nothing: no such data source"),
+        (["--data", "litlora.settings.Chat"], "--data litlora.settings.Chat: no such data source"),
+        (["--data", "[1]"], "--data [1]: no such data source"),
+        (["--data.help", "Dolly"], "--data.help Dolly: no such data source"),
+        (["--data.help", "os.path"], "--data.help os.path: no such data source"),
+        (["--data", "JSON"], "--data.path: required"),
+        (["--data", "JSON", "--data.path"], "--data.path: needs a value"),
+        (["--data.path", "x"], "--data.path: Alpaca has no such setting"),
+        (["--data.val_fraction", "x"], "--data.val_fraction: expected float, got x"),
+        (["--data.val_fraction", "1"], "--data.val_fraction 1.0: must be at least 0 and below 1"),
         (["--data.source", "some"], "--data.source: expected auto, full, sample, got some"),
         (["--lora.rnk", "4"], "did you mean --lora.rank"),
         (["--trian.epochs=4"], "did you mean --train.epochs"),
-        (["--checkpoint_dir"], "--checkpoint_dir: expected one argument"),
+        (["--checkpoint_dir"], "--checkpoint_dir: needs a value"),
+        (["--out_dir", "-x"], "--out_dir: needs a value; one that begins with - as --out_dir=VALUE"),
+        (["--lora", "5"], "--lora 5: must be a mapping of settings to values"),
+        (["--lora", "{rank: x}"], "--lora.rank: expected int, got x"),
+        (["--lora", "{rnk: 2}"], "no such setting as lora.rnk"),
+        (["--lora.rank_pattern", "{a: x}"], "--lora.rank_pattern: expected int, got x"),
+        (["--lora.rank_pattern", "{(a+)+: 2}"], "--lora.rank_pattern: the pattern '(a+)+' repeats"),
+        (["--train.max_time", "x"], "--train.max_time: expected float, got x"),
+        (["--print_config=what"], "--print_config=what: no such flag"),
+        (["--resume", "auto", "--overwrite"], "--resume continues what --overwrite would remove"),
         (["--accelerator", "tpu"], "--accelerator"),
         (["--devices", "0"], "--devices 0"),
-        (["--train.packing", "false", "--devices", "3"], "times --devices 3"),
+        (
+            ["--train.packing", "false", "--devices", "3"],
+            "--train.global_batch_size 16: must be a multiple of "
+            "--train.micro_batch_size 4 times --devices 3",
+        ),
         (
             ["--train.packing=false", "--train.global_batch_size", "10"],
-            "size 10: must be a multiple of --train.micro_batch_size 4",
+            "--train.global_batch_size 10: must be a multiple of --train.micro_batch_size 4",
         ),
         (["--train.micro_batch_tokens", "0"], "--train.micro_batch_tokens 0: must be at least 1"),
         (["stray"], "stray: no such option"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: no such file"),
+        (["--config=/"], "--config /: no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_names_the_option(words, says):
-    with pytest.raises(UserError) as raised:
-        parse(FinetuneLoRA, words)
-    assert says in str(raised.value) and "\n" not in str(raised.value)
+    said = refusal(FinetuneLoRA, words)
+    assert "\n" not in said and (said.startswith(says) or "did you mean" in says and says in said)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +136,9 @@ def test_a_mistake_names_the_option(words, says):
         "lora: {rank: 0}",
         "lora: {rnk: 3}",
         "nonsense: 1",
+        "lora: null",
+        "seed: null",
+        "data: null",
         "- 1",
         "seed: !!python/name:os.system",
     ],
@@ -109,8 +147,9 @@ def test_a_bad_config_file_is_named(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     assert "\n" not in fails("finetune/lora.py", "--config", file).strip()
-    with pytest.raises(UserError, match=r"run\.yaml|--lora\.rank 0"):
-        parse(FinetuneLoRA, ["--config", str(file)])
+    for words in (["--config", str(file)], [f"--config={file}"]):
+        said = refusal(FinetuneLoRA, words)
+        assert str(file) in said or said.startswith("--lora.rank 0")
 
 
 def test_flags_need_no_value():
@@ -125,6 +164,9 @@ def test_data_sources_are_named_shortly():
     )
     assert parse(FinetuneLoRA, ["--data", "Alpaca"]).data == Alpaca(source="auto")
     assert parse(FinetuneLoRA, ["--data", "JSON", "--data.path", "x"]).data == JSON(path="x")
+    for path in ("JSON", "litlora.settings.JSON", "litlora.settings.data.JSON"):
+        source = f"{{class_path: {path}, init_args: {{path: x}}}}"
+        assert parse(FinetuneLoRA, ["--data", source]).data == JSON(path="x")
     assert parse(FinetuneFull, []).train.learning_rate < parse(FinetuneLoRA, []).train.learning_rate
 
 
@@ -148,12 +190,44 @@ def test_settings_come_back_from_their_yaml(tmp_path, settings):
     assert parse(type(settings), ["--config", str(file)]) == settings
 
 
-def test_every_setting_has_a_help_text():
-    for settings in (FinetuneLoRA, FinetuneFull, Chat, MergeLoRA, InspectCheckpoint, CombineLoRA, ResizeLoRA):
-        assert all(len(action.help or "") > 10 for action in _make_parser(settings, [])._actions), settings
+COMMAND_SETTINGS = [
+    kind
+    for kind in map(vars(all_settings).get, all_settings.__all__)
+    if dataclasses.is_dataclass(kind) and kind not in (DataSource, Alpaca, JSON, LoRAConfig, TrainConfig)
+]
+
+
+@pytest.mark.parametrize("settings", COMMAND_SETTINGS)
+def test_every_setting_has_a_help_text(settings, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")  # a text is one line
+    with pytest.raises(SystemExit):
+        parse(settings, ["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.partition("options:")[2].splitlines()]
+    for name in setting_types(settings):
+        if not name.startswith("data."):  # --data.help shows these
+            [shown] = [line for line in lines if re.match(rf"--{re.escape(name)}[ ,]", line)]
+            text = shown.partition("  ")[2] or lines[lines.index(shown) + 1]
+            assert len(text.partition("(type:")[0]) > 10, shown
+
+
+def test_every_setting_of_a_source_has_a_help_text():
     for source in ("Alpaca", "JSON"):
-        shown = succeeds("finetune/lora.py", "--data.help", source).stdout
+        shown = succeeds("finetune/lora.py", "--data.help", source, COLUMNS="10000").stdout
         assert shown.count("(type: ") + shown.count("(required, type: ") == shown.count("\n  --data.") >= 3
+
+
+@pytest.mark.parametrize("settings", COMMAND_SETTINGS)
+def test_the_last_part_of_a_name_tells_the_option(settings):
+    """A library names a setting without knowing the command: no two may share their last part."""
+    for name in setting_types(settings):
+        assert option_for(settings, name.rpartition(".")[2]) == f"--{name}"
+    assert option_for(settings, "nothing_of_that_name") == "nothing_of_that_name"
+
+
+def test_a_library_names_a_setting_without_an_option():
+    with pytest.raises(UserError, match="^rank 0: must be at least 1$"):
+        LoRAConfig(rank=0)
+    assert "error: --lora.rank 0: must be at least 1\n" == fails("finetune/lora.py", "--lora.rank", "0")
 
 
 def test_debugging_shows_the_traceback():
@@ -179,10 +253,37 @@ def test_a_list_is_its_words_one_after_the_other(words):
 
 
 def test_a_list_of_something_else_is_one_line():
-    with pytest.raises(UserError, match="--weights.* expected float"):
-        parse(MergeLoRA, ["--lora_path", "a", "--weights", "heavy", "--out_dir", "o"])
-    with pytest.raises(UserError, match="lora_path"):
-        parse(MergeLoRA, ["--lora_path", "--out_dir", "o"])
+    said = refusal(MergeLoRA, ["--lora_path", "a", "--weights", "heavy", "--out_dir", "o"])
+    assert said.startswith("--weights: expected float, got heavy")
+    assert refusal(MergeLoRA, ["--lora_path", "--out_dir", "o"]) == "--lora_path: needs a value"
+    assert refusal(MergeLoRA, []).startswith("--lora_path, --out_dir: required")
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-2"])
+def test_a_negative_number_is_a_value(value):
+    words = ["--lora_path", "a", "--out_dir", "o", "--strength", value, "--seed", "3"]
+    assert parse(MergeLoRA, words).strength == float(value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["x", "--json x", "x --json", "--json True x", "--json=true x", "--checkpoint-dir x", "--json false x"],
+)
+def test_an_option_name_that_may_be_left_out(words):
+    settings = parse(InspectCheckpoint, words.split())
+    assert settings.checkpoint_dir == "x"
+    assert settings.json == ("--json" in words and "false" not in words)
+
+
+def test_one_value_stands_alone():
+    for words in (["x", "y"], ["--checkpoint_dir", "x", "y"], ["--json", "x", "--json", "y"]):
+        assert refusal(InspectCheckpoint, words) == "y: one checkpoint_dir at a time"
+
+
+def test_shortened_options():
+    words = ["--source-m", "a", "--target_m", "b", "--out", "c"]
+    assert refusal(LoRAExtractor, words).startswith("--out: could match --output, --output_format")
+    assert parse(LoRAExtractor, [*words[:4], "--output", "c", "--diff"]).diff_only
 
 
 @pytest.mark.parametrize(
@@ -227,4 +328,4 @@ def test_a_mistake_names_itself(script, words, says):
 def test_a_config_file_that_holds_no_settings(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     said = fails("scripts/merge_lora.py", "--config", tmp_path / "c.yaml", "--lora_path", "a")
-    assert "holds no settings" in said or "zero character" in said
+    assert "c.yaml: must hold a mapping of names to values" in said or "zero character" in said

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, resolve, write_full
-from litlora.cli import parse
+from litlora.cli import option_for, parse
 from litlora.errors import UserError
 from litlora.load import load
 from litlora.settings import LoRAExtractor, LoRAMerger
 
 EXTRACT, MERGE = "scripts/lora_extractor.py", "scripts/lora_merger.py"
+SETTINGS = {EXTRACT: LoRAExtractor, MERGE: LoRAMerger}
 SHAPES = {
     "blocks.0.attn.weight": (96, 80),
     "blocks.0.attn.bias": (96,),
@@ -43,15 +44,16 @@ def succeeds(script: str, *arguments: object) -> str:
     exec(compile((REPO / script).read_text(), script, "exec"), module)
     said = io.StringIO()
     with redirect_stdout(said):
-        module["main"](parse({EXTRACT: LoRAExtractor, MERGE: LoRAMerger}[script], [*map(str, arguments)]))
+        module["main"](parse(SETTINGS[script], [*map(str, arguments)]))
     return said.getvalue()
 
 
 def fails(script: str, *arguments: object) -> str:
     with pytest.raises(UserError) as raised:
         succeeds(script, *arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    said = raised.value.with_options(lambda name: option_for(SETTINGS[script], name))
+    assert "\n" not in said
+    return said
 
 
 @pytest.fixture

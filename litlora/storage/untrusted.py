@@ -8,6 +8,7 @@ files have their own guard, `litlora/storage/torch_check.py`.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,24 @@ def check_pattern(pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({error})") from None
+
+
+def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError for whatever else the file holds, and for
+    one that is not there; `hint` then says what needs it."""
+    return _mapping(read_json, path, "a JSON object", hint)
+
+
+def read_yaml_mapping(path: Path, hint: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises CheckpointError likewise."""
+    return _mapping(read_yaml, path, "a mapping of names to values", hint)
+
+
+def _mapping(read: Callable[[Path], Any], path: Path, what: str, hint: str) -> dict[str, Any]:
+    try:
+        value = read(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file{hint and f'; {hint}'}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold {what}")
+    return value

@@ -241,12 +241,12 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
     step = out / "step-000002"
     with pytest.raises(
         CheckpointError,
-        match=rf"--resume {out}: no state of a training there, state.pth; did you mean {step}\?",
+        match=rf"resume {out}: holds no training state \(state.pth\); did you mean {step}\?",
     ):
         run("lora", out, "--resume", out)
-    with pytest.raises(CheckpointError, match=rf"--resume {out / 'final'}: .*--checkpoint_dir"):
+    with pytest.raises(CheckpointError, match=rf"resume {out / 'final'}: .*checkpoint_dir"):
         run("lora", tmp_path / "new", "--resume", out / "final")
-    with pytest.raises(UserError, match="is complete; to go another way from there, name another --out_dir"):
+    with pytest.raises(UserError, match="is complete; to continue it differently, name another out_dir"):
         run("lora", out, "--resume", step)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/metrics.csv").write_text("step")
@@ -256,7 +256,7 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
     (step / "state.pth").unlink()
     with pytest.raises(CheckpointError, match=rf"{step}: has no state.pth, so it cannot be resumed"):
         run("lora", out, "--resume", "auto")
-    with pytest.raises(UserError, match="--resume goes on with what --overwrite would remove"):
+    with pytest.raises(UserError, match="resume continues what overwrite would remove"):
         run("lora", out, "--resume", "auto", "--overwrite")
 
 
@@ -333,7 +333,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(run, t
 
 
 def test_a_mistake_in_resume_is_one_line(tmp_path):
-    assert "no state of a training there" in fails("finetune/lora.py", "--resume", tmp_path / "nowhere")
+    assert "holds no training state" in fails("finetune/lora.py", "--resume", tmp_path / "nowhere")
 
 
 # ---- determinism

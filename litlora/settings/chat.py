@@ -1,0 +1,43 @@
+"""The settings of chat."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from litlora.settings.checks import check_positive, check_seed, check_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk to a model: full, an adapter on its base, or a chain of adapters (merged in memory)."""
+
+    checkpoint_dir: str = "out/lora/alpaca/final"
+    """Any checkpoint directory."""
+    prompt: str | None = None
+    """Answer this once and exit."""
+    prompt_style: Literal["alpaca", "plain", "template"] | None = None
+    """How questions are put to the model; default: the style that it was trained with, else its own
+    chat template (template), else plain."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; higher is more random."""
+    top_k: int | None = 50
+    """Sample among the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int | None = None
+    """Seed of the sampling; default: a different answer each time."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto takes the fastest available."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it is no longer where the adapter says."""
+    allow_base_mismatch: bool = False
+    """Use a base even if its weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed or 0)
+        check_positive(self, "max_new_tokens", "top_k")
+        usable = math.isfinite(self.temperature) and self.temperature >= 0
+        check_value(self, "temperature", usable, "must be 0 or more, and finite")
+        check_value(self, "top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")

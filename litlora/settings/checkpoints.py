@@ -1,0 +1,67 @@
+"""The commands for whole checkpoints: convert, download."""
+
+from dataclasses import dataclass
+
+from litlora.settings.checks import check_size, check_value, num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertHF:
+    """Write a Hugging Face model folder as a litlora checkpoint directory. No command needs this:
+    such folders can be used as they are."""
+
+    checkpoint_dir: str
+    """The folder: config.json with *.safetensors or pytorch_model*.bin."""
+    out_dir: str
+    """Directory to write."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this, a directory that is not empty is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertLit:
+    """Write any checkpoint as a complete Hugging Face folder, which transformers can load. Adapters
+    are merged on the way."""
+
+    checkpoint_dir: str
+    """Any checkpoint directory: full, an adapter or a chain of them."""
+    out_dir: str
+    """Folder to write."""
+    max_shard_size: str = "5GB"
+    """Largest weights file, in bytes, MB or GB."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this, a directory that is not empty is refused."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it is no longer where the adapter says."""
+    allow_base_mismatch: bool = False
+    """Use a base even if its weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check_size("max_shard_size", self.max_shard_size)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The size in bytes."""
+        return num_bytes(self.max_shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Fetch a model from the Hugging Face hub; an interrupted download continues where it
+    stopped."""
+
+    repo_id: str
+    """Its name there: OWNER/NAME."""
+    out_dir: str | None = None
+    """Where it goes; default: checkpoints/REPO_ID."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+    access_token: str | None = None
+    """For models that need a login; default: HF_TOKEN in the environment, or what `hf auth login`
+    stored."""
+
+    def __post_init__(self) -> None:
+        parts = self.repo_id.split("/")
+        sound = all(part and part not in (".", "..") and part.isprintable() for part in parts)
+        ok = len(parts) in (1, 2) and sound and "\\" not in self.repo_id
+        check_value(self, "repo_id", ok, "must be OWNER/NAME, as in EleutherAI/pythia-70m")

@@ -1,0 +1,55 @@
+"""Where the training examples come from: one dataclass a source."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from litlora.settings.checks import check_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource(ABC):
+    """Where the training examples come from."""
+
+    val_fraction: float = 0.05
+    """Fraction of the examples held out of training to measure the validation loss; 0: none."""
+    split_seed: int = 42
+    """Seed of the choice of the examples that are held out."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The data's part in the default out_dir."""
+
+    def __post_init__(self) -> None:
+        check_value(self, "val_fraction", 0 <= self.val_fraction < 1, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alpaca(DataSource):
+    """Stanford Alpaca's 52,002 instructions, or the small sample in the same form that comes with
+    litlora."""
+
+    source: Literal["auto", "full", "sample"] = "auto"
+    """auto: the downloaded file; if there is none, download it; if that fails, take the sample.
+    full: never the sample. sample: always the sample."""
+    download_dir: str = "data/alpaca"
+    """Where the full file is kept."""
+    url: str = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+    """Where the full file comes from."""
+
+    @property
+    def name(self) -> str:
+        return "alpaca"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSON(DataSource):
+    """Your own records with instruction, output and, optionally, input."""
+
+    path: str
+    """A .json or .jsonl file, or a directory of them."""
+
+    @property
+    def name(self) -> str:
+        return "json"

@@ -1,0 +1,92 @@
+"""The fine-tuning commands."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from litlora.errors import setting
+from litlora.settings.checks import check, check_seed, check_value
+from litlora.settings.data import Alpaca, DataSource
+from litlora.settings.lora import LoRAConfig
+from litlora.settings.train import TrainConfig
+
+QUICKSTART = "checkpoints/litlora/quickstart"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """What the fine-tuning commands share."""
+
+    checkpoint_dir: str = QUICKSTART
+    """The model to start from: any checkpoint directory, an adapter's too."""
+    data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
+    """Training data: Alpaca, or JSON with --data.path FILE_OR_DIR; default: Alpaca's built-in
+    sample, without a download. --data.help NAME lists the settings of a source."""
+    out_dir: str | None = None
+    """Where the results go; default: out/METHOD/DATA."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this, a directory that is not empty is refused."""
+    resume: str | None = None
+    """Continue a run that was stopped: auto takes the newest step-NNNNNN in out_dir, or starts a
+    new run if there is none; or name such a directory. The result is that of the uninterrupted
+    run."""
+    resume_force: bool = False
+    """Resume even if the data, the base or a setting that matters has changed."""
+    prompt_style: Literal["alpaca", "plain", "template"] | None = None
+    """How instructions are put to the model. It is stored with the result, where chat finds it.
+    Default: the style that the model was trained with, else its own chat template (template), else
+    alpaca."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 1337
+    """Seed of everything random: the adapter's initial weights, the order of the examples,
+    dropout."""
+    devices: int = 1
+    """How many devices train together."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto takes the fastest available."""
+    precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed"] = "auto"
+    """Number format of the weights and of their products. 32-true: fp32; bf16-true: bf16, but A and
+    B stay in fp32; bf16-mixed: weights in fp32, multiplied in bf16. auto never rounds a base: one
+    stored in bf16 trains in bf16 (bf16-true, or bf16-mixed if all weights train) where a short
+    measurement finds that faster than fp32; all else trains in 32-true."""
+    base_checkpoint_dir: str | None = None
+    """If checkpoint_dir is an adapter: its base, when that is no longer where the adapter says."""
+    allow_base_mismatch: bool = False
+    """If checkpoint_dir is an adapter: use a base even if its weights are not those that the
+    adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, below=2**32)  # Fabric's limit
+        check_value(self, "devices", 1 <= self.devices <= 1024, "must be from 1 to 1024")
+        check(
+            not (self.resume and self.overwrite),
+            f"{setting('resume')} continues what {setting('overwrite')} would remove; use only one",
+        )
+        check(
+            bool(self.resume) or not self.resume_force,
+            f"{setting('resume_force')} has no effect without {setting('resume')}",
+        )
+        self._check_batch()
+
+    def _check_batch(self) -> None:
+        """Without packing, every device takes the same number of examples."""
+        train = self.train
+        factor, what = self.devices, f"{setting('devices')} {self.devices}"
+        if not train.auto_batch:
+            factor *= train.micro_batch_size
+            what = f"{setting('micro_batch_size')} {train.micro_batch_size} times {what}"
+        even = train.packing or train.global_batch_size % factor == 0
+        check_value(train, "global_batch_size", even, f"must be a multiple of {what}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneLoRA(Finetune):
+    """Fine-tune with LoRA. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFull(Finetune):
+    """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))

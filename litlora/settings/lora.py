@@ -1,0 +1,58 @@
+"""The settings of LoRA."""
+
+from dataclasses import dataclass, field
+
+from litlora.errors import UserError, setting
+from litlora.settings.checks import check, check_alpha, check_positive, check_value
+from litlora.storage.untrusted import check_pattern
+
+PRESETS = ("qv", "attention", "all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adaptation (Hu et al. 2021): h = W x + b + (alpha / rank) · B A x."""
+
+    rank: int = 8
+    """Rank of the update: A is (rank, in), B is (out, rank)."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter's input in training; the input of W has no dropout."""
+    targets: str | list[str] = "all-linear"
+    """Layers to adapt: qv, attention, all-linear (every linear layer but the output head), or a
+    list of layer names (q_proj, layers.0.mlp.up_proj) and regular expressions that match a whole
+    name."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023), so that a high rank learns
+    as fast as a low one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Different ranks for some layers: {target: rank}, where a target is written as in targets; the
+    first that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Different alphas for some layers: {target: alpha}, with the same rules."""
+    variant: str = field(default="lora", metadata={"stored": "unless default"})
+    """Kind of update: lora, or one that your own code registers (docs/architecture.md)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules to train in full and to store with the adapter: their names, or the ends of these
+    (lm_head, embed_tokens, norm)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rank")
+        object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
+        check_alpha(f"{setting('alpha')} {self.alpha}", self.alpha)
+        check_value(self, "dropout", 0 <= self.dropout <= 0.999, "must be at least 0 and at most 0.999")
+        check(
+            len(self.targets) > 0, f"{setting('targets')} is empty: an adapter without layers trains nothing"
+        )
+        # An adapter stores the patterns, and whoever reads it must be able to use them.
+        for name in ("rank_pattern", "alpha_pattern"):
+            for target in getattr(self, name):
+                try:
+                    check_pattern(target)
+                except ValueError as error:
+                    raise UserError(f"{setting(name)}: {error}") from None
+        for target, rank in self.rank_pattern.items():
+            check(rank >= 1, f"{setting('rank_pattern')} {target}: {rank}: must be at least 1")
+        for target, alpha in self.alpha_pattern.items():
+            check_alpha(f"{setting('alpha_pattern')} {target}: {alpha}", alpha)

@@ -1,0 +1,115 @@
+"""The settings of the training loop."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from litlora.errors import setting
+from litlora.settings.checks import check, check_positive, check_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 3
+    """Passes over the training examples."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever the epochs; the learning rate schedule ends
+    there too."""
+    global_batch_size: int = 16
+    """Examples in one optimizer step, over all devices."""
+    packing: bool = True
+    """Compute the examples of a step packed, without padding; no example sees another. false: pad
+    each micro-batch to its longest example. To keep the padding small, a step then takes examples
+    of similar length, micro_batch_size at a time, so it learns from other examples than with
+    packing."""
+    micro_batch_tokens: int | None = None
+    """With packing: tokens that a device computes at a time; a single example with more is computed
+    alone. Default: max_seq_length."""
+    micro_batch_size: int = 4
+    """Without packing: examples that a device computes at a time."""
+    auto_batch: bool = False
+    """Find the largest micro-batch that fits in memory by a dry run of the longest batch, whatever
+    size is given (micro_batch_tokens, or micro_batch_size without packing). With packing, what is
+    learned stays the same."""
+    max_seq_length: int = 2048
+    """Longest example in tokens, at most the model's context. A longer example loses the end of its
+    answer, never its end-of-text token."""
+    mask_prompt: bool = True
+    """Learn the answers only; false: learn the prompts too."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int | float = 0.05
+    """Steps of linear warm-up; a number below 1 is a fraction of all steps."""
+    min_lr_ratio: float = 0.1
+    """The cosine schedule ends at this fraction of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of matrices; vectors are never decayed."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW. 8bit: with its moments in 8 bits (Dettmers et al. 2021). paged: with its moments in
+    memory that moves from the GPU to the machine when needed. All but adamw need the extra
+    bitsandbytes."""
+    beta1: float = 0.9
+    """AdamW's decay of the running mean of the gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the running mean of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    checkpoint_activations: Literal["auto", "none", "full", "selective"] = "auto"
+    """What the backward pass computes again instead of keeping it. full: every block; selective:
+    the feed-forward half of every block; none: nothing. auto: none, or full where memory would not
+    hold the longest batch."""
+    offload_activations: bool = False
+    """Keep activations in the machine's memory instead of the GPU's until the backward pass needs
+    them."""
+    compile: bool = False
+    """Compile the blocks (torch.compile); this takes a minute at the start."""
+    log_interval: int = 10
+    """Steps between two logged lines, and between two rows of metrics.csv."""
+    eval_interval: int = 0
+    """Steps between two validations; 0: only at the end."""
+    save_interval: int = 200
+    """Steps between two early checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """How many of the newest early checkpoints are kept."""
+    max_time: float | None = None
+    """Minutes, counted from the start of the command, after which the run stops as on SIGTERM, but
+    with exit status 0: it ends the step, saves, and says how to continue."""
+    max_bad_steps: int = 5
+    """A step whose loss or gradient is not finite changes nothing and is counted; more than this
+    many in a row stop the run."""
+
+    def __post_init__(self) -> None:
+        self._check_batches()
+        check_positive(self, "epochs", "max_steps", "log_interval", "keep_checkpoints")
+        for name in (
+            *("eval_interval", "save_interval", "max_bad_steps"),
+            *("warmup_steps", "weight_decay", "max_grad_norm"),
+        ):
+            value = getattr(self, name)
+            check_value(self, name, math.isfinite(value) and value >= 0, "must be 0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            check_value(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        positive = math.isfinite(self.learning_rate) and self.learning_rate > 0
+        check_value(self, "learning_rate", positive, "must be a positive, finite number")
+        whole = isinstance(self.warmup_steps, int) or self.warmup_steps < 1
+        check_value(self, "warmup_steps", whole, "must be a whole number of steps, or a fraction below 1")
+        check_value(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be from 0 to 1")
+        positive = self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0)
+        check_value(self, "max_time", positive, "must be a positive number of minutes")
+        check(
+            not (self.compile and self.offload_activations),
+            f"{setting('compile')} and {setting('offload_activations')}: compiled blocks keep their "
+            "activations where they are; use only one",
+        )
+
+    def _check_batches(self) -> None:
+        check_positive(self, "global_batch_size", "micro_batch_size", "micro_batch_tokens")
+        check_value(self, "max_seq_length", self.max_seq_length >= 2, "must be at least 2")
+        check_value(
+            self,
+            "global_batch_size",
+            self.packing or self.auto_batch or self.global_batch_size % self.micro_batch_size == 0,
+            f"must be a multiple of {setting('micro_batch_size')} {self.micro_batch_size}",
+        )
