@@ -110,7 +110,9 @@ def setting_types(settings_class: type, prefix: str = "") -> dict[str, Any]:
 
 def option_for(settings_class: type, name: str) -> str:
     """The option of a command that sets what a library calls `name`: rank -> --lora.rank. Of several
-    the outermost; a name that no option has stays as it is."""
+    the outermost; a name that no option has stays as it is. A command's OTHER_NAMES say which of its
+    settings is meant by a name that it does not have."""
+    name = getattr(settings_class, "OTHER_NAMES", {}).get(name, name)
     found = [path for path in setting_types(settings_class) if path.rpartition(".")[2] == name]
     return f"--{min(found, key=lambda path: path.count('.'))}" if found else name
 

@@ -19,6 +19,8 @@ from litlora.settings.checks import (
 class MergeLoRA:
     """Merge an adapter into its base: writes a full checkpoint that can be trained further."""
 
+    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
+
     lora_path: list[str]
     """The adapter: a lit_model.pth, or the directory that holds it. Several adapters, trained on
     the same base, are added up."""
@@ -63,6 +65,8 @@ class MergeLoRA:
 @dataclass(frozen=True, kw_only=True)
 class _AdapterToAdapter:
     """What the commands share that write an adapter of another size."""
+
+    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
 
     out_dir: str
     """Directory to write."""
@@ -172,6 +176,8 @@ class CombineLoRA(_AdapterToAdapter):
 class ExportPEFT:
     """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging
     Face base."""
+
+    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
 
     lora_path: str
     """The adapter: a lit_model.pth, or the directory that holds it."""
