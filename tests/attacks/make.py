@@ -247,7 +247,7 @@ def a_negative_size(directory: Path) -> None:
     _archive(directory / WEIGHTS, _one_tensor(count=16, size=(-4,), stride=(1,)), {"0": bytes(64)})
 
 
-@attack("lying_sizes", "of which only 64 bytes are there")
+@attack("lying_sizes", "but only 64 bytes of its data")
 def one_number_as_a_trillion(directory: Path) -> None:
     _archive(directory / WEIGHTS, _one_tensor(count=16, size=(10**6, 10**6), stride=(0, 0)), {"0": bytes(64)})
 
@@ -300,7 +300,7 @@ def on_no_device(directory: Path) -> None:
     _with(directory, torch.empty(10**6, 10**6, device="meta"))
 
 
-@attack("strange_tensors", "could run code|no ordinary one")
+@attack("strange_tensors", "could run code|not an ordinary one")
 def complex_numbers(directory: Path) -> None:
     _with(directory, torch.zeros(4, dtype=torch.complex64))
 
@@ -412,7 +412,7 @@ def four_bits_with_one_scale(directory: Path) -> None:
     _four_bits(directory, [64, 32], torch.ones(1))
 
 
-@attack("strange_tensors", "gate_proj.weight holds numbers that are not finite", command=MERGE)
+@attack("strange_tensors", "gate_proj.weight holds values that are not finite", command=MERGE)
 def four_bits_with_scales_that_are_none(directory: Path) -> None:
     _four_bits(directory, [64, 32], torch.full((32,), float("nan")))
 
@@ -511,10 +511,12 @@ YAMLS = {
     "a tag of Python's": "!!python/object/apply:os.mkdir [pwned]",
     "a name of Python's": "vocab_size: !!python/name:os.system",
     "doubling aliases": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n"
+        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
     ),
     "merges without end": "a: &a {k: 1}\n" + "".join(
-        f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 50)}]}}\n" for old, new in zip("abcde", "bcdef", strict=True)
+        f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 50)}]}}\n"
+        for old, new in zip("abcde", "bcdef", strict=True)
     ),
     "depth": "[" * 5000,
     "a number of a million digits": "vocab_size: " + "9" * 100_000,
@@ -636,7 +638,7 @@ def the_same_of_peft(directory: Path) -> None:
 
 TEMPLATES = {
     "loops in loops": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3,
         "was stopped",
     ),
     "a power": ("{{ 10 ** (10 ** 9) }}", "was stopped"),

@@ -3,15 +3,15 @@ bits."""
 
 import errno
 import gc
-import math
 import os
 import zipfile
 
 import pytest
 import torch
 
-from litlora.storage import torch_file
-from litlora.storage.torch_file import LazyTensor, TorchFile, row_blocks, save
+from litlora.storage import blocks, torch_file
+from litlora.storage.blocks import LazyTensor
+from litlora.storage.torch_file import TorchFile, save
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 OTHERS = [torch.int64, torch.uint16, torch.int8, torch.bool]
@@ -44,7 +44,7 @@ def same(a, b):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(torch_file, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -123,13 +123,6 @@ def test_an_unfinished_file_is_no_torch_file(tmp_path):
         file.add(torch.zeros(1000))
     with pytest.raises(RuntimeError):
         torch.load(tmp_path / "x.pth", weights_only=True)
-
-
-def test_a_tensor_is_cut_into_blocks_of_limited_size(small_blocks):
-    for tensor in (torch.randn(100), torch.randn(50, 3), torch.randn(3, 50).t(), torch.randn(4, 40, 2)):
-        blocks = list(row_blocks(tensor))
-        assert torch.equal(torch.cat([block.reshape(-1) for block in blocks]), tensor.reshape(-1))
-        assert max(math.prod(block.shape) for block in blocks) <= 16
 
 
 def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
