@@ -407,7 +407,7 @@ def four_bits_of_a_trillion(directory: Path) -> None:
     _four_bits(directory, [2**20, 2**20], torch.ones(32))
 
 
-@attack("lying_sizes", "absmax has 1 numbers in float32; 32 in floating point fit")
+@attack("lying_sizes", "absmax has 1 values in float32; it needs 32 in floating point")
 def four_bits_with_one_scale(directory: Path) -> None:
     _four_bits(directory, [64, 32], torch.ones(1))
 

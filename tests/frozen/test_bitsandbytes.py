@@ -36,6 +36,8 @@ def test_the_numbers_are_those_of_bitsandbytes():
         assert matrix.dtype == numbers.dtype and matrix.shape == numbers.shape
         assert torch.equal(matrix.tensor(), numbers)
         assert torch.equal(matrix[5:17], numbers[5:17])
+        assert torch.equal(matrix.rows(slice(5, 17)), numbers[5:17])
+        assert torch.equal(matrix.rows(), numbers)
         some = torch.tensor([3, 4, 5, 20, 21, 0])
         assert torch.equal(matrix.take(some)[1:5], numbers[some[1:5]])
         assert torch.equal(torch.cat(list(matrix.take(some).blocks())), numbers[some])
@@ -221,41 +223,44 @@ STATE = ".weight.quant_state.bitsandbytes__nf4"
 GOOD = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [6, 32]}
 NESTED = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}
 LIES: dict[str, tuple[dict[str, Tensor | None], str]] = {
-    "too large": ({STATE: as_json(GOOD | NESTED | {"shape": [2**20, 2**20]})}, "bytes of 4-bit numbers"),
-    "too small": ({STATE: as_json(GOOD | NESTED | {"shape": [1, 1]})}, "bytes of 4-bit numbers"),
-    "below zero": ({STATE: as_json(GOOD | NESTED | {"shape": [-6, -32]})}, "none of a matrix"),
-    "no shape": ({STATE: as_json({**GOOD, **NESTED, "shape": None})}, "none of a matrix"),
-    "blocks of none": ({STATE: as_json(GOOD | NESTED | {"blocksize": 0})}, "blocksize 0 is none of"),
+    "too large": ({STATE: as_json(GOOD | NESTED | {"shape": [2**20, 2**20]})}, "bytes of 4-bit values"),
+    "too small": ({STATE: as_json(GOOD | NESTED | {"shape": [1, 1]})}, "bytes of 4-bit values"),
+    "below zero": ({STATE: as_json(GOOD | NESTED | {"shape": [-6, -32]})}, "is not that of a matrix"),
+    "no shape": ({STATE: as_json({**GOOD, **NESTED, "shape": None})}, "is not that of a matrix"),
+    "blocks of none": ({STATE: as_json(GOOD | NESTED | {"blocksize": 0})}, "blocksize 0 is not one of"),
     "blocks of a fraction": (
         {STATE: as_json(GOOD | NESTED | {"blocksize": 64.0})},
-        "blocksize 64.0 is none of",
+        "blocksize 64.0 is not one of",
     ),
-    "larger blocks": ({STATE: as_json(GOOD | NESTED | {"blocksize": 128})}, "absmax has 3 numbers"),
-    "an attribute of torch": ({STATE: as_json(GOOD | NESTED | {"dtype": "load"})}, "dtype 'load' is none of"),
+    "larger blocks": ({STATE: as_json(GOOD | NESTED | {"blocksize": 128})}, "absmax has 3 values"),
+    "an attribute of torch": (
+        {STATE: as_json(GOOD | NESTED | {"dtype": "load"})},
+        "dtype 'load' is not one of",
+    ),
     "another type": (
         {STATE: as_json(GOOD | NESTED | {"quant_type": "fp4"})},
-        "quant_type 'fp4' is not known",
+        "quant_type 'fp4' is not supported",
     ),
     "nested blocks of none": (
         {STATE: as_json(GOOD | NESTED | {"nested_blocksize": 0})},
-        "nested_blocksize 0 is no size",
+        "nested_blocksize 0 is not a block size",
     ),
     "no offset": (
         {STATE: as_json(GOOD | NESTED | {"nested_offset": "x"})},
-        "nested_offset 'x' is no finite number",
+        "nested_offset 'x' is not a finite number",
     ),
-    "half a JSON": ({STATE: as_json(GOOD)[:-4]}, "is no JSON"),
-    "a deep JSON": ({STATE: torch.tensor(list(b"[" * 4000), dtype=torch.uint8)}, "is no JSON"),
+    "half a JSON": ({STATE: as_json(GOOD)[:-4]}, "is not JSON"),
+    "a deep JSON": ({STATE: torch.tensor(list(b"[" * 4000), dtype=torch.uint8)}, "is not JSON"),
     "a long JSON": ({STATE: torch.full((10**6,), 32, dtype=torch.uint8)}, "at most 4096 bytes"),
     "a list": ({STATE: torch.tensor(list(b"[]"), dtype=torch.uint8)}, "must hold a JSON object"),
     "no weight": ({".weight": None}, "a.weight, which is missing"),
     "no absmax": ({".weight.absmax": None}, "absmax, which is missing"),
     "absmax as it was": (
         {".weight.absmax": torch.ones(3)},
-        "absmax has 3 numbers in float32; 3 in uint8 fit",
+        "absmax has 3 values in float32; it needs 3 in uint8",
     ),
-    "a short nested map": ({".weight.nested_quant_map": torch.ones(3)}, "nested_quant_map has 3 numbers"),
-    "no outer scales": ({".weight.nested_absmax": torch.ones(0)}, "nested_absmax has 0 numbers"),
+    "a short nested map": ({".weight.nested_quant_map": torch.ones(3)}, "nested_quant_map has 3 values"),
+    "no outer scales": ({".weight.nested_absmax": torch.ones(0)}, "nested_absmax has 0 values"),
     "another table": ({".weight.quant_map": torch.ones(16)}, "quant_map is not that of nf4"),
 }
 
@@ -278,9 +283,9 @@ def test_a_lie_about_four_bits_is_refused_in_one_line(lie):
     ("changes", "says"),
     [
         ({".SCB": torch.ones(5)}, "holds 5 scales; the weight has 6 rows"),
-        ({".weight": torch.ones(6, 32)}, "is no matrix in int8"),
+        ({".weight": torch.ones(6, 32)}, "is not a matrix in int8"),
         ({".weight": None}, "a.weight, which is missing"),
-        ({".weight_format": torch.tensor(2, dtype=torch.uint8)}, "one of a GPU's own layouts"),
+        ({".weight_format": torch.tensor(2, dtype=torch.uint8)}, "a layout for GPUs"),
         ({STATE: as_json(GOOD)}, "a.weight, which is missing"),  # both claim it
     ],
 )
