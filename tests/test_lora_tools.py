@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import full_meta, open_checkpoint, resolve, write_checkpoint
-from litlora.cli import parse
+from litlora.cli import option_for, parse
 from litlora.errors import UserError
 from litlora.load import load
 from litlora.settings import LoRAExtractor, LoRAMerger
 
 EXTRACT, MERGE = "scripts/lora_extractor.py", "scripts/lora_merger.py"
+SETTINGS = {EXTRACT: LoRAExtractor, MERGE: LoRAMerger}
 SHAPES = {
     "blocks.0.attn.weight": (96, 80),
     "blocks.0.attn.bias": (96,),
@@ -43,15 +44,16 @@ def succeeds(script: str, *arguments: object) -> str:
     exec(compile((REPO / script).read_text(), script, "exec"), module)
     said = io.StringIO()
     with redirect_stdout(said):
-        module["main"](parse({EXTRACT: LoRAExtractor, MERGE: LoRAMerger}[script], [*map(str, arguments)]))
+        module["main"](parse(SETTINGS[script], [*map(str, arguments)]))
     return said.getvalue()
 
 
 def fails(script: str, *arguments: object) -> str:
     with pytest.raises(UserError) as raised:
         succeeds(script, *arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    said = raised.value.with_options(lambda name: option_for(SETTINGS[script], name))
+    assert "\n" not in said
+    return said
 
 
 @pytest.fixture
@@ -340,7 +342,7 @@ def test_underscored_names_are_matched_or_refused(tmp_path):
     save_file(
         {"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors"
     )
-    assert "two tensors would be called lora_unet_a_b_c.diff in it" in fails(
+    assert "two of its tensors would be called lora_unet_a_b_c.diff; choose another --format" in fails(
         EXTRACT, *words(tmp_path, "--format", "kohya")
     )
 
@@ -353,7 +355,7 @@ def test_underscored_names_are_matched_or_refused(tmp_path):
         (["--energy", "0.5"], "--energy: is for --rank auto"),
         (["--rank", "auto", "--sv_ratio", "0.5"], "--sv_ratio 0.5: must be above 1"),
         (["--source-model", "nowhere.safetensors"], "no such file"),
-        (["--source-type", "pytorch"], "say --source-type safetensors"),
+        (["--source-type", "pytorch"], "set --source_type safetensors"),
         (["--output", "/proc/x/lora"], "cannot be written"),
         (["--format", "peft", "--diff-only"], "--diff_only: is for the formats"),
     ],
@@ -592,7 +594,7 @@ def test_shards_take_no_inputs_place(tmp_path):
         "--max_shard_size",
         40,
     ]
-    assert "would be a part of it, and is read" in fails(MERGE, *words)
+    assert "would be a part of it, and is an input" in fails(MERGE, *words)
     assert "would be taken for a part of it" in fails(MERGE, *words[:-2])
     assert before == (source.read_bytes(), lora.read_bytes()) and len(list(tmp_path.iterdir())) == 2
 
