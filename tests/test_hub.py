@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import fails, succeeds
 
-from litlora.hub import wanted_files
+from litlora.hub import needed_files
 
 COMMIT = "0123456789" * 4
 LLAMA = {
@@ -154,8 +154,8 @@ def test_a_gated_model_says_what_to_do(hub, tmp_path):
     [
         ("someone/nothing", [], "no such model"),
         ("someone/llama", ["--revision", "v9"], "--revision v9"),
-        ("someone/data", [], "nothing to use"),
-        ("someone/mamba", [], "state-space layers.*weights were not fetched"),
+        ("someone/data", [], "choose another repository"),
+        ("someone/mamba", [], "state-space layers.*weights were not downloaded"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path):
@@ -167,7 +167,7 @@ def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path)
 
 def test_an_unreachable_hub_is_one_line(hub, tmp_path):
     message = fails(*get(tmp_path / "model", "someone/llama"), **{**hub, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "goes on where it stopped" in message
+    assert "run the same command again to resume it" in message
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
@@ -197,8 +197,8 @@ def test_safetensors_are_preferred_and_the_index_comes_first():
         "config.json",
         "onnx/model.onnx",
     ]
-    assert wanted_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
-    assert wanted_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
-    assert wanted_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
+    assert needed_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
+    assert needed_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
+    assert needed_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
         *("adapter_config.json", "adapter_model.safetensors")
     ]
