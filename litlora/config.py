@@ -146,8 +146,8 @@ class ModelConfig(_Facts):
     """What is normalised: the input of attention and MLP (Llama), their output (OLMo 2), or both
     (Gemma 2)."""
     qk_norm: Literal["none", "head", "each_head", "all_heads"] = "none"
-    """How queries and keys are normalised: each head with shared weights (Qwen 3), each head with its
-    own weights (StableLM), or all heads together (OLMo 2)."""
+    """How queries and keys are normalised: each head with shared weights (Qwen 3), each head with
+    its own weights (StableLM), or all heads together (OLMo 2)."""
     parallel_residual: bool = False
     """x + attention(norm(x)) + mlp(norm(x)): the MLP does not see the output of attention."""
     shared_norm: bool = False
@@ -282,7 +282,8 @@ class ModelConfig(_Facts):
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read a `model_config.yaml`. The message of a CheckpointError begins with the file's path."""
+        """Read a `model_config.yaml`. The message of a CheckpointError begins with the file's
+        path."""
         try:
             values = read_yaml(path)
         except FileNotFoundError:

@@ -13,7 +13,8 @@ from litlora.tokenizer import SIDECAR_FILES
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 STATE_DIR = ".cache"
-"""Where huggingface_hub keeps, beside the files, what it needs to resume an interrupted download."""
+"""Where huggingface_hub keeps, beside the files, what it needs to resume an interrupted
+download."""
 
 
 def needed_files(names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that answers as the hub does."""
+"""Downloads from a local server that answers like the hub."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 WEIGHTS = bytes(range(256)) * 50_000
-"""Larger than the pieces of 10 MB in which the library writes."""
+"""Larger than the chunks of 10 MB in which the library writes."""
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories of one commit; gated ones need a token. `break_after`: a file's transfer ends
-    after so many bytes, once."""
+    """Serves repositories with one commit each; gated ones need a token. `break_after`: the number
+    of bytes after which the first transfer of a file breaks off."""
 
     repositories: dict[str, dict[str, bytes]] = {}
     break_after: dict[str, int] = {}
@@ -86,15 +86,15 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """environment, and the server's class: what a command needs to meet this hub."""
+    """The environment variables that make a command use this hub."""
     pytest.importorskip("huggingface_hub")
     files = {
         "config.json": json.dumps(LLAMA).encode(),
         "tokenizer.json": b"{}",
         "tokenizer_config.json": b"{}",
         "model.safetensors": WEIGHTS,
-        "pytorch_model.bin": b"not wanted",
-        "README.md": b"not wanted",
+        "pytorch_model.bin": b"not needed",
+        "README.md": b"not needed",
     }
     Hub.repositories = {"someone/llama": files, "someone/gated": files}
     Hub.repositories["someone/mamba"] = {
@@ -123,7 +123,7 @@ def get(directory: Path, repo_id: str, *words: object) -> list[object]:
     return ["scripts/download.py", "--repo_id", repo_id, "--out_dir", directory, *words]
 
 
-def test_what_a_checkpoint_needs_is_fetched_and_no_more(hub, tmp_path):
+def test_only_what_a_checkpoint_needs_is_downloaded(hub, tmp_path):
     out = succeeds(*get(tmp_path / "model", "someone/llama"), **hub).stdout
     assert {file.name for file in (tmp_path / "model").iterdir() if file.is_file()} == {
         *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -132,7 +132,7 @@ def test_what_a_checkpoint_needs_is_fetched_and_no_more(hub, tmp_path):
     assert "next: python finetune/lora.py" in out
     before = len(Hub.ranges)
     succeeds(*get(tmp_path / "model", "someone/llama"), **hub)
-    assert len(Hub.ranges) == before  # nothing is fetched twice
+    assert len(Hub.ranges) == before  # nothing is downloaded twice
 
 
 def test_a_broken_connection_is_resumed(hub, tmp_path):
@@ -158,7 +158,7 @@ def test_a_gated_model_says_what_to_do(hub, tmp_path):
         ("someone/mamba", [], "state-space layers.*weights were not downloaded"),
     ],
 )
-def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path):
+def test_what_cannot_be_downloaded_is_named(repo_id, words, message, hub, tmp_path):
     import re
 
     assert re.search(message, fails(*get(tmp_path / "model", repo_id, *words), **hub))
@@ -171,7 +171,7 @@ def test_an_unreachable_hub_is_one_line(hub, tmp_path):
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
-def test_a_name_that_is_none_is_refused(repo_id, tmp_path):
+def test_an_invalid_name_is_refused(repo_id, tmp_path):
     assert "--repo_id" in fails(
         "scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model"
     )

@@ -24,7 +24,8 @@ def is_model_folder(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
-    """(the file that leads to the weights, {file of weights: the names that the index lists in it}).
+    """(the file that leads to the weights, {file of weights: the names that the index lists in
+    it}).
 
     Where both kinds exist, safetensors are preferred. Raises CheckpointError for a missing shard.
     """
@@ -87,8 +88,8 @@ def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str
     """The files of the model at `path`: itself, or all files of that kind in a folder. Opens only
     indexes.
 
-    `option` is the name of the setting that gave the path, such as source_model; source_type is then
-    the setting of the kind.
+    `option` is the name of the setting that gave the path, such as source_model; source_type is
+    then the setting of the kind.
     """
     where, suffixes = f"{setting(option)} {path}", GENERIC_SUFFIXES[kind]
     if not path.exists():

@@ -29,8 +29,8 @@ from litlora.frozen.bitsandbytes import Quantized
 LAYER = "model.layers.{}."
 QKV = tuple(f"{LAYER}self_attn.{part}_proj" for part in "qkv")
 NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
-"""Entries of old files that are not weights: rotary frequencies and causal masks, which are computed
-here."""
+"""Entries of old files that are not weights: rotary frequencies and causal masks, which are
+computed here."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Rule:
         return dataclasses.replace(self, theirs=self.theirs.format(*numbers), ours=ours)
 
     def split(self, rows: Tensor | Quantized) -> list[Tensor | Quantized]:
-        """Their tensor (out, ...), in our orientation, as one tensor for each of ours. They are views
-        where their rows are adjacent.
+        """Their tensor (out, ...), in our orientation, as one tensor for each of ours. They are
+        views where their rows are adjacent.
 
         Raises CheckpointError if the number of rows does not fit the parts.
         """
@@ -91,7 +91,8 @@ class Layout:
     def __init__(self, rules: list[Rule], prefix: str = "model.") -> None:
         self.rules = rules
         self.prefix = prefix
-        """The prefix of all their names but the output head's. Files of the bare decoder lack it."""
+        """The prefix of all their names but the output head's. Files of the bare decoder lack
+        it."""
         self._by_theirs = [
             (_pattern(name), rule) for rule in rules for name in (rule.theirs, rule.also) if name
         ]

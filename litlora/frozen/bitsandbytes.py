@@ -6,7 +6,8 @@ some rows at a time.
              X.weight.quant_state.bitsandbytes__nf4 (or __fp4)
                                JSON as bytes: shape, dtype, blocksize
              X.weight.nested_absmax, .nested_quant_map
-                               double quantization: absmax = map[byte] * nested_absmax + nested_offset
+                               double quantization: absmax = map[byte] * nested_absmax +
+                               nested_offset
     8 bits   X.weight          int8 (out, in)
              X.SCB             (out,), the largest magnitude in each row: W = entry * SCB / 127
 
@@ -313,8 +314,8 @@ def _nested(entries: Tensor, state: dict[str, Any], parts: dict[str, Tensor]) ->
 
 
 def _flat(parts: dict[str, Tensor], part: str, count: int, *, quantized: bool = False) -> Tensor:
-    """A part of a weight, as a vector; of bytes if it is `quantized` itself. Raises ValueError unless
-    it has `count` values."""
+    """A part of a weight, as a vector; of bytes if it is `quantized` itself. Raises ValueError
+    unless it has `count` values."""
     if (tensor := parts.get(part)) is None:
         raise ValueError(f"goes with {part}, which is missing")
     fits = tensor.dtype == torch.uint8 if quantized else tensor.is_floating_point()

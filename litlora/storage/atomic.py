@@ -22,12 +22,12 @@ LEFTOVERS = (".*.new", ".*.old", ".*.gone", ".*.aside")
 
 @contextmanager
 def replacing_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to fill. It takes the name `directory` when the block succeeds, and is removed
-    when it fails.
+    """A new directory to fill. It takes the name `directory` when the block succeeds, and is
+    removed when it fails.
 
     Every file is on the disk before the rename, so that a crash leaves the old directory or the new
-    one. A directory cannot be renamed onto another, so the old one is moved away first; after a crash
-    in between, `settle` moves it back.
+    one. A directory cannot be renamed onto another, so the old one is moved away first; after a
+    crash in between, `settle` moves it back.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)

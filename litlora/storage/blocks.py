@@ -20,8 +20,8 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def blocks(self, memory: "Memory | None" = None) -> Iterator[Tensor]:
-        """The tensor in order, some rows (of the first axis) at a time. `memory`, if given, is where
-        they are computed."""
+        """The tensor in order, some rows (of the first axis) at a time. `memory`, if given, is
+        where they are computed."""
 
 
 class Memory:

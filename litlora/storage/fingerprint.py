@@ -1,4 +1,5 @@
-"""A fingerprint of tensors (a hash over a sample of their bytes), and a check that they are finite."""
+"""A fingerprint of tensors (a hash over a sample of their bytes), and a check that they are
+finite."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from litlora.storage.blocks import LazyTensor
 
 
 def fingerprint(tensors: Mapping[str, Tensor | LazyTensor], facts: str = "") -> str:
-    """16 hex digits of a hash over names, shapes, dtypes, 4 KiB of each tensor's bytes, and `facts`.
+    """16 hex digits of a hash over names, shapes, dtypes, 4 KiB of each tensor's bytes, and
+    `facts`.
 
     Takes milliseconds for a file of any size: of each tensor it reads 8 pieces of 512 bytes, evenly
     spread from the first byte to the last.

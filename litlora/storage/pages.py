@@ -32,7 +32,8 @@ class Pages:
             self.release()
 
     def release(self) -> None:
-        """Give back the pages of all tensors that have been read, if they belong to a mapped file."""
+        """Give back the pages of all tensors that have been read, if they belong to a mapped
+        file."""
         mapped = _file_mappings()
         for tensor in self._read:
             first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

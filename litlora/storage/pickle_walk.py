@@ -59,7 +59,8 @@ class Stream(Protocol):
 
 
 def storages(stream: Stream, max_steps: int = MAX_STEPS) -> dict[str, int]:
-    """{key of a storage: its bytes}, for all storages that the next pickle of a stream refers to."""
+    """{key of a storage: its bytes}, for all storages that the next pickle of a stream refers
+    to."""
     return _Machine().run(stream, max_steps).storages
 
 
@@ -173,8 +174,8 @@ class _Machine:
         self._items(len(self._stack) - 2)
 
     def _items(self, start: int) -> None:
-        """Drop the items of a dict from the stack. Their keys must be text or numbers, as the hash of
-        a tuple can take forever."""
+        """Drop the items of a dict from the stack. Their keys must be text or numbers, as the hash
+        of a tuple can take forever."""
         if any(type(key) not in (str, int) for key in self._stack[start::2]):
             raise Malformed("a name in it is neither text nor a number")
         del self._stack[start:]

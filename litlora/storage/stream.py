@@ -1,10 +1,10 @@
 """A new file that is written in order, in large pieces, in the background, and past the page cache
 if nobody will read it soon.
 
-Most of the processor time of writing gigabytes is spent on memory for the page cache and on the copy
-into it, and syncing the file then waits for the disk once more. Direct I/O takes the bytes from
-where they are. It is used where the file system is on a block device: other file systems may refuse
-it, or send each piece through a network and wait.
+Most of the processor time of writing gigabytes is spent on memory for the page cache and on the
+copy into it, and syncing the file then waits for the disk once more. Direct I/O takes the bytes
+from where they are. It is used where the file system is on a block device: other file systems may
+refuse it, or send each piece through a network and wait.
 """
 
 import errno
@@ -131,7 +131,8 @@ class OutputStream:
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
-                # The file system refuses direct I/O, or its alignment is lost after a partial write.
+                # The file system refuses direct I/O, or its alignment is lost after a partial
+                # write.
                 direct = self._direct = 0
             else:
                 data, offset = data[count:], offset + count

@@ -33,7 +33,8 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def named_tensors(file: Path, content: Any) -> dict[str, Tensor]:
-    """The content of a torch file. Raises CheckpointError unless it is a dict of tensors by name."""
+    """The content of a torch file. Raises CheckpointError unless it is a dict of tensors by
+    name."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must hold a mapping of names to tensors")
     for name, value in content.items():

@@ -1,9 +1,9 @@
 """What a torch file claims, checked before torch reads it; and its content, checked afterwards.
 
-`torch.load(weights_only=True)` runs no code from a file, but it trusts the sizes that a file claims,
-and it accepts more types than a checkpoint needs. So the archive's directory and its pickle are
-checked first. A file that names anything but tensors and plain values, or claims more bytes than it
-has, is refused.
+`torch.load(weights_only=True)` runs no code from a file, but it trusts the sizes that a file
+claims, and it accepts more types than a checkpoint needs. So the archive's directory and its pickle
+are checked first. A file that names anything but tensors and plain values, or claims more bytes
+than it has, is refused.
 """
 
 import struct
@@ -141,7 +141,8 @@ class _Bounded:
 
 
 def check_content(content: Any) -> None:
-    """Raise Forbidden or Malformed unless a file's content is a tree of tensors and plain values."""
+    """Raise Forbidden or Malformed unless a file's content is a tree of tensors and plain
+    values."""
     from torch import Tensor, nn
 
     left = MAX_VALUES

@@ -31,12 +31,14 @@ ALIGNMENT = 64
 LARGE = 1 << 30
 """Records above this size get zip's 64-bit fields, which records above 2 GiB need."""
 WRITE_BYTES = 1 << 20
-"""How much is added to the checksum and handed to the system at a time, while it is in the cache."""
+"""How much is added to the checksum and handed to the system at a time, while it is in the
+cache."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor in an unfinished file. In the content that `finish` takes, it stands for the tensor."""
+    """A tensor in an unfinished file. In the content that `finish` takes, it stands for the
+    tensor."""
 
     key: str
     shape: torch.Size
@@ -76,8 +78,8 @@ class TorchFile:
             self._stream.close(cancel=kind is not None)
 
     def add(self, tensor: Tensor | LazyTensor) -> Written:
-        """Write a tensor's bytes in the background. It must not change until `finish`. Any later call
-        may raise the error of a failed write."""
+        """Write a tensor's bytes in the background. It must not change until `finish`. Any later
+        call may raise the error of a failed write."""
         key, count = str(self._count), 0
         self._count += 1
         self._writer.run(self._open, key, tensor.shape.numel() * tensor.dtype.itemsize)

@@ -1,6 +1,6 @@
-"""The files of the attacks: each function takes a directory, which holds a sound checkpoint at
-`base` and an adapter on it at `adapter`, and puts something hostile there. Its name is that of the
-document beside this file that tells what must happen."""
+"""The files of the attacks. Each function takes a directory with a valid checkpoint at `base` and
+an adapter on it at `adapter`, and makes something in it hostile. The document that `attack` names,
+beside this file, describes what must happen."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 CHAT, MERGE, EXPORT = "chat", "merge", "export"
 ATTACKS: dict[str, list[tuple[Any, str, str]]] = {}
-"""{document: [(the function that makes the files, the command that meets them, what it must
+"""{document: [(the function that makes the files, the command that reads them, what it must
 say)]}."""
 
 
@@ -33,7 +33,7 @@ def attack(document: str, says: str, *, command: str = CHAT) -> Any:
 
 
 class Call:
-    """Pickles as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, *what: Any) -> None:
         self.what = what
@@ -47,8 +47,8 @@ def payload(directory: Path) -> Call:
 
 
 def rewrite(file: Path, change: Any = None, pickled: bytes | None = None, **options: Any) -> None:
-    """Write a torch archive again, its records changed by `change(name, data) -> data` or its
-    pickle replaced."""
+    """Rewrite a torch archive: its records are changed by `change(name, data) -> data`, or its
+    pickle is replaced."""
     with zipfile.ZipFile(file) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(file, "w", **options) as archive:
@@ -260,7 +260,7 @@ def an_old_file_that_promises_more(directory: Path) -> None:
 
 
 def _one_tensor(*, count: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """The pickle of {"model": {"x": a tensor}, ...} with whatever numbers."""
+    """The pickle of {"model": {"x": a tensor}, ...} with any sizes."""
 
     class Storage:
         pass
@@ -388,8 +388,8 @@ def a_header_of_half_of_all_bytes(directory: Path) -> None:
 
 
 def _four_bits(directory: Path, shape: list[int], absmax: torch.Tensor) -> None:
-    """A Hugging Face folder, one weight of which is 4-bit numbers of bitsandbytes' with this shape
-    and these scales."""
+    """Make a Hugging Face folder with one 4-bit weight of bitsandbytes, of this shape and with
+    these scales."""
     hugging_face(directory)
     file = directory / "base/pytorch_model-00001-of-00002.bin"
     tensors = content(file)

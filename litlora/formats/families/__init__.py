@@ -1,4 +1,5 @@
-"""Hugging Face's `config.json` -> ModelConfig and back, one entry for each model family. Torch-free.
+"""Hugging Face's `config.json` -> ModelConfig and back, one entry for each model family.
+Torch-free.
 
 A family is known by its `model_type`. Its entry in `table.py` reads and writes the same settings;
 `write_config` reads its own result again and refuses a result that is not the same model. Dropout
@@ -107,7 +108,8 @@ def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] 
     A fine-tune may change what belongs to the vocabulary: the rows of the embedding, and whether
     the head is tied to it.
     """
-    # auto_map names code beside the base, which is not copied; the weights written are not quantized.
+    # auto_map names code beside the base, which is not copied; the weights written are not
+    # quantized.
     dropped = ("auto_map", "quantization_config")
     values = {name: value for name, value in values.items() if name not in dropped}
     adapted = {**values, "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}

@@ -151,8 +151,8 @@ def activation_name(config: ModelConfig, tanh: str = "gelu_pytorch_tanh") -> str
 
 
 def window_fields(c: HFConfig, window: int | None, slides: Callable[[int], bool]) -> dict[str, Any]:
-    """The fields of sliding windows, from `layer_types` if the file has it. Otherwise `slides(layer)`
-    is the family's own rule."""
+    """The fields of sliding windows, from `layer_types` if the file has it. Otherwise
+    `slides(layer)` is the family's own rule."""
     layers = c.layers
     kinds = c.get("layer_types") or [
         "sliding_attention" if slides(layer) else "full_attention" for layer in layers

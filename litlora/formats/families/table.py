@@ -34,7 +34,8 @@ FAMILIES = {
     "smollm3": Family("SmolLM3ForCausalLM", llama.read_smollm3, llama.write_smollm3),
 }
 # fmt: on
-"""By `model_type`. A model without a family of its own is written as the first that can express it."""
+"""By `model_type`. A model without a family of its own is written as the first that can express
+it."""
 
 MISSING = {
     "BaichuanForCausalLM": "its own remote code",
