@@ -1,6 +1,6 @@
 """ModelConfig: the facts of an architecture, as `model_config.yaml` stores them. Torch-free.
 
-The names are those of Hugging Face's `config.json`, wherever it has one for the thing.
+A field has the name that Hugging Face's `config.json` gives it, where it has one.
 """
 
 import dataclasses
@@ -15,36 +15,35 @@ from litlora.storage.untrusted import read_yaml
 
 CONFIG_FILE = "model_config.yaml"
 LARGEST = 2**28
-"""No size or count of a real model is larger; products of two still fit into 64 bits."""
+"""No size or count of a real model is larger. A product of two still fits into 64 bits."""
 
 
 class _Facts:
-    """What the dataclasses here share: every field is checked against its type, and they are read
-    from plain values."""
+    """What the dataclasses here share: fields that are checked against their types, and reading and
+    writing of plain values."""
 
     def __post_init__(self) -> None:
         for name, kind in _types(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for YAML; what is absent (None) is left out."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {
-            name: value.to_dict() if isinstance(value, _Facts) else value for name, value in values.items()
-        }
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in plain.items()
-            if value is not None
-        }
+        """Plain values only, ready for YAML, without the fields that are None."""
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, _Facts):
+                plain[field.name] = value.to_dict()
+            elif value is not None:
+                plain[field.name] = list(value) if isinstance(value, tuple) else value
+        return plain
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
-        """Raises CheckpointError for a missing, unknown or ill-typed field: nothing is guessed."""
+        """Read plain values. Raises CheckpointError for a missing, unknown or ill-typed field."""
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(map(str, values.keys() - names)):
             raise CheckpointError(
-                f"unknown field(s) {', '.join(unknown)}; this version of litlora does not know them"
+                f"unknown field(s) {', '.join(unknown)}; this version of litlora does not support them"
             )
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         if missing := sorted(required - values.keys()):
@@ -54,29 +53,30 @@ class _Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(_Facts):
-    """How rotary frequencies are changed to reach beyond the context of pre-training."""
+    """How rotary frequencies are scaled to reach beyond the context of pre-training."""
 
     rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float | None = None
-    """By how much the context grows."""
+    """Growth of the context."""
     original_max_position_embeddings: int | None = None
     """Context of pre-training; llama3, yarn and longrope."""
     low_freq_factor: float | None = None
-    """llama3: waves longer than original / low_freq_factor are stretched in full."""
+    """llama3: wavelengths above original / low_freq_factor are stretched by the full factor."""
     high_freq_factor: float | None = None
-    """llama3: waves shorter than original / high_freq_factor are left alone."""
+    """llama3: wavelengths below original / high_freq_factor are not stretched."""
     beta_fast: float | None = None
-    """yarn: rotations within the original context from which a frequency is left alone."""
+    """yarn: a frequency with at least this many rotations in the original context is not
+    stretched."""
     beta_slow: float | None = None
-    """yarn: rotations up to which a frequency is stretched in full."""
+    """yarn: a frequency with at most this many rotations is stretched by the full factor."""
     truncate: bool | None = None
-    """yarn: the bounds of the ramp are whole numbers."""
+    """yarn: the bounds of the ramp are rounded to whole numbers."""
     attention_factor: float | None = None
-    """yarn, longrope: cosines and sines are multiplied by this."""
+    """yarn, longrope: factor of the cosines and sines."""
     short_factor: tuple[float, ...] | None = None
-    """longrope: divisor of each frequency up to the original context."""
+    """longrope: divisor of each frequency within the original context."""
     long_factor: tuple[float, ...] | None = None
-    """longrope: the same beyond it."""
+    """longrope: divisor of each frequency beyond the original context."""
 
     NEEDS = {
         "linear": ("factor",),
@@ -92,6 +92,7 @@ class RopeScaling(_Facts):
         ),
         "longrope": ("original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
     }
+    """The fields that each type has; it has no others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,35 +100,42 @@ class RopeScaling(_Facts):
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if (value is None) == (field.name in needed):
-                raise CheckpointError(
-                    f"rope_scaling of type {self.rope_type}: {field.name} {'missing' if value is None else 'has no use'}"
-                )
-            if (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and not (value > 0 and math.isfinite(value))
-            ):
+                what = "missing" if value is None else "has no effect"
+                raise CheckpointError(f"rope_scaling of type {self.rope_type}: {field.name} {what}")
+            if type(value) in (int, float) and not _is_positive(value):
                 raise CheckpointError(f"rope_scaling: {field.name} is {value!r}; it must be positive")
+
+    def check_factors(self, count: int) -> None:
+        """Raise CheckpointError unless longrope's lists hold `count` positive factors."""
+        if self.rope_type != "longrope":
+            return
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if len(factors) != count:
+                raise CheckpointError(
+                    f"rope_scaling: {name} has {len(factors)} values; there are {count} frequencies"
+                )
+            if bad := [factor for factor in factors if not _is_positive(factor)]:
+                raise CheckpointError(f"rope_scaling: {name} holds {bad[0]!r}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Facts):
-    """The architecture of one GPT; `CheckpointError` if the sizes contradict each other."""
+    """The architecture of one GPT. Raises CheckpointError if its fields contradict each other."""
 
     vocab_size: int
-    """Rows of the embedding; a tokenizer may use fewer."""
+    """Rows of the embedding; the tokenizer may use fewer."""
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Width inside the MLP."""
+    """Inner width of the MLP."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     """Grouped-query attention: each key/value head serves num_attention_heads / num_key_value_heads
     queries."""
     head_dim: int
-    """Width of one head; hidden_size / num_attention_heads unless the architecture says
-    otherwise."""
+    """Width of one head; in most architectures hidden_size / num_attention_heads."""
     max_position_embeddings: int
     """Context length in tokens."""
     norm: Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plain"] = "rmsnorm"
@@ -135,13 +143,13 @@ class ModelConfig(_Facts):
     weights."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
-    """Where attention and MLP are normalised: their input (Llama), their output (OLMo 2) or both
+    """What is normalised: the input of attention and MLP (Llama), their output (OLMo 2), or both
     (Gemma 2)."""
     qk_norm: Literal["none", "head", "each_head", "all_heads"] = "none"
-    """Queries and keys are normalised a head at a time with the same weights for all (Qwen 3) or
-    with each head's own (StableLM), or all heads together (OLMo 2)."""
+    """How queries and keys are normalised: each head with shared weights (Qwen 3), each head with
+    its own weights (StableLM), or all heads together (OLMo 2)."""
     parallel_residual: bool = False
-    """x + attention(norm(x)) + mlp(norm(x)) instead of one after the other."""
+    """x + attention(norm(x)) + mlp(norm(x)): the MLP does not see the output of attention."""
     shared_norm: bool = False
     """With parallel_residual: one norm serves both."""
     mlp: Literal["gated", "plain"] = "gated"
@@ -150,114 +158,122 @@ class ModelConfig(_Facts):
     attention_bias: bool = False
     """Biases in the query, key, value and output projections."""
     attention_output_bias: bool | None = None
-    """The output projection's bias where it differs from the others'."""
+    """Bias in the output projection, where it differs from attention_bias."""
     mlp_bias: bool = False
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False
-    """The output head is the embedding matrix itself; the checkpoint then stores it once."""
+    """The output head is the embedding matrix; the checkpoint stores it once."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by √hidden_size (Gemma)."""
 
     positions: Literal["rotary", "learned"] = "rotary"
-    """rotary: queries and keys are rotated; learned: a vector a position is added to the embedding
+    """rotary: queries and keys are rotated; learned: each position adds a vector to the embedding
     (GPT-2)."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding's frequencies."""
     rope_local_base_freq: float | None = None
-    """The base in layers with a sliding window, where it differs; those are not scaled (Gemma
-    3)."""
+    """The base in layers with a sliding window, where it differs. rope_scaling does not apply to
+    them (Gemma 3)."""
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of each head that is rotated."""
     layers_without_rope: tuple[int, ...] = ()
-    """Numbers of the layers that rotate nothing (SmolLM 3)."""
+    """Numbers of the layers without rotary embeddings (SmolLM 3)."""
 
     sliding_window: int | None = None
-    """Tokens a layer with a window sees, the current one included."""
+    """Tokens that a layer with a window sees, the current one included."""
     full_attention_layers: tuple[int, ...] = ()
-    """With sliding_window: numbers of the layers that see everything all the same."""
+    """With sliding_window: numbers of the layers without a window."""
     query_pre_attn_scalar: float | None = None
-    """Attention scores are divided by its root; default head_dim."""
+    """Attention scores are divided by its square root; default head_dim."""
     attn_logit_softcapping: float | None = None
     """Attention scores s become cap · tanh(s / cap)."""
     final_logit_softcapping: float | None = None
-    """The same for the logits."""
+    """The same cap for the logits."""
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to ± this (OLMo 1)."""
 
     num_experts: int | None = None
-    """Mixture of experts: MLPs a layer, of which a router picks a few for each token."""
+    """Mixture of experts: MLPs in each layer, of which a router picks some for each token."""
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
-    """Width inside an expert."""
+    """Inner width of an expert."""
     norm_topk_prob: bool = False
-    """The shares of the picked experts add up to 1."""
+    """The weights of the picked experts add up to 1."""
     shared_expert_intermediate_size: int | None = None
-    """Width of an expert that serves every token besides (Qwen 2 MoE)."""
+    """Inner width of an additional expert that every token uses (Qwen 2 MoE)."""
     dense_layers: tuple[int, ...] = ()
-    """Numbers of the layers with a plain MLP instead of experts."""
+    """Numbers of the layers with one MLP instead of experts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) in (int, float) and not (value > 0 and math.isfinite(value)):
-                raise CheckpointError(f"{field.name} is {value!r}; it must be positive")
-            if type(value) is int and value > LARGEST:
-                raise CheckpointError(f"{field.name} is {value}; no model is that large")
-            if type(value) is tuple and any(not 0 <= layer < self.num_hidden_layers for layer in value):
-                raise CheckpointError(
-                    f"{field.name} names layers that there are not; there are {self.num_hidden_layers}"
-                )
-            if type(value) is tuple and len(value) > self.num_hidden_layers:
-                raise CheckpointError(f"{field.name} names a layer more than once")
+            if type(value) in (int, float):
+                _check_size(field.name, value)
+            elif type(value) is tuple:
+                self._check_layers(field.name, value)
+        self._check_attention()
+        self._check_experts()
+        self._check_blocks()
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_factors(self.rotary_dim // 2)
+
+    def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
+        if missing := [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]:
+            raise CheckpointError(
+                f"{name} lists layer {missing[0]}; the model has {self.num_hidden_layers} layers"
+            )
+        if len(layers) > self.num_hidden_layers:
+            raise CheckpointError(f"{name} lists a layer more than once")
+
+    def _check_attention(self) -> None:
         if self.partial_rotary_factor > 1:
             raise CheckpointError(
-                f"partial_rotary_factor is {self.partial_rotary_factor}; it is a share, 1 at most"
+                f"partial_rotary_factor is {self.partial_rotary_factor}; it must be at most 1"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
             raise CheckpointError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.num_key_value_heads})"
+                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise CheckpointError(
-                f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an even number"
+                f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an "
+                "even number"
             )
-        moe = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
-        if None in moe and moe != [None] * 3:
+
+    def _check_experts(self) -> None:
+        sizes = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
+        if None in sizes and sizes != [None] * 3:
             raise CheckpointError(
-                "num_experts, num_experts_per_tok and moe_intermediate_size belong together"
+                "num_experts, num_experts_per_tok and moe_intermediate_size must be set together"
             )
         if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
             raise CheckpointError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts ({self.num_experts})"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts "
+                f"({self.num_experts})"
             )
+
+    def _check_blocks(self) -> None:
         if self.parallel_residual and self.norm_position != "before":
             raise CheckpointError(
-                f"parallel_residual with norm_position {self.norm_position} is no architecture known here"
+                f"parallel_residual with norm_position {self.norm_position} is not a supported architecture"
             )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError("shared_norm needs parallel_residual")
-        if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
-            for name in ("short_factor", "long_factor"):
-                if (count := len(factors := getattr(self.rope_scaling, name))) != self.rotary_dim // 2:
-                    raise CheckpointError(
-                        f"rope_scaling: {name} has {count} numbers; there are {self.rotary_dim // 2} frequencies"
-                    )
-                if odd := [factor for factor in factors if not (factor > 0 and math.isfinite(factor))]:
-                    raise CheckpointError(f"rope_scaling: {name} holds {odd[0]!r}; it must be positive")
 
     @property
     def rotary_dim(self) -> int:
-        """Leading dimensions of each head that are rotated."""
+        """How many of the leading dimensions of each head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a layer sees, the current one included; None for all."""
+        """Tokens that a layer sees, the current one included; None if it sees all of them."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
-        """Base and scaling of a layer's rotary frequencies; None where nothing is rotated."""
+        """Base and scaling of a layer's rotary frequencies; None if the layer has none."""
         if self.positions == "learned" or layer in self.layers_without_rope:
             return None
         if self.window(layer) is not None and self.rope_local_base_freq is not None:
@@ -266,7 +282,8 @@ class ModelConfig(_Facts):
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read a `model_config.yaml`. Raises CheckpointError with the file's path in front."""
+        """Read a `model_config.yaml`. The message of a CheckpointError begins with the file's
+        path."""
         try:
             values = read_yaml(path)
         except FileNotFoundError:
@@ -287,7 +304,8 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value as its type wants it. Raises CheckpointError if it is of another."""
+    """The value, converted to its type where that loses nothing. Raises CheckpointError if it has
+    another type."""
     if get_origin(kind) is types.UnionType:  # every union here is "or None"
         return None if value is None else _checked(name, value, get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -305,3 +323,14 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         raise CheckpointError(f"{name} is {value!r}; it must be of type {kind.__name__}")
     return value
+
+
+def _check_size(name: str, value: int | float) -> None:
+    if not _is_positive(value):
+        raise CheckpointError(f"{name} is {value!r}; it must be positive")
+    if type(value) is int and value > LARGEST:
+        raise CheckpointError(f"{name} is {value}; no model is that large")
+
+
+def _is_positive(value: int | float) -> bool:
+    return value > 0 and math.isfinite(value)

@@ -1,24 +1,25 @@
-"""The Hugging Face hub: which files of a repository a checkpoint needs, and fetching them.
+"""The Hugging Face hub: which files of a repository a checkpoint needs, and downloading them.
 Torch-free; needs the extra `hub`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from litlora.errors import CheckpointError, MissingExtraError, UserError
+from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
 from litlora.formats.families import HF_CONFIG_FILE, load_config
 from litlora.tokenizer import SIDECAR_FILES
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 STATE_DIR = ".cache"
-"""Where huggingface_hub keeps, beside the files, what it needs to go on with an interrupted
+"""Where huggingface_hub keeps, beside the files, what it needs to resume an interrupted
 download."""
 
 
-def wanted_files(names: list[str]) -> list[str]:
-    """The files of a repository that a checkpoint needs: small ones first, safetensors rather than
-    torch files."""
+def needed_files(names: list[str]) -> list[str]:
+    """The files of a repository that a checkpoint needs: small files first, and safetensors rather
+    than torch files."""
     weights = [name for name in names if WEIGHTS.fullmatch(name)]
     safe = [name for name in weights if ".safetensors" in name]
     adapter = [name for name in ADAPTER_FILES if name in names]
@@ -32,62 +33,76 @@ def wanted_files(names: list[str]) -> list[str]:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise UserError if the directory holds something that no download put there."""
+    """Raise UserError if the directory holds anything that no download put there."""
+    where = f"{setting('out_dir')} {directory}"
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"--out_dir {directory}: is a file; name a directory")
+        raise UserError(f"{where}: is a file; choose a directory")
     there = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
     if there and not (directory / STATE_DIR / "huggingface").is_dir():
         raise UserError(
-            f"--out_dir {directory}: already holds {there[0]}, which no download put there; name another directory"
+            f"{where}: already holds {there[0]}, which no download put there; choose another directory"
         )
 
 
 def download(
     repo_id: str, directory: Path, *, revision: str, token: str | None, say: Callable[[str], None]
 ) -> None:
-    """Fetch what a checkpoint needs of a repository, all of one commit; what is there already is
-    not fetched again.
+    """Download the files of a repository that a checkpoint needs, all from one commit. Files that
+    are already there are not downloaded again.
 
-    A model whose architecture is not covered is refused before its weights are fetched. Raises
-    UserError for a name that does not exist, a model that needs a login, and a connection that
-    breaks, saying how to go on.
+    A model with an architecture that is not covered is refused before its weights are downloaded.
+    Raises UserError, with the way out, for an unknown name, for a model that needs a login, and for
+    a broken connection.
     """
     try:
-        from huggingface_hub import HfApi, constants, hf_hub_download
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub import HfApi, hf_hub_download
     except ImportError:
         raise MissingExtraError(
             "downloading needs huggingface_hub; install it with: pip install 'litlora[hub]'"
         ) from None
-    login = "log in with `hf auth login`, or give a token as --access_token or HF_TOKEN"
-    try:
+    with _explained(repo_id, revision):
         found = HfApi(token=token).model_info(repo_id, revision=revision)
-        names = wanted_files([file.rfilename for file in found.siblings or []])
+        names = needed_files([file.rfilename for file in found.siblings or []])
         if not any(WEIGHTS.fullmatch(name) or name in ADAPTER_FILES for name in names):
             raise UserError(
-                f"{repo_id}: holds no *.safetensors, no pytorch_model*.bin and no adapter; there is nothing to use here"
+                f"{repo_id}: holds no *.safetensors, no pytorch_model*.bin and no adapter; choose another "
+                "repository"
             )
+        is_adapter = any(name in names for name in ADAPTER_FILES)
         for name in sorted(names, key=lambda name: name != HF_CONFIG_FILE):
             hf_hub_download(repo_id, name, revision=found.sha, local_dir=directory, token=token)
-            if name == HF_CONFIG_FILE and not any(file in names for file in ADAPTER_FILES):
+            if name == HF_CONFIG_FILE and not is_adapter:
                 _check_covered(repo_id, directory)
             say(f"{name} ({(directory / name).stat().st_size:,} bytes)")
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a UserError that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    login = f"log in with `hf auth login`, or give a token as {setting('access_token')} or HF_TOKEN"
+    try:
+        yield
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(
-            f"{repo_id}: needs its terms accepted: do so at {constants.ENDPOINT}/{repo_id}, then {login}"
+            f"{repo_id}: its terms must be accepted first, at {constants.ENDPOINT}/{repo_id}; then {login}"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"{repo_id}: no such model at {constants.ENDPOINT}, or a private one: check the name, or {login}"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
-    except UserError:
-        raise
-    except Exception as error:  # what a broken connection raises differs between versions of the library
+        raise UserError(
+            f"{setting('revision')} {revision}: {repo_id} has no such branch, tag or commit"
+        ) from None
+    except Exception as error:  # what a broken connection raises depends on the library's version
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"{repo_id}: the download stopped: {reason}; the same command goes on where it stopped"
+            f"{repo_id}: the download stopped: {reason}; run the same command again to resume it"
         ) from None
 
 
@@ -95,4 +110,4 @@ def _check_covered(repo_id: str, directory: Path) -> None:
     try:
         load_config(directory)
     except CheckpointError as error:
-        raise UserError(f"{repo_id}: {error}; its weights were not fetched") from None
+        raise UserError(f"{repo_id}: {error}; its weights were not downloaded") from None

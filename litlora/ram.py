@@ -1,50 +1,51 @@
-"""How much memory the system can still give. Torch-free."""
+"""How much memory the system can still provide. Torch-free."""
 
+from collections.abc import Iterator
 from pathlib import Path
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+"""The limit of a control group, what it uses, and the part of that which the page cache can give
+back."""
 
 
 def free_ram(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still take: the machine's, or less where a control
-    group sets a limit; None without /proc.
+    """Bytes of memory that this process can still take, or None without /proc.
 
-    `root` is where proc and sys lie. What a group's files fill of the page cache counts as free:
+    That is the machine's free memory, or less where a control group sets a limit. `root` is the
+    directory of proc and sys. What the files of a group fill of the page cache counts as free, as
     the kernel gives it back.
     """
     meminfo = root / "proc/meminfo"
     if not meminfo.is_file():
         return None
-    free = [field_of(meminfo, "MemAvailable:") * 1024]
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        number, controllers, group = line.split(":", 2)
-        if number == "0":  # version 2
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount, names = (
-                root / "sys/fs/cgroup/memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
-        else:
-            continue
-        place = mount / group.strip("/")
-        for directory in (
-            place,
-            *place.parents,
-        ):  # a limit holds for all below it; in a container the mount is the group itself
-            limit, used = directory / names[0], directory / names[1]
-            if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-                free.append(
-                    int(limit.read_text())
-                    - int(used.read_text())
-                    + field_of(directory / "memory.stat", names[2])
-                )
-            if directory == mount:
-                break
+    free = [field_of(meminfo, "MemAvailable:") * 1024, *_free_in_groups(root)]
     return max(0, min(free))
 
 
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """The free bytes in each control group of this process that has a limit."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        number, controllers, group = line.split(":", 2)
+        if number == "0":
+            mount, names = root / "sys/fs/cgroup", _VERSION_2
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", _VERSION_1
+        else:
+            continue
+        # A limit holds for all groups below it. In a container the mount is the group itself.
+        place = mount / group.strip("/")
+        for directory in (place, *place.parents):
+            limit, used = directory / names[0], directory / names[1]
+            if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+                cached = field_of(directory / "memory.stat", names[2])
+                yield int(limit.read_text()) - int(used.read_text()) + cached
+            if directory == mount:
+                break
+
+
 def field_of(file: Path, name: str) -> int:
-    """The number behind a name in a file of lines `name number ...`."""
-    return next(
-        (int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0
-    )
+    """The number after a name in a file of lines `name number ...`, or 0."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[:1] == [name]), 0)

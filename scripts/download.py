@@ -1,5 +1,5 @@
-"""Fetch a model from the Hugging Face hub; it is then used as it is. An interrupted download goes
-on where it stopped.
+"""Download a model from the Hugging Face hub. It needs no conversion, and an interrupted download
+is resumed by the same command.
 
 python scripts/download.py --repo_id EleutherAI/pythia-70m
 """

@@ -40,8 +40,8 @@ def main(settings: LoRAExtractor) -> None:
         extract_adapter(settings)
         return
     files = (
-        model_files(source, settings.source_type, "--source-model"),
-        model_files(target, settings.target_type, "--target-model"),
+        model_files(source, settings.source_type, "source_model"),
+        model_files(target, settings.target_type, "target_model"),
     )
     if settings.format == "peft":
         output = output_dir(

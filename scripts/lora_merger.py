@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 def main(settings: LoRAMerger) -> None:
     source, loras = Path(settings.source_model), [Path(path) for path in settings.lora_model]
-    files = model_files(source, settings.source_type, "--source-model")
+    files = model_files(source, settings.source_type, "source_model")
     lora_files = {
-        path: [path] if _is_peft(path) else model_files(path, settings.lora_type, "--lora-model")
+        path: [path] if _is_peft(path) else model_files(path, settings.lora_type, "lora_model")
         for path in loras
     }
     output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, *loras])

@@ -1,4 +1,4 @@
-"""Tiny random models of `transformers`, one a family and more where a family has variants."""
+"""Tiny random models of `transformers`: one for each family, and for each variant of a family."""
 
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(name: str, **changes: Any) -> torch.nn.Module:
-    """A random model of a family; every weight is random, norms and biases too, so that none can be
-    missed."""
+    """A random model of a family. Norms and biases are random too, so that a test notices if one is
+    missing."""
     import transformers
 
     kind, settings = FAMILIES[name]
@@ -182,7 +182,7 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
 def save_folder(
     name: str, directory: Path, *, max_shard_size: str = "5GB", **changes: Any
 ) -> torch.nn.Module:
-    """Write such a model as a Hugging Face folder, without a tokenizer."""
+    """Write such a model as a Hugging Face folder without a tokenizer."""
     model = make_model(name, **changes)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model

@@ -1,5 +1,4 @@
-"""Writes a Hugging Face folder anew in 4 or 8 bits, in the layout in which bitsandbytes stores
-weights, but without bitsandbytes."""
+"""Quantizes a Hugging Face folder to 4 or 8 bits in the layout of bitsandbytes, but without it."""
 
 import json
 from pathlib import Path
@@ -11,7 +10,8 @@ from torch import Tensor
 from litlora.frozen.bitsandbytes import TABLES
 
 Parts = tuple[dict[str, Tensor], Tensor]
-"""What the file holds of a weight, by the end of its name, and the numbers that this stands for."""
+"""The parts of a weight in a file, by the end of their names, and the values that they stand
+for."""
 
 
 def as_json(values: dict[str, object]) -> Tensor:
@@ -19,7 +19,8 @@ def as_json(values: dict[str, object]) -> Tensor:
 
 
 def four_bit(weight: Tensor, kind: str, *, nested: bool, blocksize: int = 64) -> Parts:
-    """Each number as the nearest one of the table, times the largest magnitude of its block."""
+    """Each value becomes the nearest entry of the table, times the largest magnitude of its
+    block."""
     table = torch.tensor(TABLES[kind])
     flat = weight.float().flatten()
     blocks = torch.cat([flat, flat.new_zeros(-len(flat) % blocksize)]).view(-1, blocksize)
@@ -35,41 +36,40 @@ def four_bit(weight: Tensor, kind: str, *, nested: bool, blocksize: int = 64) ->
         parts |= {"absmax": bytes_.to(torch.uint8), "nested_absmax": outer, "nested_quant_map": levels}
         state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
     entries = ((blocks / absmax[:, None])[..., None] - table).abs().argmin(-1)
-    numbers = (table[entries] * absmax[:, None]).flatten()[: len(flat)].view(weight.shape)
+    values = (table[entries] * absmax[:, None]).flatten()[: len(flat)].view(weight.shape)
     pairs = entries.flatten()[: len(flat) + len(flat) % 2].view(-1, 2)
     found = {f".weight.{part}": tensor for part, tensor in parts.items()} | {
         f".weight.quant_state.bitsandbytes__{kind}": as_json(state)
     }
-    return found | {".weight": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None]}, numbers.bfloat16()
+    return found | {".weight": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None]}, values.bfloat16()
 
 
 def eight_bit(weight: Tensor) -> Parts:
     largest = weight.float().abs().amax(1)
     entries = (weight.float() * 127 / largest[:, None]).round().to(torch.int8)
-    numbers = (entries * largest[:, None] * (1 / 127)).bfloat16()
+    values = (entries * largest[:, None] * (1 / 127)).bfloat16()
     return {
         ".weight": entries,
         ".SCB": largest,
         ".weight_format": torch.tensor(0, dtype=torch.uint8),
-    }, numbers
+    }, values
 
 
 def quantize_folder(directory: Path, kind: str, *, nested: bool = False) -> dict[str, Tensor]:
-    """Quantize every matrix of every layer; returns the tensors of the folder that stands for, not
-    quantized, in bf16."""
+    """Quantize every matrix of every layer in place. Returns the dequantised tensors in bf16."""
     file, config = directory / "model.safetensors", json.loads((directory / "config.json").read_text())
     stored: dict[str, Tensor] = {}
-    numbers: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for name, tensor in load_file(file).items():
         tensor = tensor.bfloat16()
         if tensor.ndim == 2 and (".layers." in name or ".h." in name) and "norm" not in name:
-            is_turned = config["model_type"] == "gpt2"  # whose Conv1D layers become Linear ones
-            weight = tensor.t() if is_turned else tensor
+            transposed = config["model_type"] == "gpt2"  # whose Conv1D layers become Linear ones
+            weight = tensor.t() if transposed else tensor
             parts, found = eight_bit(weight) if kind == "int8" else four_bit(weight, kind, nested=nested)
             stored |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
-            numbers[name] = found.t().contiguous() if is_turned else found
+            values[name] = found.t().contiguous() if transposed else found
         else:
-            stored[name] = numbers[name] = tensor
+            stored[name] = values[name] = tensor
     save_file(stored, file, {"format": "pt"})
     by = {
         "quant_method": "bitsandbytes",
@@ -80,4 +80,4 @@ def quantize_folder(directory: Path, kind: str, *, nested: bool = False) -> dict
     (directory / "config.json").write_text(
         json.dumps(config | {"quantization_config": by, "dtype": "bfloat16"})
     )
-    return numbers
+    return values

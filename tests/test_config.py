@@ -1,4 +1,5 @@
-"""ModelConfig: what is written is read, what contradicts itself is refused with its place."""
+"""ModelConfig: a written configuration is read back, and a contradiction is refused with its
+place."""
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def test_a_wrong_field_is_named_with_its_file(tmp_path, change, culprit):
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "!!python/object/apply:os.getcwd []", "\x00"])
-def test_what_is_no_mapping_is_refused(tmp_path, text):
+def test_what_is_not_a_mapping_is_refused(tmp_path, text):
     path = tmp_path / "model_config.yaml"
     path.write_text(text)
     with pytest.raises(CheckpointError, match="model_config.yaml"):

@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that answers as the hub does."""
+"""Downloads from a local server that answers like the hub."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import fails, succeeds
 
-from litlora.hub import wanted_files
+from litlora.hub import needed_files
 
 COMMIT = "0123456789" * 4
 LLAMA = {
@@ -25,12 +25,12 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 WEIGHTS = bytes(range(256)) * 50_000
-"""Larger than the pieces of 10 MB in which the library writes."""
+"""Larger than the chunks of 10 MB in which the library writes."""
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories of one commit; gated ones need a token. `break_after`: a file's transfer ends
-    after so many bytes, once."""
+    """Serves repositories with one commit each; gated ones need a token. `break_after`: the number
+    of bytes after which the first transfer of a file breaks off."""
 
     repositories: dict[str, dict[str, bytes]] = {}
     break_after: dict[str, int] = {}
@@ -86,15 +86,15 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """environment, and the server's class: what a command needs to meet this hub."""
+    """The environment variables that make a command use this hub."""
     pytest.importorskip("huggingface_hub")
     files = {
         "config.json": json.dumps(LLAMA).encode(),
         "tokenizer.json": b"{}",
         "tokenizer_config.json": b"{}",
         "model.safetensors": WEIGHTS,
-        "pytorch_model.bin": b"not wanted",
-        "README.md": b"not wanted",
+        "pytorch_model.bin": b"not needed",
+        "README.md": b"not needed",
     }
     Hub.repositories = {"someone/llama": files, "someone/gated": files}
     Hub.repositories["someone/mamba"] = {
@@ -123,7 +123,7 @@ def get(directory: Path, repo_id: str, *words: object) -> list[object]:
     return ["scripts/download.py", "--repo_id", repo_id, "--out_dir", directory, *words]
 
 
-def test_what_a_checkpoint_needs_is_fetched_and_no_more(hub, tmp_path):
+def test_only_what_a_checkpoint_needs_is_downloaded(hub, tmp_path):
     out = succeeds(*get(tmp_path / "model", "someone/llama"), **hub).stdout
     assert {file.name for file in (tmp_path / "model").iterdir() if file.is_file()} == {
         *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -132,7 +132,7 @@ def test_what_a_checkpoint_needs_is_fetched_and_no_more(hub, tmp_path):
     assert "next: python finetune/lora.py" in out
     before = len(Hub.ranges)
     succeeds(*get(tmp_path / "model", "someone/llama"), **hub)
-    assert len(Hub.ranges) == before  # nothing is fetched twice
+    assert len(Hub.ranges) == before  # nothing is downloaded twice
 
 
 def test_a_broken_connection_is_resumed(hub, tmp_path):
@@ -154,11 +154,11 @@ def test_a_gated_model_says_what_to_do(hub, tmp_path):
     [
         ("someone/nothing", [], "no such model"),
         ("someone/llama", ["--revision", "v9"], "--revision v9"),
-        ("someone/data", [], "nothing to use"),
-        ("someone/mamba", [], "state-space layers.*weights were not fetched"),
+        ("someone/data", [], "choose another repository"),
+        ("someone/mamba", [], "state-space layers.*weights were not downloaded"),
     ],
 )
-def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path):
+def test_what_cannot_be_downloaded_is_named(repo_id, words, message, hub, tmp_path):
     import re
 
     assert re.search(message, fails(*get(tmp_path / "model", repo_id, *words), **hub))
@@ -167,11 +167,11 @@ def test_what_cannot_be_fetched_is_named(repo_id, words, message, hub, tmp_path)
 
 def test_an_unreachable_hub_is_one_line(hub, tmp_path):
     message = fails(*get(tmp_path / "model", "someone/llama"), **{**hub, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "goes on where it stopped" in message
+    assert "run the same command again to resume it" in message
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
-def test_a_name_that_is_none_is_refused(repo_id, tmp_path):
+def test_an_invalid_name_is_refused(repo_id, tmp_path):
     assert "--repo_id" in fails(
         "scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model"
     )
@@ -197,8 +197,8 @@ def test_safetensors_are_preferred_and_the_index_comes_first():
         "config.json",
         "onnx/model.onnx",
     ]
-    assert wanted_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
-    assert wanted_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
-    assert wanted_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
+    assert needed_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
+    assert needed_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
+    assert needed_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
         *("adapter_config.json", "adapter_model.safetensors")
     ]

@@ -342,7 +342,7 @@ def test_underscored_names_are_matched_or_refused(tmp_path):
     save_file(
         {"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "target.safetensors"
     )
-    assert "two tensors would be called lora_unet_a_b_c.diff in it" in fails(
+    assert "two of its tensors would be called lora_unet_a_b_c.diff; choose another --format" in fails(
         EXTRACT, *words(tmp_path, "--format", "kohya")
     )
 
@@ -355,7 +355,7 @@ def test_underscored_names_are_matched_or_refused(tmp_path):
         (["--energy", "0.5"], "--energy: is for --rank auto"),
         (["--rank", "auto", "--sv_ratio", "0.5"], "--sv_ratio 0.5: must be above 1"),
         (["--source-model", "nowhere.safetensors"], "no such file"),
-        (["--source-type", "pytorch"], "say --source-type safetensors"),
+        (["--source-type", "pytorch"], "set --source_type safetensors"),
         (["--output", "/proc/x/lora"], "cannot be written"),
         (["--format", "peft", "--diff-only"], "--diff_only: is for the formats"),
     ],
@@ -594,7 +594,7 @@ def test_shards_take_no_inputs_place(tmp_path):
         "--max_shard_size",
         40,
     ]
-    assert "would be a part of it, and is read" in fails(MERGE, *words)
+    assert "would be a part of it, and is an input" in fails(MERGE, *words)
     assert "would be taken for a part of it" in fails(MERGE, *words[:-2])
     assert before == (source.read_bytes(), lora.read_bytes()) and len(list(tmp_path.iterdir())) == 2
 

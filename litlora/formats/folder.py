@@ -1,21 +1,21 @@
-"""Which files of a Hugging Face folder hold its weights. Torch-free, so that a missing shard is
-named at once."""
+"""Which files hold the weights of a model: of a Hugging Face folder, or of any file or folder of
+tensors. Torch-free, so that a missing shard is reported at once."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, setting
 from litlora.formats.families import HF_CONFIG_FILE
 from litlora.storage.untrusted import read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 GENERIC_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth", ".bin", ".ckpt")}
-"""What files of tensors are called, whatever they are tensors of."""
+"""The suffixes of files of tensors that are read."""
 WRITTEN_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth")}
-"""The same, for those that we write."""
+"""The suffixes of files of tensors that are written."""
 
 
 def is_model_folder(directory: Path) -> bool:
@@ -24,14 +24,16 @@ def is_model_folder(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
-    """(the file that tells what there is, {shard: the names that an index says it holds}).
+    """(the file that leads to the weights, {file of weights: the names that the index lists in
+    it}).
 
-    Safetensors come first where there are both kinds. Raises CheckpointError for a missing shard.
+    Where both kinds exist, safetensors are preferred. Raises CheckpointError for a missing shard.
     """
     name = next(iter(_names(directory)), None)
     if name is None:
         raise CheckpointError(
-            f"{directory}: has a {HF_CONFIG_FILE} but no weights (*.safetensors or pytorch_model*.bin); copy them too"
+            f"{directory}: has a {HF_CONFIG_FILE} but no weights (*.safetensors or pytorch_model*.bin); "
+            "copy them too"
         )
     file = directory / name
     if name.endswith(INDEX_SUFFIX):
@@ -45,15 +47,15 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
         shard = directory / f"{stem}-{number:0{len(count)}}-of-{count}{suffix}"
         if not shard.is_file():
             raise CheckpointError(
-                f"{shard}: missing, though {name} says that there are {int(count)} shards; copy the folder again"
+                f"{shard}: missing, though {name} is one of {int(count)} shards; copy the folder again"
             )
         shards[shard] = set()
     return directory, shards
 
 
 def _names(directory: Path) -> Iterator[str]:
-    """The names of the file that leads to the weights, the best first: an index, a single file, a
-    shard without an index."""
+    """The names of files that lead to the weights, in order of preference: an index, a single file,
+    a shard without an index."""
     for single in SINGLE_FILES:
         stem, _, suffix = single.rpartition(".")
         patterns = (single + INDEX_SUFFIX, single, f"{stem}-*-of-*.{suffix}")
@@ -63,8 +65,7 @@ def _names(directory: Path) -> Iterator[str]:
 
 
 def indexed_shards(file: Path) -> dict[Path, set[str]]:
-    """{shard: the names that an index says it holds}. Raises CheckpointError for a missing
-    shard."""
+    """{shard: the names that the index lists in it}. Raises CheckpointError for a missing shard."""
     index = read_json(file)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -73,12 +74,8 @@ def indexed_shards(file: Path) -> dict[Path, set[str]]:
         )
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or "\0" in shard
-            or shard in ("", ".", "..")
-            or Path(shard).name != shard
-        ):
+        is_text = isinstance(shard, str) and "\0" not in shard
+        if not is_text or shard in ("", ".", "..") or Path(shard).name != shard:
             raise CheckpointError(f"{file}: {shard!r} is not the name of a file in this folder")
         shards.setdefault(file.parent / shard, set()).add(name)
     for shard in shards:
@@ -88,23 +85,32 @@ def indexed_shards(file: Path) -> dict[Path, set[str]]:
 
 
 def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str) -> list[Path]:
-    """The files of the model at `path`: itself, or all those of that kind in a folder. `option`
-    names it in errors. Opens indexes only."""
-    flag = option.replace("-model", "-type")
+    """The files of the model at `path`: itself, or all files of that kind in a folder. Opens only
+    indexes.
+
+    `option` is the name of the setting that gave the path, such as source_model; source_type is
+    then the setting of the kind.
+    """
+    where, suffixes = f"{setting(option)} {path}", GENERIC_SUFFIXES[kind]
     if not path.exists():
-        raise CheckpointError(f"{option} {path}: no such file or directory")
-    suffixes = GENERIC_SUFFIXES[kind]
-    if not path.is_dir() and not path.is_file():
-        raise CheckpointError(f"{option} {path}: is no ordinary file")
-    if not path.is_dir():
+        raise CheckpointError(f"{where}: no such file or directory")
+    if path.is_file():
         if path.suffix not in suffixes:
-            other = next((name for name, ends in GENERIC_SUFFIXES.items() if path.suffix in ends), None)
-            hint = f"; say {flag} {other}" if other else f"; {' or '.join(suffixes)} is"
-            raise CheckpointError(f"{option} {path}: is no {kind} file by its name{hint}")
+            hint = _kind_hint(path, suffixes, option.replace("_model", "_type"))
+            raise CheckpointError(f"{where}: is not a {kind} file by its name; {hint}")
         return [path]
-    for index in sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")) if kind == "safetensors" else []:
-        indexed_shards(index)  # names a missing one
+    if not path.is_dir():
+        raise CheckpointError(f"{where}: is neither a file nor a directory")
+    if kind == "safetensors":
+        for index in sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")):
+            indexed_shards(index)  # reports a missing one
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes)
     if not files:
-        raise CheckpointError(f"{option} {path}: is a directory without {kind} files ({', '.join(suffixes)})")
+        raise CheckpointError(f"{where}: is a directory without {kind} files ({', '.join(suffixes)})")
     return files
+
+
+def _kind_hint(path: Path, suffixes: tuple[str, ...], option: str) -> str:
+    """What to do about a file whose name has none of these suffixes."""
+    other = next((kind for kind, ends in GENERIC_SUFFIXES.items() if path.suffix in ends), None)
+    return f"set {setting(option)} {other}" if other else f"its suffix must be {' or '.join(suffixes)}"

@@ -1,14 +1,17 @@
-"""Hugging Face's module names and fused tensors <-> ours, declared once a family and used in both
-directions.
+"""Hugging Face's module names and fused tensors <-> ours, declared once for each family and used in
+both directions.
 
-Our names are those of Hugging Face's Llama, so most families need no rule at all. A rule names one
-of their modules and the modules of ours that share its rows (the first axis of a weight, and of its
-bias):
+Our names are those of Hugging Face's Llama, so most families need no rules. A rule names one of
+their modules and the modules of ours that share its rows (the first axis of its weight and bias):
 
-    Rule("gpt_neox.layers.{}.attention.dense", ("model.layers.{}.self_attn.o_proj",))                      another name
-    Rule("...self_attn.qkv_proj", ("...q_proj", "...k_proj", "...v_proj"), sizes=(q, k, v))                one after the other
-    Rule("...query_key_value", ("...q_proj", "...k_proj", "...v_proj"), groups=H, sizes=(D, D, D))         H times q, k, v
-    Rule("...attn.c_attn", (...), sizes=(C, C, C), transposed=True)                                        stored (in, out)
+    Rule("gpt_neox.layers.{}.attention.dense", ("model.layers.{}.self_attn.o_proj",))
+        another name
+    Rule("...self_attn.qkv_proj", ("...q_proj", "...k_proj", "...v_proj"), sizes=(q, k, v))
+        three parts, concatenated
+    Rule("...query_key_value", ("...q_proj", "...k_proj", "...v_proj"), groups=H, sizes=(D, D, D))
+        H times q, k, v
+    Rule("...attn.c_attn", (...), sizes=(C, C, C), transposed=True)
+        stored as (in, out)
 """
 
 import dataclasses
@@ -26,51 +29,51 @@ from litlora.frozen.bitsandbytes import Quantized
 LAYER = "model.layers.{}."
 QKV = tuple(f"{LAYER}self_attn.{part}_proj" for part in "qkv")
 NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
-"""What old files hold besides weights: rotary frequencies and causal masks, both computed here."""
+"""Entries of old files that are not weights: rotary frequencies and causal masks, which are
+computed here."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One module of theirs and the modules of ours that share its rows; `{}` stands for a layer or
-    expert number."""
+    """One module of theirs and the modules of ours that share its rows. `{}` stands for the number
+    of a layer or expert."""
 
     theirs: str
     ours: tuple[str, ...]
     groups: int = 1
-    """The rows are this many groups, each holding some rows of every part."""
+    """The rows consist of this many groups; each has some rows of every part."""
     sizes: tuple[int, ...] = ()
-    """Rows of each part in one group; not needed where there is one part."""
+    """Rows of each part in one group; not needed for one part."""
     transposed: bool = False
     """Their weight is (in, out), as in GPT-2's Conv1D; ours is always (out, in)."""
     also: str | None = None
-    """Another name of theirs for the module, read but not written."""
+    """Another name of theirs for the module, which is read but not written."""
 
     def fill(self, numbers: Iterable[str]) -> "Rule":
         """The rule for one layer (and expert)."""
         numbers = list(numbers)
-        return dataclasses.replace(
-            self, theirs=self.theirs.format(*numbers), ours=tuple(name.format(*numbers) for name in self.ours)
-        )
+        ours = tuple(name.format(*numbers) for name in self.ours)
+        return dataclasses.replace(self, theirs=self.theirs.format(*numbers), ours=ours)
 
     def split(self, rows: Tensor | Quantized) -> list[Tensor | Quantized]:
-        """Their tensor (out, ...), in our orientation, as one tensor for each of ours; views
-        wherever the rows lie together.
+        """Their tensor (out, ...), in our orientation, as one tensor for each of ours. They are
+        views where their rows are adjacent.
 
-        Raises CheckpointError if the rows are not as many as the parts need.
+        Raises CheckpointError if the number of rows does not fit the parts.
         """
         if len(self.ours) == 1:
             return [rows]
         group = sum(self.sizes)
         if len(rows.shape) == 0 or rows.size(0) != self.groups * group:
             raise CheckpointError(
-                f"{self.theirs} has shape {tuple(rows.shape)}; the architecture needs {self.groups * group} rows"
+                f"{self.theirs} has shape {tuple(rows.shape)}; the architecture needs "
+                f"{self.groups * group} rows"
             )
         if isinstance(rows, Quantized):
             return [rows.take(part) for part in self.split(torch.arange(rows.size(0)))]
         grouped = rows.reshape(self.groups, group, *rows.shape[1:]) if self.groups > 1 else rows.unsqueeze(0)
-        return [
-            part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1)
-        ]  # (groups, size, ...) -> (groups · size, ...)
+        # (groups, size, ...) -> (groups · size, ...)
+        return [part.flatten(0, 1) for part in grouped.split(self.sizes, dim=1)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The inverse of `split`."""
@@ -83,12 +86,12 @@ class Rule:
 
 
 class Layout:
-    """The rules of one model; a module that no rule names has the same name on both sides."""
+    """The rules of one model. A module without a rule has the same name on both sides."""
 
     def __init__(self, rules: list[Rule], prefix: str = "model.") -> None:
         self.rules = rules
         self.prefix = prefix
-        """In front of every name of theirs but the output head's; files of the bare decoder lack
+        """The prefix of all their names but the output head's. Files of the bare decoder lack
         it."""
         self._by_theirs = [
             (_pattern(name), rule) for rule in rules for name in (rule.theirs, rule.also) if name
@@ -96,11 +99,11 @@ class Layout:
         self._by_ours = [(_pattern(name), rule) for rule in rules for name in rule.ours]
 
     def to_ours(self, module: str) -> Rule:
-        """The rule for a module of theirs, numbers filled in."""
+        """The rule for a module of theirs, with numbers filled in."""
         return _find(self._by_theirs, module)
 
     def to_theirs(self, module: str) -> Rule:
-        """The rule for a module of ours, numbers filled in; `rule.ours.index(module)` is its
+        """The rule for a module of ours, with numbers filled in; `rule.ours.index(module)` is its
         part."""
         return _find(self._by_ours, module)
 
@@ -117,35 +120,31 @@ class Layout:
             if bare and module not in ("lm_head", "embed_out"):
                 module = self.prefix + module
             rule = self.to_ours(module)
-            is_turned = (
-                rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
-            )  # a quantized one is (out, in) everywhere
-            rows = tensor.t() if is_turned else tensor
+            # A quantized weight is always (out, in).
+            transposed = rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
+            rows = tensor.t() if transposed else tensor
             for part, value in zip(rule.ours, rule.split(rows), strict=True):
                 target = f"{part}.{parameter}"
                 if target in ours:
-                    raise CheckpointError(f"{name} and {sources[target]} are both {target}")
+                    raise CheckpointError(f"{name} and {sources[target]} are both read as {target}")
                 ours[target], sources[target] = value, name
         return ours
 
     def write(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors under their names, joined one at a time, in our order."""
+        """Our tensors under their names and in our order, joined one at a time."""
         for name, tensor in tensors.items():
             module, _, parameter = name.rpartition(".")
             rule = self.to_theirs(module)
             if rule.ours[0] != module:
                 continue  # written together with the first part
-            joined = (
-                rule.join([tensors[f"{part}.{parameter}"] for part in rule.ours])
-                if len(rule.ours) > 1
-                else tensor
-            )
-            yield f"{rule.theirs}.{parameter}", joined.t() if rule.transposed and joined.ndim == 2 else joined
+            if len(rule.ours) > 1:
+                tensor = rule.join([tensors[f"{part}.{parameter}"] for part in rule.ours])
+            yield f"{rule.theirs}.{parameter}", tensor.t() if rule.transposed and tensor.ndim == 2 else tensor
 
 
 def layout(model_type: str, config: ModelConfig) -> Layout:
-    """How a family of Hugging Face's names and fuses its tensors; `model_type` is one that
-    families.py covers."""
+    """How a Hugging Face family names and fuses its tensors. `model_type` is a key of
+    `families.FAMILIES`."""
     rules, prefix = LAYOUTS.get(model_type, (lambda config: [], "model."))
     return Layout(rules(config), prefix)
 
@@ -197,7 +196,7 @@ def _falcon(config: ModelConfig) -> list[Rule]:
             theirs + ("ln_mlp" if two_parallel else "post_attention_layernorm"),
             (LAYER + "post_attention_layernorm",),
         ),
-        # each key/value head behind the query heads that it serves
+        # each key/value head follows the query heads that it serves
         Rule(
             theirs + "self_attention.query_key_value",
             QKV,

@@ -1,12 +1,12 @@
-"""Files and directories that appear complete or not at all, whatever kills the process or the
-machine. Torch-free.
+"""Files and directories that appear complete or not at all, even if the process or the machine
+crashes. Torch-free.
 
-Beside a target NAME there may lie, while it is being written and after a crash:
+While a target NAME is being written, and after a crash, these may exist beside it:
 
-    .NAME.PID.new     being filled; of no use without its writer
-    .NAME.PID.old     the former NAME, complete, out of the way for the moment between two renames
+    .NAME.PID.new     being filled; useless without its writer
+    .NAME.PID.old     the former NAME, complete, moved away between two renames
     .NAME.PID.gone    being removed
-    .NAME.PID.aside   the former NAME, complete, until it is known whether it is still wanted
+    .NAME.PID.aside   the former NAME, complete, until its fate is decided
 """
 
 import os
@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LEFTOVERS = (".*.new", ".*.old", ".*.gone", ".*.aside")
-"""These, as glob patterns."""
+"""Glob patterns of these names."""
 
 
 @contextmanager
 def replacing_directory(directory: Path) -> Iterator[Path]:
-    """A fresh directory to fill that takes the name `directory` when the block ends well, and
-    vanishes when it does not.
+    """A new directory to fill. It takes the name `directory` when the block succeeds, and is
+    removed when it fails.
 
-    Every file is on the disk before the name changes, so that a crash leaves the old directory or
-    the new one. A directory cannot be renamed onto another, so the old one is moved away first: a
-    crash in between is mended by `settle`.
+    Every file is on the disk before the rename, so that a crash leaves the old directory or the new
+    one. A directory cannot be renamed onto another, so the old one is moved away first; after a
+    crash in between, `settle` moves it back.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(file: Path) -> Iterator[Path]:
-    """The same for a file: a path to write to that takes the name `file` when the block ends
-    well."""
+    """The same for a file: a path to write to. The result takes the name `file` when the block
+    succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
     settle(file.parent, file.name)
     staging = _beside(file, "new")
@@ -67,14 +67,17 @@ def replacing_file(file: Path) -> Iterator[Path]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory such that nobody ever finds half of it under its name."""
+    """Remove a directory. Nobody ever finds a part of it under its name."""
     _remove(directory, directory)
 
 
 @contextmanager
 def setting_aside(paths: list[Path]) -> Iterator[Callable[[], None]]:
-    """Move files and directories out of the way. What is yielded removes them, in this order; a
-    block that fails before puts them back."""
+    """Move files and directories out of the way, and put them back if the block fails.
+
+    The function that is yielded removes them, in this order; so does the end of the block. What it
+    has removed is not put back.
+    """
     aside = {path: _beside(path, "aside") for path in paths}
 
     def forget() -> None:
@@ -94,8 +97,8 @@ def setting_aside(paths: list[Path]) -> Iterator[Callable[[], None]]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError if nothing can be made in `folder`. Permissions alone do not tell: a disk may
-    be read-only."""
+    """Raise OSError if nothing can be created in `folder`. Permissions are not enough to tell: the
+    disk may be read-only."""
     settle(folder, "probe")
     probe = _beside(folder / "probe", "new")
     probe.mkdir()
@@ -103,15 +106,15 @@ def check_writable(folder: Path) -> None:
 
 
 def settle(folder: Path, name: str | None = None) -> None:
-    """Finish or undo, in `folder`, what processes that are no more left half done to `name`, or to
-    all and put back what was aside."""
+    """Finish or undo what processes that have ended left unfinished in `folder`.
+
+    With a `name`, only what belongs to that target, and without what was set aside.
+    """
     for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
         found = re.fullmatch(r"\.(.+)\.(\d+)\.(new|old|gone|aside)", path.name)
-        if (
-            found is None
-            or _is_alive(int(found[2]))
-            or (name is not None and (found[1] != name or found[3] == "aside"))
-        ):
+        if found is None or _is_alive(int(found[2])):
+            continue
+        if name is not None and (found[1] != name or found[3] == "aside"):
             continue
         target = folder / found[1]
         if found[3] in ("old", "aside") and not target.exists():  # killed between the two renames
@@ -121,7 +124,7 @@ def settle(folder: Path, name: str | None = None) -> None:
 
 
 def _remove(path: Path, target: Path) -> None:
-    """Remove what was `target`, or would have become it."""
+    """Remove `path`, which was `target` or would have become it."""
     if not path.is_dir():
         path.unlink()
         return
@@ -137,8 +140,8 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether another process has this id. Our own is no other: in a container every run may have
-    the same."""
+    """Whether another process has this id. In a container every run may have the same id, so our
+    own does not count."""
     if pid == os.getpid():
         return False
     try:

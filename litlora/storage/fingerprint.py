@@ -1,4 +1,5 @@
-"""What identifies tensors (a hash over a sample of their bytes), and whether they are finite."""
+"""A fingerprint of tensors (a hash over a sample of their bytes), and a check that they are
+finite."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,15 +9,15 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.storage.torch_file import LazyTensor
+from litlora.storage.blocks import LazyTensor
 
 
 def fingerprint(tensors: Mapping[str, Tensor | LazyTensor], facts: str = "") -> str:
-    """16 hex digits over names, shapes, dtypes, 4 KiB of every tensor's bytes at fixed places, and
+    """16 hex digits of a hash over names, shapes, dtypes, 4 KiB of each tensor's bytes, and
     `facts`.
 
-    Reads milliseconds' worth of a file of any size: 8 pieces of 512 bytes spread evenly from the
-    first byte to the last.
+    Takes milliseconds for a file of any size: of each tensor it reads 8 pieces of 512 bytes, evenly
+    spread from the first byte to the last.
     """
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
@@ -35,8 +36,8 @@ def fingerprint(tensors: Mapping[str, Tensor | LazyTensor], facts: str = "") -> 
 
 
 def _bytes(tensor: Tensor | LazyTensor, start: int, stop: int) -> bytes:
-    """These bytes of a contiguous tensor, or of what a lazy one stands for, of which only their
-    rows are computed."""
+    """These bytes of a contiguous tensor, or of a lazy one, of which only the rows that hold them
+    are computed."""
     if not isinstance(tensor, Tensor) and stop:
         row = tensor.shape[1:].numel() * tensor.dtype.itemsize
         first = start // row
@@ -46,12 +47,10 @@ def _bytes(tensor: Tensor | LazyTensor, start: int, stop: int) -> bytes:
 
 
 def check_finite(tensors: Mapping[str, Tensor | LazyTensor], file: Path) -> None:
-    """Raise CheckpointError for a weight that holds NaN or infinity; `file` is where they come
-    from.
+    """Raise CheckpointError for a weight from `file` that holds NaN or infinity.
 
-    Every byte is read once, at some GB/s and where the weights are (so, on a GPU, in no time): the
-    first use would read them all the same, and one broken number spoils every answer without a
-    word. Lazy ones look at themselves.
+    One such value would silently spoil every answer. Every byte is read once, on the device that
+    holds the weights, which the first use would do anyway. Lazy tensors check themselves.
     """
     plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     bounds = {
@@ -62,5 +61,5 @@ def check_finite(tensors: Mapping[str, Tensor | LazyTensor], file: Path) -> None
     for name, (low, high) in bounds.items():
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise CheckpointError(
-                f"{file}: {name} holds numbers that are not finite (NaN or infinity); copy or make it again"
+                f"{file}: {name} holds values that are not finite (NaN or infinity); copy it or make it again"
             )

@@ -1,8 +1,5 @@
-"""Files of tensors: opened memory-mapped, so that nothing is read before it is used, and written
-one tensor at a time.
-
-Whatever is wrong with a file is named.
-"""
+"""Files of tensors. Opening maps them into memory, so that nothing is read before it is used;
+safetensors are written one tensor at a time."""
 
 import json
 import pickle
@@ -16,20 +13,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.storage.torch_check import Forbidden, Lying, check_content, check_tensor, check_torch_file
+from litlora.storage.pickle_walk import Forbidden, Malformed
+from litlora.storage.torch_check import check_content, check_tensor, check_torch_file
 
 # ---- reading
+
+_BROKEN_SAFETENSORS = (
+    *(SafetensorError, Malformed, ValueError, TypeError, AttributeError),
+    *(RuntimeError, LookupError, ArithmeticError),
+)
+"""What safetensors raises for a broken file."""
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a torch file that holds a dict of them."""
-    content = open_safetensors(file) if file.suffix == ".safetensors" else open_torch(file)
+    if file.suffix == ".safetensors":
+        return open_safetensors(file)
+    return named_tensors(file, open_torch(file))
+
+
+def named_tensors(file: Path, content: Any) -> dict[str, Tensor]:
+    """The content of a torch file. Raises CheckpointError unless it is a dict of tensors by
+    name."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must hold a mapping of names to tensors")
-    if odd := [
-        name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
-    ]:
-        raise CheckpointError(f"{file}: the entry {odd[0]!r} is not a tensor")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{file}: the entry {name!r} is not a tensor")
     return content
 
 
@@ -43,59 +53,49 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         return tensors
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (
-        SafetensorError,
-        Lying,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:
+    except _BROKEN_SAFETENSORS as error:
         raise _broken(file, error) from None
 
 
 def open_torch(file: Path) -> Any:
-    """What a torch file holds, of plain values and tensors only. Raises CheckpointError for
-    anything else.
+    """What a torch file holds: tensors and plain values. Raises CheckpointError for anything else.
 
-    The torch files of before 2020 are no zip archives and cannot be mapped; they are read.
+    Torch files of before 2020 are not zip archives and cannot be mapped; they are read at once.
     """
     try:
         mapped = check_torch_file(file)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns of a strange pickle before it refuses it; one line is enough
+            # torch warns of an unusual pickle before it refuses it; our error is enough.
+            warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         check_content(content)
         return content
     except (pickle.UnpicklingError, Forbidden) as error:
         named = f" ({error})" if isinstance(error, Forbidden) else ""
         raise CheckpointError(
-            f"{file}: refused: it holds Python objects beyond tensors and plain values{named}, which could run code; "
-            "if you trust it, save its tensors alone"
+            f"{file}: refused: it holds Python objects other than tensors and plain values{named}, which "
+            "could run code; if you trust it, save only its tensors"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, ValueError and others for broken files
+    except Exception as error:  # for broken files torch raises RuntimeError, EOFError, ValueError and others
         raise _broken(file, error) from None
 
 
 def _broken(file: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{file}: broken ({file.stat().st_size:,} bytes): {reason}; copy or make it again")
+    return CheckpointError(
+        f"{file}: broken ({file.stat().st_size:,} bytes): {reason}; copy it or make it again"
+    )
 
 
 def at_least_16_bits(tensor: Tensor) -> Tensor:
-    """A tensor in 8 bits as fp16, which holds every number of either kind of them, and which torch
-    can compute with."""
+    """An 8-bit float tensor as fp16, which holds every value of both 8-bit formats, and in which
+    torch can compute."""
     return tensor.to(torch.float16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 # ---- writing
-
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -114,28 +114,27 @@ _SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-ENTRY = 192
-"""Bytes of a tensor's entry in the header, its name apart, at most: 62, two places of 15 digits,
-and 7 sizes of 12."""
-LARGEST_HEADER = 100_000_000
-"""Bytes: what the format allows."""
+ENTRY_BYTES = 192
+"""The most that a tensor's entry in the header takes without its name: 62 bytes, two offsets of 15
+digits, and 7 sizes of 12."""
+MAX_HEADER_BYTES = 100_000_000
+"""What the format allows."""
 
 
 class SafetensorsWriter:
-    """A safetensors file written tensor by tensor, so that only one of them need be in memory.
+    """A safetensors file that is written tensor by tensor, so that only one needs to be in memory.
 
-    The header stands first and is known last: room for `names`, every name that may be added, is
-    left for it and what remains is filled with spaces, as the format allows. A tensor must begin at
-    a multiple of its item's size, so those of a larger item come first.
+    The header comes first but is known last. `names`, all that may be added, reserve room for it;
+    spaces fill the rest, as the format allows. A tensor begins at a multiple of its item size, so
+    tensors with larger items must be added first.
     """
 
     def __init__(self, file: Path, names: Iterable[str]) -> None:
-        self._room = -(-sum(len(json.dumps(name)) + ENTRY for name in names) // 8) * 8 + 64
-        if self._room > LARGEST_HEADER:
+        self._room = -(-sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) // 8) * 8 + 64
+        if self._room > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{file}: the names of its tensors need {self._room:,} bytes; the format allows {LARGEST_HEADER:,}"
+                f"{file}: the names of its tensors need {self._room:,} bytes; the format allows "
+                f"{MAX_HEADER_BYTES:,}"
             )
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._file = file.open("wb")
@@ -148,7 +147,7 @@ class SafetensorsWriter:
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
             header = json.dumps(self._header).encode()
-            assert len(header) <= self._room, "an entry of more than ENTRY bytes"
+            assert len(header) <= self._room, "an entry of more than ENTRY_BYTES"
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.close()
@@ -164,7 +163,7 @@ class SafetensorsWriter:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file."""
+    """Write tensors as a safetensors file, those with larger items first."""
     with SafetensorsWriter(file, tensors) as writer:
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
             writer.add(name, tensor)

@@ -1,9 +1,8 @@
-"""Small files that anybody may have written: read within bounds, checked to be plain values, and
-shown without harm. Torch-free.
+"""Small files from untrusted sources, read within bounds. Torch-free.
 
-A checkpoint is often somebody else's. What its JSON and YAML files can do is limited here, in one
-place: how much is read, how deep it is nested, which numbers and which text it holds. Tensors'
-files have their own guard, `litlora/storage/torch_check.py`.
+A checkpoint often comes from somebody else. This module limits what its JSON and YAML files can do:
+how much is read, how deep it is nested, and which numbers and text it holds. Files of tensors are
+checked in `litlora/storage/torch_check.py`.
 """
 
 import json
@@ -16,28 +15,28 @@ import yaml
 
 from litlora.errors import CheckpointError
 
-LARGEST_JSON = 16 * 2**20
-"""Bytes; the index of a model of 100,000 tensors has 10 MB."""
-LARGEST_YAML = 256 * 2**10
-"""Bytes; a model_config.yaml has some thousand, and pyyaml reads some 50 KB a second."""
-DEEPEST = 32
+MAX_JSON_BYTES = 16 * 2**20
+"""The index of a model of 100,000 tensors has 10 MB."""
+MAX_YAML_BYTES = 256 * 2**10
+"""A model_config.yaml has a few thousand; pyyaml reads about 50 KB a second."""
+MAX_DEPTH = 32
 """Levels of nested values."""
-LARGEST_NUMBER = 10**300
-"""Of whole numbers: a float can hold it. Python's may have millions of digits, which cannot be
-printed."""
+MAX_NUMBER = 10**300
+"""Of whole numbers: a float can hold it. Python's whole numbers may have millions of digits, and
+printing them fails."""
 HUB_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""What the hub's cache calls the files that the links in its model folders lead to."""
+"""Names of the files in the hub's cache that the links in its model folders point to."""
 
 
-def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
-    """The text of a file. Raises FileNotFoundError, and CheckpointError for one that is too large
-    or cannot be read as text."""
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text of a file. Raises FileNotFoundError for a missing file, and CheckpointError for one
+    that is too large or is not text."""
     try:
         with path.open("rb") as file:
-            data = file.read(largest + 1)
-        if len(data) > largest:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
             raise CheckpointError(
-                f"{path}: has more than {largest:,} bytes; no such file of a model is that large"
+                f"{path}: has more than {max_bytes:,} bytes; a model's file of this kind is smaller"
             )
         return data.decode("utf-8")
     except FileNotFoundError:
@@ -49,8 +48,8 @@ def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises FileNotFoundError, and CheckpointError for all else that is
-    wrong."""
+    """What a JSON file holds. Raises FileNotFoundError for a missing file, and CheckpointError for
+    one that cannot be used."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -59,42 +58,38 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON says, plain values. Raises ValueError or RecursionError."""
+    """The plain values of a JSON text. Raises ValueError or RecursionError."""
     return _plain(json.loads(text))
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds: plain values, without tags and aliases. Raises FileNotFoundError, and
-    CheckpointError likewise."""
-    text = read_text(path, LARGEST_YAML)
+    """What a YAML file holds: plain values, without tags and aliases. Raises what `read_json`
+    raises."""
+    text = read_text(path, MAX_YAML_BYTES)
     try:
         return _plain(yaml.load(text, _PlainLoader))
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        # pyyaml meets dates, numbers and merges that it cannot make sense of with whatever Python
-        # raises
-        raise CheckpointError(
-            f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: cannot be read as YAML: {reason}") from None
+
+
+_YAML_ERRORS = (
+    *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+"""pyyaml raises any of these for dates, numbers and merges that it cannot interpret."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: some hundred bytes of them can stand for billions of values."""
+    """Refuses aliases: a few hundred bytes of them can stand for billions of values."""
 
     level = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it uses the alias *{self.peek_event().anchor}, which is not read")
+            raise yaml.YAMLError(f"it uses the alias *{self.peek_event().anchor}; aliases are not supported")
         self.level += 1
-        if self.level > DEEPEST:
+        if self.level > MAX_DEPTH:
             raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -102,24 +97,23 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _plain(value: Any) -> Any:
-    """The value, if a message can show it and a file can hold it. Raises ValueError for depth, huge
-    numbers and half characters."""
+    """The value, if a message can show it and a file can hold it.
+
+    Raises ValueError for deep nesting, huge numbers and lone surrogates.
+    """
     level = [value]
-    for _ in range(DEEPEST):
-        for entry in level:
-            if isinstance(entry, str) and not entry.isascii():
-                entry.encode()  # a lone surrogate, as "\\ud800" in JSON, raises UnicodeEncodeError, a ValueError
-            if isinstance(entry, int) and not -LARGEST_NUMBER < entry < LARGEST_NUMBER:
-                raise ValueError("it holds a number that is too large")
+    for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for entry in level:
-            inner += (
-                [*entry.keys(), *entry.values()]
-                if isinstance(entry, dict)
-                else entry
-                if isinstance(entry, list | tuple | set)
-                else []
-            )
+            if isinstance(entry, str) and not entry.isascii():
+                # A lone surrogate, as "\\ud800" in JSON, raises UnicodeEncodeError, a ValueError.
+                entry.encode()
+            elif isinstance(entry, int) and not -MAX_NUMBER < entry < MAX_NUMBER:
+                raise ValueError("it holds a number that is too large")
+            elif isinstance(entry, dict):
+                inner += [*entry.keys(), *entry.values()]
+            elif isinstance(entry, list | tuple | set):
+                inner += entry
         if not inner:
             return value
         level = inner
@@ -127,29 +121,28 @@ def _plain(value: Any) -> Any:
 
 
 def own_file(path: Path) -> Path:
-    """The path, unless it is a link to something of another name: copied on, that would give away
-    what is none of the model's.
+    """The path of a file that is to be copied. Raises CheckpointError if it is a link to a file of
+    another name: copying that could disclose a file that does not belong to the model.
 
-    Links to a file of the same name, as `gpt2_tokenizer.json` is for `tokenizer.json`, are common,
-    and so are those of the hub's cache.
+    Two kinds of links are common and allowed: to a file whose name ends the same, as
+    `gpt2_tokenizer.json` for `tokenizer.json`, and into the hub's cache.
     """
     if path.is_symlink():
         target = path.resolve()
-        if not target.name.endswith(path.name) and not (
-            target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
-        ):
+        is_cached = target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
+        if not target.name.endswith(path.name) and not is_cached:
             raise CheckpointError(
-                f"{path}: is a link to {target}, which has another name; put the file itself there"
+                f"{path}: is a link to {target}, which has another name; replace the link by the file"
             )
     return path
 
 
 def check_pattern(pattern: Any) -> None:
-    """Raise ValueError for a regular expression, of names of layers, that could take for ever:
-    Python's have no limit of time."""
+    """Raise ValueError for a pattern of layer names that could take forever: Python's regular
+    expressions have no time limit."""
     if not isinstance(pattern, str) or len(pattern) > 1000:
         raise ValueError(f"{str(pattern)[:60]!r} is not the name of a layer")
-    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without what is escaped and sets of characters
+    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without escapes and character sets
     if re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 4:
         raise ValueError(f"the pattern {pattern[:60]!r} repeats more than names of layers need")
     try:

@@ -190,7 +190,7 @@ def test_numbers_that_are_not_finite_are_a_problem_and_no_size(tmp_path, make_ch
         succeeds("scripts/inspect_checkpoint.py", adapter, "--json").stdout,
         parse_constant=lambda word: pytest.fail(word),
     )
-    assert f"{name} holds numbers that are not finite" in said["problems"][0]
+    assert f"{name} holds values that are not finite" in said["problems"][0]
     assert said["layers"][0]["delta_norm"] is said["total"]["delta_norm"] is said["total"]["relative"] is None
     assert f"PROBLEM  {adapter}" in succeeds("scripts/inspect_checkpoint.py", adapter).stdout
 

@@ -181,7 +181,7 @@ def test_numbers_beyond_fp16_are_refused_and_leave_nothing(tmp_path, make_checkp
 
 
 def test_large_layers_are_computed_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr("litlora.storage.torch_file.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("litlora.storage.blocks.BLOCK_BYTES", 1 << 12)
     W, A, B = torch.randn(1000, 16).bfloat16(), torch.randn(4, 16), torch.randn(1000, 4)
     tensor = MergedTensor("W", W, W.dtype, W.dtype, ((Added(Update(A, B, 0.5), 1.0),),))
     blocks = list(tensor.blocks())

@@ -284,5 +284,5 @@ def test_a_mistake_leaves_nothing(base, tmp_path):
     content = torch.load(adapter / "lit_model.pth", weights_only=True)
     content["model"]["model.layers.0.mlp.up_proj.lora_B"][0, 0] = math.nan
     torch.save(content, adapter / "lit_model.pth")
-    assert "up_proj.lora_B holds numbers that are not finite" in fails(*words, adapter, "--rank", 1)
+    assert "up_proj.lora_B holds values that are not finite" in fails(*words, adapter, "--rank", 1)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
-"""The files of the attacks: each function takes a directory, which holds a sound checkpoint at
-`base` and an adapter on it at `adapter`, and puts something hostile there. Its name is that of the
-document beside this file that tells what must happen."""
+"""The files of the attacks. Each function takes a directory with a valid checkpoint at `base` and
+an adapter on it at `adapter`, and makes something in it hostile. The document that `attack` names,
+beside this file, describes what must happen."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 CHAT, MERGE, EXPORT = "chat", "merge", "export"
 ATTACKS: dict[str, list[tuple[Any, str, str]]] = {}
-"""{document: [(the function that makes the files, the command that meets them, what it must
+"""{document: [(the function that makes the files, the command that reads them, what it must
 say)]}."""
 
 
@@ -33,7 +33,7 @@ def attack(document: str, says: str, *, command: str = CHAT) -> Any:
 
 
 class Call:
-    """Pickles as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, *what: Any) -> None:
         self.what = what
@@ -47,8 +47,8 @@ def payload(directory: Path) -> Call:
 
 
 def rewrite(file: Path, change: Any = None, pickled: bytes | None = None, **options: Any) -> None:
-    """Write a torch archive again, its records changed by `change(name, data) -> data` or its
-    pickle replaced."""
+    """Rewrite a torch archive: its records are changed by `change(name, data) -> data`, or its
+    pickle is replaced."""
     with zipfile.ZipFile(file) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(file, "w", **options) as archive:
@@ -247,7 +247,7 @@ def a_negative_size(directory: Path) -> None:
     _archive(directory / WEIGHTS, _one_tensor(count=16, size=(-4,), stride=(1,)), {"0": bytes(64)})
 
 
-@attack("lying_sizes", "of which only 64 bytes are there")
+@attack("lying_sizes", "but only 64 bytes of its data")
 def one_number_as_a_trillion(directory: Path) -> None:
     _archive(directory / WEIGHTS, _one_tensor(count=16, size=(10**6, 10**6), stride=(0, 0)), {"0": bytes(64)})
 
@@ -260,7 +260,7 @@ def an_old_file_that_promises_more(directory: Path) -> None:
 
 
 def _one_tensor(*, count: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """The pickle of {"model": {"x": a tensor}, ...} with whatever numbers."""
+    """The pickle of {"model": {"x": a tensor}, ...} with any sizes."""
 
     class Storage:
         pass
@@ -300,7 +300,7 @@ def on_no_device(directory: Path) -> None:
     _with(directory, torch.empty(10**6, 10**6, device="meta"))
 
 
-@attack("strange_tensors", "could run code|no ordinary one")
+@attack("strange_tensors", "could run code|not an ordinary one")
 def complex_numbers(directory: Path) -> None:
     _with(directory, torch.zeros(4, dtype=torch.complex64))
 
@@ -388,8 +388,8 @@ def a_header_of_half_of_all_bytes(directory: Path) -> None:
 
 
 def _four_bits(directory: Path, shape: list[int], absmax: torch.Tensor) -> None:
-    """A Hugging Face folder, one weight of which is 4-bit numbers of bitsandbytes' with this shape
-    and these scales."""
+    """Make a Hugging Face folder with one 4-bit weight of bitsandbytes, of this shape and with
+    these scales."""
     hugging_face(directory)
     file = directory / "base/pytorch_model-00001-of-00002.bin"
     tensors = content(file)
@@ -407,12 +407,12 @@ def four_bits_of_a_trillion(directory: Path) -> None:
     _four_bits(directory, [2**20, 2**20], torch.ones(32))
 
 
-@attack("lying_sizes", "absmax has 1 numbers in float32; 32 in floating point fit")
+@attack("lying_sizes", "absmax has 1 values in float32; it needs 32 in floating point")
 def four_bits_with_one_scale(directory: Path) -> None:
     _four_bits(directory, [64, 32], torch.ones(1))
 
 
-@attack("strange_tensors", "gate_proj.weight holds numbers that are not finite", command=MERGE)
+@attack("strange_tensors", "gate_proj.weight holds values that are not finite", command=MERGE)
 def four_bits_with_scales_that_are_none(directory: Path) -> None:
     _four_bits(directory, [64, 32], torch.full((32,), float("nan")))
 
@@ -511,10 +511,12 @@ YAMLS = {
     "a tag of Python's": "!!python/object/apply:os.mkdir [pwned]",
     "a name of Python's": "vocab_size: !!python/name:os.system",
     "doubling aliases": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n"
+        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
     ),
     "merges without end": "a: &a {k: 1}\n" + "".join(
-        f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 50)}]}}\n" for old, new in zip("abcde", "bcdef", strict=True)
+        f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 50)}]}}\n"
+        for old, new in zip("abcde", "bcdef", strict=True)
     ),
     "depth": "[" * 5000,
     "a number of a million digits": "vocab_size: " + "9" * 100_000,
@@ -636,7 +638,7 @@ def the_same_of_peft(directory: Path) -> None:
 
 TEMPLATES = {
     "loops in loops": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3,
         "was stopped",
     ),
     "a power": ("{{ 10 ** (10 ** 9) }}", "was stopped"),

@@ -1,5 +1,5 @@
-"""Every attack is refused in one line, within bounds, and leaves nothing behind; every document
-here is about an attack."""
+"""Every attack is refused with one line, within limits of time and memory, and leaves nothing
+behind. Every document here describes an attack."""
 
 import ast
 import importlib.util
@@ -30,9 +30,9 @@ CASES = [(document, *case) for document, cases in make.ATTACKS.items() for case 
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory, tokenizer_dir) -> Path:
+def valid(tmp_path_factory, tokenizer_dir) -> Path:
     """A directory with a full checkpoint, `base`, and an adapter on it, `adapter`."""
-    directory = tmp_path_factory.mktemp("sound")
+    directory = tmp_path_factory.mktemp("valid")
     config, lora = tiny_config(), LoRAConfig(rank=2, targets=["q_proj"])
     write_full(
         directory / "base", dict(GPT(config).named_parameters()), config, sidecars_from=[tokenizer_dir]
@@ -72,8 +72,8 @@ def style(directory: Path) -> str:
     return "template" if (directory / "base/chat_template.jinja").is_file() else "plain"
 
 
-def test_the_sound_checkpoint_is_taken(sound, forked, tmp_path):
-    shutil.copytree(sound, tmp_path / "it")
+def test_a_valid_checkpoint_is_accepted(valid, forked, tmp_path):
+    shutil.copytree(valid, tmp_path / "it")
     for command in (make.CHAT, make.MERGE):
         assert forked.run(*words(command, tmp_path / "it"), "--seed", 1, cwd=tmp_path)["status"] == 0
     (tmp_path / "it/base/chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -85,8 +85,8 @@ def test_the_sound_checkpoint_is_taken(sound, forked, tmp_path):
 @pytest.mark.parametrize(
     ("document", "attack", "command", "says"), CASES, ids=[f"{d}-{a.__name__}" for d, a, _, _ in CASES]
 )
-def test_an_attack_is_refused_in_one_line(document, attack, command, says, sound, forked, tmp_path):
-    shutil.copytree(sound, tmp_path / "it")
+def test_an_attack_is_refused_in_one_line(document, attack, command, says, valid, forked, tmp_path):
+    shutil.copytree(valid, tmp_path / "it")
     attack(tmp_path / "it")
     line = forked.refuses(*words(command, tmp_path / "it"), cwd=tmp_path)
     assert re.search(says, line), line
@@ -171,9 +171,9 @@ def test_a_name_in_a_file_does_not_steer_the_terminal(command, forked, tmp_path)
         assert HOSTILE in [layer["name"] for layer in json.loads(done["stdout"])["layers"]]
 
 
-def test_a_name_in_an_adapter_does_not_steer_the_terminal(sound, forked, tmp_path):
-    """terminal.md: notes, of commands that are not chat, about directories of a hostile name"""
-    shutil.copytree(sound, tmp_path / "it\x1b[2J")
+def test_a_name_in_an_adapter_does_not_steer_the_terminal(valid, forked, tmp_path):
+    """terminal.md: commands print notes about directories with hostile names."""
+    shutil.copytree(valid, tmp_path / "it\x1b[2J")
     file = tmp_path / "it\x1b[2J/adapter/tokenizer.json"
     file.write_text(file.read_text() + " ")
     done = forked.run(
@@ -183,9 +183,9 @@ def test_a_name_in_an_adapter_does_not_steer_the_terminal(sound, forked, tmp_pat
     assert "note: it\\x1b[2J/adapter/tokenizer.json: is not the tokenizer" in done["stdout"]
 
 
-def test_commands_print_nothing_but_through_say():
-    """Beside it there are constants, a model's answer in pieces, which its conversation made
-    printable, and what escapes itself."""
+def test_commands_print_only_through_say():
+    """Except constants, the pieces of a model's answer, which its conversation made printable, and
+    what escapes its own text."""
     safe = {"Constant", "piece", "one_line", "shown", "map"}
 
     def kind(node: ast.expr) -> set[str]:
@@ -199,10 +199,8 @@ def test_commands_print_nothing_but_through_say():
             return {node.func.id} if isinstance(node.func, ast.Name) else {*kind(node.args[0])}
         return {node.id if isinstance(node, ast.Name) else type(node).__name__}
 
-    own = {
-        "render_template.py",
-        "build_quickstart.py",
-    }  # JSON for the process that asked; a tool for whoever develops this
+    # One prints JSON for the process that started it; the other is a tool for developers.
+    own = {"render_template.py", "build_quickstart.py"}
     folders = ("litlora", "scripts", "finetune", "chat")
     files = [file for folder in folders for file in (REPO / folder).rglob("*.py") if file.name not in own]
     assert len(files) > 50
@@ -210,5 +208,5 @@ def test_commands_print_nothing_but_through_say():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 assert set().union(*map(kind, node.args)) <= safe, (
-                    f"{file.name}:{node.lineno}: print() of what a file may say; use say()"
+                    f"{file.name}:{node.lineno}: print() of text that may come from a file; use say()"
                 )

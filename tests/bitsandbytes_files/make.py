@@ -6,8 +6,8 @@ bitsandbytes is an extra of litlora that its tests do not need:
     pip install -c constraints.txt -e '.[test,bitsandbytes]'
     python tests/bitsandbytes_files/make.py
 
-stored.safetensors has what a model saved by transformers with `load_in_4bit` and `load_in_8bit` has
-of a layer; expected.safetensors has the layers' numbers. Written with bitsandbytes 0.50.2.
+stored.safetensors holds layers as transformers saves them with `load_in_4bit` and `load_in_8bit`;
+expected.safetensors holds their values. Written with bitsandbytes 0.50.2.
 """
 
 from pathlib import Path
@@ -47,8 +47,8 @@ def quantized_4bit(name: str, weight: Tensor, **options: object) -> dict[str, Te
 
 
 def dequantized_4bit(name: str, stored: dict[str, Tensor]) -> Tensor:
-    """The layer's numbers. As one long row: the CPU kernel of 0.50 is wrong where a row ends within
-    a block."""
+    """The layer's values, computed as one long row: the CPU kernel of 0.50 is wrong where a row
+    ends within a block."""
     parts = {
         key.removeprefix(f"{name}.weight."): tensor
         for key, tensor in stored.items()

@@ -1,5 +1,5 @@
-"""Every family against `transformers`: logits, the cache, names and bytes, and config.json both
-ways."""
+"""Every family compared with `transformers`: logits, cache, names and bytes, and config.json in
+both directions."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ from litlora.formats.huggingface import write_weights
 from litlora.model import GPT, KVCache
 
 TOKENS = 30
-"""Longer than every window and every original context above."""
+"""Longer than every window and every original context of the models."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """folder(name) -> (directory, the model of transformers); made once a module."""
+    """folder(name) -> (directory, transformers' model), made once for this module."""
     made: dict[str, tuple[Path, torch.nn.Module]] = {}
 
     def get(name: str) -> tuple[Path, torch.nn.Module]:
@@ -71,8 +71,8 @@ def test_token_by_token_equals_transformers(name, folder):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("llama-dynamic", "phi4-mini")])
 def test_several_tokens_behind_a_past_see_what_they_should(name, folder):
-    """Two scalings are left out: their frequencies change with the length, of which the past knows
-    nothing (as in transformers)."""
+    """Two scalings are left out: their frequencies depend on the length, and those in the cache do
+    not change with it (as in transformers)."""
     model = open_model(folder(name)[0])
     ids = torch.randint(SIZES["vocab_size"], (2, TOKENS))
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_there_and_back_gives_the_same_bytes(name, folder, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_config_made_here_is_the_same_model(name, folder, tmp_path):
-    """Without the original config.json, as for a model that was never Hugging Face's."""
+    """Without the original config.json, as for a model that never was a Hugging Face folder."""
     from transformers import AutoModelForCausalLM
 
     directory, theirs = folder(name)
@@ -129,7 +129,7 @@ def test_a_model_that_has_generated_can_be_trained():
 
 
 def test_gradients_reach_every_expert():
-    """Also one that no token picked: an adapter on it must not look idle."""
+    """Even one that no token picked: its adapter must have a gradient."""
     model = make_model("mixtral")
     kind, config = read_config({**model.config.to_dict(), "architectures": ["MixtralForCausalLM"]})
     ours = GPT(config)
@@ -284,7 +284,7 @@ def test_released_files_say_less_than_others():
 
 
 def test_a_stale_config_is_not_used():
-    """The base's config.json serves a model made from it, but for what belongs to the
+    """The base's config.json is used for a model made from it, except for what belongs to the
     vocabulary."""
     config = read_config(LLAMA)[1]
     assert adapt_config(LLAMA, config) == {**LLAMA, "tie_word_embeddings": False}

@@ -11,7 +11,8 @@ from pathlib import Path
 import sentencepiece
 
 HERE = Path(__file__).resolve().parent
-WORDS = "the quick brown fox jumps over a lazy dog; who knows one two three four five 123 and 456 of them?".split()
+TEXT = "the quick brown fox jumps over a lazy dog; who knows one two three four five 123 and 456 of them?"
+WORDS = TEXT.split()
 LINES = [" ".join(WORDS[(n * k) % len(WORDS)] for n in range(9)) for k in range(1, 40)] + [
     "naïve café, 东京 и Москва"
 ] * 3

@@ -1,5 +1,4 @@
-"""What is written through the stream is what stands in the file, whichever way it takes to the
-disk."""
+"""The file holds what was written through the stream, whichever way the bytes take to the disk."""
 
 import errno
 import os
@@ -18,8 +17,8 @@ def small_pieces(monkeypatch):
 
 
 def written(path, *, cached):
-    """The bytes that a file got, and those that it should have: of all lengths, some of them
-    written again later."""
+    """The bytes of a file and the bytes that it should have: writes of many lengths, some of them
+    overwritten later."""
     source, expected = random.Random(1), bytearray()
     file = OutputStream(path, cached=cached)
     for length in (0, 1, 5000, 4096, 3, 40_000, 20_001, 64):
@@ -35,7 +34,7 @@ def written(path, *, cached):
             file.seek(len(expected))
         if length == 3:
             file.flush()
-            assert path.read_bytes() == expected, "what was handed over can be read"
+            assert path.read_bytes() == expected, "flushed bytes can be read"
     file.close(cancel=False)
     return path.read_bytes(), bytes(expected)
 
@@ -46,7 +45,7 @@ def test_the_file_holds_what_was_written(tmp_path, cached):
     assert found == expected
 
 
-def test_what_lies_in_reused_memory_is_kept(tmp_path):
+def test_a_buffer_may_be_reused_after_a_write(tmp_path):
     room = bytearray(1000)
     file = OutputStream(tmp_path / "x", cached=False)
     for n in range(50):
@@ -56,12 +55,11 @@ def test_what_lies_in_reused_memory_is_kept(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"".join(bytes([n]) * 1000 for n in range(50))
 
 
-def test_a_file_system_without_direct_writing_gets_the_same_bytes(tmp_path, monkeypatch):
+def test_a_file_system_without_direct_io_gets_the_same_bytes(tmp_path, monkeypatch):
     pwrite, refused = os.pwrite, []
     monkeypatch.setattr(stream.os, "major", lambda device: 8)
-    monkeypatch.setattr(
-        stream.os, "O_DIRECT", os.O_APPEND, raising=False
-    )  # a flag that every file system takes
+    # In place of O_DIRECT, a flag that every file system accepts.
+    monkeypatch.setattr(stream.os, "O_DIRECT", os.O_APPEND, raising=False)
 
     def refuse(handle, data, offset):
         if stream.fcntl.fcntl(handle, stream.fcntl.F_GETFL) & os.O_APPEND:
@@ -75,7 +73,7 @@ def test_a_file_system_without_direct_writing_gets_the_same_bytes(tmp_path, monk
     assert refused
 
 
-def test_a_disk_that_takes_a_part_gets_the_rest(tmp_path, monkeypatch):
+def test_the_rest_of_a_partial_write_is_written(tmp_path, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(
         stream.os, "pwrite", lambda handle, data, offset: pwrite(handle, data[: -(-len(data) // 2)], offset)

@@ -1,0 +1,119 @@
+"""Hugging Face's `config.json` -> ModelConfig and back, one entry for each model family.
+Torch-free.
+
+A family is known by its `model_type`. Its entry in `table.py` reads and writes the same settings;
+`write_config` reads its own result again and refuses a result that is not the same model. Dropout
+is not read: it is not a fact of the weights, and training has its own setting.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
+from litlora.formats.families.hf_config import HFConfig, standard_settings
+from litlora.formats.families.table import FAMILIES, MISSING
+from litlora.storage.untrusted import read_json
+
+__all__ = ["FAMILIES", "HF_CONFIG_FILE", "adapt_config", "load_config", "read_config", "write_config"]
+
+HF_CONFIG_FILE = "config.json"
+
+
+def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
+    """(model_type, ModelConfig) of a config.json. Raises CheckpointError for an architecture or a
+    setting that is not covered, naming it."""
+    kind, architectures = values.get("model_type"), values.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    covered = isinstance(kind, str) and kind in FAMILIES
+    if not covered or (named is not None and named != FAMILIES[kind].architecture):
+        raise _not_covered(kind, named)
+    _check_quantization(values.get("quantization_config"))
+    source = HFConfig(values)
+    try:
+        if values.get("use_bidirectional_attention"):
+            source.only("use_bidirectional_attention", False, False)
+        return kind, ModelConfig(**FAMILIES[kind].read(source))
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        # values of unexpected types
+        raise CheckpointError(f"not a usable configuration: {error}") from None
+
+
+def _not_covered(kind: Any, named: str | None) -> CheckpointError:
+    needs = f": it needs {MISSING[named]}" if named in MISSING else ""
+    covered = ", ".join(family.architecture for family in FAMILIES.values())
+    return CheckpointError(
+        f"architecture {named or kind!r} (model_type {kind!r}) is not covered{needs}; covered: {covered}"
+    )
+
+
+def _check_quantization(settings: Any) -> None:
+    """Raise CheckpointError for quantized weights that are not bitsandbytes'."""
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else {}
+    method = settings.get("quant_method")
+    if not method and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # files of 2023 do not name it
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"quantization_config: weights quantized by {method!r} are not supported, only 4-bit and 8-bit "
+            "weights of bitsandbytes; use the model in 16 or 32 bits"
+        )
+
+
+def load_config(directory: Path) -> tuple[str, ModelConfig]:
+    """(model_type, ModelConfig) of the config.json in a directory. The message of a CheckpointError
+    begins with the file's path."""
+    path = directory / HF_CONFIG_FILE
+    try:
+        values = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a Hugging Face folder needs it") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    try:
+        return read_config(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def write_config(config: ModelConfig, model_type: str | None = None) -> dict[str, Any]:
+    """The config.json of a model, in the family named, or in the first that can express it.
+
+    Raises CheckpointError if none can: the settings are read back and must give the same
+    ModelConfig.
+    """
+    for kind in [model_type] if model_type else FAMILIES:
+        family = FAMILIES[kind]
+        standard = standard_settings(config)
+        values = {
+            "architectures": [family.architecture],
+            "model_type": kind,
+            **{name: value for name, value in standard.items() if name not in family.without},
+            **family.write(config),
+        }
+        try:
+            if read_config(values)[1] == config:
+                return values
+        except CheckpointError:
+            continue
+    what = f"architecture {FAMILIES[model_type].architecture}" if model_type else "any covered architecture"
+    raise CheckpointError(f"this model cannot be expressed as {what}")
+
+
+def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] | None:
+    """A base's own config.json for a model made from it, or None if it describes another model.
+
+    A fine-tune may change what belongs to the vocabulary: the rows of the embedding, and whether
+    the head is tied to it.
+    """
+    # auto_map names code beside the base, which is not copied; the weights written are not
+    # quantized.
+    dropped = ("auto_map", "quantization_config")
+    values = {name: value for name, value in values.items() if name not in dropped}
+    adapted = {**values, "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    try:
+        return adapted if read_config(adapted)[1] == config else None
+    except CheckpointError:
+        return None

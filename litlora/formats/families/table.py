@@ -1,0 +1,69 @@
+"""The families that are covered, and what others would need. Torch-free."""
+
+from litlora.formats.families import gemma, gpt, llama, qwen
+from litlora.formats.families.hf_config import Family
+
+_NOT_FALCON = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps")
+_NOT_GPT_NEOX = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta")
+_NOT_GPT2 = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    *("hidden_act", "rope_theta", "rope_scaling"),
+)
+# fmt: off
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", llama.read_llama, llama.write_llama),
+    "mistral": Family("MistralForCausalLM", llama.read_mistral, llama.write_mistral),
+    "mixtral": Family("MixtralForCausalLM", llama.read_mixtral, llama.write_mixtral),
+    "qwen2": Family("Qwen2ForCausalLM", qwen.read_qwen2, qwen.write_qwen2, ("head_dim",)),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", qwen.read_qwen2_moe, qwen.write_qwen2_moe, ("head_dim",)),
+    "qwen3": Family("Qwen3ForCausalLM", qwen.read_qwen3, qwen.write_qwen3),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen.read_qwen3_moe, qwen.write_qwen3_moe),
+    "gemma": Family("GemmaForCausalLM", gemma.read_gemma, gemma.write_gemma),
+    "gemma2": Family("Gemma2ForCausalLM", gemma.read_gemma2, gemma.write_gemma2, ("hidden_act",)),
+    "gemma3_text": Family("Gemma3ForCausalLM", gemma.read_gemma3, gemma.write_gemma3, ("hidden_act",)),
+    "phi": Family("PhiForCausalLM", gpt.read_phi, gpt.write_phi, ("head_dim", "rms_norm_eps")),
+    "phi3": Family("Phi3ForCausalLM", llama.read_phi3, llama.write_phi3, ("head_dim",)),
+    "gpt_neox": Family("GPTNeoXForCausalLM", gpt.read_gpt_neox, gpt.write_gpt_neox, _NOT_GPT_NEOX),
+    "gpt2": Family("GPT2LMHeadModel", gpt.read_gpt2, gpt.write_gpt2, _NOT_GPT2),
+    "falcon": Family("FalconForCausalLM", gpt.read_falcon, gpt.write_falcon, _NOT_FALCON),
+    "stablelm": Family("StableLmForCausalLM", gpt.read_stablelm, gpt.write_stablelm,
+                       ("head_dim", "rms_norm_eps")),
+    "olmo": Family("OlmoForCausalLM", llama.read_olmo, llama.write_olmo, ("head_dim", "rms_norm_eps")),
+    "olmo2": Family("Olmo2ForCausalLM", llama.read_olmo2, llama.write_olmo2, ("head_dim",)),
+    "smollm3": Family("SmolLM3ForCausalLM", llama.read_smollm3, llama.write_smollm3),
+}
+# fmt: on
+"""By `model_type`. A model without a family of its own is written as the first that can express
+it."""
+
+MISSING = {
+    "BaichuanForCausalLM": "its own remote code",
+    "BloomForCausalLM": "ALiBi positions and a norm behind the embedding",
+    "ChatGLMModel": "its own remote code",
+    "Cohere2ForCausalLM": "interleaved rotary embeddings and a logit scale",
+    "CohereForCausalLM": "interleaved rotary embeddings and a logit scale",
+    "DeepseekV2ForCausalLM": "multi-head latent attention",
+    "DeepseekV3ForCausalLM": "multi-head latent attention",
+    "GPTBigCodeForCausalLM": "its fused multi-query layout",
+    "GPTJForCausalLM": "interleaved rotary embeddings",
+    "Gemma3ForConditionalGeneration": "an image encoder (the text-only Gemma3ForCausalLM is covered)",
+    "Gemma3nForConditionalGeneration": "image and audio encoders",
+    "GptOssForCausalLM": "attention sinks",
+    "GraniteForCausalLM": "its multipliers of embedding, residual, attention and logits",
+    "JambaForCausalLM": "state-space layers",
+    "Llama4ForConditionalGeneration": "an image encoder and chunked attention",
+    "MambaForCausalLM": "state-space layers",
+    "Mamba2ForCausalLM": "state-space layers",
+    "MPTForCausalLM": "ALiBi positions",
+    "MptForCausalLM": "ALiBi positions",
+    "OPTForCausalLM": "learned positions with an offset",
+    "Phi3SmallForCausalLM": "block-sparse attention",
+    "Phi3VForCausalLM": "an image encoder",
+    "PhimoeForCausalLM": "its router",
+    "Qwen2VLForConditionalGeneration": "an image encoder",
+    "Qwen2_5_VLForConditionalGeneration": "an image encoder",
+    "Qwen3NextForCausalLM": "linear attention",
+    "RWForCausalLM": "its own remote code (the later FalconForCausalLM is covered)",
+}
+"""What popular architectures that are not covered would need."""
