@@ -316,7 +316,7 @@ def test_shortened_options():
         (
             "scripts/lora_merger.py",
             ["--source-model", "a", "--lora-model", "b", "--output", "c", "--alpha", "-1e-3"],
-            "--source-model a:",
+            "--source_model a:",
         ),
     ],
 )
