@@ -3,7 +3,7 @@
 python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
 """
 
-from litlora.cli import run
+from litlora import cli
 from litlora.data.records import read_records
 from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneLoRA
@@ -11,22 +11,24 @@ from litlora.settings import FinetuneLoRA
 
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    run = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
+    place = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
     from litlora.checkpoint import adapter_meta
     from litlora.lora import add_lora, lora_tensors
     from litlora.train.run import Method, finetune
 
-    method = Method(
+    lora = Method(
         prepare=lambda model: add_lora(model, settings.lora),
         trains_base=False,
         tensors=lora_tensors,
         meta=lambda base, directory: adapter_meta(settings.lora, base, directory),
         stores="the adapter only",
+        resume="python {script} --config {config} --resume auto",
+        next="python chat/base.py --checkpoint_dir {result}",
     )
-    finetune(settings, method, records, run)
+    finetune(settings, lora, records, place)
 
 
 if __name__ == "__main__":
-    run(main, FinetuneLoRA)
+    cli.run(main, FinetuneLoRA)
