@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if (
@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from litlora import report
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import adapter_meta, full_meta, resolve, write_checkpoint
 from litlora.cli import parse
@@ -27,8 +28,9 @@ from litlora.config import ModelConfig
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.model import GPT
 from litlora.prompts import STYLES
+from litlora.report.events import Event, Step
+from litlora.report.sinks import Sink
 from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
-from litlora.train.optim import lr_at
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -130,13 +132,38 @@ def alpaca_file(tmp_path) -> Path:
     return path
 
 
+class AfterStep(Sink):
+    """Calls something once so many steps are done; an error in it ends the run."""
+
+    fatal = (Exception,)
+
+    def __init__(self, step: int, call: Callable[[], None]) -> None:
+        self.step, self.call = step, call
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.step:
+            self.call()
+
+
+@contextmanager
+def extra_sinks(*sinks: Sink) -> Iterator[None]:
+    """Every run inside the block tells its events to these sinks too."""
+    factories = [lambda run_dir, sink=sink: sink for sink in sinks]
+    report.SINKS.extend(factories)
+    try:
+        yield
+    finally:
+        for factory in factories:
+            report.SINKS.remove(factory)
+
+
 @pytest.fixture
-def run(base, alpaca_file, monkeypatch):
+def run(base, alpaca_file):
     """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on,
     6 steps an epoch, 18 in all.
 
     `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something
-    when that step begins.
+    once so many steps are done.
     """
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
     sizes = [
@@ -167,15 +194,8 @@ def run(base, alpaca_file, monkeypatch):
         inputs = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", out]
         settings = parse(methods[method], [str(word) for word in (*inputs, *sizes, *words)])
         if stop_after is not None:
-            at = (stop_after - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-        def lr(step, total, config):
-            if at is not None and step == at[0]:
-                at[1]()
-            return lr_at(step, total, config)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("litlora.train.fit.lr_at", lr)
+            at = (stop_after, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with extra_sinks(*([AfterStep(*at)] if at else [])):
             with pytest.raises(SystemExit) if stop_after is not None else nullcontext() as ended:
                 command.main(settings)
         assert stop_after is None or ended.value.code == 143

@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, extra_sinks
 from test_resume import metrics, same
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
 from litlora.paths import output_dir, step_directories
-from litlora.report.log import Metrics, Progress
+from litlora.report.console import Console
+from litlora.report.events import Note, Step
+from litlora.report.sinks import Sink, Sinks
 from litlora.storage.atomic import (
     remove_directory,
     replacing_directory,
@@ -267,15 +269,12 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
 def test_metrics_are_complete_once_there_is_room_again(run, tmp_path, lifted, capsys):
     expected = run("lora", tmp_path / "expected", "--train.log_interval", 1)
 
-    write = Metrics.write
+    class Disk(Sink):
+        def handle(self, event):
+            if isinstance(event, Step) and event.step in (5, 9):
+                limit(100 if event.step == 5 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
 
-    def watched(self, **row):
-        if row["step"] in (5, 9):
-            limit(100 if row["step"] == 5 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
-        write(self, **row)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "write", watched)
+    with extra_sinks(Disk()):
         out = run("lora", tmp_path / "out", "--train.log_interval", 1)
     assert capsys.readouterr().err.count("cannot be written") == 1, "said once"
     assert metrics(out) == metrics(expected) and len(metrics(out)) > 18
@@ -301,7 +300,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
         flush = isatty = lambda self: False
 
     monkeypatch.setattr(sys, "stdout", Full())
-    Progress(10).say("a line")
+    Sinks([Console()]).handle(Note("a line"))
 
     class Gone(Full):
         def write(self, text):
@@ -309,4 +308,4 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
-        Progress(10).say("a line")
+        Sinks([Console()]).handle(Note("a line"))

@@ -22,9 +22,9 @@ from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.paths import step_directories
-from litlora.report.log import Metrics
-from litlora.train.fabric import Fabric
+from litlora.report.metrics import Metrics
 from litlora.train.interrupts import Interrupts, Stop
+from litlora.train.parallel import Parallel
 
 WORDS = [
     "--train.max_steps",
@@ -195,21 +195,19 @@ def test_the_time_limit_stops_with_status_0(tmp_path):
         OMP_NUM_THREADS="1",
     )
     assert (
-        "stopped by --train.max_time after step 1; the newest checkpoint is" in done.stdout
+        "stopped by max_time after step 1; the newest checkpoint is" in done.stdout
         and "--resume auto" in done.stdout
     )
     assert [path.name for path in step_directories(tmp_path / "out")] == ["step-000001"]
 
 
 def test_where_devices_disagree_all_stop():
-    class Two:
-        world_size, device = 2, torch.device("cpu")
+    class Two(Parallel):
+        def largest(self, number):
+            return max(number, int(Stop.SIGTERM))
 
-        def all_gather(self, vote):
-            return torch.stack([vote, torch.tensor(int(Stop.SIGTERM))])
-
-    assert Interrupts().asked(Two()) is Stop.SIGTERM
-    assert Interrupts().asked(Fabric(accelerator="cpu", devices=1)) is None
+    assert Interrupts().asked(Two("cpu")) is Stop.SIGTERM
+    assert Interrupts().asked(Parallel("cpu")) is None
 
 
 # ---- too little memory
@@ -233,7 +231,7 @@ def test_the_processors_own_lack_of_memory_says_what_to_turn_down(tmp_path):
         )
     said = str(raised.value)
     assert (
-        "lower --train.micro_batch_size (2) or --train.max_seq_length (64); can't allocate memory" in said
+        "lower micro_batch_size (2) or max_seq_length (64); can't allocate memory" in said
         and "\n" not in said
     )
 
@@ -298,7 +296,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(tmp_path, capsys, how):
         "global_batch_size": 1,
         "log_interval": 2,
         "save_interval": 1,
-        "metrics": metrics,
+        "sinks": [metrics],
     }
 
     def keep(directory, state):
@@ -331,7 +329,7 @@ def test_too_many_bad_steps_stop_with_the_last_good_weights_saved(tmp_path):
         saved[directory.name] = {name: tensor.clone() for name, tensor in state["weights"].items()}
 
     sizes = {"micro_batch_size": 1, "global_batch_size": 1, "save_interval": 4, "max_bad_steps": 2}
-    says = r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; .*step-000007; lower --train.learning_rate"
+    says = r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; .*step-000007; lower learning_rate"
     with pytest.raises(UserError, match=says):
         train(model, examples(12), tmp_path, save=keep, **sizes)
     assert list(saved) == ["step-000004", "step-000007"]

@@ -1,7 +1,9 @@
 """What is kept, what is computed again and how large a batch may be: all of it without a change in
 what is learned."""
 
+import math
 import re
+from array import array
 
 import pytest
 import torch
@@ -10,21 +12,19 @@ from torch import nn
 
 from litlora.checkpoint import open_checkpoint
 from litlora.data.batches import Batch
+from litlora.data.examples import Example
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
+from litlora.ram import free_ram
+from litlora.settings import TrainConfig
 from litlora.train import memory
-from litlora.train.memory import (
-    DryRun,
-    checkpoint_activations,
-    expected_peak,
-    free_ram,
-    generous_peak,
-    largest_fitting,
-    offloading,
-    saved_bytes,
-)
-from litlora.train.objective import SupervisedLoss
+from litlora.train.activations import checkpoint_activations, offloading
+from litlora.train.auto_batch import fit_to_memory, largest_fitting
+from litlora.train.memory import DryRun, Trial, expected_peak, generous_peak, saved_bytes
+from litlora.train.objective import SFT
+from litlora.train.optim import state_bytes
+from litlora.train.parallel import Parallel
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -47,7 +47,7 @@ def objective(seed=0, dropout=0.0, dtype=torch.float64, **changes):
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.1)
-    return SupervisedLoss(model).train()
+    return SFT(model, TrainConfig(packing=False)).train()
 
 
 def all_learned(ids):
@@ -60,7 +60,7 @@ def all_learned(ids):
 def gradients(objective, ids):
     torch.manual_seed(7)
     objective.zero_grad()
-    objective(*all_learned(ids)).backward()
+    objective(all_learned(ids))[0].backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
@@ -92,9 +92,9 @@ def test_nothing_is_computed_again_where_nothing_is_learned():
     plain.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.randint(0, 400, (2, 8))
     with torch.no_grad():
-        plain(*all_learned(ids))
+        plain(all_learned(ids))
     assert len(calls) == 1
-    plain(*all_learned(ids)).backward()
+    plain(all_learned(ids))[0].backward()
     assert len(calls) == 3
 
 
@@ -110,8 +110,8 @@ def test_offloading_copies_activations_and_no_weight():
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_offloading_has_no_use_on_the_cpu(base, alpaca_file, tmp_path):
-    with pytest.raises(UserError, match="--train.offload_activations has no use on cpu"):
+def test_offloading_has_no_effect_on_the_cpu(base, alpaca_file, tmp_path):
+    with pytest.raises(UserError, match="^offload_activations has no effect on cpu"):
         tune("lora", base, alpaca_file, tmp_path / "out", train={"offload_activations": True})
 
 
@@ -184,13 +184,12 @@ def test_a_dry_run_leaves_nothing_behind_but_its_peak():
             self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, x):
-            return (
-                torch.rand(2**24) * self.weight * x
-            ).sum()  # 64 MiB each: the random numbers, two products
+            # 64 MiB each: the random numbers, two products
+            return (torch.rand(2**24) * self.weight * x).sum(), {}
 
     wide = Wide()
     run, random = DryRun(wide, CPU), torch.get_rng_state()
-    peak = run.peak((torch.ones(1),))
+    peak = run.peak(Trial(torch.ones(1), [1], 1))
     assert 120 * 2**20 < peak < 400 * 2**20
     assert (
         wide.weight.grad is None
@@ -213,14 +212,12 @@ def test_short_pieces_tell_what_the_whole_keeps(family):
     wide = objective(dtype=torch.float32, **{**FAMILIES[family], **size})
     ids = torch.randint(0, 400, (2, 512))
     state = torch.get_rng_state()
-    expected, kept = (
-        expected_peak(wide, wide.model.config, all_learned(ids)),
-        saved_bytes(wide, all_learned(ids)),
-    )
+    trial = Trial(all_learned(ids), [512] * 2, 2 * 511)
+    expected, kept = expected_peak(wide, trial), saved_bytes(wide, trial.batch)
     logits, gradients = 2 * 511 * 400 * 12, sum(p.nbytes for p in wide.parameters() if p.requires_grad)
     assert (expected - logits - gradients) / (1.2 + 1 / 4) == pytest.approx(kept, rel=0.1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert generous_peak(wide, wide.model.config, all_learned(ids)) > 1.5 * expected
+    assert generous_peak(wide, trial) > 1.5 * expected
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -243,25 +240,40 @@ def test_auto_batch_trains_what_its_size_by_hand_trains(
     assert auto.keys() == hand.keys() and all(torch.equal(auto[name], hand[name]) for name in auto)
 
 
-def test_auto_batch_tries_on_the_cpu_only_what_will_fit(base, alpaca_file, tmp_path, capsys, monkeypatch):
+def test_auto_batch_tries_on_the_cpu_only_what_will_fit(monkeypatch):
     tried = []
 
-    def peak(run, batch):
-        tried.append(len(batch.lengths))
-        return 1000 + 10_000 * len(batch.lengths)
+    class Counted(DryRun):
+        def expected(self, trial):
+            return 11_000
 
-    monkeypatch.setattr(DryRun, "peak", peak)
-    monkeypatch.setattr(memory, "expected_peak", lambda *_: 11_000)
-    monkeypatch.setattr(memory, "state_bytes", lambda *_: 0)
-    monkeypatch.setattr(memory, "free_ram", lambda: 64_000)
-    tune("lora", base, alpaca_file, tmp_path / "out", train={"global_batch_size": 12, "auto_batch": True})
-    assert re.search(r"micro-batch: \d+ tokens", capsys.readouterr().out)
+        def peak(self, trial):
+            tried.append(len(trial.lengths))
+            return 1000 + 10_000 * len(trial.lengths)
+
+    def fit(free):
+        monkeypatch.setattr(memory, "free_ram", lambda: free + reserved)
+        return fit_to_memory(Parallel("cpu"), plain, examples, config, lambda line: None, Counted)
+
+    config = TrainConfig(global_batch_size=12, auto_batch=True)
+    plain = SFT(objective(dtype=torch.float32).model, config)
+    reserved = math.ceil(state_bytes([p for p in plain.parameters() if p.requires_grad], config) / 0.8)
+    examples = [Example(array("i", range(20)), 3)] * 36
+    found = fit(64_000)
     assert tried == [1, 2, 4]  # 41,000 of 51,200; 5 would take 51,250 by what 4 took
-    monkeypatch.setattr(memory, "free_ram", lambda: 12_000)
+    assert found.micro_batch_tokens == 80 and not found.auto_batch
+    tried.clear()
     with pytest.raises(
-        UserError,
-        match=r"--train.auto_batch: not even one example of \d+ tokens fits .*--train.max_seq_length",
+        UserError, match=r"^auto_batch: not even one example of 20 tokens fits .*; lower max_seq_length$"
     ):
+        fit(12_000)
+    assert not tried
+
+
+def test_a_run_for_which_memory_is_too_short_leaves_nothing_behind(base, alpaca_file, tmp_path, monkeypatch):
+    measurable()
+    monkeypatch.setattr(memory, "free_ram", lambda: 12_000)
+    with pytest.raises(UserError, match=r"auto_batch: not even one example of \d+ tokens fits "):
         tune("lora", base, alpaca_file, tmp_path / "none", train={"auto_batch": True})
     assert not (tmp_path / "none").exists()
 
@@ -274,7 +286,7 @@ def test_activations_are_computed_again_where_memory_would_not_hold_them(
     assert "activations:" not in capsys.readouterr().out
     monkeypatch.setattr(memory, "free_ram", lambda: 300_000)
     tune("lora", base, alpaca_file, tmp_path / "again")
-    assert "activations: computed again in the backward (full)" in capsys.readouterr().out
+    assert "activations: recomputed in the backward (full)" in capsys.readouterr().out
     assert "checkpoint_activations: full\n" in (tmp_path / "again/hyperparameters.yaml").read_text()
     kept, again = (open_checkpoint(tmp_path / name / "final").tensors for name in ("kept", "again"))
     for name in kept:
@@ -292,6 +304,6 @@ def test_an_allocator_that_refuses_means_a_batch_that_does_not_fit():
         def forward(self, *_):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    assert DryRun(Refused(), torch.device("cpu")).peak((1,)) is None
+    assert DryRun(Refused(), CPU).peak(Trial(1, [1], 1)) is None
     with pytest.raises(RuntimeError, match="shapes"):
-        DryRun(Broken(), torch.device("cpu")).peak((1,))
+        DryRun(Broken(), CPU).peak(Trial(1, [1], 1))
