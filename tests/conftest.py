@@ -37,7 +37,8 @@ SHARED = REPO.parent / "shared"
 QUICKSTART = REPO / "checkpoints/litlora/quickstart"
 
 TEXT = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
     "### Instruction: ### Input: ### Response: paired with an input that provides further context",
     "the quick brown fox jumps over the lazy dog; one two three four five six seven eight nine ten",
 ]

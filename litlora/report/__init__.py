@@ -16,4 +16,5 @@ from pathlib import Path
 from litlora.report.sinks import Sink
 
 SINKS: list[Callable[[Path], Sink]] = []
-"""Factories of additional sinks: every fine-tuning run of this process calls each with its directory."""
+"""Factories of additional sinks: each fine-tuning run of this process calls them with its
+directory."""

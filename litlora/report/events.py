@@ -1,5 +1,4 @@
-"""What happens in a run, as plain values: the loop tells these events to its sinks, in this order
-of a step."""
+"""Events: what happens in a run, as plain values that the training loop hands to its sinks."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum

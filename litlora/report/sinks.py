@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TextIO
 
 from litlora.console import say
@@ -12,7 +13,8 @@ class Sink:
     """Shows or stores events; only the process of rank 0 has sinks."""
 
     fatal: tuple[type[Exception], ...] = ()
-    """Errors of `handle` that end the run. Any other error is reported once, and the run goes on."""
+    """Errors of `handle` that end the run. Any other error is reported once, and the run goes
+    on."""
 
     def handle(self, event: Event) -> None:
         """Take one event; what a sink does not know it ignores."""
@@ -27,7 +29,7 @@ class Sinks(Sink):
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self._sinks = list(sinks)
-        self._failed: set[Sink] = set()
+        self._failed: set[int] = set()  # by id: a sink need not be hashable
 
     def handle(self, event: Event) -> None:
         for sink in self._sinks:
@@ -46,9 +48,11 @@ class Sinks(Sink):
                 self._report(sink, error)
 
     def _report(self, sink: Sink, error: Exception) -> None:
-        if sink not in self._failed:
-            self._failed.add(sink)
-            say_if_possible(
+        if id(sink) in self._failed:
+            return
+        self._failed.add(id(sink))
+        with suppress(OSError):
+            say(
                 f"note: {type(sink).__name__} failed ({type(error).__name__}: {error}); training continues",
                 file=sys.stderr,
             )

@@ -31,7 +31,7 @@ def claimed(run_dir: Path, *, anew: bool) -> Iterator[Callable[[], None]]:
             pass  # a file system without locks
         settle(run_dir)
         earlier = [path for pattern in RUN_NAMES for path in run_dir.glob(pattern)] if anew else []
-        earlier.sort(key=lambda path: path.name != FINAL)  # first what a resume looks for first
+        earlier.sort(key=lambda path: path.name != FINAL)  # a resume looks for it first
         with setting_aside(earlier) as forget:
             yield forget
     finally:

@@ -67,12 +67,11 @@ class Trainer:
         self._gradients_checked = False
 
     def fit(self, resume: State | None = None) -> events.Done:
-        """Train to the last step, or until something asks to stop; an early checkpoint is saved
-        then.
+        """Train to the last step, or until a `Stop`, which saves an early checkpoint.
 
-        An OSError while one is saved does not end the training. Raises DataError if a step has no
-        token to learn, and UserError if losses are no longer finite, a trainable weight takes no
-        part in the loss, or memory runs out.
+        A checkpoint that cannot be written does not end the training. Raises DataError if a step
+        has no token to learn, and UserError if the loss stays non-finite, a trainable weight takes
+        no part in it, or memory runs out.
         """
         self._start(resume)
         try:
@@ -86,7 +85,7 @@ class Trainer:
         return done
 
     def _loop(self) -> Stop | None:
-        """Why it ended before its last step, or None."""
+        """Every step still to be done; returns why it ended before the last one, or None."""
         at, config = self.at, self.config
         try:
             if at.validation_due:
@@ -141,7 +140,7 @@ class Trainer:
         return result
 
     def log(self, result: "StepResult") -> None:
-        """Tell the means since the last logged line, and begin a new interval."""
+        """Report the means since the last logged line, and begin a new interval."""
         at, count = self.at, self.at.interval_supervised
         totals = {name: float(self.parallel.sum(total)) for name, total in self.sums.items()}
         means = {name: total / count if count else math.nan for name, total in totals.items()}
@@ -250,8 +249,9 @@ class Trainer:
             self._gradients_checked = True
         norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
         total = parallel.sum(sums["loss"])
-        grad_norm, loss = torch.stack([norm, total.to(torch.float32)]).tolist()  # waits once for the device
-        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        # Read both at once: it waits for the device.
+        grad_norm, summed_loss = torch.stack([norm, total.to(torch.float32)]).tolist()
+        finite = math.isfinite(grad_norm) and math.isfinite(summed_loss)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -263,7 +263,8 @@ class Trainer:
         return {name: torch.zeros((), device=self.parallel.device) for name in names}
 
     def _give_up(self) -> None:
-        """Save what was last good, and raise UserError: too many steps in a row were not finite."""
+        """Save the last good weights, and raise UserError: too many steps in a row were not
+        finite."""
         at = self.at
         if at.skipped < at.step and _all_finite(self.objective):
             self.save()

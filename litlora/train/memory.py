@@ -19,11 +19,9 @@ from litlora.errors import UserError, setting
 from litlora.kernels.cross_entropy import chunk_rows
 from litlora.ram import field_of, free_ram
 from litlora.settings import TrainConfig
-from litlora.train.activations import computed_again, storages
+from litlora.train.activations import computed_again, storages  # noqa: F401  (for litlora.train.compile)
 from litlora.train.objective import Objective
 from litlora.train.plan import pack_tokens
-
-__all__ = ["computed_again"]  # for litlora.train.compile
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -72,12 +72,12 @@ class Method:
     resume: str
     """The command that resumes a run, with {script} and {config} in place of their paths."""
     next: str
-    """A command to go on with after the run, with {result} in place of its path."""
+    """The command that uses the result, with {result} in place of its path."""
 
 
 def finetune(settings: Finetune, method: Method, records: Records, place: RunDirectory) -> None:
-    """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to
-    place.path. Exits if the run is stopped early."""
+    """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to the place
+    of the run. Exits if the run is stopped early."""
     run = Run(settings, method, records, place)
     run.load()
     run.choose_what_trains()
@@ -121,7 +121,7 @@ class Run:
     # ---- before training
 
     def load(self) -> None:
-        """Load the model to start from, in the precision of the run."""
+        """Load the model to start from, and choose the prompt style."""
         settings = self.settings
         base_dir = settings.base_checkpoint_dir
         self.loaded = load(
@@ -185,7 +185,7 @@ class Run:
         )
         if config.compile:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
-        # What concerns the directory once does not belong to the configuration that repeats the run.
+        # The configuration repeats this run: how its directory was found does not belong to it.
         resolved = dataclasses.replace(
             self.settings,
             data=self.records.source,

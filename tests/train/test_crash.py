@@ -48,8 +48,8 @@ def test_no_kill_ever_loses_a_run():
 
 
 def killed_before(operation, work):
-    """Whether a process that does `work` was killed before its so-manieth operation on files; False
-    if it came to its end first."""
+    """Whether a process that does `work` was killed before operation number `operation` on files;
+    False if it ended first."""
     if (pid := os.fork()) == 0:
         seen = 0
 
@@ -240,7 +240,10 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved(run, tmp_path, capsy
     out = run("lora", tmp_path / "out", "--train.save_interval", 5, at=(6, limit(size)))
     said = capsys.readouterr().out
     for step in (10, 15):
-        note = f"note: {out / f'step-{step:06}'} could not be saved (File too large); the newest checkpoint is {out / 'step-000005'}\n"
+        note = (
+            f"note: {out / f'step-{step:06}'} could not be saved (File too large); "
+            f"the newest checkpoint is {out / 'step-000005'}\n"
+        )
         assert said.count(note) == 1
     assert [path.name for path in step_directories(out)] == ["step-000005"]
     assert same(out, expected) and not list(out.glob(".*")), "nothing half written may remain"
@@ -252,7 +255,8 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
     out = tmp_path / "out"
     with pytest.raises(
         UserError,
-        match=r"final: could not be written \(File too large\); the newest checkpoint is .*step-000010; make room",
+        match=r"final: could not be written \(File too large\); "
+        r"the newest checkpoint is .*step-000010; make room",
     ) as e:
         run("lora", out, "--train.save_interval", 5, at=(11, limit(100)))
     assert "--resume auto" in str(e.value) and "\n" not in str(e.value)

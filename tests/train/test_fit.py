@@ -180,8 +180,8 @@ def test_the_newest_early_checkpoints_are_kept(tmp_path):
 
 def test_metrics_have_a_row_a_logged_step(tmp_path):
     metrics = Metrics(tmp_path / "metrics.csv")
-    train(GPT(tiny_config()), examples(8), tmp_path, val=examples(3), sinks=[metrics], micro_batch_size=1, global_batch_size=1,
-          log_interval=3, eval_interval=5)  # fmt: skip
+    sizes = {"micro_batch_size": 1, "global_batch_size": 1, "log_interval": 3, "eval_interval": 5}
+    train(GPT(tiny_config()), examples(8), tmp_path, val=examples(3), sinks=[metrics], **sizes)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows if row["loss"]] == [1, 3, 6, 8]
     assert [int(row["step"]) for row in rows if row["val_loss"]] == [5, 8]
@@ -222,8 +222,16 @@ def test_every_label_masked_is_an_error(tmp_path):
 def test_spoilt_weights_are_found_by_the_validation_and_not_saved(tmp_path):
     saved = []
     with pytest.raises(UserError, match="the validation loss is (nan|inf) after step 1.*lower learning_rate"):
-        train(GPT(tiny_config()), examples(4), tmp_path, val=examples(3), save=lambda *done: saved.append(done),
-              micro_batch_size=4, global_batch_size=4, learning_rate=1e30)  # fmt: skip
+        train(
+            GPT(tiny_config()),
+            examples(4),
+            tmp_path,
+            val=examples(3),
+            save=lambda *done: saved.append(done),
+            micro_batch_size=4,
+            global_batch_size=4,
+            learning_rate=1e30,
+        )
     assert not saved
 
 

@@ -43,8 +43,12 @@ def signalled(out, *signals, words=(), after=r"step 2/"):
     and the others at once after it."""
     process = subprocess.Popen(
         [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), *WORDS, *map(str, words)],
-        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     said = ""
     for line in process.stdout:
         said += line
@@ -94,9 +98,14 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
     termios.tcsetwinsize(side, (24, 80))
     process = subprocess.Popen(
         [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), "--train.max_steps", "5000"],
-        cwd=REPO, stdin=side, stdout=side, stderr=side, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPO,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    )
     os.close(side)
     said = b""
     while not re.search(rb" [1-9][0-9]*/5000", said):
@@ -251,7 +260,8 @@ def test_a_lack_of_memory_anywhere_is_one_line(tmp_path, error, training):
     model.model.register_forward_pre_hook(fail)
     with pytest.raises(
         UserError,
-        match=r"out of memory at a micro-batch of 3 examples with .*(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0|MemoryError)",
+        match=r"out of memory at a micro-batch of 3 examples with .*"
+        r"(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0|MemoryError)",
     ):
         train(model, examples(6), tmp_path, val=examples(5), micro_batch_size=3, global_batch_size=3)
 
@@ -329,7 +339,10 @@ def test_too_many_bad_steps_stop_with_the_last_good_weights_saved(tmp_path):
         saved[directory.name] = {name: tensor.clone() for name, tensor in state["weights"].items()}
 
     sizes = {"micro_batch_size": 1, "global_batch_size": 1, "save_interval": 4, "max_bad_steps": 2}
-    says = r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; .*step-000007; lower learning_rate"
+    says = (
+        r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; "
+        r".*step-000007; lower learning_rate"
+    )
     with pytest.raises(UserError, match=says):
         train(model, examples(12), tmp_path, save=keep, **sizes)
     assert list(saved) == ["step-000004", "step-000007"]

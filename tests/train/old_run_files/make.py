@@ -23,8 +23,9 @@ from litlora.settings import FinetuneLoRA
 sys.path.insert(0, str(Path(sys.modules["litlora"].__file__).parent.parent / "finetune"))
 WORDS = (
     "--prompt_style plain --lora.rank 2 --lora.targets [q_proj,v_proj,down_proj] --train.max_steps 6 "
-    "--train.global_batch_size 4 --train.micro_batch_tokens 40 --train.max_seq_length 64 --train.save_interval 4 "
-    "--train.eval_interval 2 --train.log_interval 3 --precision 32-true --accelerator cpu"
+    "--train.global_batch_size 4 --train.micro_batch_tokens 40 --train.max_seq_length 64 "
+    "--train.save_interval 4 --train.eval_interval 2 --train.log_interval 3 "
+    "--precision 32-true --accelerator cpu"
 )
 
 
