@@ -86,6 +86,10 @@ class Objective(nn.Module, ABC):
         memory of the whole is estimated; None if there is no such piece."""
         return None
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """The model's hidden states (M, C) at the learned positions."""
+        return self.model.model(batch.input_ids, lengths=batch.lengths, wanted=batch.positions)[0]
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains, by the model's own names; parameters of the objective by theirs."""
         return {
@@ -121,7 +125,7 @@ class SFT(Objective):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum in nats, in fp32 or better."""
-        hidden = self.model.model(batch.input_ids, lengths=batch.lengths, wanted=batch.positions)[0]  # (M, C)
+        hidden = self.hidden(batch)
         head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if plain and not torch.is_autocast_enabled(hidden.device.type):

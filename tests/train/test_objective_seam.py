@@ -37,8 +37,7 @@ class Unlikelihood(Objective):
         return collate(examples, mask_prompt=True, packed=True)
 
     def loss(self, batch):
-        hidden = self.model.model(batch.input_ids, lengths=batch.lengths, wanted=batch.positions)[0]
-        log_p = F.log_softmax(self.model.logits(hidden) / self.temperature, -1)
+        log_p = F.log_softmax(self.model.logits(self.hidden(batch)) / self.temperature, -1)
         before = log_p.gather(1, batch.input_ids.flatten()[batch.positions, None]).exp()
         repetition = -torch.log1p(-before.clamp(max=0.999)).sum()
         return F.nll_loss(log_p, batch.targets, reduction="sum") + repetition, {"repetition": repetition}
