@@ -4,7 +4,7 @@ dtype.
 python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
 """
 
-from litlora.cli import run
+from litlora import cli
 from litlora.data.records import read_records
 from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneFull
@@ -12,19 +12,21 @@ from litlora.settings import FinetuneFull
 
 def main(settings: FinetuneFull) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    run = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
+    place = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
     from litlora.train.run import Method, finetune
 
-    method = Method(
+    full = Method(
         prepare=lambda model: model.requires_grad_(),
         trains_base=True,
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",
+        resume="python {script} --config {config} --resume auto",
+        next="python chat/base.py --checkpoint_dir {result}",
     )
-    finetune(settings, method, records, run)
+    finetune(settings, full, records, place)
 
 
 if __name__ == "__main__":
-    run(main, FinetuneFull)
+    cli.run(main, FinetuneFull)

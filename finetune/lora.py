@@ -3,7 +3,7 @@
 python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
 """
 
-from litlora.cli import run
+from litlora import cli
 from litlora.data.records import read_records
 from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneLoRA
@@ -11,20 +11,22 @@ from litlora.settings import FinetuneLoRA
 
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    run = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
+    place = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
     records = read_records(settings.data)
 
     from litlora.lora import adapter_of, add_lora
     from litlora.train.run import Method, finetune
 
-    method = Method(
+    lora = Method(
         prepare=lambda model: add_lora(model, settings.lora),
         trains_base=False,
         content=lambda model: adapter_of(model, settings.lora),
         stores="the adapter only",
+        resume="python {script} --config {config} --resume auto",
+        next="python chat/base.py --checkpoint_dir {result}",
     )
-    finetune(settings, method, records, run)
+    finetune(settings, lora, records, place)
 
 
 if __name__ == "__main__":
-    run(main, FinetuneLoRA)
+    cli.run(main, FinetuneLoRA)

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
@@ -24,6 +24,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from litlora import report
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import resolve
 from litlora.cli import parse
@@ -31,15 +32,17 @@ from litlora.config import ModelConfig
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.prompts import STYLES
+from litlora.report.events import Event, Step
+from litlora.report.sinks import Sink
 from litlora.settings import JSON, FinetuneFull, FinetuneLoRA, TrainConfig
-from litlora.train.optim import lr_at
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
 QUICKSTART = REPO / "checkpoints/litlora/quickstart"
 
 TEXT = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
     "### Instruction: ### Input: ### Response: paired with an input that provides further context",
     "the quick brown fox jumps over the lazy dog; one two three four five six seven eight nine ten",
 ]
@@ -132,13 +135,38 @@ def alpaca_file(tmp_path) -> Path:
     return path
 
 
+class AfterStep(Sink):
+    """Calls something once so many steps are done; an error in it ends the run."""
+
+    fatal = (Exception,)
+
+    def __init__(self, step: int, call: Callable[[], None]) -> None:
+        self.step, self.call = step, call
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.step:
+            self.call()
+
+
+@contextmanager
+def extra_sinks(*sinks: Sink) -> Iterator[None]:
+    """Every run inside the block tells its events to these sinks too."""
+    factories = [lambda run_dir, sink=sink: sink for sink in sinks]
+    report.SINKS.extend(factories)
+    try:
+        yield
+    finally:
+        for factory in factories:
+            report.SINKS.remove(factory)
+
+
 @pytest.fixture
-def run(base, alpaca_file, monkeypatch):
+def run(base, alpaca_file):
     """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on,
     6 steps an epoch, 18 in all.
 
     `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something
-    when that step begins.
+    once so many steps are done.
     """
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
     sizes = [
@@ -169,15 +197,8 @@ def run(base, alpaca_file, monkeypatch):
         inputs = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", out]
         settings = parse(methods[method], [str(word) for word in (*inputs, *sizes, *words)])
         if stop_after is not None:
-            at = (stop_after - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-        def lr(step, total, config):
-            if at is not None and step == at[0]:
-                at[1]()
-            return lr_at(step, total, config)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("litlora.train.fit.lr_at", lr)
+            at = (stop_after, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with extra_sinks(*([AfterStep(*at)] if at else [])):
             with pytest.raises(SystemExit) if stop_after is not None else nullcontext() as ended:
                 command.main(settings)
         assert stop_after is None or ended.value.code == 143

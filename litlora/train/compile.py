@@ -6,7 +6,7 @@ import torch
 from litlora.errors import UserError, setting
 from litlora.kernels.attention import packed_attention
 from litlora.model import GPT
-from litlora.train.memory import computed_again
+from litlora.train.activations import computed_again
 
 
 def check_compiler(device: torch.device) -> None:

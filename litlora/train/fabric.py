@@ -1,8 +1,8 @@
-"""Fabric, without what it imports to ask one question: `from litlora.train.fabric import Fabric`.
+"""Fabric, imported without the compiler: `from litlora.train.fabric import Fabric`.
 
-Fabric wants a class of torch._dynamo's, the compiler, to see whether a module was compiled. That
-import takes as long as half of torch itself. So while Fabric is imported, a class stands in for it
-that answers the same once the compiler is there; until then the answer is no.
+Fabric imports a class of torch._dynamo, the compiler, to tell whether a module was compiled. That
+import takes half as long as torch itself. So a class stands in for it while Fabric is imported: it
+answers no until the compiler is imported, and then the same as the real class.
 """
 
 import sys
@@ -17,12 +17,14 @@ COMPILER = f"{torch.__name__}._dynamo"
 
 class _Compiled(type):
     def __instancecheck__(cls, instance: object) -> bool:
-        real = getattr(sys.modules.get(COMPILER), "OptimizedModule", cls)  # not there yet, or this very class
+        real = getattr(
+            sys.modules.get(COMPILER), "OptimizedModule", cls
+        )  # not imported yet, or this very class
         return real is not cls and isinstance(instance, real)
 
 
 class OptimizedModule(metaclass=_Compiled):
-    """What torch.compile makes of a module, for isinstance."""
+    """Stands in for the class of compiled modules, for isinstance."""
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def _compiler_left_out() -> Iterator[None]:
 try:
     with _compiler_left_out():
         from lightning_fabric import Fabric
-except (ImportError, AttributeError):  # a version that wants more of it gets all
+except (ImportError, AttributeError):  # this version needs more of the compiler
     for name in [name for name in sys.modules if name.partition(".")[0] == "lightning_fabric"]:
         del sys.modules[name]
     from lightning_fabric import Fabric

@@ -1,5 +1,5 @@
 """What ends a run before its last step: SIGINT (Ctrl-C), SIGTERM (preemption), SIGHUP (the terminal
-is gone), --train.max_time."""
+was closed), and the time limit, max_time."""
 
 import os
 import signal
@@ -10,14 +10,12 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any
 
-import torch
-
-from litlora.train.fabric import Fabric
+from litlora.train.parallel import Parallel
 
 
 class Stop(IntEnum):
-    """Why a run stops early; a signal by the exit status of what it ends. Where devices disagree,
-    the larger counts."""
+    """Why a run stops early. A signal has the exit status of the process that it ends; where ranks
+    disagree, the largest counts."""
 
     TIME = 1
     SIGHUP = 129
@@ -26,12 +24,11 @@ class Stop(IntEnum):
 
     @property
     def status(self) -> int:
-        """The exit status: that of a process ended by the signal, as the shell sees it; 0 if the
-        time was up."""
+        """The exit status that a shell reports for the signal; 0 when the time is up."""
         return 0 if self is Stop.TIME else int(self)
 
     def __str__(self) -> str:
-        return "--train.max_time" if self is Stop.TIME else self.name
+        return "max_time" if self is Stop.TIME else self.name
 
 
 class GivenUp(Exception):
@@ -39,14 +36,14 @@ class GivenUp(Exception):
 
 
 class Interrupts:
-    """Inside `with`, the first signal of `Stop` asks the loop to end after its step; a second one
-    ends the process at once.
+    """Inside `with`, the first signal of `Stop` asks the loop to end after the current step; a
+    second one ends the process at once.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    SIGHUP stays ignored where it already is, as under nohup.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
-        """The time runs from here."""
+        """The time is counted from here."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signal: Stop | None = None
         self._at_once = False
@@ -64,10 +61,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self, fabric: Fabric) -> Iterator[None]:
-        """A long block that a signal may end in the middle with GivenUp. With several devices it
-        does not: they must agree."""
-        self._at_once = fabric.world_size == 1
+    def at_once(self, parallel: Parallel) -> Iterator[None]:
+        """A long block that a signal ends at once, with GivenUp. With several devices it runs to
+        its end, as all ranks must agree."""
+        self._at_once = parallel.world_size == 1
         try:
             if self._at_once and self._signal is not None:
                 raise GivenUp
@@ -75,14 +72,11 @@ class Interrupts:
         finally:
             self._at_once = False
 
-    def asked(self, fabric: Fabric) -> Stop | None:
-        """Whether to stop, and why: the same on all devices, which must call this together."""
+    def asked(self, parallel: Parallel) -> Stop | None:
+        """Why to stop, or None: the same on all ranks, which must call this together."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        stop = self._signal or (Stop.TIME if late else None)
-        if fabric.world_size > 1:
-            votes = fabric.all_gather(torch.tensor(stop or 0, device=fabric.device))
-            stop = Stop(most) if (most := int(votes.max())) else None
-        return stop
+        stop = parallel.largest(self._signal or (Stop.TIME if late else 0))
+        return Stop(stop) if stop else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
@@ -90,13 +84,12 @@ class Interrupts:
         self._signal = Stop(128 + number)
         if self._signal is Stop.SIGHUP:
             nowhere = os.open(os.devnull, os.O_RDWR)
-            for stream in (
-                self._terminals
-            ):  # what is said to a terminal that is gone must not end the run before it is saved
+            # Writing to a closed terminal must not end the run before it is saved.
+            for stream in self._terminals:
                 os.dup2(nowhere, stream)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            with suppress(OSError):  # whatever becomes of the words
-                # Not print(): the signal may come in the middle of one.
+            with suppress(OSError):  # the message may be lost
+                # Not print(): the signal may have interrupted one.
                 os.write(2, f"\n{self._signal}: stopping after this step; once more ends at once\n".encode())
         if self._at_once:
             raise GivenUp

@@ -1,42 +1,160 @@
-"""Summed cross-entropy over the supervised tokens, with logits at no other position."""
+"""Objective: what a run minimises. SFT is the one that learns answers token by token.
 
-from collections.abc import Callable
+The loop knows nothing but the methods of `Objective`; a new loss is one subclass:
+
+    class Flooded(SFT):
+        "Supervised fine-tuning whose loss does not fall below 1 nat."
+        def loss(self, batch):
+            loss, figures = super().loss(batch)
+            return (loss - len(batch.targets)).abs(), figures
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litlora.data.batches import Batch, collate, num_supervised
+from litlora.data.examples import Example
+from litlora.errors import UserError, setting
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
 from litlora.model import GPT
+from litlora.settings import TrainConfig
+
+Context = Callable[[], AbstractContextManager]
+"""Makes a context that is entered for each forward."""
 
 
-class SupervisedLoss(nn.Module):
-    """The training objective: a model, and the sum (not the mean) of its loss over a batch."""
+class Objective(nn.Module, ABC):
+    """A model, and a loss that is a sum over its examples.
 
-    def __init__(self, model: GPT) -> None:
+    The loop divides the losses of a step once, by the weight of all its examples. So every unit of
+    weight, such as a supervised token, counts the same in whichever micro-batch it is.
+    """
+
+    figures: tuple[str, ...] = ()
+    """What `loss` measures besides the loss: names of figures, each a sum like the loss."""
+
+    def __init__(
+        self, model: GPT, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
+    ) -> None:
+        """`contexts` are entered for each forward: autocast, for example."""
         super().__init__()
         self.model = model
+        self.config = config or TrainConfig()
+        self.contexts = contexts
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, lengths: list[int] | None = None
-    ) -> Tensor:
-        """Summed loss in nats, fp32 or better, of a `Batch`: input_ids (B, T), or (1, N) with the
-        lengths of what is packed in it.
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` within the contexts."""
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            return self.loss(batch)
 
-        positions (M,) of the flattened input_ids are those whose next token is learned, targets
-        (M,) these tokens.
-        """
-        ids, lengths, places = bucketed(input_ids, lengths, positions, self.model.model.embed_tokens.weight)
-        hidden = self.model.model(ids, lengths=lengths, positions=places)[0, : len(positions)]  # (M, C)
+    @abstractmethod
+    def batch(self, examples: Sequence[Any], device: torch.device) -> Any:
+        """A micro-batch of these examples on the device."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss of a batch, and the sums of its figures (without a gradient)."""
+
+    @abstractmethod
+    def weight(self, example: Any) -> int:
+        """By how much an example counts: the number of its supervised tokens."""
+
+    @abstractmethod
+    def length(self, example: Any) -> int:
+        """Tokens that the model computes for an example."""
+
+    @abstractmethod
+    def content(self, example: Any) -> bytes:
+        """All that the loss depends on: a resumed run must find the same for each example."""
+
+    def idle(self, batch: Any) -> Any:
+        """A batch for a rank that has no work left in a step. Its loss is multiplied by zero, so an
+        objective may leave out what is not needed for gradients of zero."""
+        return batch
+
+    def piece(self, batch: Any, length: int) -> Any | None:
+        """The first `length` tokens of a batch, learned in the same proportion, from which the
+        memory of the whole is estimated; None if there is no such piece."""
+        return None
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The model's hidden states (M, C) at the learned positions."""
+        like = self.model.model.embed_tokens.weight
+        ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, like)
+        return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What trains, by the model's own names; parameters of the objective by theirs."""
+        return {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+class SFT(Objective):
+    """Supervised fine-tuning: cross-entropy of the answers' tokens, with logits at no other
+    position."""
+
+    def __init__(
+        self, model: GPT, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
+    ) -> None:
+        """Raises UserError if padding would change what an example is."""
+        super().__init__(model, config, contexts)
+        scaling = model.config.rope_scaling
+        if not self.config.packing and scaling is not None and scaling.rope_type == "longrope":
+            raise UserError(
+                f"{setting('packing')} false: this model rotates the positions of long and of short examples "
+                "differently (longrope), and a short one padded beside a long one would count as long; "
+                "leave packing on"
+            )
+
+    def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
+        batch = collate(examples, mask_prompt=self.config.mask_prompt, packed=self.config.packing)
+        tensors = (batch.input_ids, batch.positions, batch.targets)
+        if device.type == "cuda":  # from pinned memory the copy does not wait for the device
+            tensors = (tensor.pin_memory() for tensor in tensors)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), batch.lengths)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum in nats, in fp32 or better."""
+        hidden = self.hidden(batch)
         head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
         plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
         if plain and not torch.is_autocast_enabled(hidden.device.type):
-            return head_loss(hidden, targets, head.weight, cap)
-        return summed_cross_entropy(
-            hidden, targets, self.model.logits, chunk_rows(self.model.config.vocab_size, hidden.device)
-        )
+            return head_loss(hidden, batch.targets, head.weight, cap), {}
+        rows = chunk_rows(self.model.config.vocab_size, hidden.device)
+        return summed_cross_entropy(hidden, batch.targets, self.model.logits, rows), {}
+
+    def weight(self, example: Example) -> int:
+        return num_supervised(example, self.config.mask_prompt)
+
+    def length(self, example: Example) -> int:
+        return len(example.ids)
+
+    def content(self, example: Example) -> bytes:
+        """Every token, and where the answer begins."""
+        return f"{len(example.ids)} {example.prompt_length}\n".encode() + example.ids.tobytes()
+
+    def idle(self, batch: Batch) -> Batch:
+        return batch._replace(positions=batch.positions[:0], targets=batch.targets[:0])
+
+    def piece(self, batch: Batch, length: int) -> Batch:
+        lengths = batch.lengths or [batch.input_ids.size(1)] * len(batch.input_ids)
+        learned = round(len(batch.targets) / sum(lengths) * length)
+        ids = batch.input_ids[:1]
+        positions = torch.arange(learned, device=ids.device)
+        return Batch(ids[:, :length], positions, ids[0, positions], None)
 
 
 def summed_cross_entropy(

@@ -3,13 +3,13 @@ step."""
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from litlora.errors import MissingExtraError, UserError
+from litlora.errors import MissingExtraError, UserError, setting
 from litlora.settings import TrainConfig
 
 
@@ -33,8 +33,8 @@ def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without what its methods tell the compiler: that would import torch._dynamo,
-    half as long as all of torch takes."""
+    """torch's AdamW without the compiler's decorators around its methods: they import
+    torch._dynamo, which takes half as long as all of torch."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
@@ -61,15 +61,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The class behind --train.optimizer, and what to call it with. Raises MissingExtraError where
-    bitsandbytes is not installed."""
+    """The class that the setting names, and its extra arguments. Raises MissingExtraError where
+    bitsandbytes is needed and not installed."""
     if name == "adamw":
         return AdamW, {"fused": True}
     try:
         from bitsandbytes import optim
     except ImportError:
         raise MissingExtraError(
-            f"--train.optimizer {name} needs bitsandbytes; install it with: pip install 'litlora[bitsandbytes]'"
+            f"{setting('optimizer')} {name} needs bitsandbytes; "
+            "install it with: pip install 'litlora[bitsandbytes]'"
         ) from None
     return {
         "adamw_8bit": optim.AdamW8bit,
@@ -78,26 +79,31 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     }[name], {}
 
 
-def check_optimizer(name: str, device: torch.device) -> None:
-    """Raise UserError, before any work is done, if this optimizer cannot make a step on this
-    device."""
-    kind, more = optimizer_class(name)
+def check_optimizer(
+    name: str,
+    device: torch.device,
+    find: Callable[[str], tuple[type[torch.optim.Optimizer], dict[str, Any]]] = optimizer_class,
+) -> None:
+    """Raise UserError, before any work is done, if the optimizer that `find` returns for this name
+    cannot make a step on this device."""
+    kind, more = find(name)
     if name.startswith("paged") and device.type != "cuda":
         raise UserError(
-            f"--train.optimizer {name}: pages between a GPU's memory and the machine's, so it needs CUDA, not {device.type}"
+            f"{setting('optimizer')} {name}: moves its moments between a GPU's memory and the machine's, "
+            f"so it needs CUDA, not {device.type}"
         )
-    weight = nn.Parameter(torch.zeros(64, 64, device=device))  # of the size from which 8 bits are used
+    weight = nn.Parameter(torch.zeros(64, 64, device=device))  # the size from which 8 bits are used
     weight.grad = torch.zeros_like(weight)
     try:
         kind([weight], **more).step()
-    except Exception as error:  # whatever a library raises for a device that it was not built for
+    except Exception as error:  # libraries raise all kinds for a device they were not built for
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"--train.optimizer {name} does not work on {device.type} here: {reason[0]}; take adamw"
+            f"{setting('optimizer')} {name} does not work on {device.type} here: {reason[0]}; use adamw"
         ) from None
 
 
 def state_bytes(trainable: Iterable[nn.Parameter], config: TrainConfig) -> int:
-    """Memory of the optimizer's two moments: in the weights' own dtype, or a byte each; paged ones
-    counted as if none were paged out."""
+    """Memory of the optimizer's two moments: in the dtype of the weights, or a byte a value. Paged
+    ones count as if none were paged out."""
     return sum(2 * (p.numel() if config.optimizer.endswith("8bit") else p.nbytes) for p in trainable)

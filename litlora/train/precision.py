@@ -1,7 +1,7 @@
-"""--precision: what the weights of a run are held in and multiplied in, decided once, from the
-base's dtype and a measurement.
+"""The dtypes in which a run holds and multiplies its weights: decided once, from the base's dtype
+and a measurement.
 
-32-true      all in fp32
+32-true      everything in fp32
 bf16-true    the base, its activations and their gradients in bf16; A and B stay in fp32
 bf16-mixed   weights in fp32, matrix products in bf16 (autocast)
 """
@@ -9,22 +9,21 @@ bf16-mixed   weights in fp32, matrix products in bf16 (autocast)
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 FAST = 1.2
-"""bf16 counts as fast where its matrix product runs at this multiple of fp32's speed: there is a
-wide gap between processors that have it (above 1.8) and those that emulate it (below 0.6)."""
+"""bf16 counts as fast where its matrix product runs at this multiple of fp32's speed. Processors
+that have bf16 are above 1.8, those that emulate it below 0.6."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run computes in, and why."""
+    """The precision of a run, and why it was chosen."""
 
     name: str
     """32-true, bf16-true or bf16-mixed."""
@@ -32,7 +31,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights, A and B excepted."""
+        """Of all weights but A and B."""
         return torch.bfloat16 if self.name == "bf16-true" else torch.float32
 
     def computing(self, device: torch.device) -> AbstractContextManager:
@@ -41,20 +40,17 @@ class Precision:
 
 
 def decide(asked: str, stored: torch.dtype, speedup: Callable[[], float], *, trains_base: bool) -> Precision:
-    """The precision that was asked for, or what auto means for a base of this dtype: fast, but
-    never rounding a base unasked.
+    """The precision that was asked for, or what auto means for a base of this dtype: the fastest
+    one that does not round the base.
 
-    `speedup` measures bf16 against fp32; it is called only if that decides. Weights that train stay
-    in fp32: in bf16 an update below 1/256 of a weight is lost.
+    `speedup` measures bf16 against fp32; it is called only if its result matters. Weights that
+    train stay in fp32: bf16 loses an update below 1/256 of a weight.
     """
     if asked != "auto":
         return Precision(asked, "as asked")
     if stored != torch.bfloat16:
-        kept = (
-            "which fp32 holds exactly and bf16 does not"
-            if stored == torch.float16
-            else "which bf16 would round"
-        )
+        fp16 = stored == torch.float16
+        kept = "which fp32 holds exactly and bf16 does not" if fp16 else "which bf16 would round"
         return Precision("32-true", f"the base is stored in {short(stored)}, {kept}")
     ratio = speedup()
     fast = "bf16-mixed" if trains_base else "bf16-true"
@@ -62,23 +58,23 @@ def decide(asked: str, stored: torch.dtype, speedup: Callable[[], float], *, tra
 
 
 def bf16_speedup(device: torch.device) -> float:
-    """How many times as fast as in fp32 a layer multiplies in bf16 on this device: the best of a
-    few runs, some milliseconds in all."""
+    """The speed of a matrix product in bf16 as a multiple of that in fp32, on this device: the best
+    of a few runs, which take milliseconds."""
     size = 4096 if device.type == "cuda" else 512
     squares = {
         dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)
     }
     best = dict.fromkeys(squares, float("inf"))
-    for _ in range(5):  # in turns, so that a disturbance meets both; the first time warms up
+    for _ in range(5):  # in turns, so that a disturbance affects both; the first turn warms up
         for dtype, square in squares.items():
             started = time.perf_counter()
-            F.linear(square, square)[0, 0].item()  # reading a number waits for it, on every kind of device
+            F.linear(square, square)[0, 0].item()  # reading the value waits for the device
             best[dtype] = min(best[dtype], time.perf_counter() - started)
     return best[torch.float32] / best[torch.bfloat16]
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that most of a model's numbers have."""
+    """The dtype of most of a model's values."""
     sizes = Counter()
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
@@ -86,28 +82,13 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
-    """Give every weight this dtype, memory of its own too if `copy`; returns how many tensors were
-    rounded on the way."""
+    """Convert every weight to this dtype, into memory of its own if `copy`; returns how many
+    tensors that rounded."""
     rounded = 0
     for parameter in model.parameters():
         rounded += torch.promote_types(parameter.dtype, dtype) != dtype
         parameter.data = parameter.data.to(dtype, copy=copy)
     return rounded
-
-
-class Within(nn.Module):
-    """A module whose forward runs in contexts, entered afresh each time."""
-
-    def __init__(self, module: nn.Module, *contexts: Callable[[], AbstractContextManager]) -> None:
-        super().__init__()
-        self.module = module
-        self.contexts = contexts
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            for context in self.contexts:
-                stack.enter_context(context())
-            return self.module(*inputs, **options)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -1,9 +1,9 @@
 """Exact resume: what a step directory stores beside the checkpoint, and the checks before a run
-goes on from one.
+resumes from one.
 
 `state.pth` is a torch file of tensors and plain values. The settings of the run are in the step
 directory's hyperparameters.yaml. The order of the examples is a pure function of the seed and the
-epoch, so a position is two numbers.
+epoch, so two integers give the position in the data.
 """
 
 import dataclasses
@@ -15,55 +15,62 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from litlora.data.examples import Example
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml
-from litlora.train.fabric import Fabric
+from litlora.train.objective import Objective
+from litlora.train.parallel import Parallel
 
 FORMAT = 1
+OLD_PREFIX = "module.model."
+"""Earlier versions named a weight through the modules around the model; the rest is its name."""
 MAY_CHANGE = frozenset(
     (
+        # The base's fingerprint is compared instead of its place,
         "checkpoint_dir",
         "base_checkpoint_dir",
         "allow_base_mismatch",
-    )  # the base's fingerprint is compared instead
-    + (
+        # a hash of the examples instead of the place of the data,
         "data.class_path",
         "data.init_args.path",
         "data.init_args.source",
         "data.init_args.download_dir",
         "data.init_args.url",
-    )  # its hash
-    + (
+        # and the kind of device that was chosen.
         "accelerator",
         "out_dir",
         "overwrite",
         "resume",
         "resume_force",
-    )  # the kind of device is compared as it was chosen
-    + ("train.log_interval", "train.eval_interval", "train.save_interval", "train.keep_checkpoints")
-    + ("train.max_time", "train.max_bad_steps", "train.checkpoint_activations", "train.offload_activations")
+        "train.log_interval",
+        "train.eval_interval",
+        "train.save_interval",
+        "train.keep_checkpoints",
+        "train.max_time",
+        "train.max_bad_steps",
+        "train.checkpoint_activations",
+        "train.offload_activations",
+    )
 )
-"""Settings that are no part of what is learned, by their place in hyperparameters.yaml. Every other
+"""Settings that do not affect what is learned, by their place in hyperparameters.yaml. Every other
 one must stay as it was."""
 
 _KINDS = {int: (int,), float: (float,), bool: (bool,), type(None): (float, type(None))}
-"""What an entry of a stored position may be, by what it is at the start."""
+"""The types that an entry of a stored position may have, by its type in a new one."""
 
 
 @dataclass
 class Position:
-    """How far a run has come: what resuming needs beside weights, optimizer and generators."""
+    """How far a run has come: what resuming needs besides weights, optimizer and generators."""
 
     step: int = 0
-    """Optimizer steps done, skipped ones included."""
+    """Optimizer steps done, including skipped ones."""
     epoch: int = 0
     step_in_epoch: int = 0
-    """The next step, counted from the epoch's first."""
+    """The next step, counted from the first of the epoch."""
     tokens: int = 0
     seconds: float = 0.0
     """Of training alone."""
@@ -76,12 +83,13 @@ class Position:
     validation_due: bool = False
     """The validation after this step is still to come."""
     logged_seconds: float = 0.0
-    """When the last line was logged; the rest is of the interval since then."""
+    """The value of `seconds` at the last logged line."""
     interval_tokens: int = 0
+    """Since the last logged line, as all that begins with interval."""
     interval_supervised: int = 0
 
     def count(self, epoch: int, index: int, seconds: float, tokens: int, finite: bool) -> None:
-        """One more step is done: the `index`-th of the epoch."""
+        """One more step is done, number `index` of the epoch."""
         self.step, self.epoch, self.step_in_epoch = self.step + 1, epoch, index + 1
         self.seconds += seconds
         self.tokens += tokens
@@ -91,33 +99,35 @@ class Position:
 
 @dataclass
 class State:
-    """A run between two steps; what `fit` continues from."""
+    """A run between two steps: what `Trainer` continues from."""
 
     at: Position
     weights: dict[str, Tensor]
-    """What trains, at the precision in which it trains."""
+    """What trains, at the precision in which it trains, by the model's own names."""
     optimizer: dict[str, Any]
     ranks: list[dict[str, Any]]
-    """Of each device's process: its generators, and its share of the loss since the last logged
-    line."""
+    """For each rank: its generators, and its sums since the last logged line."""
     directory: Path
     """Where it was read from."""
 
-    def restore(self, fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Put weights, optimizer and generators back; returns this rank's loss since the last
+    def restore(
+        self, parallel: Parallel, objective: Objective, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """Put weights, optimizer and generators back; returns this rank's sums since the last
         logged line."""
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trained = objective.trainable()
         if {name: p.shape for name, p in trained.items()} != {
             name: t.shape for name, t in self.weights.items()
         }:
             raise UserError(
-                f"{self.directory}: other weights train there than here; it cannot be resumed, not even with --resume_force"
+                f"{self.directory}: other weights train there than here; it cannot be resumed, "
+                f"not even with {setting('resume_force')}"
             )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(self.weights[name])
         try:
-            # Copies, as the moments must not live in the file's memory.
+            # Copies, so that the moments do not live in the file's memory.
             slots = {
                 index: {
                     name: value.clone() if isinstance(value, Tensor) else value
@@ -126,11 +136,12 @@ class State:
                 for index, slot in self.optimizer["state"].items()
             }
             optimizer.load_state_dict({**self.optimizer, "state": slots})
-            if fabric.global_rank >= len(self.ranks):  # more devices than before, by --resume_force
-                return torch.zeros((), device=fabric.device)
-            rank = self.ranks[fabric.global_rank]
-            _set_generators(rank["generators"], fabric.device)
-            return rank["interval_loss"].to(fabric.device)
+            if parallel.rank >= len(self.ranks):  # more devices than before, by resume_force
+                return {}
+            rank = self.ranks[parallel.rank]
+            set_generators(rank["generators"], parallel.device)
+            sums = {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
+            return {name: tensor.to(parallel.device) for name, tensor in sums.items()}
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise CheckpointError(
@@ -139,37 +150,40 @@ class State:
 
 
 def capture(
-    fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer, at: Position, interval_loss: Tensor
+    parallel: Parallel,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    at: Position,
+    sums: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """The state as plain values and tensors, for write_checkpoint. All ranks must call this
-    together."""
-    rank = {"generators": _generators(fabric.device), "interval_loss": interval_loss.cpu()}
-    ranks = [rank]
-    if fabric.world_size > 1:
-        ranks = [None] * fabric.world_size
-        torch.distributed.all_gather_object(ranks, rank)
+    """The state as plain values and tensors, for write_checkpoint; `sums` are those of this rank
+    since the last logged line. All ranks must call this together."""
+    figures = {name: tensor.cpu() for name, tensor in sums.items() if name != "loss"}
+    rank = {"generators": generators(parallel.device), "interval_loss": sums["loss"].cpu()}
     return {
         "litlora": {"format": FORMAT, "kind": "state"},
         "position": dataclasses.asdict(at),
-        "weights": {name: p.detach() for name, p in module.named_parameters() if p.requires_grad},
+        "weights": {name: parameter.detach() for name, parameter in objective.trainable().items()},
         "optimizer": optimizer.state_dict(),
-        "ranks": ranks,
+        "ranks": parallel.gather(rank | ({"interval_figures": figures} if figures else {})),
     }
 
 
-def facts(fabric: Fabric, base_fingerprint: str, train: list[Example], val: list[Example]) -> dict[str, str]:
-    """What the settings do not tell and the result depends on, by the words that a refusal uses."""
+def facts(
+    objective: Objective, device: torch.device, base_fingerprint: str, train: list[Any], val: list[Any]
+) -> dict[str, str]:
+    """What the result depends on besides the settings, by the words that a refusal uses."""
     return {
         "base": base_fingerprint,
-        "training data": _content_hash(train),
-        "validation data": _content_hash(val),
-        "kind of device": fabric.device.type,
+        "training data": _content_hash(objective, train),
+        "validation data": _content_hash(objective, val),
+        "kind of device": device.type,
     }
 
 
 def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[str]]:
-    """The state in a step directory, its metrics.csv, and where it differs from the `facts` of this
-    run."""
+    """The state in a step directory, its metrics.csv, and how its facts differ from those of this
+    run, `here`."""
     file = directory / STATE_FILE
     content = open_torch(file)
     kinds = {
@@ -195,13 +209,14 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
     ):
         raise CheckpointError(f"{file}: broken: its position is {position}")
     if not all(isinstance(tensor, Tensor) for tensor in content["weights"].values()):
-        raise CheckpointError(f"{file}: broken: one of its weights is no tensor")
-    state = State(Position(**position), content["weights"], content["optimizer"], content["ranks"], directory)
+        raise CheckpointError(f"{file}: broken: one of its weights is not a tensor")
+    weights = {name.removeprefix(OLD_PREFIX): tensor for name, tensor in content["weights"].items()}
+    state = State(Position(**position), weights, content["optimizer"], content["ranks"], directory)
     return state, content["metrics"], _differences(here, content["facts"])
 
 
 def stored_settings(directory: Path) -> dict[str, Any]:
-    """The hyperparameters.yaml of a checkpoint that a run made."""
+    """The hyperparameters.yaml in a directory that a run wrote."""
     file = directory / HYPERPARAMETERS_FILE
     try:
         stored = read_yaml(file)
@@ -213,40 +228,44 @@ def stored_settings(directory: Path) -> dict[str, Any]:
 
 
 def changed_settings(settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """Where two runs' settings that matter differ."""
+    """How two runs differ in the settings that affect what is learned."""
     here, there = (
-        {name: v for name, v in _flat(values).items() if name not in MAY_CHANGE}
+        {name: v for name, v in flat_settings(values).items() if name not in MAY_CHANGE}
         for values in (settings, stored)
     )
     return _differences(here, there)
 
 
 def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    nothing = "not set"
-    names = [name for name in {**here, **there} if here.get(name, nothing) != there.get(name, nothing)]
+    pairs = {name: (here.get(name, "not set"), there.get(name, "not set")) for name in {**here, **there}}
     return [
-        f"{name.replace('.init_args.', '.')} is {here.get(name, nothing)}, and was {there.get(name, nothing)}"
-        for name in names
+        f"{name.replace('.init_args.', '.')} is {now}, and was {before}"
+        for name, (now, before) in pairs.items()
+        if now != before
     ]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 3}} -> {"train.epochs": 3}."""
     flat = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            flat_settings(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
-def _content_hash(examples: list[Example]) -> str:
-    """16 hex digits over every token and where each answer begins."""
+def _content_hash(objective: Objective, examples: list[Any]) -> str:
+    """16 hex digits over all that the loss of these examples depends on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{len(example.ids)} {example.prompt_length}\n".encode())
-        digest.update(example.ids)
+        digest.update(objective.content(example))
     return digest.hexdigest()[:16]
 
 
-def _generators(device: torch.device) -> dict[str, Any]:
+def generators(device: torch.device) -> dict[str, Any]:
     """The state of every generator that this process may draw from."""
     name, keys, *rest = np.random.get_state()
     states = {
@@ -261,7 +280,8 @@ def _generators(device: torch.device) -> dict[str, Any]:
     )
 
 
-def _set_generators(states: dict[str, Any], device: torch.device) -> None:
+def set_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Put back what `generators` returned."""
     name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

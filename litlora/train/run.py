@@ -1,13 +1,11 @@
-"""A fine-tuning run from its settings to `final/`: what all methods share. A method is which
-parameters train."""
+"""Run: a fine-tuning run, from its settings to final/. What all methods share; a method is which
+parameters train, and on which objective."""
 
 import dataclasses
-import fcntl
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,231 +14,377 @@ import torch
 import yaml
 from torch import Tensor
 
-from litlora import console
+from litlora import console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.cli import dump
-from litlora.data.batches import padding_share, plan_epoch
-from litlora.data.examples import Example, split, tokenize
+from litlora.data.batches import padding_share
+from litlora.data.examples import split, tokenize
 from litlora.data.records import Records
-from litlora.errors import UserError
-from litlora.load import Loaded, load, pick_device
+from litlora.errors import UserError, setting
+from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.paths import (
     FINAL,
     HYPERPARAMETERS_FILE,
     METRICS_FILE,
-    RUN_NAMES,
     WEIGHTS_FILE,
     RunDirectory,
     keep_inputs,
 )
 from litlora.prompts import choose_style
-from litlora.report.log import Metrics, duration
+from litlora.report.console import Console, duration
+from litlora.report.events import Done
+from litlora.report.metrics import Metrics
+from litlora.report.sinks import Sinks
 from litlora.settings import Finetune, TrainConfig
-from litlora.storage.atomic import replacing_file, setting_aside, settle
+from litlora.storage.atomic import replacing_file
+from litlora.train.activations import offloading
+from litlora.train.auto_batch import fit_to_memory
+from litlora.train.checkpoints import EarlyCheckpoints
+from litlora.train.claim import claimed
 from litlora.train.compile import check_compiler, compile_blocks
-from litlora.train.fabric import Fabric
-from litlora.train.fit import Summary, fit, make_batch, pack_tokens
+from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
-from litlora.train.memory import fit_to_memory, offloading
-from litlora.train.objective import SupervisedLoss
+from litlora.train.objective import SFT, Objective
 from litlora.train.optim import check_optimizer
-from litlora.train.precision import Precision, Within, bf16_speedup, cast, decide, stored_dtype
+from litlora.train.parallel import Parallel
+from litlora.train.plan import Plan
+from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """What tells one way of fine-tuning from another."""
+    """What distinguishes one way of fine-tuning from another."""
 
     prepare: Callable[[GPT], None]
     """Marks what trains with requires_grad."""
     trains_base: bool
-    """Whether the base's own weights change, so that they need fp32 and memory apart from the
-    file's."""
+    """Whether the base's own weights change. They are then kept in fp32, in memory of their own."""
     content: Callable[[GPT], dict[str, Tensor] | Adapter]
     """What a checkpoint stores: every weight, or an adapter."""
+    objective: type[Objective] = SFT
+    """What the run minimises."""
     stores: str
-    """For the summary: what the result holds."""
+    """What the result holds, for the closing words."""
+    resume: str
+    """The command that resumes a run, with {script} and {config} in place of their paths."""
+    next: str
+    """The command that uses the result, with {result} in place of its path."""
 
 
-def finetune(settings: Finetune, method: Method, found: Records, run: RunDirectory) -> None:
-    """Train, and write run.path: hyperparameters.yaml, metrics.csv, early checkpoints, final/.
-    Exits if the run is stopped."""
-    interrupts, run_dir = Interrupts(settings.train.max_time), run.path
-    device = pick_device(settings.accelerator)
-    fabric = Fabric(
-        accelerator=device.type, devices=settings.devices, strategy="ddp" if settings.devices > 1 else "auto"
-    )
-    fabric.launch()
-    fabric.seed_everything(settings.seed, verbose=False)
-    say = console.say if fabric.is_global_zero else lambda *_: None
-    if run.start is not None:
-        settings = _as_measured(settings, run.start)
-    _check_device(settings.train, fabric.device)
+def finetune(settings: Finetune, method: Method, records: Records, place: RunDirectory) -> None:
+    """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to the place
+    of the run. Exits if the run is stopped early."""
+    run = Run(settings, method, records, place)
+    run.load()
+    run.choose_what_trains()
+    run.prepare_data()
+    run.fit_to_memory()
+    state, rows = run.find_start()
+    if place.complete:
+        run.say(f"the run in {place.path} is complete, nothing is left to do; result: {run.result}")
+        return
+    with run.interrupts, run.claimed(anew=state is None) as run.forget_earlier:
+        done = run.train(state, rows)
+        if done.stopped is None:
+            run.write_result(done)
+    # Other ranks exit with status 0: the launcher ends all processes when one has another status.
+    if run.parallel.is_main:
+        run.close(done)
 
-    base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
-    loaded = load(
-        Path(settings.checkpoint_dir),
-        base_dir=base_dir,
-        allow_base_mismatch=settings.allow_base_mismatch,
-        device=fabric.device,
-    )
-    keep_inputs(run_dir, loaded.chain.directories)
-    base, model = loaded.chain.top, loaded.model
-    style, reason = choose_style(
-        settings.prompt_style, loaded.prompt_style, loaded.template, default="alpaca"
-    )
-    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    precision = _precision(settings.precision, fabric, model, trains_base=method.trains_base)
-    num_rounded = cast(model, precision.dtype, copy=method.trains_base)
-    method.prepare(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
-    say(
-        f"base: {base.directory}, {everything - (trainable if trainable < everything else 0):,} parameters; {trainable:,} train"
-    )
-    say(f"precision: {precision.name} ({precision.reason})")
-    if num_rounded:
-        say(
-            f"note: {precision.name} rounds {num_rounded:,} of the base's tensors in memory; "
-            + (
-                "the result keeps their dtype"
-                if method.trains_base
-                else "chat and merging use them as they are stored"
+
+class Run:
+    """A run directory, and what is trained in it. Its methods are called in the order of
+    `finetune`.
+
+    It takes a command's settings, because it stores them as resolved.
+    """
+
+    def __init__(self, settings: Finetune, method: Method, records: Records, place: RunDirectory) -> None:
+        """Raises UserError, before anything is loaded, for what this machine cannot do."""
+        self.interrupts = Interrupts(settings.train.max_time)
+        self.parallel = Parallel(pick_device(settings.accelerator), settings.devices)
+        self.parallel.launch(settings.seed)
+        self.say = console.say if self.parallel.is_main else lambda *_: None
+        if place.start is not None:
+            settings = as_measured(settings, place.start)
+        self.settings, self.method, self.records, self.place = settings, method, records, place
+        self.path = place.path
+        self.result = place.path / FINAL / WEIGHTS_FILE
+        self.forget_earlier: Callable[[], None] | None = None
+        """Removes what an earlier run left here; on rank 0, once the directory is claimed."""
+        check_device(settings.train, self.parallel.device)
+
+    # ---- before training
+
+    def load(self) -> None:
+        """Load the model to start from, and choose the prompt style."""
+        settings = self.settings
+        base_dir = settings.base_checkpoint_dir
+        self.loaded = load(
+            Path(settings.checkpoint_dir),
+            base_dir=Path(base_dir) if base_dir else None,
+            allow_base_mismatch=settings.allow_base_mismatch,
+            device=self.parallel.device,
+        )
+        keep_inputs(self.path, self.loaded.chain.directories)
+        self.base, self.model = self.loaded.chain.top, self.loaded.model
+        self.style, self.style_reason = choose_style(
+            settings.prompt_style, self.loaded.prompt_style, self.loaded.template, default="alpaca"
+        )
+        self.stored_dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+
+    def choose_what_trains(self) -> None:
+        """Settle the precision, mark what trains, and make the objective."""
+        method, model, device = self.method, self.model, self.parallel.device
+        decision = None
+        if self.parallel.is_main:  # a measurement may differ between processes, so one decides
+            decision = decide(
+                self.settings.precision,
+                stored_dtype(model),
+                lambda: bf16_speedup(device),
+                trains_base=method.trains_base,
             )
+        self.precision = precision = self.parallel.broadcast(decision)
+        num_rounded = cast(model, precision.dtype, copy=method.trains_base)
+        method.prepare(model)
+        self._say_what_trains(num_rounded)
+        contexts = [lambda: precision.computing(device)]
+        if self.settings.train.offload_activations:
+            contexts.append(lambda: offloading(model))
+        self.objective = method.objective(model, self.settings.train, contexts)
+
+    def prepare_data(self) -> None:
+        """Split the records and tokenise them."""
+        settings, tokenizer = self.settings, self.loaded.tokenizer
+        limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
+        train, val = split(self.records.records, settings.data.val_fraction, settings.data.split_seed)
+        made = tokenize(train, tokenizer, self.style, limit)
+        made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
+        self.data = Data(made.examples, made_val, settings.seed)
+        self._say_data()
+        if made.num_cut:
+            self.say(
+                f"data: {made.num_cut:,} examples are longer than {limit:,} tokens: "
+                "their answers were cut, each keeps its end-of-text"
+            )
+        if made.num_left_out:
+            self.say(
+                f"data: {made.num_left_out:,} examples left out: "
+                f"their prompts alone fill {limit:,} tokens, or they are empty"
+            )
+
+    def fit_to_memory(self) -> None:
+        """Settle what depends on the memory of this machine. With that, the settings are
+        resolved."""
+        self.config = config = fit_to_memory(
+            self.parallel, self.objective, self.data.train, self.settings.train, self.say
         )
-    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
-        say(
-            "note: weights of the base train in bf16, which loses updates below 1/256 of a weight; --precision bf16-mixed keeps them"
+        if config.compile:
+            compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
+        # The configuration repeats this run: how its directory was found does not belong to it.
+        resolved = dataclasses.replace(
+            self.settings,
+            data=self.records.source,
+            prompt_style=self.style.name,
+            precision=self.precision.name,
+            train=config,
+            out_dir=str(self.path),
+            overwrite=False,
+            resume=None,
+            resume_force=False,
         )
-    for notice in loaded.chain.notices:
-        say(f"note: {notice}")
-    if found.notice:
-        say(f"data: {found.notice}")
-    say(f"prompt style: {style.name} ({reason})")
-    _check_padding(settings.train, model)
-    train, val = _examples(settings, found, loaded, style, say)
-    contexts = [lambda: precision.computing(fabric.device)]
-    if settings.train.offload_activations:
-        contexts.append(lambda: offloading(model))
-    objective = Within(SupervisedLoss(model), *contexts)
-    longest = sorted(train, key=lambda example: -len(example.ids))
-    config = fit_to_memory(
-        fabric,
-        objective,
-        model,
-        [len(example.ids) for example in longest],
-        lambda count: make_batch(longest[:count], settings.train, fabric.device),
-        settings.train,
-        say,
-    )
-    if config.compile:
-        compile_blocks(model, recomputed=config.checkpoint_activations == "full")
-    here = facts(fabric, base.fingerprint, train, val)
-    # As resolved; what is said about a directory once is no part of the configuration that repeats
-    # the run.
-    resolved = dataclasses.replace(
-        settings,
-        data=found.source,
-        prompt_style=style.name,
-        precision=precision.name,
-        train=config,
-        out_dir=str(run_dir),
-        overwrite=False,
-        resume=None,
-        resume_force=False,
-    )
-    hyperparameters = (f"# data: {found.notice}\n" if found.notice else "") + dump(resolved)
-    state, rows = _start(settings, run, hyperparameters, here, say)
-    if run.complete:
-        say(
-            f"the run in {run_dir} is complete, nothing is left to do; result: {run_dir / FINAL / WEIGHTS_FILE}"
+        notice = f"# data: {self.records.notice}\n" if self.records.notice else ""
+        self.hyperparameters = notice + dump(resolved)
+        self.facts = facts(
+            self.objective, self.parallel.device, self.base.fingerprint, self.data.train, self.data.val
         )
-        return
-    how_to_resume = shlex.join(
-        ["python", sys.argv[0], "--config", str(run_dir / HYPERPARAMETERS_FILE), "--resume", "auto"]
-    )
-    with (
-        interrupts,
-        _claimed(run_dir, anew=state is None) if fabric.is_global_zero else nullcontext() as forget_earlier,
-    ):
-        metrics = None
-        if fabric.is_global_zero:
-            with replacing_file(run_dir / HYPERPARAMETERS_FILE) as staging:
-                staging.write_text(hyperparameters, encoding="utf-8")
-            metrics = Metrics(run_dir / METRICS_FILE, rows)
 
-        def save(directory: Path, training: dict[str, Any] | None = None) -> None:
-            try:
-                if fabric.is_global_zero:
-                    resuming = None
-                    if training is not None:
-                        resuming = {**training, "facts": here, "metrics": metrics.text}
-                    content = method.content(model)
-                    options = {
-                        "sidecars_from": loaded.chain.sources,
-                        "beside": Beside(style, hyperparameters, resuming),
-                        # Before this one has its name: a crash in between must not leave the earlier
-                        # result beside it.
-                        "check": lambda _: forget_earlier(),
-                    }
+    def find_start(self) -> tuple[State | None, str | None]:
+        """The state to resume from and its metrics.csv, if any. Raises UserError if the run there
+        is another one."""
+        start = self.place.start
+        if start is None:
+            if self.settings.resume:
+                self.say(f"resume: {self.path} holds no early checkpoint, so the run begins")
+            return None, None
+        differences = changed_settings(yaml.safe_load(self.hyperparameters), stored_settings(start))
+        state = rows = None
+        if not self.place.complete:
+            state, rows, others = read_state(start, self.facts)
+            # Another base or setting can make other examples of the same records: name the cause
+            # before the effect.
+            first = others[:1] if others and others[0].startswith("base") else []
+            differences = first + differences + others[len(first) :]
+        if differences and not self.settings.resume_force:
+            raise UserError(
+                f"{setting('resume')} {start}: {differences[0]}; resume with what it was, "
+                f"or resume all the same with {setting('resume_force')}"
+            )
+        for difference in differences:
+            self.say(f"note: resumed although {difference}")
+        if state is not None:
+            self.say(f"resumed: {start}, {state.at.step} steps done")
+        return state, rows
 
-                    def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-                        return {
-                            name: tensor.to(stored.get(name, tensor.dtype))
-                            for name, tensor in tensors.items()
-                        }
+    # ---- training
 
-                    if isinstance(content, Adapter):
-                        content = dataclasses.replace(
-                            content, whole=rounded(content.whole), base=reference_to(base, directory)
-                        )
-                        write_adapter(directory, content, model.config, **options)
-                    else:
-                        write_full(directory, rounded(content), model.config, **options)
-            finally:
-                fabric.barrier()
+    def claimed(self, *, anew: bool) -> AbstractContextManager:
+        """A context in which no other run writes to this directory: see `litlora.train.claim`."""
+        return claimed(self.path, anew=anew) if self.parallel.is_main else nullcontext()
 
-        summary = fit(
-            fabric,
-            objective,
-            train,
-            val,
-            config,
-            seed=settings.seed,
-            run_dir=run_dir,
-            save=save,
-            metrics=metrics,
-            interrupts=interrupts,
-            resume=state,
+    def train(self, state: State | None, rows: str | None) -> Done:
+        """Train from the start, or from this state, when metrics.csv held `rows`."""
+        checkpoints = EarlyCheckpoints(
+            self.path,
+            self._write,
+            keep=self.config.keep_checkpoints,
+            newest=None if state is None else state.directory,
+            prunes=self.parallel.is_main,
         )
-        kept = (
-            f"the newest checkpoint is {summary.checkpoint}"
-            if summary.checkpoint
-            else "no checkpoint could be saved"
+        sinks = []
+        if self.parallel.is_main:
+            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
+                staging.write_text(self.hyperparameters, encoding="utf-8")
+            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
+            sinks = [Console(), self.metrics, *(make(self.path) for make in report.SINKS)]
+        trainer = Trainer(
+            self.parallel,
+            self.objective,
+            self.data,
+            self.config,
+            checkpoints,
+            sink=Sinks(sinks),
+            interrupts=self.interrupts,
         )
-        if summary.stopped is None:
-            try:
-                save(run_dir / FINAL)
-            except OSError as error:
-                raise UserError(
-                    f"{run_dir / FINAL}: could not be written ({error.strerror or error}); {kept}; make room, then: {how_to_resume}"
-                ) from None
-    if (
-        not fabric.is_global_zero
-    ):  # with status 0, as the launcher ends all processes at once when one has another
-        return
-    if summary.stopped is not None:
-        say(f"stopped by {summary.stopped} after step {summary.steps}; {kept}", f"resume: {how_to_resume}")
-        raise SystemExit(summary.stopped.status)
-    say(*_closing_words(summary, found, run_dir, method))
+        return trainer.fit(state)
+
+    def write_result(self, done: Done) -> None:
+        """Write final/. Raises UserError if that fails; early checkpoints remain."""
+        try:
+            self._write(self.path / FINAL)
+        except OSError as error:
+            raise UserError(
+                f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
+                f"make room, then: {self._resume_command()}"
+            ) from None
+
+    def close(self, done: Done) -> None:
+        """Say what the run did. Exits with the signal's status if it was stopped early."""
+        if done.stopped is not None:
+            self.say(
+                f"stopped by {done.stopped} after step {done.steps}; {_kept(done)}",
+                f"resume: {self._resume_command()}",
+            )
+            raise SystemExit(done.stopped.status)
+        val = "" if done.val_loss is None else f", validation loss {done.val_loss:.4f}"
+        self.say(
+            f"{done.steps:,} steps in {duration(done.seconds)}, {done.tokens / done.seconds:,.0f} tokens/s, "
+            f"peak memory {done.peak_memory / 2**30:.2f} GiB; loss {done.loss:.4f}{val}"
+        )
+        if done.skipped:
+            self.say(f"skipped: {done.skipped:,} steps whose loss or gradient was not finite")
+        if self.records.notice:
+            self.say(f"trained on: {self.records.notice}")
+        size = self.result.stat().st_size
+        self.say(
+            f"result: {self.result} ({size:,} bytes: {self.method.stores})",
+            f"next: {self.method.next.format(result=self.result.parent)}",
+        )
+
+    def _write(self, directory: Path, training: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint directory; with the training state, a run can resume from it. All
+        ranks call this together."""
+        try:
+            if not self.parallel.is_main:
+                return
+            state = None
+            if training is not None:
+                state = {**training, "facts": self.facts, "metrics": self.metrics.text}
+            content, sources = self.method.content(self.model), self.loaded.chain.sources
+            beside = Beside(self.style, self.hyperparameters, state)
+
+            def check(_: Path) -> None:
+                # Before the directory gets its name: a crash in between must not leave an earlier
+                # run's result beside it.
+                self.forget_earlier()
+
+            config = self.model.config
+            if isinstance(content, Adapter):
+                adapter = dataclasses.replace(
+                    content,
+                    whole=self._as_stored(content.whole),
+                    base=reference_to(self.base, directory),
+                )
+                write_adapter(directory, adapter, config, sidecars_from=sources, beside=beside, check=check)
+            else:
+                tensors = self._as_stored(content)
+                write_full(directory, tensors, config, sidecars_from=sources, beside=beside, check=check)
+        finally:
+            self.parallel.barrier()
+
+    def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the base in the base's dtype."""
+        return {
+            name: tensor.to(self.stored_dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()
+        }
+
+    # ---- what it says
+
+    def _say_what_trains(self, num_rounded: int) -> None:
+        weights, precision = list(self.model.parameters()), self.precision
+        trainable = sum(p.numel() for p in weights if p.requires_grad)
+        everything = sum(p.numel() for p in weights)
+        frozen = everything - trainable or everything
+        self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
+        self.say(f"precision: {precision.name} ({precision.reason})")
+        if num_rounded:
+            trains_base = self.method.trains_base
+            self.say(
+                f"note: {precision.name} rounds {num_rounded:,} of the base's tensors in memory; "
+                + ("the result keeps their dtype" if trains_base else "chat and merging use them as stored")
+            )
+        if any(p.requires_grad and p.dtype == torch.bfloat16 for p in weights):
+            self.say(
+                "note: weights of the base train in bf16, which loses updates below 1/256 of a weight; "
+                "precision bf16-mixed keeps them"
+            )
+        for notice in self.loaded.chain.notices:
+            self.say(f"note: {notice}")
+        if self.records.notice:
+            self.say(f"data: {self.records.notice}")
+        self.say(f"prompt style: {self.style.name} ({self.style_reason})")
+
+    def _say_data(self) -> None:
+        config, lengths = self.settings.train, [self.objective.length(e) for e in self.data.train]
+        steps = Plan(lengths, config, self.data.seed).epoch(0)
+        largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
+        how = f"; packed, at most {largest:,} at a time"
+        if config.auto_batch:
+            how = ""
+        elif not config.packing:
+            how = f"; padding {padding_share(lengths, steps):.1%}"
+        self.say(
+            f"data: {len(lengths):,} examples to train on, {len(self.data.val):,} to validate; "
+            f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
+        )
+
+    def _resume_command(self) -> str:
+        config = shlex.quote(str(self.path / HYPERPARAMETERS_FILE))
+        return self.method.resume.format(script=shlex.quote(sys.argv[0]), config=config)
 
 
-def _as_measured(settings: Finetune, start: Path) -> Finetune:
-    """With what the run measured at its start, where it would be measured again and could come out
-    otherwise."""
+def _kept(done: Done) -> str:
+    if done.checkpoint is None:
+        return "no checkpoint could be saved"
+    return f"the newest checkpoint is {done.checkpoint}"
+
+
+def as_measured(settings: Finetune, start: Path) -> Finetune:
+    """The settings with what the run in `start` measured at its beginning: measured again, it could
+    come out differently."""
     stored = stored_settings(start)
     train, precision = stored.get("train"), stored.get("precision")
     if settings.train.auto_batch and isinstance(train, dict):
@@ -254,154 +398,13 @@ def _as_measured(settings: Finetune, start: Path) -> Finetune:
     return settings
 
 
-def _start(
-    settings: Finetune,
-    run: RunDirectory,
-    hyperparameters: str,
-    here: dict[str, str],
-    say: Callable[[str], None],
-) -> tuple[State | None, str | None]:
-    """The state to resume from and its metrics.csv, if any, once it is sure that the run is the
-    same. Raises UserError if it is not."""
-    if run.start is None:
-        if settings.resume:
-            say(f"resume: {run.path} holds no early checkpoint, so the run begins")
-        return None, None
-    differences, state, rows = (
-        changed_settings(yaml.safe_load(hyperparameters), stored_settings(run.start)),
-        None,
-        None,
-    )
-    if not run.complete:
-        state, rows, others = read_state(run.start, here)
-        # Another base or setting can make other examples of the same records: the cause is named
-        # before the effect.
-        differences = (
-            others[:1] + differences + others[1:]
-            if others and others[0].startswith("base")
-            else differences + others
-        )
-    if differences and not settings.resume_force:
-        raise UserError(
-            f"--resume {run.start}: {differences[0]}; resume with what it was, or go on all the same with --resume_force"
-        )
-    for difference in differences:
-        say(f"note: resumed although {difference}")
-    if state is not None:
-        say(f"resumed: {run.start}, {state.at.step} steps done")
-    return state, rows
-
-
-@contextmanager
-def _claimed(run_dir: Path, *, anew: bool) -> Iterator[Callable[[], None]]:
-    """Make the directory and keep other runs out of it while the block, or this process, lasts.
-
-    `anew`: what an earlier run left there, which --overwrite gave up, is out of the way, so that
-    nothing stale remains. It is removed by calling what is yielded, and is back if the block fails
-    before.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out_dir {run_dir}: another run is writing there") from None
-        except OSError:
-            pass  # a file system without locks
-        settle(run_dir)
-        earlier = [path for pattern in RUN_NAMES for path in run_dir.glob(pattern)] if anew else []
-        with setting_aside(
-            sorted(earlier, key=lambda path: path.name != FINAL)
-        ) as forget:  # what --resume looks for first, first
-            yield forget
-    finally:
-        os.close(handle)
-
-
-def _precision(asked: str, fabric: Fabric, model: GPT, *, trains_base: bool) -> Precision:
-    """What rank 0 decides: a measurement may differ from one process to the next."""
-    decision = None
-    if fabric.is_global_zero:
-        decision = decide(
-            asked, stored_dtype(model), lambda: bf16_speedup(fabric.device), trains_base=trains_base
-        )
-    return fabric.broadcast(decision)
-
-
-def _check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raise UserError, before anything is loaded, for what this device or this installation cannot
-    do."""
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise UserError for what this device or this installation cannot do."""
     check_optimizer(config.optimizer, device)
     if config.offload_activations and device.type != "cuda":
         raise UserError(
-            f"--train.offload_activations has no use on {device.type}: activations are in the machine's memory already"
+            f"{setting('offload_activations')} has no effect on {device.type}: "
+            "activations are in the machine's memory already"
         )
     if config.compile:
         check_compiler(device)
-
-
-def _check_padding(config: TrainConfig, model: GPT) -> None:
-    """Raise UserError where padding would change what an example is."""
-    scaling = model.config.rope_scaling
-    if not config.packing and scaling is not None and scaling.rope_type == "longrope":
-        raise UserError(
-            "--train.packing false: this model turns the positions of a long example otherwise than those of a short one (longrope), "
-            "and would take a short one beside a long one for long; leave packing on"
-        )
-
-
-def _examples(
-    settings: Finetune, found: Records, loaded: Loaded, style: Any, say: Callable[[str], None]
-) -> tuple[list[Example], list[Example]]:
-    """Split and tokenise, saying what there is and what had to be cut."""
-    limit = min(settings.train.max_seq_length, loaded.model.config.max_position_embeddings)
-    train_records, val_records = split(found.records, settings.data.val_fraction, settings.data.split_seed)
-    train = tokenize(train_records, loaded.tokenizer, style, limit)
-    val = tokenize(val_records, loaded.tokenizer, style, limit).examples if val_records else []
-    lengths = [len(example.ids) for example in train.examples]
-    config = settings.train
-    steps = plan_epoch(
-        lengths,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        pack_tokens=pack_tokens(config),
-        seed=settings.seed,
-        longest_first=True,
-    )
-    largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
-    how = (
-        f"; packed, at most {largest:,} at a time"
-        if config.packing
-        else f"; padding {padding_share(lengths, steps):.1%}"
-    )
-    say(
-        f"data: {len(lengths):,} examples to train on, {len(val):,} to validate; {sum(lengths):,} tokens, "
-        f"the longest example {max(lengths):,}{'' if config.auto_batch else how}"
-    )
-    if train.num_cut:
-        say(
-            f"data: {train.num_cut:,} examples are longer than {limit:,} tokens: their answers were cut, each keeps its end-of-text"
-        )
-    if train.num_left_out:
-        say(
-            f"data: {train.num_left_out:,} examples left out: their prompts alone fill {limit:,} tokens, or they are empty"
-        )
-    return train.examples, val
-
-
-def _closing_words(summary: Summary, found: Records, run_dir: Path, method: Method) -> list[str]:
-    result = run_dir / FINAL / WEIGHTS_FILE
-    val = "" if summary.val_loss is None else f", validation loss {summary.val_loss:.4f}"
-    return [
-        f"{summary.steps:,} steps in {duration(summary.seconds)}, {summary.tokens / summary.seconds:,.0f} tokens/s, "
-        f"peak memory {summary.peak_memory / 2**30:.2f} GiB; loss {summary.loss:.4f}{val}",
-        *(
-            [f"skipped: {summary.skipped:,} steps whose loss or gradient was not finite"]
-            if summary.skipped
-            else []
-        ),
-        *([f"trained on: {found.notice}"] if found.notice else []),
-        f"result: {result} ({result.stat().st_size:,} bytes: {method.stores})",
-        f"next: python chat/base.py --checkpoint_dir {run_dir / FINAL}",
-    ]

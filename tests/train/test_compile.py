@@ -8,27 +8,26 @@ import pytest
 import torch
 from conftest import tiny_config, tune
 
-from litlora.data.batches import collate
 from litlora.data.examples import Example
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
+from litlora.settings import TrainConfig
+from litlora.train.activations import checkpoint_activations
 from litlora.train.compile import compile_blocks
-from litlora.train.memory import checkpoint_activations
-from litlora.train.objective import SupervisedLoss
+from litlora.train.objective import SFT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
 
 
-def batch(*lengths, packed):
-    examples = [Example(array("i", torch.randint(0, 400, (length,)).tolist()), 1) for length in lengths]
-    return collate(examples, mask_prompt=True, packed=packed)
+def examples(*lengths):
+    return [Example(array("i", torch.randint(0, 400, (length,)).tolist()), 1) for length in lengths]
 
 
 def gradients(objective, batches):
     objective.zero_grad()
     for one in batches:
-        objective(*one).backward()
+        objective(one)[0].backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
@@ -38,8 +37,9 @@ def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
         pytest.skip("no C++ compiler here")
     model = GPT(tiny_config(num_hidden_layers=1)).double()
     add_lora(model, LoRAConfig(rank=2, targets="qv"), torch.float64)
-    objective = SupervisedLoss(model).train()
-    batches = [batch(*lengths, packed=packed) for lengths in ((9, 4), (14, 5, 11), (3, 8, 2, 2))]
+    objective = SFT(model, TrainConfig(packing=packed)).train()
+    sizes = ((9, 4), (14, 5, 11), (3, 8, 2, 2))
+    batches = [objective.batch(examples(*lengths), torch.device("cpu")) for lengths in sizes]
     names, expected = [name for name, _ in model.named_parameters()], gradients(objective, batches)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, extra_sinks
 from test_resume import metrics, same
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
 from litlora.paths import output_dir, step_directories
-from litlora.report.log import Metrics, Progress
+from litlora.report.console import Console
+from litlora.report.events import Note, Step
+from litlora.report.sinks import Sink, Sinks
 from litlora.storage.atomic import (
     remove_directory,
     replacing_directory,
@@ -37,17 +39,15 @@ def test_no_kill_ever_loses_a_run():
         for name, _, count in (part.partition(": ") for part in done.stdout.strip().split(", "))
     }
     assert counts["kills"] == counts["kills after a random time"] + counts["kills at a file operation"] == 50
-    assert (
-        counts["kills that left something incomplete"] >= 5 and counts["runs that finished"] >= 1
-    )
+    assert counts["kills that left something incomplete"] >= 5 and counts["runs that finished"] >= 1
 
 
 # ---- every single moment of a change on the disk
 
 
 def killed_before(operation, work):
-    """Whether a process that does `work` was killed before its so-manieth operation on files; False
-    if it came to its end first."""
+    """Whether a process that does `work` was killed before operation number `operation` on files;
+    False if it ended first."""
     if (pid := os.fork()) == 0:
         seen = 0
 
@@ -238,7 +238,10 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved(run, tmp_path, capsy
     out = run("lora", tmp_path / "out", "--train.save_interval", 5, at=(6, limit(size)))
     said = capsys.readouterr().out
     for step in (10, 15):
-        note = f"note: {out / f'step-{step:06}'} could not be saved (File too large); the newest checkpoint is {out / 'step-000005'}\n"
+        note = (
+            f"note: {out / f'step-{step:06}'} could not be saved (File too large); "
+            f"the newest checkpoint is {out / 'step-000005'}\n"
+        )
         assert said.count(note) == 1
     assert [path.name for path in step_directories(out)] == ["step-000005"]
     assert same(out, expected) and not list(out.glob(".*")), "nothing half written may remain"
@@ -250,7 +253,8 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
     out = tmp_path / "out"
     with pytest.raises(
         UserError,
-        match=r"final: could not be written \(File too large\); the newest checkpoint is .*step-000010; make room",
+        match=r"final: could not be written \(File too large\); "
+        r"the newest checkpoint is .*step-000010; make room",
     ) as e:
         run("lora", out, "--train.save_interval", 5, at=(11, limit(100)))
     assert "--resume auto" in str(e.value) and "\n" not in str(e.value)
@@ -267,15 +271,12 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
 def test_metrics_are_complete_once_there_is_room_again(run, tmp_path, lifted, capsys):
     expected = run("lora", tmp_path / "expected", "--train.log_interval", 1)
 
-    write = Metrics.write
+    class Disk(Sink):
+        def handle(self, event):
+            if isinstance(event, Step) and event.step in (5, 9):
+                limit(100 if event.step == 5 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
 
-    def watched(self, **row):
-        if row["step"] in (5, 9):
-            limit(100 if row["step"] == 5 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
-        write(self, **row)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "write", watched)
+    with extra_sinks(Disk()):
         out = run("lora", tmp_path / "out", "--train.log_interval", 1)
     assert capsys.readouterr().err.count("cannot be written") == 1, "said once"
     assert metrics(out) == metrics(expected) and len(metrics(out)) > 18
@@ -301,7 +302,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
         flush = isatty = lambda self: False
 
     monkeypatch.setattr(sys, "stdout", Full())
-    Progress(10).say("a line")
+    Sinks([Console()]).handle(Note("a line"))
 
     class Gone(Full):
         def write(self, text):
@@ -309,4 +310,4 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
-        Progress(10).say("a line")
+        Sinks([Console()]).handle(Note("a line"))

@@ -20,7 +20,10 @@ def said_by(code: str, *words: object) -> str:
 
 @pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py"])
 def test_a_run_that_compiles_nothing_imports_no_compiler(script, tmp_path):
-    run = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); print('torch._dynamo' in sys.modules)"
+    run = (
+        "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print('torch._dynamo' in sys.modules)"
+    )
     settings = (
         "--train.max_steps",
         2,
@@ -43,7 +46,8 @@ layer = torch.nn.Linear(2, 2)
 assert _unwrap_compiled(layer) == (layer, None)
 compiled = torch.compile(layer)
 assert type(compiled) is torch._dynamo.OptimizedModule
-print(_unwrap_compiled(compiled)[0] is layer, len(Fabric(accelerator="cpu", devices=1).setup(compiled).state_dict()))
+fabric = Fabric(accelerator="cpu", devices=1)
+print(_unwrap_compiled(compiled)[0] is layer, len(fabric.setup(compiled).state_dict()))
 """
     assert said_by(code) == "True 2"
 

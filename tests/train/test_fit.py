@@ -9,18 +9,19 @@ import torch
 from conftest import tiny_config
 
 from litlora.config import RopeScaling
-from litlora.data.batches import collate
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
-from litlora.report.log import Metrics
+from litlora.report.console import Console
+from litlora.report.metrics import Metrics
+from litlora.report.sinks import Sinks
 from litlora.settings import TrainConfig
-from litlora.train.fabric import Fabric
-from litlora.train.fit import evaluate, fit
-from litlora.train.objective import SupervisedLoss
-from litlora.train.optim import AdamW
-from litlora.train.run import _check_padding
+from litlora.train.checkpoints import EarlyCheckpoints
+from litlora.train.fit import Data, Trainer, evaluate
+from litlora.train.interrupts import Interrupts
+from litlora.train.objective import SFT
+from litlora.train.parallel import Parallel
 
 
 def examples(count=14, seed=0):
@@ -45,10 +46,12 @@ def train(
     *,
     val=(),
     save=lambda *_: None,
-    metrics=None,
+    sinks=(),
     seed=1,
     resume=None,
     interrupts=None,
+    parallel=None,
+    objective=SFT,
     **settings,
 ):
     config = TrainConfig(
@@ -61,20 +64,24 @@ def train(
             **settings,
         }
     )
-    fabric = Fabric(accelerator="cpu", devices=1)
-    objective = SupervisedLoss(model)
-    return fit(
-        fabric, objective, list(data), list(val), config, seed=seed, run_dir=tmp_path, save=save, metrics=metrics,
-        resume=resume, interrupts=interrupts,
-    )  # fmt: skip
+    trainer = Trainer(
+        parallel or Parallel("cpu"),
+        objective(model, config),
+        Data(list(data), list(val), seed),
+        config,
+        EarlyCheckpoints(tmp_path, save, keep=config.keep_checkpoints),
+        sink=Sinks([Console(), *sinks]),
+        interrupts=interrupts or Interrupts(),
+    )
+    return trainer.fit(resume)
 
 
 def mean_loss(model, data):
     """The plain mean over all supervised tokens, one example at a time."""
-    total = count = 0
+    objective, total, count = SFT(model, TrainConfig(packing=False)), 0, 0
     for example in data:
-        batch = collate([example], mask_prompt=True, packed=False)
-        total = total + SupervisedLoss(model)(*batch)
+        batch = objective.batch([example], torch.device("cpu"))
+        total = total + objective(batch)[0]
         count += len(batch.targets)
     return total / count
 
@@ -155,9 +162,9 @@ def test_it_learns(tmp_path):
 def test_validation_weighs_every_token_the_same(cut):
     model, data = GPT(tiny_config()), examples()
     add_lora(model, LoRAConfig(rank=2, dropout=0.5))
-    objective = SupervisedLoss(model).train()
     config = TrainConfig(global_batch_size=14, **cut)
-    got = evaluate(Fabric(accelerator="cpu", devices=1), objective, data, config)
+    objective = SFT(model, config).train()
+    got = evaluate(Parallel("cpu"), objective, data, config)
     assert objective.training, "the mode must be put back"
     assert got == pytest.approx(mean_loss(model.eval(), data).item(), rel=1e-5)
 
@@ -173,8 +180,8 @@ def test_the_newest_early_checkpoints_are_kept(tmp_path):
 
 def test_metrics_have_a_row_a_logged_step(tmp_path):
     metrics = Metrics(tmp_path / "metrics.csv")
-    train(GPT(tiny_config()), examples(8), tmp_path, val=examples(3), metrics=metrics, micro_batch_size=1, global_batch_size=1,
-          log_interval=3, eval_interval=5)  # fmt: skip
+    sizes = {"micro_batch_size": 1, "global_batch_size": 1, "log_interval": 3, "eval_interval": 5}
+    train(GPT(tiny_config()), examples(8), tmp_path, val=examples(3), sinks=[metrics], **sizes)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows if row["loss"]] == [1, 3, 6, 8]
     assert [int(row["step"]) for row in rows if row["val_loss"]] == [5, 8]
@@ -183,21 +190,27 @@ def test_metrics_have_a_row_a_logged_step(tmp_path):
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
-    """SGD would show it directly; under AdamW the logged norm is the one before, and the step stays
-    finite."""
+    """The norm that is logged is the one before."""
     model, data = GPT(tiny_config()), examples(4)
     captured = []
-    original = AdamW.step
 
-    def step(self, *arguments):
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        captured.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])).item())
-        return original(self, *arguments)
+    class Watched(Parallel):
+        def clip(self, parameters, max_norm):
+            parameters = list(parameters)
+            norm = super().clip(parameters, max_norm)
+            captured.append(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters])).item())
+            return norm
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdamW, "step", step)
-        train(model, data, tmp_path, micro_batch_size=4, global_batch_size=4, max_grad_norm=1e-3)
-        train(model, data, tmp_path, micro_batch_size=4, global_batch_size=4, max_grad_norm=0)
+    for max_norm in (1e-3, 0):
+        train(
+            model,
+            data,
+            tmp_path,
+            parallel=Watched("cpu"),
+            micro_batch_size=4,
+            global_batch_size=4,
+            max_grad_norm=max_norm,
+        )
     assert captured[0] == pytest.approx(1e-3, rel=1e-3) and captured[1] > 1e-2
 
 
@@ -208,11 +221,17 @@ def test_every_label_masked_is_an_error(tmp_path):
 
 def test_spoilt_weights_are_found_by_the_validation_and_not_saved(tmp_path):
     saved = []
-    with pytest.raises(
-        UserError, match="the validation loss is (nan|inf) after step 1.*--train.learning_rate"
-    ):
-        train(GPT(tiny_config()), examples(4), tmp_path, val=examples(3), save=lambda *done: saved.append(done),
-              micro_batch_size=4, global_batch_size=4, learning_rate=1e30)  # fmt: skip
+    with pytest.raises(UserError, match="the validation loss is (nan|inf) after step 1.*lower learning_rate"):
+        train(
+            GPT(tiny_config()),
+            examples(4),
+            tmp_path,
+            val=examples(3),
+            save=lambda *done: saved.append(done),
+            micro_batch_size=4,
+            global_batch_size=4,
+            learning_rate=1e30,
+        )
     assert not saved
 
 
@@ -232,6 +251,6 @@ def test_padding_that_would_change_an_example_is_refused():
         attention_factor=1.0,
     )
     model = GPT.without_weights(tiny_config(rope_scaling=scaling))
-    _check_padding(TrainConfig(), model)
-    with pytest.raises(UserError, match="--train.packing false: this model .*longrope"):
-        _check_padding(TrainConfig(packing=False), model)
+    SFT(model, TrainConfig())
+    with pytest.raises(UserError, match="^packing false: this model .*longrope"):
+        SFT(model, TrainConfig(packing=False))

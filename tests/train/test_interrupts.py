@@ -22,9 +22,9 @@ from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.paths import step_directories
-from litlora.report.log import Metrics
-from litlora.train.fabric import Fabric
+from litlora.report.metrics import Metrics
 from litlora.train.interrupts import Interrupts, Stop
+from litlora.train.parallel import Parallel
 
 WORDS = [
     "--train.max_steps",
@@ -43,8 +43,12 @@ def signalled(out, *signals, words=(), after=r"step 2/"):
     and the others at once after it."""
     process = subprocess.Popen(
         [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), *WORDS, *map(str, words)],
-        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     said = ""
     for line in process.stdout:
         said += line
@@ -94,9 +98,14 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
     termios.tcsetwinsize(side, (24, 80))
     process = subprocess.Popen(
         [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), "--train.max_steps", "5000"],
-        cwd=REPO, stdin=side, stdout=side, stderr=side, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPO,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    )
     os.close(side)
     said = b""
     while not re.search(rb" [1-9][0-9]*/5000", said):
@@ -195,21 +204,19 @@ def test_the_time_limit_stops_with_status_0(tmp_path):
         OMP_NUM_THREADS="1",
     )
     assert (
-        "stopped by --train.max_time after step 1; the newest checkpoint is" in done.stdout
+        "stopped by max_time after step 1; the newest checkpoint is" in done.stdout
         and "--resume auto" in done.stdout
     )
     assert [path.name for path in step_directories(tmp_path / "out")] == ["step-000001"]
 
 
 def test_where_devices_disagree_all_stop():
-    class Two:
-        world_size, device = 2, torch.device("cpu")
+    class Two(Parallel):
+        def largest(self, number):
+            return max(number, int(Stop.SIGTERM))
 
-        def all_gather(self, vote):
-            return torch.stack([vote, torch.tensor(int(Stop.SIGTERM))])
-
-    assert Interrupts().asked(Two()) is Stop.SIGTERM
-    assert Interrupts().asked(Fabric(accelerator="cpu", devices=1)) is None
+    assert Interrupts().asked(Two("cpu")) is Stop.SIGTERM
+    assert Interrupts().asked(Parallel("cpu")) is None
 
 
 # ---- too little memory
@@ -233,7 +240,7 @@ def test_the_processors_own_lack_of_memory_says_what_to_turn_down(tmp_path):
         )
     said = str(raised.value)
     assert (
-        "lower --train.micro_batch_size (2) or --train.max_seq_length (64); can't allocate memory" in said
+        "lower micro_batch_size (2) or max_seq_length (64); can't allocate memory" in said
         and "\n" not in said
     )
 
@@ -253,7 +260,8 @@ def test_a_lack_of_memory_anywhere_is_one_line(tmp_path, error, training):
     model.model.register_forward_pre_hook(fail)
     with pytest.raises(
         UserError,
-        match=r"out of memory at a micro-batch of 3 examples with .*(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0|MemoryError)",
+        match=r"out of memory at a micro-batch of 3 examples with .*"
+        r"(CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0|MemoryError)",
     ):
         train(model, examples(6), tmp_path, val=examples(5), micro_batch_size=3, global_batch_size=3)
 
@@ -298,7 +306,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(tmp_path, capsys, how):
         "global_batch_size": 1,
         "log_interval": 2,
         "save_interval": 1,
-        "metrics": metrics,
+        "sinks": [metrics],
     }
 
     def keep(directory, state):
@@ -331,7 +339,10 @@ def test_too_many_bad_steps_stop_with_the_last_good_weights_saved(tmp_path):
         saved[directory.name] = {name: tensor.clone() for name, tensor in state["weights"].items()}
 
     sizes = {"micro_batch_size": 1, "global_batch_size": 1, "save_interval": 4, "max_bad_steps": 2}
-    says = r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; .*step-000007; lower --train.learning_rate"
+    says = (
+        r"3 steps in a row had a loss or a gradient that is not finite.*stopped after step 7; "
+        r".*step-000007; lower learning_rate"
+    )
     with pytest.raises(UserError, match=says):
         train(model, examples(12), tmp_path, save=keep, **sizes)
     assert list(saved) == ["step-000004", "step-000007"]

@@ -1,30 +1,18 @@
-"""What is kept, what is computed again and how large a batch may be: all of it without a change in
-what is learned."""
-
-import re
+"""The memory of a training step: how much there is, and what a batch needs."""
 
 import pytest
 import torch
-from conftest import tiny_config, tune
+from conftest import tiny_config
 from torch import nn
 
-from litlora.checkpoint import open_checkpoint
 from litlora.data.batches import Batch
-from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
+from litlora.ram import free_ram
+from litlora.settings import TrainConfig
 from litlora.train import memory
-from litlora.train.memory import (
-    DryRun,
-    checkpoint_activations,
-    expected_peak,
-    free_ram,
-    generous_peak,
-    largest_fitting,
-    offloading,
-    saved_bytes,
-)
-from litlora.train.objective import SupervisedLoss
+from litlora.train.memory import DryRun, Trial, expected_peak, generous_peak, saved_bytes
+from litlora.train.objective import SFT
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -47,7 +35,7 @@ def objective(seed=0, dropout=0.0, dtype=torch.float64, **changes):
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.1)
-    return SupervisedLoss(model).train()
+    return SFT(model, TrainConfig(packing=False)).train()
 
 
 def all_learned(ids):
@@ -60,59 +48,8 @@ def all_learned(ids):
 def gradients(objective, ids):
     torch.manual_seed(7)
     objective.zero_grad()
-    objective(*all_learned(ids)).backward()
+    objective(all_learned(ids))[0].backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-
-
-# ---- activations
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["full", "selective"])
-def test_computing_again_changes_no_gradient(how, family):
-    plain, ids = objective(dropout=0.3, **FAMILIES[family]), torch.randint(0, 400, (2, 24))
-    expected, kept = gradients(plain, ids), saved_bytes(plain, all_learned(ids))
-    names = [name for name, _ in plain.named_parameters()]
-    checkpoint_activations(plain.model, how)
-    got = gradients(plain, ids)
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
-    assert saved_bytes(plain, all_learned(ids)) < (0.4 if how == "full" else 0.85) * kept, (
-        "something must be given up"
-    )
-    assert [name for name, _ in plain.named_parameters()] == names
-    checkpoint_activations(plain.model, "none")
-    assert saved_bytes(plain, all_learned(ids)) == kept
-
-
-def test_nothing_is_computed_again_where_nothing_is_learned():
-    plain, calls = objective(), []
-    checkpoint_activations(plain.model, "full")
-    plain.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    ids = torch.randint(0, 400, (2, 8))
-    with torch.no_grad():
-        plain(*all_learned(ids))
-    assert len(calls) == 1
-    plain(*all_learned(ids)).backward()
-    assert len(calls) == 3
-
-
-def test_offloading_copies_activations_and_no_weight():
-    layer, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8, requires_grad=True)
-    with offloading(layer):
-        y = torch.mm(x * 1, layer.weight)
-    assert y.grad_fn._saved_mat2.data_ptr() == layer.weight.data_ptr()
-    plain, ids = objective(), torch.randint(0, 400, (2, 24))
-    expected = gradients(plain, ids)
-    with offloading(plain):
-        got = gradients(plain, ids)
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def test_offloading_has_no_use_on_the_cpu(base, alpaca_file, tmp_path):
-    with pytest.raises(UserError, match="--train.offload_activations has no use on cpu"):
-        tune("lora", base, alpaca_file, tmp_path / "out", train={"offload_activations": True})
 
 
 # ---- how much there is
@@ -150,24 +87,7 @@ def test_this_machine_tells_its_memory():
     assert 2**20 < free < 2**50
 
 
-# ---- how large a batch fits
-
-
-def test_the_largest_size_is_found_without_trying_what_is_far_too_large():
-    for total in (1, 2, 7, 12, 24, 60, 64):
-        sizes = [n for n in range(1, total + 1) if total % n == 0]
-        for limit in range(0, total + 2):
-            tried = []
-
-            def fits(size, tried=tried, limit=limit):
-                tried.append(size)
-                return size <= limit
-
-            fitting = [size for size in sizes if size <= limit]
-            assert largest_fitting(sizes, fits) == (fitting[-1] if fitting else None)
-            assert len(tried) == len(set(tried)) and tried[0] == 1
-            above = min((size for size in sizes if size > limit), default=total)
-            assert max(tried) <= max(2 * limit, above), "never much more than what is known to fit"
+# ---- what a batch needs
 
 
 def measurable():
@@ -184,13 +104,12 @@ def test_a_dry_run_leaves_nothing_behind_but_its_peak():
             self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, x):
-            return (
-                torch.rand(2**24) * self.weight * x
-            ).sum()  # 64 MiB each: the random numbers, two products
+            # 64 MiB each: the random numbers, two products
+            return (torch.rand(2**24) * self.weight * x).sum(), {}
 
     wide = Wide()
     run, random = DryRun(wide, CPU), torch.get_rng_state()
-    peak = run.peak((torch.ones(1),))
+    peak = run.peak(Trial(torch.ones(1), [1], 1))
     assert 120 * 2**20 < peak < 400 * 2**20
     assert (
         wide.weight.grad is None
@@ -213,72 +132,12 @@ def test_short_pieces_tell_what_the_whole_keeps(family):
     wide = objective(dtype=torch.float32, **{**FAMILIES[family], **size})
     ids = torch.randint(0, 400, (2, 512))
     state = torch.get_rng_state()
-    expected, kept = (
-        expected_peak(wide, wide.model.config, all_learned(ids)),
-        saved_bytes(wide, all_learned(ids)),
-    )
+    trial = Trial(all_learned(ids), [512] * 2, 2 * 511)
+    expected, kept = expected_peak(wide, trial), saved_bytes(wide, trial.batch)
     logits, gradients = 2 * 511 * 400 * 12, sum(p.nbytes for p in wide.parameters() if p.requires_grad)
     assert (expected - logits - gradients) / (1.2 + 1 / 4) == pytest.approx(kept, rel=0.1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert generous_peak(wide, wide.model.config, all_learned(ids)) > 1.5 * expected
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("packing", [True, False])
-def test_auto_batch_trains_what_its_size_by_hand_trains(
-    packing, checkpointing, base, alpaca_file, tmp_path, capsys
-):
-    measurable()
-    settings = {"lora": LoRAConfig(rank=2, dropout=0.3)}
-    train = {"global_batch_size": 6, "checkpoint_activations": checkpointing, "packing": packing}
-    tune("lora", base, alpaca_file, tmp_path / "auto", **settings, train={**train, "auto_batch": True})
-    size = r"([\d,]+) tokens" if packing else r"(6) examples"
-    said = rf"micro-batch: {size}, found by a dry run: the longest batch takes [\d.]+ GiB of [\d.]+ GiB \(80%"
-    found = int(re.search(said, capsys.readouterr().out)[1].replace(",", ""))
-    stored = (tmp_path / "auto/hyperparameters.yaml").read_text()
-    name = "micro_batch_tokens" if packing else "micro_batch_size"
-    assert f"{name}: {found}\n" in stored and "auto_batch: false\n" in stored
-    tune("lora", base, alpaca_file, tmp_path / "hand", **settings, train={**train, name: found})
-    auto, hand = (open_checkpoint(tmp_path / name / "final").tensors for name in ("auto", "hand"))
-    assert auto.keys() == hand.keys() and all(torch.equal(auto[name], hand[name]) for name in auto)
-
-
-def test_auto_batch_tries_on_the_cpu_only_what_will_fit(base, alpaca_file, tmp_path, capsys, monkeypatch):
-    tried = []
-
-    def peak(run, batch):
-        tried.append(len(batch.lengths))
-        return 1000 + 10_000 * len(batch.lengths)
-
-    monkeypatch.setattr(DryRun, "peak", peak)
-    monkeypatch.setattr(memory, "expected_peak", lambda *_: 11_000)
-    monkeypatch.setattr(memory, "state_bytes", lambda *_: 0)
-    monkeypatch.setattr(memory, "free_ram", lambda: 64_000)
-    tune("lora", base, alpaca_file, tmp_path / "out", train={"global_batch_size": 12, "auto_batch": True})
-    assert re.search(r"micro-batch: \d+ tokens", capsys.readouterr().out)
-    assert tried == [1, 2, 4]  # 41,000 of 51,200; 5 would take 51,250 by what 4 took
-    monkeypatch.setattr(memory, "free_ram", lambda: 12_000)
-    with pytest.raises(
-        UserError,
-        match=r"--train.auto_batch: not even one example of \d+ tokens fits .*--train.max_seq_length",
-    ):
-        tune("lora", base, alpaca_file, tmp_path / "none", train={"auto_batch": True})
-    assert not (tmp_path / "none").exists()
-
-
-def test_activations_are_computed_again_where_memory_would_not_hold_them(
-    base, alpaca_file, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(memory, "free_ram", lambda: 2**40)
-    tune("lora", base, alpaca_file, tmp_path / "kept")
-    assert "activations:" not in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free_ram", lambda: 300_000)
-    tune("lora", base, alpaca_file, tmp_path / "again")
-    assert "activations: computed again in the backward (full)" in capsys.readouterr().out
-    assert "checkpoint_activations: full\n" in (tmp_path / "again/hyperparameters.yaml").read_text()
-    kept, again = (open_checkpoint(tmp_path / name / "final").tensors for name in ("kept", "again"))
-    for name in kept:
-        torch.testing.assert_close(again[name], kept[name], rtol=1e-4, atol=1e-5)
+    assert generous_peak(wide, trial) > 1.5 * expected
 
 
 def test_an_allocator_that_refuses_means_a_batch_that_does_not_fit():
@@ -292,6 +151,6 @@ def test_an_allocator_that_refuses_means_a_batch_that_does_not_fit():
         def forward(self, *_):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    assert DryRun(Refused(), torch.device("cpu")).peak((1,)) is None
+    assert DryRun(Refused(), CPU).peak(Trial(1, [1], 1)) is None
     with pytest.raises(RuntimeError, match="shapes"):
-        DryRun(Broken(), torch.device("cpu")).peak((1,))
+        DryRun(Broken(), CPU).peak(Trial(1, [1], 1))

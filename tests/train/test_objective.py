@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
-from litlora.data.batches import collate
 from litlora.data.examples import Example
 from litlora.kernels import cross_entropy
 from litlora.lora import add_lora
 from litlora.model import GPT
-from litlora.settings import LoRAConfig
-from litlora.train.objective import SupervisedLoss
+from litlora.settings import LoRAConfig, TrainConfig
+from litlora.train.objective import SFT
 
 SIZES = [(17, 9), (11, 2), (5, 0), (2, 1)]
 """Length, and how much of it is the prompt."""
@@ -22,8 +21,12 @@ EXAMPLES = [
 ]
 
 
+CPU = torch.device("cpu")
+
+
 def loss_of(model, examples, packed):
-    return SupervisedLoss(model)(*collate(examples, mask_prompt=True, packed=packed))
+    objective = SFT(model, TrainConfig(packing=packed))
+    return objective(objective.batch(examples, CPU))[0]
 
 
 def plain_loss(model, examples):
@@ -63,11 +66,13 @@ def test_loss_and_gradients_equal_those_of_each_example_alone(
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    wanted = plain_loss(model, EXAMPLES)
-    wanted_gradients = torch.autograd.grad(wanted, parameters)
+    expected = plain_loss(model, EXAMPLES)
+    expected_gradients = torch.autograd.grad(expected, parameters)
     got = loss_of(model, EXAMPLES, packed)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(got, parameters), wanted_gradients, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, parameters), expected_gradients, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -75,8 +80,9 @@ def test_the_last_block_computes_for_nothing_but_what_is_learned(packed):
     model, rows = GPT(tiny_config()), []
     for block in model.model.layers:
         block.mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:2].numel()))
-    batch = collate(EXAMPLES, mask_prompt=True, packed=packed)
-    SupervisedLoss(model)(*batch)
+    objective = SFT(model, TrainConfig(packing=packed))
+    batch = objective.batch(EXAMPLES, CPU)
+    objective(batch)
     assert rows == [batch.input_ids.numel(), len(batch.targets)]
 
 
@@ -102,8 +108,8 @@ def test_a_batch_without_labels_has_loss_zero_and_gradients_zero(adapter):
     model = GPT(tiny_config())
     if adapter:
         add_lora(model, LoRAConfig())
-    batch = collate(EXAMPLES, mask_prompt=True, packed=True)
-    loss = SupervisedLoss(model)(batch.input_ids, batch.positions[:0], batch.targets[:0], batch.lengths)
+    objective = SFT(model)
+    loss, _ = objective(objective.idle(objective.batch(EXAMPLES, CPU)))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -10,16 +10,15 @@ import torch
 from conftest import fails, tiny_config, tune
 
 from litlora.checkpoint import open_checkpoint
-from litlora.data.batches import collate
 from litlora.data.examples import Example, split, tokenize
 from litlora.data.records import read_records
 from litlora.load import load
 from litlora.lora import LoRAConfig, LoRALinear, add_lora
 from litlora.model import GPT
 from litlora.prompts import choose_style
-from litlora.settings import JSON
-from litlora.train.objective import SupervisedLoss
-from litlora.train.precision import Within, bf16_speedup, cast, decide, stored_dtype
+from litlora.settings import JSON, TrainConfig
+from litlora.train.objective import SFT
+from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 
 
 def validation_loss(directory: Path, data: Path, dtype: torch.dtype) -> float:
@@ -28,10 +27,11 @@ def validation_loss(directory: Path, data: Path, dtype: torch.dtype) -> float:
     loaded = load(directory)
     _, kept_out = split(read_records(JSON(path=str(data))).records, 0.2, 42)
     style, _ = choose_style("plain", None, None, default="plain")
-    objective, total, count = SupervisedLoss(loaded.model.to(dtype)), 0.0, 0
+    objective = SFT(loaded.model.to(dtype), TrainConfig(packing=False))
+    total, count = 0.0, 0
     for example in tokenize(kept_out, loaded.tokenizer, style, 64).examples:
-        batch = collate([example], mask_prompt=True, packed=False)
-        total += float(objective(*batch).detach())
+        batch = objective.batch([example], torch.device("cpu"))
+        total += float(objective(batch)[0].detach())
         count += len(batch.targets)
     return total / count
 
@@ -94,14 +94,12 @@ def test_mixed_computes_products_in_bf16_and_the_loss_in_fp32():
         if isinstance(module, LoRALinear):
             module.register_forward_hook(lambda layer, _, y: seen.update({layer: y.dtype}))
     ids = torch.randint(0, 400, (2, 9))
-    mixed = Within(
-        SupervisedLoss(model),
-        lambda: decide("bf16-mixed", torch.float32, None, trains_base=False).computing(torch.device("cpu")),
-    )
-    batch = collate([Example(array("i", row.tolist()), 0) for row in ids], mask_prompt=True, packed=True)
-    loss = mixed(*batch)
+    precision = decide("bf16-mixed", torch.float32, None, trains_base=False)
+    mixed = SFT(model, contexts=[lambda: precision.computing(torch.device("cpu"))])
+    batch = mixed.batch([Example(array("i", row.tolist()), 0) for row in ids], torch.device("cpu"))
+    loss, _ = mixed(batch)
     assert set(seen.values()) == {torch.bfloat16} and loss.dtype == torch.float32
-    assert float(loss.detach()) == pytest.approx(float(SupervisedLoss(model)(*batch).detach()), rel=1e-2)
+    assert float(loss.detach()) == pytest.approx(float(SFT(model)(batch)[0].detach()), rel=1e-2)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 

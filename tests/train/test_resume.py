@@ -16,7 +16,8 @@ from litlora.errors import CheckpointError, UserError
 from litlora.paths import step_directories
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
-from litlora.train.resume import MAY_CHANGE, _flat
+from litlora.train import precision
+from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_generators
 
 
 def metrics(out):
@@ -88,11 +89,11 @@ def test_what_was_measured_at_the_start_is_not_measured_again(
     """It could come out otherwise, and the run would be another."""
     make_checkpoint("base", dtype=torch.bfloat16)
     words = ["--precision", "auto", "--train.auto_batch"]
-    monkeypatch.setattr("litlora.train.run.bf16_speedup", lambda device: 9.0)
+    monkeypatch.setattr(precision, "FAST", 0.0)  # whatever is measured is fast
     expected = run("lora", tmp_path / "expected", *words)
     out = run("lora", tmp_path / "out", *words, stop_after=4)
     assert capsys.readouterr().out.count("found by a dry run") == 2
-    monkeypatch.setattr("litlora.train.run.bf16_speedup", lambda device: 0.1)
+    monkeypatch.setattr(precision, "FAST", float("inf"))
     run("lora", out, *words, "--resume", "auto")
     said = capsys.readouterr().out
     assert "found by a dry run" not in said and "precision: bf16-true (as asked)" in said
@@ -157,7 +158,7 @@ def test_a_complete_run_is_left_alone(run, tmp_path, capsys):
 def test_a_setting_that_matters_must_be_what_it_was(run, tmp_path, words, says):
     out = run("lora", tmp_path / "out", stop_after=2)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=rf"--resume .*step-000002: {says}; .*--resume_force"):
+    with pytest.raises(UserError, match=rf"^resume .*step-000002: {says}; .* resume_force$"):
         run("lora", out, *words, "--resume", "auto")
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -169,7 +170,7 @@ def test_other_data_or_another_base_is_refused_unless_forced(
     records = json.loads(alpaca_file.read_text())
     alpaca_file.write_text(json.dumps([{**records[0], "output": "Other."}, *records[1:]]))
     with pytest.raises(
-        UserError, match=r"(training|validation) data is \w{16}, and was \w{16}; .*--resume_force"
+        UserError, match=r"(training|validation) data is \w{16}, and was \w{16}; .* resume_force"
     ):
         run("lora", out, "--resume", "auto")
     shutil.move(alpaca_file, tmp_path / "moved.json")
@@ -195,7 +196,7 @@ def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
     known = {
         name
         for data in (Alpaca(), JSON(path="x"))
-        for name in _flat(yaml.safe_load(dump(FinetuneLoRA(data=data))))
+        for name in flat_settings(yaml.safe_load(dump(FinetuneLoRA(data=data))))
     }
     assert known >= MAY_CHANGE
     expected = run("lora", tmp_path / "expected")
@@ -219,11 +220,9 @@ def test_every_kind_of_generator_comes_back():
 
     import numpy as np
 
-    from litlora.train.resume import _generators, _set_generators
-
-    state = _generators(torch.device("cpu"))
+    state = generators(torch.device("cpu"))
     drawn = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist(), random.gauss(0, 1))
-    _set_generators(state, torch.device("cpu"))
+    set_generators(state, torch.device("cpu"))
     assert drawn == (
         random.random(),
         np.random.rand(),
@@ -281,7 +280,7 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
         ),
         (
             lambda file, content: torch.save({**content, "weights": {"x": 3}}, file),
-            "one of its weights is no tensor",
+            "one of its weights is not a tensor",
         ),
         (
             lambda file, content: torch.save(

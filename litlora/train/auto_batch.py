@@ -1,0 +1,227 @@
+"""A run's use of memory, settled before its first step: the size of its micro-batches
+(auto_batch), and whether the backward recomputes activations (checkpoint_activations auto)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from litlora.errors import UserError, setting
+from litlora.settings import TrainConfig
+from litlora.train.activations import checkpoint_activations
+from litlora.train.memory import DryRun, Trial, available_memory, expected_peak, generous_peak
+from litlora.train.objective import Objective
+from litlora.train.optim import state_bytes
+from litlora.train.parallel import Parallel
+
+USABLE = 0.8
+"""Share of the free memory that a run may plan with; the rest is for fragments, and for what else
+happens on the machine."""
+
+
+def fit_to_memory(
+    parallel: Parallel,
+    objective: Objective,
+    examples: Sequence[Any],
+    config: TrainConfig,
+    say: Callable[[str], None],
+    dry_run: type[DryRun] = DryRun,
+) -> TrainConfig:
+    """The settings with auto_batch, and checkpoint_activations auto, settled for the memory of this
+    machine; the latter also takes effect on the model.
+
+    All ranks get the same answer. `dry_run` measures. Raises UserError if not even one example
+    fits.
+    """
+    objective.train()  # as in the run
+    how = "none" if config.checkpoint_activations == "auto" else config.checkpoint_activations
+    checkpoint_activations(objective.model, how)
+    # Offloaded activations take no memory of the device, so recomputing them would gain nothing.
+    may_recompute = config.checkpoint_activations == "auto" and not config.offload_activations
+    config = dataclasses.replace(config, checkpoint_activations=how)
+    longest = sorted(examples, key=lambda example: -objective.length(example))
+    room = Room(parallel, objective, config)
+    batches = LongestBatches(objective, longest, config, parallel.device)
+    if config.auto_batch:
+        search = Search(parallel, batches, room, dry_run(objective, parallel.device))
+        return _auto_batch(search, config, may_recompute, say)
+    if may_recompute and available_memory(parallel.device) is not None:
+        return _recompute_if_needed(parallel, batches, room, config, say)
+    return config
+
+
+def _recompute_if_needed(
+    parallel: Parallel,
+    batches: "LongestBatches",
+    room: "Room",
+    config: TrainConfig,
+    say: Callable[[str], None],
+) -> TrainConfig:
+    """Recompute activations if those of the run's largest micro-batch would not fit."""
+    trial, available = batches.trial(batches.usual_count()), room.bytes()
+    # The better estimate takes a sixth of a second: only for memory that might be short.
+    expected = generous_peak(batches.objective, trial)
+    if expected > available:
+        expected = expected_peak(batches.objective, trial)
+    if parallel.smallest(int(expected <= available)):
+        return config
+    checkpoint_activations(batches.objective.model, "full")
+    say(
+        "activations: recomputed in the backward (full): "
+        f"keeping them would take about {_gib(expected)} of {_gib(available)}"
+    )
+    return dataclasses.replace(config, checkpoint_activations="full")
+
+
+def _auto_batch(
+    search: "Search", config: TrainConfig, may_recompute: bool, say: Callable[[str], None]
+) -> TrainConfig:
+    """The largest micro-batch that fits, recomputing activations if not even one example fits
+    otherwise."""
+    objective, how = search.batches.objective, config.checkpoint_activations
+    found = search.run()
+    if not found.size and may_recompute:
+        how = "full"
+        checkpoint_activations(objective.model, how)
+        found = search.run()
+    limit = (
+        f"{_gib(found.available)} ({USABLE:.0%} of the free memory, "
+        f"less {_gib(search.room.reserved)} for the optimizer)"
+    )
+    if not found.size:
+        hint = "" if how == "full" else f", or try {setting('checkpoint_activations')} full"
+        raise UserError(
+            f"{setting('auto_batch')}: not even one example of {search.batches.lengths[0]:,} tokens "
+            f"fits into {limit}; lower {setting('max_seq_length')}{hint}"
+        )
+    tokens = sum(search.batches.lengths[: found.size])
+    sizes = {"micro_batch_tokens": tokens} if config.packing else {"micro_batch_size": found.size}
+    what = f"{tokens:,} tokens" if config.packing else f"{found.size} examples"
+    recomputed = ", activations recomputed in the backward" if how == "full" else ""
+    say(
+        f"micro-batch: {what}, found by a dry run: "
+        f"the longest batch takes {_gib(found.peak)} of {limit}{recomputed}"
+    )
+    return dataclasses.replace(config, auto_batch=False, checkpoint_activations=how, **sizes)
+
+
+class Room:
+    """The memory that the activations and gradients of a step may take."""
+
+    def __init__(self, parallel: Parallel, objective: Objective, config: TrainConfig) -> None:
+        self._device = parallel.device
+        self._sharing = parallel.world_size if parallel.device.type == "cpu" else 1
+        trainable = [p for p in objective.parameters() if p.requires_grad]
+        self.reserved = state_bytes(trainable, config)
+        """Bytes kept for the optimizer."""
+        if parallel.world_size > 1:  # DistributedDataParallel has a second copy of the gradients
+            self.reserved += sum(p.nbytes for p in trainable)
+
+    def bytes(self) -> int:
+        return int(USABLE * available_memory(self._device) / self._sharing) - self.reserved
+
+
+@dataclass(frozen=True)
+class LongestBatches:
+    """Micro-batches of the longest examples, which need the most memory."""
+
+    objective: Objective
+    examples: Sequence[Any]
+    """The longest first."""
+    config: TrainConfig
+    device: Any
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.objective.length(example) for example in self.examples]
+
+    def trial(self, count: int) -> Trial:
+        """A micro-batch of so many examples."""
+        chosen = self.examples[:count]
+        lengths = [self.objective.length(example) for example in chosen]
+        return Trial(
+            self.objective.batch(chosen, self.device),
+            lengths if self.config.packing else [lengths[0]] * len(lengths),
+            sum(self.objective.weight(example) for example in chosen),
+            self.config.packing,
+        )
+
+    def usual_count(self) -> int:
+        """How many examples make the run's largest micro-batch."""
+        if not self.config.packing:
+            return self.config.micro_batch_size
+        capacity = self.config.micro_batch_tokens or self.config.max_seq_length
+        return max(1, sum(total <= capacity for total in accumulate(self.lengths)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for the largest micro-batch found."""
+
+    size: int
+    """In examples; 0 if not even one fits."""
+    available: int
+    """Bytes."""
+    peak: int
+    """Bytes that this size takes; 0 if it was not measured."""
+
+
+@dataclass
+class Search:
+    """The search for the largest micro-batch that fits on all ranks."""
+
+    parallel: Parallel
+    batches: LongestBatches
+    room: Room
+    dry_run: DryRun
+    peaks: dict[int, int] = field(default_factory=dict)
+    """Measured bytes by size."""
+
+    def run(self) -> Found:
+        available = self.room.bytes()
+        self.peaks.clear()
+        self.dry_run.begin()
+        size = largest_fitting(self.sizes(), lambda size: self.fits(size, available))
+        size = self.parallel.smallest(size or 0)
+        if size and size not in self.peaks:  # another rank has less room
+            self.peaks[size] = self.dry_run.peak(self.batches.trial(size)) or 0
+        return Found(size, available, self.peaks.get(size, 0))
+
+    def sizes(self) -> list[int]:
+        """The numbers of examples that a micro-batch may have, ascending."""
+        config = self.batches.config
+        per_device = config.global_batch_size // self.parallel.world_size
+        sizes = [n for n in range(1, per_device + 1) if config.packing or per_device % n == 0]
+        return [n for n in sizes if n <= len(self.batches.examples)] or [1]
+
+    def fits(self, size: int, available: int) -> bool:
+        """Whether the peak of this size is within the available memory."""
+        trial = self.batches.trial(size)
+        if self.dry_run.must_know:
+            smaller = max((known for known in self.peaks if known < size), default=None)
+            expected = self.peaks[smaller] * size / smaller if smaller else self.dry_run.expected(trial)
+            if expected > available:
+                return False
+        peak = self.dry_run.peak(trial)
+        if peak is not None:
+            self.peaks[size] = peak
+        return peak is not None and peak <= available
+
+
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of these ascending sizes that fits, provided that every smaller one fits too:
+    found by doubling, then bisecting."""
+    good, bad = -1, len(sizes)  # positions: the largest known to fit, the smallest known not to
+    while bad - good > 1 and bad == len(sizes):
+        most = 2 * sizes[good] if good >= 0 else sizes[0]
+        position = max(good + 1, max((i for i, size in enumerate(sizes) if size <= most), default=0))
+        good, bad = (position, bad) if fits(sizes[position]) else (good, position)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(sizes[middle]) else (good, middle)
+    return sizes[good] if good >= 0 else None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

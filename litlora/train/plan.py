@@ -1,0 +1,58 @@
+"""Plan: which examples make up which micro-batch of which step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from litlora.data.batches import Step, plan_epoch
+from litlora.settings import TrainConfig
+from litlora.train.resume import Position
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of the examples: a pure function of their lengths, the settings and the seed."""
+
+    lengths: Sequence[int]
+    """Of the training examples, in tokens."""
+    config: TrainConfig
+    seed: int
+    num_ranks: int = 1
+
+    def epoch(self, number: int) -> list[Step]:
+        """The steps of an epoch. The first begins with one of the longest examples, so that a lack
+        of memory shows at once."""
+        return _steps(self.lengths, self.config, self.seed + number, self.num_ranks, number == 0)
+
+    def steps_from(self, at: Position, total_steps: int) -> Iterator[tuple[int, int, Step]]:
+        """(epoch, number of the step in it, micro-batches) of each step that is still to be done,
+        epoch after epoch."""
+        left, epoch, first = total_steps - at.step, at.epoch, at.step_in_epoch
+        while left > 0:
+            for index, micro_batches in enumerate(self.epoch(epoch)[first : first + left], start=first):
+                yield epoch, index, micro_batches
+                left -= 1
+            epoch, first = epoch + 1, 0
+
+
+def evaluation_plan(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """The micro-batches of a validation."""
+    return [micro for step in _steps(lengths, config, 0, 1, False) for micro in step]
+
+
+def pack_tokens(config: TrainConfig) -> int | None:
+    """Tokens of a packed micro-batch; None without packing."""
+    return (config.micro_batch_tokens or config.max_seq_length) if config.packing else None
+
+
+def _steps(
+    lengths: Sequence[int], config: TrainConfig, seed: int, num_ranks: int, longest_first: bool
+) -> list[Step]:
+    return plan_epoch(
+        lengths,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        pack_tokens=pack_tokens(config),
+        num_ranks=num_ranks,
+        seed=seed,
+        longest_first=longest_first,
+    )
