@@ -77,16 +77,18 @@ def all_logits() -> dict[str, Any]:
     import torch.nn.functional as F
 
     from litlora.kernels.buckets import bucketed
-    from litlora.train.objective import SupervisedLoss
+    from litlora.train.objective import SFT
 
-    def forward(self: Any, input_ids: Any, positions: Any, targets: Any, lengths: Any = None) -> Any:
-        ids, lengths, _ = bucketed(input_ids, lengths, positions, self.model.model.embed_tokens.weight)
-        hidden = self.model.model(ids, lengths=lengths)[:, : input_ids.size(1)]
+    def loss(self: Any, batch: Any) -> Any:
+        like = self.model.model.embed_tokens.weight
+        ids, lengths, _ = bucketed(batch.input_ids, batch.lengths, batch.positions, like)
+        hidden = self.model.model(ids, lengths=lengths)[:, : batch.input_ids.size(1)]
         logits = self.model.logits(hidden).flatten(0, 1)  # (N, V)
-        labels = targets.new_full((len(logits),), -100).index_copy(0, positions, targets)
-        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        labels = batch.targets.new_full((len(logits),), -100)
+        labels = labels.index_copy(0, batch.positions, batch.targets)
+        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum"), {}
 
-    SupervisedLoss.forward = forward
+    SFT.loss = loss
     return {}
 
 
@@ -279,7 +281,7 @@ def plan(job: argparse.Namespace) -> list[list[int]]:
     """The examples of each step, by index, as our loop will take them."""
     from litlora.data.batches import plan_epoch
     from litlora.settings import TrainConfig
-    from litlora.train.fit import pack_tokens
+    from litlora.train.plan import pack_tokens
 
     config = TrainConfig(**train_settings(job))
     steps = plan_epoch(
@@ -298,11 +300,14 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     from litlora.data.examples import Example
     from litlora.lora import add_lora
     from litlora.model import GPT
+    from litlora.report.console import Console
     from litlora.settings import LoRAConfig, TrainConfig
-    from litlora.train.fabric import Fabric
-    from litlora.train.fit import fit
-    from litlora.train.memory import checkpoint_activations
-    from litlora.train.objective import SupervisedLoss
+    from litlora.train.activations import checkpoint_activations
+    from litlora.train.checkpoints import EarlyCheckpoints
+    from litlora.train.fit import Data, Trainer
+    from litlora.train.interrupts import Interrupts
+    from litlora.train.objective import SFT
+    from litlora.train.parallel import Parallel
 
     device = pick_device(job)
     clock = Clock(job, device)
@@ -316,13 +321,18 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
     fill(model)
     checkpoint_activations(model, job.checkpoint_activations)
-    fabric = Fabric(accelerator=device.type, devices=1)
-    examples = [Example(array("i", ids), prompt) for ids, prompt in data["examples"]]
+    train_config = TrainConfig(**train_settings(job))
+    examples = [Example(array("i", ids), ((prompt, len(ids)),)) for ids, prompt in data["examples"]]
     with tempfile.TemporaryDirectory() as scratch:
-        done = fit(
-            fabric, SupervisedLoss(model), examples, [], TrainConfig(**train_settings(job)),
-            seed=SEED, run_dir=Path(scratch), save=lambda *_: None, metrics=None,
-        )  # fmt: skip
+        done = Trainer(
+            Parallel(device),
+            SFT(model, train_config),
+            Data(examples, [], SEED),
+            train_config,
+            EarlyCheckpoints(Path(scratch), lambda *_: None, keep=1),
+            sink=Console(),
+            interrupts=Interrupts(),
+        ).fit()
     tokens = sum(len(data["examples"][index][0]) for step in data["steps"][: job.steps] for index in step)
     assert done.tokens == tokens, (
         f"the loop took {done.tokens} tokens, the plan has {tokens}: plan() must be what fit does"
