@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.examples import tokenize
-from litlora.data.records import Record
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.prompts import STYLES, ChatTemplate, choose_style, load_style, load_template
@@ -182,14 +182,14 @@ def test_a_template_that_cannot_be_used_is_named(source, message, tmp_path):
         ChatTemplate(source, Path("somewhere.jinja"), {}).render(QUESTION)
 
 
-def test_the_style_named_goes_first_then_the_one_taught_then_the_template():
+def test_the_style_named_goes_first_then_the_one_trained_with_then_the_template():
     template = ChatTemplate("x", Path("t"), {}).style
     alpaca, plain = STYLES["alpaca"], STYLES["plain"]
     assert choose_style("plain", alpaca, template, "alpaca")[0] is plain
     assert choose_style("template", alpaca, template, "alpaca")[0] is template
-    assert choose_style(None, alpaca, template, "plain") == (alpaca, "as it was taught")
+    assert choose_style(None, alpaca, template, "plain") == (alpaca, "the model was trained with it")
     assert choose_style(None, None, template, "plain") == (template, "the model's own")
-    assert choose_style(None, None, None, "plain") == (plain, "it names none")
+    assert choose_style(None, None, None, "plain") == (plain, "the model names none")
     with pytest.raises(UserError, match="has no chat template"):
         choose_style("template", alpaca, None, "plain")
 
@@ -198,12 +198,17 @@ def test_a_style_file_may_name_the_template(tmp_path):
     template = ChatTemplate("x", Path("t"), {}).style
     (tmp_path / "prompt_style.yaml").write_text("style: template\n")
     assert load_style(tmp_path, template) is template
-    with pytest.raises(CheckpointError, match="there is none beside it"):
+    with pytest.raises(CheckpointError, match="there is no chat template beside it"):
         load_style(tmp_path, None)
     (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
     assert load_style(tmp_path, None) is STYLES["alpaca"]
     (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Llama3\n")
     assert load_style(tmp_path, None) is None
+
+
+def conversation(instruction: str, input: str, output: str) -> Conversation:
+    messages = Message("user", instruction, input=input), Message("assistant", output, train=True)
+    return Conversation(messages, Place("x", "record 0"))
 
 
 def template_base(make_checkpoint, name: str) -> Path:
@@ -225,10 +230,9 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
     loaded = load(template_base(make_checkpoint, name))
     style, reason = choose_style(None, loaded.prompt_style, loaded.template, "alpaca")
     assert (style.name, reason) == ("template", "the model's own")
-    record = Record("Name it.", "the fox", "quick brown", place="x")
-    (example,) = tokenize([record], loaded.tokenizer, style, 200).examples
+    (example,) = tokenize([conversation("Name it.", "the fox", "quick brown")], loaded.tokenizer, style, 200).examples
     prompt = style.template.render([{"role": "user", "content": "Name it.\n\nthe fox"}])
-    assert list(example.ids[: example.prompt_length]) == loaded.tokenizer.encode(prompt)
+    assert list(example.ids[: example.learned[0][0]]) == loaded.tokenizer.encode(prompt)
     finished = style.template.render(
         [{"role": "user", "content": "Name it.\n\nthe fox"}, {"role": "assistant", "content": "quick brown"}],
         add_generation_prompt=False,
@@ -239,9 +243,8 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
         == "<|im_end|>"
         != loaded.tokenizer.token(loaded.tokenizer.eos_id)
     )
-    (cut,) = tokenize(
-        [Record("Name it.", "", "quick brown " * 40, place="x")], loaded.tokenizer, style, 60
-    ).examples
+    long = conversation("Name it.", "", "quick brown " * 40)
+    (cut,) = tokenize([long], loaded.tokenizer, style, 60).examples
     assert len(cut.ids) == 60 and cut.ids[-1] == example.ids[-1]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from litlora.data.examples import Example
+from litlora.data.examples import Example, content_line
 from litlora.errors import CheckpointError, UserError
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
 from litlora.storage.tensors import open_torch
@@ -241,7 +241,7 @@ def _content_hash(examples: list[Example]) -> str:
     """16 hex digits over every token and where each answer begins."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{len(example.ids)} {example.prompt_length}\n".encode())
+        digest.update(content_line(example).encode())
         digest.update(example.ids)
     return digest.hexdigest()[:16]
 

@@ -202,7 +202,7 @@ def test_commands_print_nothing_but_through_say():
         return {node.id if isinstance(node, ast.Name) else type(node).__name__}
 
     own = {
-        "render_template.py",
+        "render.py",
         "build_quickstart.py",
     }  # JSON for the process that asked; a tool for whoever develops this
     folders = ("litlora", "scripts", "finetune", "chat")
