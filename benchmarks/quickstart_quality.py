@@ -53,7 +53,7 @@ def answers(
     """The greedy answers of a checkpoint; to the second of two questions with `second_turn`."""
     from litlora.load import load
     from litlora.prompts import STYLES
-    from litlora.serve.engine import generate
+    from litlora.serve.engine import Sampling, generate
 
     loaded = load(directory, live=live)
     style = loaded.prompt_style or STYLES["alpaca"]
@@ -71,7 +71,7 @@ def answers(
         ids = generate(
             loaded.model,
             history + encoded(record),
-            max_new_tokens=MAX_NEW_TOKENS,
+            Sampling(max_new_tokens=MAX_NEW_TOKENS),
             stop_ids=tokenizer.stop_ids,
         )
         texts.append(tokenizer.decode(list(ids)))

@@ -313,7 +313,7 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     fill(model)
     checkpoint_activations(model, job.checkpoint_activations)
     fabric = Fabric(accelerator=device.type, devices=1)
-    examples = [Example(array("i", ids), prompt) for ids, prompt in data["examples"]]
+    examples = [Example(array("i", ids), ((prompt, len(ids)),)) for ids, prompt in data["examples"]]
     with tempfile.TemporaryDirectory() as scratch:
         done = fit(
             fabric, SupervisedLoss(model), examples, [], TrainConfig(**train_settings(job)),

@@ -183,7 +183,9 @@ class Tokenizer:
         for."""
 
         def probes() -> tuple[list[int], list[int]]:
-            return tuple(self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+            return tuple(
+                self._backend.encode("a", add_special_tokens=special).ids for special in (False, True)
+            )
 
         with _failing(f"{self._path}: not a usable tokenizer file"):
             plain, full = _quietly(probes)

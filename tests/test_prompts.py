@@ -10,8 +10,8 @@ from litlora.data.examples import tokenize
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.prompts import STYLES, ChatTemplate, choose_style, load_style, load_template
-from litlora.serve.conversation import Conversation
-from litlora.settings import Chat
+from litlora.serve.conversation import ChatSession
+from litlora.serve.engine import Engine, Sampling
 from litlora.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "  What is 2 + 2?\n"}]
@@ -230,7 +230,9 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
     loaded = load(template_base(make_checkpoint, name))
     style, reason = choose_style(None, loaded.prompt_style, loaded.template, "alpaca")
     assert (style.name, reason) == ("template", "the model's own")
-    (example,) = tokenize([conversation("Name it.", "the fox", "quick brown")], loaded.tokenizer, style, 200).examples
+    (example,) = tokenize(
+        [conversation("Name it.", "the fox", "quick brown")], loaded.tokenizer, style, 200
+    ).examples
     prompt = style.template.render([{"role": "user", "content": "Name it.\n\nthe fox"}])
     assert list(example.ids[: example.learned[0][0]]) == loaded.tokenizer.encode(prompt)
     finished = style.template.render(
@@ -259,19 +261,20 @@ def test_a_template_that_drops_the_thought_it_asks_for_still_teaches_what_chat_a
     assert style.exchange("Why?", "", "")[1] == "<|im_end|>"
 
 
-def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint, monkeypatch):
+def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint):
     loaded = load(template_base(make_checkpoint, "loop and generation prompt"))
     tokenizer, seen = loaded.tokenizer, []
 
-    def scripted(model, prompt_ids, *, stop_ids, **settings):
-        seen.append(prompt_ids)
-        assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
-        yield from tokenizer.encode(f"answer {len(seen)}")
+    class Scripted(Engine):
+        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+            seen.append(prompt_ids)
+            assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
+            yield from tokenizer.encode(f"answer {len(seen)}")
 
-    monkeypatch.setattr("litlora.serve.conversation.generate", scripted)
-    conversation = Conversation(loaded.model, tokenizer, loaded.template, Chat(max_new_tokens=8))
-    assert "".join(conversation.ask("first?")) == "answer 1"
-    assert "".join(conversation.ask("second?")) == "answer 2"
+    engine = Scripted(loaded.model, tokenizer)
+    session = ChatSession(engine, loaded.template, Sampling(max_new_tokens=8))
+    assert "".join(session.ask("first?")) == "answer 1"
+    assert "".join(session.ask("second?")) == "answer 2"
     said = [("user", "first?"), ("assistant", "answer 1"), ("user", "second?")]
     text = (
         "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
@@ -279,5 +282,5 @@ def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_c
     )
     assert seen[1] == tokenizer.encode(text)
     for _ in range(4):
-        "".join(conversation.ask("again " * 6))
-    assert "forgotten" in conversation.notice and max(map(len, seen)) < 128
+        "".join(session.ask("again " * 6))
+    assert "forgotten" in session.notice and max(map(len, seen)) < 128

@@ -31,6 +31,11 @@ class Dataset:
     notice: str | None = None
     """What the user must know about where the conversations come from."""
 
+    @property
+    def records(self) -> list[Conversation]:
+        """The former name of `conversations`, until its last caller has changed."""
+        return self.conversations
+
 
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
