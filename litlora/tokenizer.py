@@ -131,7 +131,8 @@ class Tokenizer:
             largest = max(map(max, filter(None, batch)), default=-1)
             if largest >= self._limit:
                 raise UserError(
-                    f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but the "
+                    f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
+                    f"the "
                     f"model's embedding has {self._limit} rows; use the tokenizer that the model was trained "
                     "with, or leave the token out"
                 )

@@ -82,7 +82,7 @@ class Plan:
     """Peak, for the embedding and the norms."""
 
 
-# ------------------------------------------------------------------------------------------------ the samples
+# ---- the samples
 
 
 def heldout_entities(facts: Facts) -> frozenset[str]:
@@ -133,7 +133,7 @@ def sample_text(records: list[dict[str, str]]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n]\n"
 
 
-# ------------------------------------------------------------------------------------------------ the base model
+# ---- the base model
 
 
 def documents(facts: Facts, seed: int) -> Iterator[str]:

@@ -32,25 +32,30 @@ CONVERSATIONS = {
 # Each uses what the templates of well-known models use.
 TEMPLATES = {
     "loop and generation prompt": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+        "'<|im_end|>' + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "roles must alternate": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+        "supported') }}{% endif %}"
         "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% "
+        "endif %}"
         "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
         "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
     ),
     "system inside the first question": (
-        "{% if messages[0].role == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0].content %}"
+        "{% if messages[0].role == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message "
+        "= messages[0].content %}"
         "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
         "{% for message in loop_messages %}{% if loop.first and system_message %}"
         "{% set content = '<<SYS>>\\n' ~ system_message ~ '\\n<</SYS>>\\n\\n' ~ message.content %}{% else %}"
         "{% set content = message.content %}{% endif %}"
         "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-        "{% elif message.role == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+        "{% elif message.role == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% "
+        "endfor %}"
     ),
     "the date": (
         "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}"
@@ -76,15 +81,18 @@ TEMPLATES = {
         "{% endif %}\n"
     ),
     "no tools": (
-        "{%- if tools is not none and tools %}{{ '# Tools\\n' }}{%- for tool in tools %}{{ tool | tojson }}{%- endfor %}{%- endif %}"
-        "{%- if documents %}{{ documents | length }}{%- endif %}{%- if not tools is defined %}{{ 'undefined' }}{%- endif %}"
+        "{%- if tools is not none and tools %}{{ '# Tools\\n' }}{%- for tool in tools %}{{ tool | tojson }}"
+        "{%- endfor %}{%- endif %}"
+        "{%- if documents %}{{ documents | length }}{%- endif %}{%- if not tools is defined %}{{ "
+        "'undefined' }}{%- endif %}"
         "{%- if custom_setting is defined %}{{ custom_setting }}{%- endif %}{{ never_given_token }}"
         "{%- for message in messages %}{%- if message.tool_calls %}{{ 'calls' }}{%- endif %}"
         "{{ message.role | upper ~ ': ' ~ message.content ~ eos_token }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"
     ),
     "loop controls and a namespace": (
-        "{%- set ns = namespace(last=-1, count=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+        "{%- set ns = namespace(last=-1, count=0) %}{%- for message in messages %}{%- if message.role == "
+        "'user' %}"
         "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
         "{%- for message in messages[::-1] %}{%- if message.role == 'system' %}{%- continue %}{%- endif %}"
         "{%- set ns.count = ns.count + 1 %}{%- if ns.count > 5 %}{%- break %}{%- endif %}{%- endfor %}"
@@ -97,15 +105,18 @@ TEMPLATES = {
         "{%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
         "{{- message.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- "
+        "'<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
     ),
     "tojson and dict": (
         "{%- set names = dict(user='U', assistant='A', system='S') %}"
-        "{%- for message in messages %}{{ names[message.role] }}{{ message | tojson }}{{ [1, 2.5, none, true] | tojson(indent=2) }}"
+        "{%- for message in messages %}{{ names[message.role] }}{{ message | tojson }}{{ [1, 2.5, none, "
+        "true] | tojson(indent=2) }}"
         "{{ '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ 'A' }}{%- endif %}"
     ),
     "macro, generation and filters": (
-        "{%- macro turn(role, text) -%}\n<|{{ role | replace('assistant', 'bot') }}|>{{ text | trim }}\n{%- endmacro -%}"
+        "{%- macro turn(role, text) -%}\n<|{{ role | replace('assistant', 'bot') }}|>{{ text | trim }}"
+        "\n{%- endmacro -%}"
         "{%- for message in messages | rejectattr('role', 'equalto', 'system') | list -%}"
         "{%- if message.role == 'assistant' -%}{%- generation -%}"
         "{{ turn(message.role, message.content) }}{{ eos_token }}{%- endgeneration -%}"

@@ -58,7 +58,8 @@ def _read_alpaca(source: Alpaca) -> Dataset:
             reason = f"{source.url} could not be downloaded ({_reason(error)})"
             if source.source == "full":
                 raise DataError(
-                    f"{reason}; put the file at {file}, or train on the built-in sample with {setting('source')} sample"
+                    f"{reason}; put the file at {file}, or train on the built-in sample with "
+                    f"{setting('source')} sample"
                 ) from None
             return _sample(source, f"the built-in sample, not the full Alpaca data: {reason}")
     return Dataset(_read_file(file), replace(source, source="full"))

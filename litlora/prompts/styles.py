@@ -42,12 +42,14 @@ def _alpaca(instruction: str, input: str) -> str:
     """The prompt of Stanford Alpaca (Taori et al. 2023), verbatim."""
     if input:
         return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. "
             "Write a response that appropriately completes the request.\n\n"
             f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
         )
     return (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n"
         f"### Instruction:\n{instruction}\n\n### Response:\n"
     )
 
@@ -75,7 +77,8 @@ def load_style(directory: Path, template: PromptStyle | None = None) -> PromptSt
     if name == TEMPLATE:
         if template is None:
             raise CheckpointError(
-                f"{path}: names the model's chat template as the style, but there is no chat template beside it"
+                f"{path}: names the model's chat template as the style, but there is no chat template "
+                f"beside it"
             )
         return template
     if not isinstance(name, str) or name not in STYLES:

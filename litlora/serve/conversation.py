@@ -60,7 +60,8 @@ class ChatSession:
         context = self._engine.context
         if num_alone >= context:
             raise UserError(
-                f"the question has {num_alone} tokens; the model's context holds {context}, the answer included"
+                f"the question has {num_alone} tokens; the model's context holds {context}, the answer "
+                f"included"
             )
         # The answer may take up to a quarter of the context before earlier turns do.
         room = min(self._sampling.max_new_tokens, context - num_alone, max(1, context // 4))

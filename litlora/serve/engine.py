@@ -82,7 +82,8 @@ def generate(
     context = model.config.max_position_embeddings
     if len(prompt_ids) >= context:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens; the model's context holds {context}, the answer included"
+            f"the prompt has {len(prompt_ids)} tokens; the model's context holds {context}, the answer "
+            f"included"
         )
     weight = model.model.embed_tokens.weight
     length = min(context, len(prompt_ids) + sampling.max_new_tokens)
@@ -93,7 +94,8 @@ def generate(
         logits = model.logits(hidden)[0]
         if not torch.isfinite(logits).all():
             raise UserError(
-                "the model's logits are not finite: its weights or configuration are broken, or its dtype is too narrow"
+                "the model's logits are not finite: its weights or configuration are broken, or its dtype "
+                "is too narrow"
             )
         token = sample(logits, sampling, generator)
         if (found := int(token)) in stop_ids:

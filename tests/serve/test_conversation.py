@@ -93,7 +93,8 @@ def test_a_seed_repeats_the_conversation(talk_to_model):
 def test_the_alpaca_prompt_is_the_published_one():
     render = STYLES["alpaca"].render
     assert render("Add.", "") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
     assert "paired with an input" in render("Add.", "1 2") and "### Input:\n1 2\n\n### Response:\n" in render(
