@@ -1,5 +1,7 @@
 """Generation: the cache changes nothing, sampling does what its settings say."""
 
+import threading
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -40,12 +42,45 @@ def test_a_prompt_that_leaves_no_room_is_an_error(model):
         next(generate(model, [], Sampling(max_new_tokens=1)))
 
 
-def test_decoding_switches_nothing_of_the_process(model):
-    """Other threads of a server would see it."""
-    seen = set()
-    model.model.layers[0].register_forward_hook(lambda *_: seen.add(torch.backends.mkldnn.enabled))
-    assert len(list(generate(model, [1, 2, 3], Sampling(max_new_tokens=9)))) == 9
-    assert seen == {torch.backends.mkldnn.enabled}
+def test_single_tokens_go_without_onednn_and_nothing_else_does(model):
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: seen.append((output.size(1), torch.backends.mkldnn.enabled))
+    )
+    answer = generate(model, [1, 2, 3], Sampling(max_new_tokens=9))
+    for _ in range(3):
+        next(answer)
+        assert torch.backends.mkldnn.enabled
+    assert seen == [(3, True), (1, False), (1, False)]
+
+
+def test_threads_that_decode_together_leave_onednn_as_it_was():
+    """The switch is the process's: it is off until the last thread's token is done."""
+    inside, seen, answers = threading.Barrier(2), [], {}
+    models = {prompt: GPT(tiny_config()).eval() for prompt in (1, 2)}
+    expected = {prompt: answer_of(model, prompt) for prompt, model in models.items()}
+
+    def look(*_):
+        inside.wait(20)  # for the other thread to be in its forward, too
+        seen.append(torch.backends.mkldnn.enabled)
+
+    for model in models.values():
+        model.model.layers[0].register_forward_hook(look)
+
+    def decode(prompt):
+        answers[prompt] = answer_of(models[prompt], prompt)
+
+    threads = [threading.Thread(target=decode, args=(prompt,)) for prompt in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == expected
+    assert seen == [False] * 40 and torch.backends.mkldnn.enabled
+
+
+def answer_of(model, prompt):
+    return list(generate(model, [prompt], Sampling(max_new_tokens=20)))
 
 
 def test_a_seed_repeats_the_answer(model):
