@@ -1,8 +1,9 @@
-"""A SentencePiece `tokenizer.model`, read without its library: from the protocol buffer to a tokenizer
-of the `tokenizers` library. Torch-free.
+"""A SentencePiece `tokenizer.model`, read without its library: from the protocol buffer to a
+tokenizer of the `tokenizers` library. Torch-free.
 
-Such a model consists of pieces and their scores. BPE joins the two pieces whose union has the highest
-score; Unigram takes the likeliest division of a text. Characters without a piece become bytes.
+Such a model consists of pieces and their scores. BPE joins the two pieces whose union has the
+highest score; Unigram takes the likeliest division of a text. Characters without a piece become
+bytes.
 """
 
 import struct
@@ -39,7 +40,8 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     splits_by_suffix = trainer.get(24, 0)
     if kind not in (UNIGRAM, BPE) or UNKNOWN not in kinds or len(names) < len(pieces) or splits_by_suffix:
         raise CheckpointError(
-            f"{path}: this kind of SentencePiece model is not supported; convert it to a tokenizer.json with transformers"
+            f"{path}: this kind of SentencePiece model is not supported; convert it to a tokenizer.json "
+            f"with transformers"
         )
     backend = _backend(pieces, trainer, kind)
     _add_text_rules(backend, normalizer)
@@ -110,8 +112,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into another, the highest score first; equal scores are ordered by
-    the numbers of the parts."""
+    """Every way to join two pieces into another, the highest score first; equal scores are ordered
+    by the numbers of the parts."""
     found = []
     for piece, score in scores.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -1,5 +1,5 @@
-"""Text to token ids and back, with the `tokenizers` library; special ids; decoding a stream piece by
-piece. Torch-free."""
+"""Text to token ids and back, with the `tokenizers` library; special ids; decoding a stream piece
+by piece. Torch-free."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -216,13 +216,13 @@ def _failing(what: str) -> Iterator[None]:
 
 
 def _quietly(call: Callable[[], _Result]) -> _Result:
-    """The result of a call into the `tokenizers` library that a hostile file or text may make panic.
+    """The result of a call into the `tokenizers` library, without what a panic prints.
 
-    Before a panic reaches Python as an exception, the library prints it on file descriptor 2. The
-    descriptor belongs to the whole process, so it is not redirected: the call runs in a thread that
-    has file descriptors of its own, about 0.1 ms per call. Where the system cannot do that, only
-    the panic's text appears beside our error. Decoding needs no such thread: it is called for every
-    token, and only a broken decoder panics.
+    A hostile file or text makes the library panic. It prints that on file descriptor 2, which
+    belongs to the whole process, before Python gets an exception. So the call runs in a thread that
+    has a file table of its own; that takes about 0.1 ms. On systems without such threads, the
+    panic's text appears on stderr beside our error. The same holds for decoding, which runs for
+    every token and panics only with a broken decoder.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -23,8 +23,8 @@ class Message:
     """"system", "user" or "assistant"."""
     content: str
     input: str = ""
-    """Alpaca's second field, the text that an instruction is about. It stays apart from the content,
-    as the style `alpaca` shows it under a heading of its own."""
+    """Alpaca's second field, the text that an instruction is about. It is not part of the content,
+    as the style `alpaca` shows it under its own heading."""
     train: bool = False
     """Whether training learns to write this message."""
 

@@ -1,5 +1,5 @@
-"""The process in which a chat template runs. It can compute, within limits of time and memory, and do
-nothing else.
+"""The process in which a chat template runs: it can compute, within limits of time and memory, and
+do nothing else.
 
     python -P litlora/prompts/render.py < requests > replies
 
