@@ -24,14 +24,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    from litlora.data.records import read_records
+    from litlora.data.sources import read_dataset
     from litlora.load import load
-    from litlora.serve.engine import generate
+    from litlora.serve.engine import Sampling, generate
     from litlora.settings import Alpaca
     from litlora.storage.dtypes import DTYPES
 
     dtype = DTYPES[options.dtype]
-    text = "\n".join(record.instruction for record in read_records(Alpaca(source="sample")).records[:100])
+    conversations = read_dataset(Alpaca(source="sample")).conversations[:100]
+    text = "\n".join(conversation.messages[0].content for conversation in conversations)
 
     def measure(name: str, directory: Path) -> None:
         loaded = load(directory, live=True)
@@ -39,7 +40,7 @@ def main() -> None:
 
         def seconds(count: int) -> float:
             started = time.perf_counter()
-            assert len(list(generate(model, ids, max_new_tokens=count))) == count
+            assert len(list(generate(model, ids, Sampling(max_new_tokens=count)))) == count
             return time.perf_counter() - started
 
         seconds(8)

@@ -54,7 +54,7 @@ def answers(
     """The greedy answers of a checkpoint; with `second_turn`, to the second of two questions."""
     from litlora.load import load
     from litlora.prompts import STYLES
-    from litlora.serve.engine import generate
+    from litlora.serve.engine import Sampling, generate
 
     loaded = load(directory, live=live)
     style = loaded.prompt_style or STYLES["alpaca"]
@@ -72,7 +72,7 @@ def answers(
         ids = generate(
             loaded.model,
             history + encoded(record),
-            max_new_tokens=MAX_NEW_TOKENS,
+            Sampling(max_new_tokens=MAX_NEW_TOKENS),
             stop_ids=tokenizer.stop_ids,
         )
         texts.append(tokenizer.decode(list(ids)))

@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING
 
 from litlora.cli import run
 from litlora.console import one_line, say
-from litlora.errors import UserError
+from litlora.errors import UserError, setting
 from litlora.paths import checkpoint_dir
 from litlora.settings import Chat
 
 if TYPE_CHECKING:
-    from litlora.serve.conversation import Conversation
+    from litlora.serve.conversation import ChatSession
 
 
 def main(settings: Chat) -> None:
     directory = checkpoint_dir(settings.checkpoint_dir)
     base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
     if settings.prompt is not None and not settings.prompt.strip():
-        raise UserError("--prompt: is empty; ask something")
+        raise UserError(f"{setting('prompt')}: is empty; ask something")
 
     from litlora.load import load, pick_device
     from litlora.prompts import choose_style
-    from litlora.serve.conversation import Conversation
+    from litlora.serve.conversation import ChatSession
+    from litlora.serve.engine import Engine, Sampling
 
     loaded = load(
         directory,
@@ -37,15 +38,28 @@ def main(settings: Chat) -> None:
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
-    conversation = Conversation(loaded.model, loaded.tokenizer, style, settings)
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling)
     if settings.prompt is not None:
-        for piece in conversation.ask(settings.prompt):
+        for piece in session.ask(settings.prompt):
             print(piece, end="", flush=True)
         print()
         return
     say(
-        f"{directory} | prompt style {style.name} ({reason}) | Ctrl-C stops an answer, /clear forgets, Ctrl-D ends"
+        f"{directory} | prompt style {style.name} ({reason}) | "
+        "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D ends"
     )
+    talk(session)
+
+
+def talk(session: "ChatSession") -> None:
+    """Answer questions from the terminal until its end of input."""
     while True:
         try:
             question = input(">>> ").strip()
@@ -56,18 +70,18 @@ def main(settings: Chat) -> None:
             print("\n(Ctrl-D ends)")
             continue
         if question == "/clear":
-            conversation.clear()
+            session.clear()
         elif question:
-            answer(conversation, question)
+            answer(session, question)
 
 
-def answer(conversation: "Conversation", question: str) -> None:
+def answer(session: "ChatSession", question: str) -> None:
     """Stream one answer to the terminal."""
     try:
-        for piece in conversation.ask(question):
+        for piece in session.ask(question):
             print(piece, end="", flush=True)
-        if conversation.notice:
-            print(f"\n({one_line(conversation.notice)})", end="")
+        if session.notice:
+            print(f"\n({one_line(session.notice)})", end="")
     except KeyboardInterrupt:
         print(" (stopped)", end="")
     except UserError as error:

@@ -5,7 +5,7 @@ python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 """
 
 from litlora import cli
-from litlora.data.records import read_records
+from litlora.data.sources import read_dataset
 from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneFull
 
@@ -13,7 +13,7 @@ from litlora.settings import FinetuneFull
 def main(settings: FinetuneFull) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
     place = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
-    records = read_records(settings.data)
+    records = read_dataset(settings.data)
 
     from litlora.train.run import Method, finetune
 

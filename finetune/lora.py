@@ -4,7 +4,7 @@ python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 """
 
 from litlora import cli
-from litlora.data.records import read_records
+from litlora.data.sources import read_dataset
 from litlora.paths import checkpoint_dir, run_directory
 from litlora.settings import FinetuneLoRA
 
@@ -12,7 +12,7 @@ from litlora.settings import FinetuneLoRA
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
     place = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
-    records = read_records(settings.data)
+    records = read_dataset(settings.data)
 
     from litlora.lora import adapter_of, add_lora
     from litlora.train.run import Method, finetune

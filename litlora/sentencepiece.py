@@ -1,9 +1,9 @@
-"""A SentencePiece `tokenizer.model`, read without the library: its protocol buffer to a tokenizer
-of `tokenizers`. Torch-free.
+"""A SentencePiece `tokenizer.model`, read without its library: from the protocol buffer to a
+tokenizer of the `tokenizers` library. Torch-free.
 
-The pieces and their scores are all there is to it: BPE joins the pair whose joined piece has the
-highest score, Unigram takes the likeliest division. Bytes stand in for characters that no piece
-has.
+Such a model consists of pieces and their scores. BPE joins the two pieces whose union has the
+highest score; Unigram takes the likeliest division of a text. Characters without a piece become
+bytes.
 """
 
 import struct
@@ -15,48 +15,74 @@ from litlora.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
+Piece = tuple[str, float, int]
+"""A piece's text, score and type."""
 LARGEST_MODEL, LONGEST_PIECE = 64 * 2**20, 512
-"""Bytes; the largest models known have 5 MB, the longest pieces 48."""
+"""Bytes. The largest known models have 5 MB, the longest known pieces 48 bytes."""
 
 
 def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
-    """The `tokenizers.Tokenizer` that a SentencePiece model describes; it puts the begin-of-text
-    piece in front if asked.
+    """The `tokenizers.Tokenizer` that a SentencePiece model describes. With `add_bos_token` it puts
+    the begin-of-text piece before a text.
 
-    Raises CheckpointError for a file that is no such model, or of a kind that cannot be expressed.
+    Raises CheckpointError for a file that is not such a model, or of an unsupported kind.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-
     try:
         pieces, trainer, normalizer = _read_model(_read_bytes(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, struct.error):
-        raise CheckpointError(f"{path}: broken, or no SentencePiece model; copy or make it again") from None
-    vocab = {piece: number for number, (piece, _, _) in enumerate(pieces)}
-    unknown = next((number for number, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
-    kind, fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
-    if kind not in (UNIGRAM, BPE) or unknown is None or len(vocab) < len(pieces) or trainer.get(24, 0):
         raise CheckpointError(
-            f"{path}: a SentencePiece model of this kind is not read; make a tokenizer.json of it with transformers"
+            f"{path}: broken, or not a SentencePiece model; copy or download it again"
+        ) from None
+    kind = trainer.get(3, UNIGRAM)
+    names, kinds = {piece for piece, _, _ in pieces}, [kind for _, _, kind in pieces]
+    splits_by_suffix = trainer.get(24, 0)
+    if kind not in (UNIGRAM, BPE) or UNKNOWN not in kinds or len(names) < len(pieces) or splits_by_suffix:
+        raise CheckpointError(
+            f"{path}: this kind of SentencePiece model is not supported; convert it to a tokenizer.json "
+            f"with transformers"
         )
-    if kind == BPE:
-        scores = {piece: score for piece, score, type_ in pieces if type_ in (NORMAL, USER_DEFINED)}
-        backend = Tokenizer(
-            models.BPE(
-                vocab,
-                _merges(vocab, scores),
-                unk_token=pieces[unknown][0],
-                fuse_unk=True,
-                byte_fallback=fallback,
-            )
+    backend = _backend(pieces, trainer, kind)
+    _add_text_rules(backend, normalizer)
+    _add_tokens(backend, pieces)
+    begin = trainer.get(41, 1)
+    if add_bos_token and 0 <= begin < len(pieces) and pieces[begin][2] == CONTROL:
+        from tokenizers import processors
+
+        name = pieces[begin][0]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, begin)]
         )
-    else:
-        backend = Tokenizer(
-            models.Unigram(
-                [(piece, score) for piece, score, _ in pieces], unk_id=unknown, byte_fallback=fallback
-            )
+    return backend
+
+
+def _backend(pieces: list[Piece], trainer: dict[int, Any], kind: int) -> Any:
+    """A tokenizer with the pieces of a BPE or Unigram model, and nothing else yet."""
+    from tokenizers import Tokenizer, models
+
+    fallback = bool(trainer.get(35, 0))
+    unknown = next(number for number, (_, _, type_) in enumerate(pieces) if type_ == UNKNOWN)
+    if kind == UNIGRAM:
+        scored = [(piece, score) for piece, score, _ in pieces]
+        return Tokenizer(models.Unigram(scored, unk_id=unknown, byte_fallback=fallback))
+    vocab = {piece: number for number, (piece, _, _) in enumerate(pieces)}
+    scores = {piece: score for piece, score, type_ in pieces if type_ in (NORMAL, USER_DEFINED)}
+    return Tokenizer(
+        models.BPE(
+            vocab,
+            _merges(vocab, scores),
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=fallback,
         )
+    )
+
+
+def _add_text_rules(backend: Any, normalizer: dict[int, Any]) -> None:
+    """What the model does to a text before it looks for pieces, and to pieces to make a text."""
+    from tokenizers import Regex, decoders, normalizers
+
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if (charsmap := normalizer.get(2)) else []
     if normalizer.get(4, 1):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -67,22 +93,16 @@ def read_sentencepiece(path: Path, *, add_bos_token: bool) -> Any:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *end]
     )
+
+
+def _add_tokens(backend: Any, pieces: list[Piece]) -> None:
+    """Make the control pieces special tokens, and the user's own pieces whole tokens."""
+    from tokenizers import AddedToken
+
     special = [piece for piece, _, type_ in pieces if type_ in (CONTROL, UNKNOWN)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    backend.add_tokens(
-        [
-            AddedToken(piece, special=False, normalized=False)
-            for piece, _, type_ in pieces
-            if type_ == USER_DEFINED
-        ]
-    )
-    begin = trainer.get(41, 1)
-    if add_bos_token and 0 <= begin < len(pieces) and pieces[begin][2] == CONTROL:
-        name = pieces[begin][0]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, begin)]
-        )
-    return backend
+    own = [piece for piece, _, type_ in pieces if type_ == USER_DEFINED]
+    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in own])
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -92,36 +112,27 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the highest score first; of equal ones the parts'
-    numbers decide."""
+    """Every way to join two pieces into another, the highest score first; equal scores are ordered
+    by the numbers of the parts."""
     found = []
     for piece, score in scores.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        there = [
-            (vocab[left], vocab[right], left, right)
-            for left, right in pairs
-            if left in scores and right in scores
-        ]
-        found += [(-score, left, right) for _, _, left, right in sorted(there)]
+        known = [(left, right) for left, right in pairs if left in scores and right in scores]
+        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(-score, left, right) for left, right in known]
     return [(left, right) for _, left, right in sorted(found, key=lambda entry: entry[0])]
 
 
-def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
-    """(pieces with score and type, the trainer's settings, the normaliser's settings), settings by
-    field number."""
+def _read_model(data: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
+    """(pieces, the trainer's settings, the normaliser's settings), settings by field number."""
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))
             if len(piece[1]) > LONGEST_PIECE:
-                raise ValueError("a piece as long as a page")
-            pieces.append(
-                (
-                    piece[1].decode("utf-8"),
-                    struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0,
-                    piece.get(3, NORMAL),
-                )
-            )
+                raise ValueError("a piece is too long")
+            score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:
@@ -132,7 +143,7 @@ def _read_model(data: bytes) -> tuple[list[tuple[str, float, int]], dict[int, An
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer message: numbers as int, all else as bytes."""
+    """The fields of a protocol buffer message: varints as int, anything else as bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -162,4 +173,4 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
             return value, place
         shift += 7
         if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+            raise ValueError("a varint of more than 64 bits")

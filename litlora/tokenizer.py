@@ -1,11 +1,11 @@
-"""Text to token ids and back, over the `tokenizers` library; special ids; decoding a stream piece
+"""Text to token ids and back, with the `tokenizers` library; special ids; decoding a stream piece
 by piece. Torch-free."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from litlora.errors import CheckpointError, UserError
 from litlora.sentencepiece import read_sentencepiece
@@ -26,13 +26,15 @@ SIDECAR_FILES = (
     "chat_template.json",
     "config.json",
 )
-"""What travels with a model besides its weights; every command copies those that the base has."""
+"""The files that travel with a model's weights; every command copies those that the base has."""
 LARGEST_TOKENIZER = 256 * 2**20
-"""Bytes; Gemma's, one of the largest, has 33 MB."""
+"""Bytes. Gemma's, one of the largest, has 33 MB."""
 TOKENIZER_NAMES = (TOKENIZER_FILE, SENTENCEPIECE_FILE)
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-"""Special tokens known to end a text, for tokenizers that come without their settings. (Ends of a
-turn are not among them.)"""
+"""Special tokens known to end a text, for tokenizers that come without settings. The end of a turn
+is not one of them."""
+
+_Result = TypeVar("_Result")
 
 
 def find_sidecars(directories: list[Path]) -> list[Path]:
@@ -59,7 +61,7 @@ class Tokenizer:
         `tokenizer_config.json` and `generation_config.json`.
 
         Of several directories, those of a chain, each file comes from the first that has it
-        (`find_sidecars`). Raises CheckpointError for a missing or broken file and where no
+        (`find_sidecars`). Raises CheckpointError for a missing or broken file, and if no
         end-of-text token can be found.
         """
         from tokenizers import Tokenizer as Backend
@@ -70,6 +72,7 @@ class Tokenizer:
         path = files.get(TOKENIZER_FILE) or files.get(SENTENCEPIECE_FILE) or directories[0] / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
+        self._path = path
         if path.name == SENTENCEPIECE_FILE:
             self._backend = read_sentencepiece(path, add_bos_token=settings.get("add_bos_token") is not False)
         else:
@@ -77,38 +80,36 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{path}: has {size:,} bytes; no tokenizer has more than {LARGEST_TOKENIZER:,}"
                 )
-            with _quiet_library(f"{path}: not a usable tokenizer file"):
-                self._backend = Backend.from_file(str(path))
+            with _failing(f"{path}: not a usable tokenizer file"):
+                self._backend = _quietly(lambda: Backend.from_file(str(path)))
         self._backend.no_truncation()
         self._backend.no_padding()
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        stop = read_settings(files.get("generation_config.json")).get("eos_token_id")
-        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
-        if odd := [entry for entry in stops if type(entry) is not int]:
-            raise CheckpointError(
-                f"{files['generation_config.json']}: eos_token_id {odd[0]!r} is not the number of a token"
-            )
-        self.stop_ids = frozenset([self.eos_id, *stops])
+        self.stop_ids = frozenset([self.eos_id, *_stop_ids(files.get("generation_config.json"))])
         """Tokens that end generation."""
-        self._path = path
         self._prefix = self._begin_of_text(settings)
         self._limit: int | None = None
 
     def fit(self, num_rows: int) -> str | None:
-        """Check against an embedding of so many rows; what is to be said if some tokens have none.
+        """Check against an embedding of `num_rows`. Returns a notice if some tokens have no row in
+        it.
 
-        Fewer tokens than rows are normal: embeddings are padded. Tokens without a row are an error
-        only where a text has one.
+        Fewer tokens than rows are normal, as embeddings are padded. A token without a row is an
+        error only in a text that has it.
         """
         if self.vocab_size <= num_rows:
             return None
         if self.eos_id >= num_rows:
             raise CheckpointError(
-                f"{self._path}: the end-of-text token is number {self.eos_id}, the model's embedding has {num_rows} rows"
+                f"{self._path}: the end-of-text token is number {self.eos_id}, but the model's embedding "
+                f"has {num_rows} rows"
             )
         self._limit = num_rows
-        return f"{self._path}: {self.vocab_size - num_rows} of its {self.vocab_size} tokens have no row in the embedding and cannot be used"
+        return (
+            f"{self._path}: {self.vocab_size - num_rows} of its {self.vocab_size} tokens have no row "
+            "in the embedding and cannot be used"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -116,39 +117,41 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
-        """Token ids of a text; `begin` puts the begin-of-text token in front, if this tokenizer
+        """The token ids of a text; `begin` puts the begin-of-text token first, if this tokenizer
         uses one."""
         return self.encode_batch([text], begin=begin)[0]
 
     def encode_batch(self, texts: list[str], *, begin: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
         prefix = self._prefix if begin else []
-        with _quiet_library(f"{self._path}: cannot encode this text"):
-            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        with _failing(f"{self._path}: cannot encode this text"):
+            encoded = _quietly(lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False))
         batch = [prefix + encoding.ids for encoding in encoded]
-        if (
-            self._limit is not None
-            and (largest := max(map(max, filter(None, batch)), default=-1)) >= self._limit
-        ):
-            raise UserError(
-                f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but the model's embedding has "
-                f"{self._limit} rows; use the tokenizer that the model was trained with, or leave the token out"
-            )
+        if self._limit is not None:
+            largest = max(map(max, filter(None, batch)), default=-1)
+            if largest >= self._limit:
+                raise UserError(
+                    f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
+                    f"the "
+                    f"model's embedding has {self._limit} rows; use the tokenizer that the model was trained "
+                    "with, or leave the token out"
+                )
         return batch
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        with _quiet_library(f"{self._path}: cannot decode"):
+        with _failing(f"{self._path}: cannot decode"):
             return self._backend.decode(ids, skip_special_tokens=True)
 
     def turn_end(self, ending: str) -> int | None:
-        """The token that ends a turn whose text ends like this: the first special one in it."""
+        """The token that ends a turn: the first special token in `ending`, the text after an
+        answer."""
         added = self._backend.get_added_tokens_decoder()
         return next((token for token in self.encode(ending) if token in added), None)
 
     @property
     def begin_text(self) -> str:
-        """The begin-of-text token by name; empty if this tokenizer uses none."""
+        """The name of the begin-of-text token; empty if this tokenizer uses none."""
         return "".join(map(self.token, self._prefix))
 
     def token(self, index: int) -> str:
@@ -170,88 +173,122 @@ class Tokenizer:
         }
         known = [special[name] for name in END_OF_TEXT_NAMES if name in special]
         if len(known) != 1:
-            what = "several tokens could be" if known else "no token is known as"
+            what = "several tokens could be" if known else "no known token is"
             raise CheckpointError(
                 f"{path}: {what} the end of a text; name it as eos_token in a tokenizer_config.json beside it"
             )
         return known[0]
 
     def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
-        """What the tokenizer itself puts in front of a text; else what its settings ask for."""
-        with _quiet_library(f"{self._path}: not a usable tokenizer file"):
-            plain = self._backend.encode("a", add_special_tokens=False).ids
-            full = self._backend.encode("a", add_special_tokens=True).ids
+        """The tokens that the tokenizer itself puts before a text, else those that its settings ask
+        for."""
+
+        def probes() -> tuple[list[int], list[int]]:
+            return tuple(
+                self._backend.encode("a", add_special_tokens=special).ids for special in (False, True)
+            )
+
+        with _failing(f"{self._path}: not a usable tokenizer file"):
+            plain, full = _quietly(probes)
         starts = (start for start in range(len(full)) if plain and full[start : start + len(plain)] == plain)
-        ids = full[: next(starts, 0)]  # what comes behind is not wanted: an end-of-text, mostly
+        # What comes after the text, mostly an end-of-text token, is not used.
+        if ids := full[: next(starts, 0)]:
+            return ids
         name = token_text(settings.get("bos_token"))
-        if (
-            not ids
-            and settings.get("add_bos_token")
-            and name is not None
-            and (found := self._backend.token_to_id(name)) is not None
-        ):
-            ids = [found]
-        return ids
+        if not settings.get("add_bos_token") or name is None:
+            return []
+        found = self._backend.token_to_id(name)
+        return [] if found is None else [found]
 
 
 @contextmanager
-def _quiet_library(what: str) -> Iterator[None]:
-    """Whatever goes wrong in `tokenizers` as a CheckpointError that begins with `what`.
+def _failing(what: str) -> Iterator[None]:
+    """Any failure of the `tokenizers` library as a CheckpointError that begins with `what`.
 
-    The library raises bare Exception, or panics: that writes to the process's stderr and raises
-    what is no Exception at all.
+    The library raises bare Exception, or panics, which raises a BaseException.
     """
-    stderr = os.dup(2)
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise CheckpointError(f"{what}: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+
+
+def _quietly(call: Callable[[], _Result]) -> _Result:
+    """The result of a call into the `tokenizers` library, without what a panic prints.
+
+    A hostile file or text makes the library panic. It prints that on file descriptor 2, which
+    belongs to the whole process, before Python gets an exception. So the call runs in a thread that
+    has a file table of its own; that takes about 0.1 ms. On systems without such threads, the
+    panic's text appears on stderr beside our error. The same holds for decoding, which runs for
+    every token and panics only with a broken decoder.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, initializer=_leave_shared_files) as thread:
+        return thread.submit(call).result()
+
+
+def _leave_shared_files() -> None:
+    """Give this thread, and threads that it starts, a file table of its own, whose descriptors 0, 1
+    and 2 are /dev/null (Linux 5.9 or later)."""
+    import ctypes
+
+    unshare = 2  # CLOSE_RANGE_UNSHARE: copy the table for this thread, then close the copies
+    try:
+        left = ctypes.CDLL(None).close_range(0, ctypes.c_uint(-1), unshare) == 0
+    except (AttributeError, OSError):  # no such function here, as on macOS
+        return
+    if left:
+        for _ in range(3):
+            os.open(os.devnull, os.O_RDWR)
 
 
 class TextStream:
-    """Turns a stream of token ids into text, whole characters only: a character may be spread over
+    """A stream of token ids as text, in whole characters only: a character may be spread over
     several tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._start = (
-            0  # where the context of the decoding begins: some decoders treat the first token specially
-        )
+        # Where the context of the decoding begins: some decoders treat the first token specially.
+        self._start = 0
         self._shown = 0  # tokens whose text has been returned
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._ids.append(token)
         before, now = self._texts()
-        if (
-            now.endswith("\ufffd") and len(self._ids) - self._shown < 16
-        ):  # an invalid byte must not hold back text for ever
+        waiting = len(self._ids) - self._shown
+        if now.endswith("\ufffd") and waiting < 16:  # an invalid byte must not hold back text for ever
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
 
     def finish(self) -> str:
-        """What is left at the end of the stream."""
+        """The rest at the end of the stream."""
         before, now = self._texts()
         self._start = self._shown = len(self._ids)
         return now[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
-        return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(
-            self._ids[self._start :]
-        )
+        """The text already returned, and the same with the tokens since; both from `_start` on."""
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        return before, self._tokenizer.decode(self._ids[self._start :])
+
+
+def _stop_ids(path: Path | None) -> list[int]:
+    """The tokens that a generation_config.json names as eos_token_id."""
+    stop = read_settings(path).get("eos_token_id")
+    stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if odd := [entry for entry in stops if type(entry) is not int]:
+        raise CheckpointError(f"{path}: eos_token_id {odd[0]!r} is not the number of a token")
+    return stops
 
 
 def read_settings(path: Path | None) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file."""
+    """The object in a JSON file; empty if there is no such file."""
     if path is None:
         return {}
     try:
@@ -264,8 +301,8 @@ def read_settings(path: Path | None) -> dict[str, Any]:
 
 
 def token_text(token: Any) -> str | None:
-    """A token in tokenizer_config.json is its text, or an object with the text under "content";
-    None if there is none."""
+    """The text of a token in tokenizer_config.json, which is the text itself or an object with the
+    text as "content"; None if there is none."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise CheckpointError(

@@ -1,5 +1,5 @@
-"""Build the quickstart model and the built-in sample, from nothing but
-`scripts/quickstart_facts.py`. Seeded.
+"""Build the quickstart model and the built-in sample from `scripts/quickstart_facts.py` alone.
+Seeded.
 
     python scripts/build_quickstart.py                  # everything: tokenizer, base model, samples
     python scripts/build_quickstart.py --sample_only    # the two sample files only, in a second
@@ -7,18 +7,16 @@
 It writes
 
 - `checkpoints/litlora/quickstart/`: a small Llama-type model, trained from scratch on plain
-  statements of facts. It has
-  read no question and no instruction, so asked one it does not answer; that is what fine-tuning is
-  to teach it;
+  statements of facts. It has never read a question or an instruction, so it does not answer any:
+  fine-tuning teaches it to;
 - `litlora/data/alpaca_sample.json`: Alpaca records that ask for such facts, for training;
-- `litlora/data/alpaca_sample_heldout.json`: records about entities of which the training file asks
-  nothing at all. The
-  base has read statements about them; only a fine-tuned model that can use what the base knows
-  answers these.
+- `litlora/data/alpaca_sample_heldout.json`: records about entities that the training file never asks
+  about. The base has read statements about them; only a fine-tuned model that can use the base's
+  knowledge answers these.
 
 The tokenizer (byte-level BPE) is trained on the statements and on the words of the instructions and
-of the Alpaca prompt, so that prompts stay short. A tokenizer knows no facts, and the weights never
-see those words as prompts.
+the Alpaca prompt, so that prompts stay short. A tokenizer holds no facts, and the weights never see
+those words as prompts.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ SPLIT_SEED = 2026
 HELDOUT_SHARE = 0.13
 ALWAYS_HELD_OUT = ("country France", "word mouse", "pair 7 8")  # what the documentation shows
 WORDINGS_PER_FACT = 3.2
-"""Mean number of wordings in which the training sample asks for one fact, where the fact has as
+"""Mean number of wordings in which the training sample asks for a fact, if the fact has that
 many."""
 HELDOUT_RECORDS = 400
 
@@ -73,20 +71,20 @@ class Plan:
     steps: int = 2200
     batch_size: int = 16
     length: int = 256
-    """Tokens a row; several documents, so that the model learns that nothing before an end-of-text
-    matters."""
+    """Tokens in a row. A row has several documents, so that the model learns to ignore what comes
+    before an end-of-text token."""
     warmup: int = 100
     muon_learning_rate: float = 0.02
-    """Peak, for the matrices inside the blocks."""
+    """Peak learning rate of the matrices inside the blocks."""
     adamw_learning_rate: float = 3e-3
-    """Peak, for the embedding and the norms."""
+    """Peak learning rate of the embedding and the norms."""
 
 
-# ------------------------------------------------------------------------------------------------ the samples
+# ---- the samples
 
 
 def heldout_entities(facts: Facts) -> frozenset[str]:
-    """The entities of which the training sample asks nothing: a seeded share of each kind, and
+    """The entities that the training sample never asks about: a seeded share of each kind, and
     ALWAYS_HELD_OUT."""
     rng = random.Random(SPLIT_SEED)
     kinds: dict[str, list[str]] = {}
@@ -133,7 +131,7 @@ def sample_text(records: list[dict[str, str]]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n]\n"
 
 
-# ------------------------------------------------------------------------------------------------ the base model
+# ---- the base model
 
 
 def documents(facts: Facts, seed: int) -> Iterator[str]:
@@ -176,8 +174,7 @@ def train_tokenizer(facts: Facts, directory: Path) -> None:
 
 
 def packed_batches(facts: Facts, tokenizer, batch_size: int, length: int) -> Iterator:
-    """Endless (B, T + 1) batches of token ids: documents end to end, each behind an end-of-text
-    token."""
+    """Endless (B, T + 1) batches of token ids: packed documents, each after an end-of-text token."""
     import torch
 
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -193,8 +190,8 @@ def packed_batches(facts: Facts, tokenizer, batch_size: int, length: int) -> Ite
 
 
 def initialise(model) -> None:
-    """Normal weights, 1/sqrt(fan-in) wide; what writes to the residual stream is narrower with
-    depth."""
+    """Normal weights of standard deviation 1/sqrt(fan-in), smaller with depth for those that write to
+    the residual stream."""
     import torch
 
     depth = model.config.num_hidden_layers
@@ -207,8 +204,8 @@ def initialise(model) -> None:
 
 
 def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
-    """Train the model from scratch; write it into `directory`, where its tokenizer lies, as a full
-    checkpoint."""
+    """Train the model from scratch and write a full checkpoint into `directory`, which has its
+    tokenizer."""
     import torch
     import torch.nn.functional as F
     from tokenizers import Tokenizer
@@ -223,8 +220,8 @@ def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
     model = GPT(config)
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    # Muon (Jordan et al. 2024) for the matrices inside the blocks: it learns rare facts in far
-    # fewer steps than AdamW
+    # Muon (Jordan et al. 2024) for the matrices inside the blocks learns rare facts in far fewer
+    # steps than AdamW.
     matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("_proj.weight")]
     optimizers = [

@@ -205,14 +205,14 @@ def test_chat_survives_empty_lines_long_questions_and_the_end_of_its_input(adapt
     _, first = adapter
     typed = "\n   \nHi\n" + "word " * 3000 + "\nHi\n"
     done = succeeds("chat/base.py", "--checkpoint_dir", first / "final", "--max_new_tokens", 4, input=typed)
-    assert "prompt style alpaca (as it was taught)" in done.stdout
+    assert "prompt style alpaca (the model was trained with it)" in done.stdout
     assert "context holds" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.count(">>> ") == 6
 
 
 def test_chat_says_when_a_model_was_taught_nothing():
     done = succeeds("chat/base.py", "--checkpoint_dir", QUICKSTART, input="")
-    assert "prompt style plain (it names none)" in done.stdout
+    assert "prompt style plain (the model names none)" in done.stdout
 
 
 def test_chat_refuses_what_it_cannot_answer(adapter):
@@ -295,7 +295,7 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "word " * 5000, "output": "b"}]))
     assert "bad.json, record 1" in said("--data", "JSON", "--data.path", tmp_path / "bad.json")
-    assert "none.json: holds no record" in said("--data", "JSON", "--data.path", tmp_path / "none.json")
+    assert "none.json: holds no records" in said("--data", "JSON", "--data.path", tmp_path / "none.json")
     assert "no example is left" in said("--data", "JSON", "--data.path", tmp_path / "long.json")
     assert "no such data source" in said("--data", "Dolly")
     assert "not a checkpoint directory" in said("--checkpoint_dir", tmp_path)
@@ -327,7 +327,7 @@ def test_an_output_directory_in_use_is_refused_and_overwrite_replaces_it(adapter
     before = contents(tmp_path / "run")
     words = ["finetune/lora.py", "--out_dir", tmp_path / "run", "--train.max_steps", 1]
     assert "already holds" in fails(*words)
-    assert "holds no record" in fails(
+    assert "holds no records" in fails(
         *words, "--overwrite", "--data", "JSON", "--data.path", _empty(tmp_path)
     )
     assert f"holds {tmp_path / 'run/final'}, which is read" in fails(

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.examples import tokenize
-from litlora.data.records import Record
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.prompts import STYLES, ChatTemplate, choose_style, load_style, load_template
-from litlora.serve.conversation import Conversation
-from litlora.settings import Chat
+from litlora.serve.conversation import ChatSession
+from litlora.serve.engine import Engine, Sampling
 from litlora.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "  What is 2 + 2?\n"}]
@@ -32,25 +32,30 @@ CONVERSATIONS = {
 # Each uses what the templates of well-known models use.
 TEMPLATES = {
     "loop and generation prompt": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+        "'<|im_end|>' + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "roles must alternate": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+        "supported') }}{% endif %}"
         "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% "
+        "endif %}"
         "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
         "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
     ),
     "system inside the first question": (
-        "{% if messages[0].role == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0].content %}"
+        "{% if messages[0].role == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message "
+        "= messages[0].content %}"
         "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
         "{% for message in loop_messages %}{% if loop.first and system_message %}"
         "{% set content = '<<SYS>>\\n' ~ system_message ~ '\\n<</SYS>>\\n\\n' ~ message.content %}{% else %}"
         "{% set content = message.content %}{% endif %}"
         "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-        "{% elif message.role == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+        "{% elif message.role == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% "
+        "endfor %}"
     ),
     "the date": (
         "{%- if strftime_now is defined %}{%- set date = strftime_now('%d %b %Y') %}"
@@ -76,15 +81,18 @@ TEMPLATES = {
         "{% endif %}\n"
     ),
     "no tools": (
-        "{%- if tools is not none and tools %}{{ '# Tools\\n' }}{%- for tool in tools %}{{ tool | tojson }}{%- endfor %}{%- endif %}"
-        "{%- if documents %}{{ documents | length }}{%- endif %}{%- if not tools is defined %}{{ 'undefined' }}{%- endif %}"
+        "{%- if tools is not none and tools %}{{ '# Tools\\n' }}{%- for tool in tools %}{{ tool | tojson }}"
+        "{%- endfor %}{%- endif %}"
+        "{%- if documents %}{{ documents | length }}{%- endif %}{%- if not tools is defined %}{{ "
+        "'undefined' }}{%- endif %}"
         "{%- if custom_setting is defined %}{{ custom_setting }}{%- endif %}{{ never_given_token }}"
         "{%- for message in messages %}{%- if message.tool_calls %}{{ 'calls' }}{%- endif %}"
         "{{ message.role | upper ~ ': ' ~ message.content ~ eos_token }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"
     ),
     "loop controls and a namespace": (
-        "{%- set ns = namespace(last=-1, count=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+        "{%- set ns = namespace(last=-1, count=0) %}{%- for message in messages %}{%- if message.role == "
+        "'user' %}"
         "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
         "{%- for message in messages[::-1] %}{%- if message.role == 'system' %}{%- continue %}{%- endif %}"
         "{%- set ns.count = ns.count + 1 %}{%- if ns.count > 5 %}{%- break %}{%- endif %}{%- endfor %}"
@@ -97,15 +105,18 @@ TEMPLATES = {
         "{%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
         "{{- message.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- "
+        "'<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
     ),
     "tojson and dict": (
         "{%- set names = dict(user='U', assistant='A', system='S') %}"
-        "{%- for message in messages %}{{ names[message.role] }}{{ message | tojson }}{{ [1, 2.5, none, true] | tojson(indent=2) }}"
+        "{%- for message in messages %}{{ names[message.role] }}{{ message | tojson }}{{ [1, 2.5, none, "
+        "true] | tojson(indent=2) }}"
         "{{ '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ 'A' }}{%- endif %}"
     ),
     "macro, generation and filters": (
-        "{%- macro turn(role, text) -%}\n<|{{ role | replace('assistant', 'bot') }}|>{{ text | trim }}\n{%- endmacro -%}"
+        "{%- macro turn(role, text) -%}\n<|{{ role | replace('assistant', 'bot') }}|>{{ text | trim }}"
+        "\n{%- endmacro -%}"
         "{%- for message in messages | rejectattr('role', 'equalto', 'system') | list -%}"
         "{%- if message.role == 'assistant' -%}{%- generation -%}"
         "{{ turn(message.role, message.content) }}{{ eos_token }}{%- endgeneration -%}"
@@ -182,14 +193,14 @@ def test_a_template_that_cannot_be_used_is_named(source, message, tmp_path):
         ChatTemplate(source, Path("somewhere.jinja"), {}).render(QUESTION)
 
 
-def test_the_style_named_goes_first_then_the_one_taught_then_the_template():
+def test_the_style_named_goes_first_then_the_one_trained_with_then_the_template():
     template = ChatTemplate("x", Path("t"), {}).style
     alpaca, plain = STYLES["alpaca"], STYLES["plain"]
     assert choose_style("plain", alpaca, template, "alpaca")[0] is plain
     assert choose_style("template", alpaca, template, "alpaca")[0] is template
-    assert choose_style(None, alpaca, template, "plain") == (alpaca, "as it was taught")
+    assert choose_style(None, alpaca, template, "plain") == (alpaca, "the model was trained with it")
     assert choose_style(None, None, template, "plain") == (template, "the model's own")
-    assert choose_style(None, None, None, "plain") == (plain, "it names none")
+    assert choose_style(None, None, None, "plain") == (plain, "the model names none")
     with pytest.raises(UserError, match="has no chat template"):
         choose_style("template", alpaca, None, "plain")
 
@@ -198,12 +209,17 @@ def test_a_style_file_may_name_the_template(tmp_path):
     template = ChatTemplate("x", Path("t"), {}).style
     (tmp_path / "prompt_style.yaml").write_text("style: template\n")
     assert load_style(tmp_path, template) is template
-    with pytest.raises(CheckpointError, match="there is none beside it"):
+    with pytest.raises(CheckpointError, match="there is no chat template beside it"):
         load_style(tmp_path, None)
     (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
     assert load_style(tmp_path, None) is STYLES["alpaca"]
     (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Llama3\n")
     assert load_style(tmp_path, None) is None
+
+
+def conversation(instruction: str, input: str, output: str) -> Conversation:
+    messages = Message("user", instruction, input=input), Message("assistant", output, train=True)
+    return Conversation(messages, Place("x", "record 0"))
 
 
 def template_base(make_checkpoint, name: str) -> Path:
@@ -225,10 +241,11 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
     loaded = load(template_base(make_checkpoint, name))
     style, reason = choose_style(None, loaded.prompt_style, loaded.template, "alpaca")
     assert (style.name, reason) == ("template", "the model's own")
-    record = Record("Name it.", "the fox", "quick brown", place="x")
-    (example,) = tokenize([record], loaded.tokenizer, style, 200).examples
+    (example,) = tokenize(
+        [conversation("Name it.", "the fox", "quick brown")], loaded.tokenizer, style, 200
+    ).examples
     prompt = style.template.render([{"role": "user", "content": "Name it.\n\nthe fox"}])
-    assert list(example.ids[: example.prompt_length]) == loaded.tokenizer.encode(prompt)
+    assert list(example.ids[: example.learned[0][0]]) == loaded.tokenizer.encode(prompt)
     finished = style.template.render(
         [{"role": "user", "content": "Name it.\n\nthe fox"}, {"role": "assistant", "content": "quick brown"}],
         add_generation_prompt=False,
@@ -239,9 +256,8 @@ def test_training_learns_the_answer_up_to_the_templates_mark(name, make_checkpoi
         == "<|im_end|>"
         != loaded.tokenizer.token(loaded.tokenizer.eos_id)
     )
-    (cut,) = tokenize(
-        [Record("Name it.", "", "quick brown " * 40, place="x")], loaded.tokenizer, style, 60
-    ).examples
+    long = conversation("Name it.", "", "quick brown " * 40)
+    (cut,) = tokenize([long], loaded.tokenizer, style, 60).examples
     assert len(cut.ids) == 60 and cut.ids[-1] == example.ids[-1]
 
 
@@ -256,19 +272,20 @@ def test_a_template_that_drops_the_thought_it_asks_for_still_teaches_what_chat_a
     assert style.exchange("Why?", "", "")[1] == "<|im_end|>"
 
 
-def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint, monkeypatch):
+def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint):
     loaded = load(template_base(make_checkpoint, "loop and generation prompt"))
     tokenizer, seen = loaded.tokenizer, []
 
-    def scripted(model, prompt_ids, *, stop_ids, **settings):
-        seen.append(prompt_ids)
-        assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
-        yield from tokenizer.encode(f"answer {len(seen)}")
+    class Scripted(Engine):
+        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+            seen.append(prompt_ids)
+            assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
+            yield from tokenizer.encode(f"answer {len(seen)}")
 
-    monkeypatch.setattr("litlora.serve.conversation.generate", scripted)
-    conversation = Conversation(loaded.model, tokenizer, loaded.template, Chat(max_new_tokens=8))
-    assert "".join(conversation.ask("first?")) == "answer 1"
-    assert "".join(conversation.ask("second?")) == "answer 2"
+    engine = Scripted(loaded.model, tokenizer)
+    session = ChatSession(engine, loaded.template, Sampling(max_new_tokens=8))
+    assert "".join(session.ask("first?")) == "answer 1"
+    assert "".join(session.ask("second?")) == "answer 2"
     said = [("user", "first?"), ("assistant", "answer 1"), ("user", "second?")]
     text = (
         "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
@@ -276,5 +293,5 @@ def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_c
     )
     assert seen[1] == tokenizer.encode(text)
     for _ in range(4):
-        "".join(conversation.ask("again " * 6))
-    assert "forgotten" in conversation.notice and max(map(len, seen)) < 128
+        "".join(session.ask("again " * 6))
+    assert "forgotten" in session.notice and max(map(len, seen)) < 128

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from litlora.config import ModelConfig
 from litlora.console import one_line, printable
-from litlora.data.records import read_records
+from litlora.data.sources import read_dataset
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import litgpt, peft
 from litlora.formats.families import FAMILIES, load_config, read_config, write_config
@@ -95,7 +95,7 @@ def test_any_json_in_any_file(tmp_path, value):
     only_user_errors(peft.base_of, tmp_path)
     only_user_errors(load_template, {file.name: file for file in tmp_path.iterdir()})
     only_user_errors(checkpoint_dir, tmp_path)
-    only_user_errors(read_records, JSON(path=str(tmp_path / "records.json")))
+    only_user_errors(read_dataset, JSON(path=str(tmp_path / "records.json")))
 
 
 @quick
@@ -176,7 +176,7 @@ def test_any_bytes_in_any_file(tmp_path, data):
         only_user_errors(read, tmp_path / name)
     only_user_errors(load_style, tmp_path)
     only_user_errors(Tokenizer, tmp_path)
-    only_user_errors(read_records, JSON(path=str(tmp_path / "x.jsonl")))
+    only_user_errors(read_dataset, JSON(path=str(tmp_path / "x.jsonl")))
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["archive", "old"])

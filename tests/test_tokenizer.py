@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import SHARED
+from conftest import REPO, SHARED
 
 from litlora.errors import CheckpointError
 from litlora.tokenizer import TextStream, Tokenizer
@@ -19,9 +21,7 @@ def tokenizer(tokenizer_dir):
 
 def test_a_stream_shows_whole_characters_and_loses_none(tokenizer):
     ids = tokenizer.encode(STRANGE)
-    assert len(ids) > len(STRANGE), (
-        "characters must be spread over several tokens for this test to mean anything"
-    )
+    assert len(ids) > len(STRANGE), "the test needs characters that are spread over several tokens"
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in ids] + [stream.finish()]
     assert "".join(pieces) == STRANGE
@@ -89,3 +89,62 @@ def test_begin_of_text_is_added_when_the_tokenizer_uses_one(tmp_path, tokenizer_
     tokenizer = Tokenizer(tmp_path / "t")
     assert tokenizer.encode("fox", begin=True) == [tokenizer.eos_id, *plain]
     assert tokenizer.encode("fox") == plain
+
+
+TALK = """
+import sys, threading
+from pathlib import Path
+from litlora.errors import CheckpointError
+from litlora.tokenizer import Tokenizer
+
+tokenizer = Tokenizer(Path(sys.argv[1]))
+ids = tokenizer.encode("the fox")
+refused = []
+
+def encode():
+    for _ in range(5):
+        try:
+            tokenizer.encode("a" * 60 + "c")
+        except CheckpointError as error:
+            refused.append(str(error))
+
+def decode():
+    for _ in range(2000):
+        assert tokenizer.decode(ids) == "the fox"
+
+threads = [threading.Thread(target=work) for work in (encode, decode, encode, decode)]
+for thread in threads:
+    thread.start()
+for number in range(200):
+    print(number, file=sys.stderr, flush=True)
+for thread in threads:
+    thread.join()
+assert len(refused) == 10 and all("cannot encode this text" in line for line in refused), refused
+print("end", file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread with its own file table is Linux's")
+def test_threads_that_encode_and_decode_leave_stderr_alone(tmp_path, tokenizer_dir):
+    """With a tokenizer that makes the library panic and print that: nothing of it, and all of ours,
+    is on stderr."""
+    shutil.copytree(tokenizer_dir, tmp_path / "t")
+    file = tmp_path / "t/tokenizer.json"
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a|aa)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = json.loads(file.read_text())["pre_tokenizer"]
+    steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": steps}))
+    done = subprocess.run(
+        [sys.executable, "-c", TALK, str(tmp_path / "t")],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == [*map(str, range(200)), "end"]

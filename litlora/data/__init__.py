@@ -1,1 +1,11 @@
-"""Training data: sources of records, records to token ids, token ids to batches."""
+"""Training data: sources -> conversations -> examples -> batches.
+
+- `sources.py` reads a data source into conversations;
+- `conversation.py` is what they have in common, whatever the file looked like;
+- `examples.py` turns conversations into token ids and the spans of them that are learned;
+- `batches.py` packs or pads examples into the tensors of a training step.
+
+To add a data set, write a settings dataclass in `litlora/settings` and a reader of it in READERS in
+`sources.py`: a reader returns conversations, and nothing behind it has to change. All but
+`batches.py` is torch-free.
+"""

@@ -1,5 +1,5 @@
 """Examples to batches: steps of micro-batches, each packed without padding or padded to its
-longest."""
+longest example."""
 
 import heapq
 import random
@@ -12,20 +12,20 @@ from torch import Tensor
 from litlora.data.examples import Example
 
 Step = list[list[int]]
-"""The micro-batches of one optimizer step, each the indices of its examples."""
+"""The micro-batches of one optimizer step, each as the indices of its examples."""
 
 
 class Batch(NamedTuple):
-    """A micro-batch: what `SupervisedLoss` is called with."""
+    """A micro-batch: the arguments of `SupervisedLoss`."""
 
     input_ids: Tensor
-    """(1, N): the examples one behind the other; or (B, T): one a row, padded on the right."""
+    """(1, N): packed examples; or (B, T): one example a row, padded on the right."""
     positions: Tensor
-    """(M,): the places of the flattened input_ids whose next token is learned."""
+    """(M,): the positions in the flattened input_ids whose next token is learned."""
     targets: Tensor
     """(M,): these next tokens."""
     lengths: list[int] | None
-    """Of the examples one behind the other; None if they are padded."""
+    """The lengths of the packed examples; None if they are padded."""
 
 
 def plan_epoch(
@@ -38,56 +38,66 @@ def plan_epoch(
     seed: int,
     longest_first: bool,
 ) -> list[Step]:
-    """Every example once, global_batch_size of them a step, in random order; what is left over
-    makes a smaller last step.
+    """Every example once, global_batch_size of them a step, in random order; the remainder makes a
+    smaller last step.
 
-    With `pack_tokens` a step's examples are packed into micro-batches of at most so many tokens;
-    else micro-batches hold micro_batch_size examples of like length. `longest_first` puts a step
-    with one of the longest examples in front: if memory is too small, the first step shows it; of
-    several such steps it is the shortest. A pure function: the same arguments give the same plan,
-    and the examples of packed steps do not depend on pack_tokens and num_ranks.
+    With `pack_tokens` the examples of a step are packed into micro-batches of at most that many
+    tokens; without, a micro-batch has micro_batch_size examples of similar length. `longest_first`
+    starts with a step that has one of the longest examples, the shortest such step: if memory is
+    too small, the first step shows it. A pure function: the same arguments give the same plan, and
+    the examples of a packed step do not depend on pack_tokens and num_ranks.
     """
     rng = random.Random(seed)
     if pack_tokens is not None:
-        order = list(range(len(lengths)))
-        rng.shuffle(order)
-        groups = [
-            order[start : start + global_batch_size] for start in range(0, len(order), global_batch_size)
-        ]
-        if (
-            longest_first
-        ):  # chosen by lengths alone: the order of the steps must not depend on how they are cut into packs
-            long = 15 / 16 * max(lengths)
-            able = (i for i, group in enumerate(groups) if max(lengths[index] for index in group) >= long)
-            groups.insert(0, groups.pop(min(able, key=lambda i: sum(lengths[index] for index in groups[i]))))
+        groups = _shuffled_groups(lengths, global_batch_size, rng, longest_first=longest_first)
         return [pack(group, lengths, pack_tokens, num_ranks) for group in groups]
-    # Blurred a little before sorting, so that the same examples do not meet in every epoch.
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
-    rest = len(order) % micro_batch_size
-    micro_batches = (
-        [order[:rest]] if rest else []
-    )  # the incomplete one has the shortest examples: it costs least
-    micro_batches += [
-        order[start : start + micro_batch_size] for start in range(rest, len(order), micro_batch_size)
-    ]
-    rng.shuffle(micro_batches)
+    micro_batches = _groups_of_similar_length(lengths, micro_batch_size, rng)
     if longest_first:
-        largest = max(
-            range(len(micro_batches)), key=lambda i: max(lengths[index] for index in micro_batches[i])
-        )
-        micro_batches.insert(0, micro_batches.pop(largest))
-    per_step = global_batch_size // micro_batch_size
-    return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
+        longest = [max(lengths[index] for index in micro) for micro in micro_batches]
+        micro_batches.insert(0, micro_batches.pop(longest.index(max(longest))))
+    return _chunks(micro_batches, global_batch_size // micro_batch_size)
+
+
+def _shuffled_groups(
+    lengths: Sequence[int], size: int, rng: random.Random, *, longest_first: bool
+) -> list[list[int]]:
+    """The examples of each packed step."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    groups = _chunks(order, size)
+    if longest_first:
+        # Chosen by lengths alone: the order of the steps must not depend on how they are packed.
+        long = 15 / 16 * max(lengths)
+        candidates = (i for i, group in enumerate(groups) if max(lengths[index] for index in group) >= long)
+        first = min(candidates, key=lambda i: sum(lengths[index] for index in groups[i]))
+        groups.insert(0, groups.pop(first))
+    return groups
+
+
+def _groups_of_similar_length(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
+    """The padded micro-batches of an epoch, in random order."""
+    # Lengths are blurred a little before sorting, so that the same examples do not meet in every
+    # epoch.
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
+    rest = len(order) % size
+    # The incomplete micro-batch has the shortest examples, where it costs least.
+    micro_batches = ([order[:rest]] if rest else []) + _chunks(order[rest:], size)
+    rng.shuffle(micro_batches)
+    return micro_batches
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def pack(
     indices: Sequence[int], lengths: Sequence[int], capacity: int, num_ranks: int = 1
 ) -> list[list[int]]:
     """Indices in as few groups as first-fit decreasing finds, each of at most `capacity` tokens, or
-    one longer example alone.
+    a single longer example.
 
-    The groups are made equal in length where that needs no more of them, and their number a
-    multiple of num_ranks where there are examples enough: no rank waits long for another.
+    Where it takes no more groups, they are made equal in length. Their number is a multiple of
+    num_ranks where there are enough examples, so that no rank waits long for another.
     """
     falling = sorted(indices, key=lambda index: -lengths[index])
     loads: list[int] = []
@@ -110,29 +120,31 @@ def pack(
 
 
 def padding_share(lengths: Sequence[int], steps: list[Step]) -> float:
-    """Padding as a share of all positions that these steps compute, if their micro-batches are
+    """The share of padding in all positions that these steps compute, if their micro-batches are
     padded."""
     padded = sum(len(micro) * max(lengths[index] for index in micro) for step in steps for micro in step)
     return 1 - sum(lengths[index] for step in steps for micro in step for index in micro) / padded
 
 
 def num_supervised(example: Example, mask_prompt: bool) -> int:
-    """Tokens of an example that are learned; the very first has nothing before it to be predicted
-    from."""
-    return len(example.ids) - _first_learned(example, mask_prompt)
+    """The number of an example's tokens that are learned."""
+    return sum(stop - start for start, stop in example.learned_spans(mask_prompt))
 
 
 def collate(examples: Sequence[Example], *, mask_prompt: bool, packed: bool, pad_id: int = 0) -> Batch:
-    """One behind the other if packed, else one a row: under causal attention no real token sees the
+    """Examples packed into one row, or one a row: under causal attention no real token sees the
     padding on its right."""
     lengths = [len(example.ids) for example in examples]
     T = max(lengths)
     starts = [sum(lengths[:row]) if packed else row * T for row in range(len(examples))]
     input_ids = torch.full((sum(lengths) if packed else len(examples) * T,), pad_id, dtype=torch.int64)
-    positions = []
+    positions = [torch.empty(0, dtype=torch.int64)]
     for example, start, length in zip(examples, starts, lengths, strict=True):
         input_ids[start : start + length] = torch.frombuffer(example.ids, dtype=torch.int32)
-        positions.append(torch.arange(start + _first_learned(example, mask_prompt) - 1, start + length - 1))
+        positions += [
+            torch.arange(start + first - 1, start + stop - 1)
+            for first, stop in example.learned_spans(mask_prompt)
+        ]
     positions = torch.cat(positions)
     return Batch(
         input_ids.view(1 if packed else len(examples), -1),
@@ -140,7 +152,3 @@ def collate(examples: Sequence[Example], *, mask_prompt: bool, packed: bool, pad
         input_ids[positions + 1],
         lengths if packed else None,
     )
-
-
-def _first_learned(example: Example, mask_prompt: bool) -> int:
-    return max(1, example.prompt_length) if mask_prompt else 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litlora.data.batches import Batch, collate, num_supervised
-from litlora.data.examples import Example
+from litlora.data.examples import Example, content_line
 from litlora.errors import UserError, setting
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
@@ -144,7 +144,7 @@ class SFT(Objective):
 
     def content(self, example: Example) -> bytes:
         """Every token, and where the answer begins."""
-        return f"{len(example.ids)} {example.prompt_length}\n".encode() + example.ids.tobytes()
+        return content_line(example).encode() + example.ids.tobytes()
 
     def idle(self, batch: Batch) -> Batch:
         return batch._replace(positions=batch.positions[:0], targets=batch.targets[:0])

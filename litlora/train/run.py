@@ -19,7 +19,7 @@ from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.cli import dump
 from litlora.data.batches import padding_share
 from litlora.data.examples import split, tokenize
-from litlora.data.records import Records
+from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.load import load, pick_device
 from litlora.lora import Adapter
@@ -74,7 +74,7 @@ class Method:
     """The command that uses the result, with {result} in place of its path."""
 
 
-def finetune(settings: Finetune, method: Method, records: Records, place: RunDirectory) -> None:
+def finetune(settings: Finetune, method: Method, records: Dataset, place: RunDirectory) -> None:
     """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to the place
     of the run. Exits if the run is stopped early."""
     run = Run(settings, method, records, place)
@@ -102,7 +102,7 @@ class Run:
     It takes a command's settings, because it stores them as resolved.
     """
 
-    def __init__(self, settings: Finetune, method: Method, records: Records, place: RunDirectory) -> None:
+    def __init__(self, settings: Finetune, method: Method, records: Dataset, place: RunDirectory) -> None:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
         self.interrupts = Interrupts(settings.train.max_time)
         self.parallel = Parallel(pick_device(settings.accelerator), settings.devices)
@@ -160,7 +160,7 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        train, val = split(self.records.records, settings.data.val_fraction, settings.data.split_seed)
+        train, val = split(self.records.conversations, settings.data.val_fraction, settings.data.split_seed)
         made = tokenize(train, tokenizer, self.style, limit)
         made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
         self.data = Data(made.examples, made_val, settings.seed)

@@ -704,12 +704,12 @@ def stops_that_are_no_numbers(directory: Path) -> None:
     (directory / "base/generation_config.json").write_text('{"eos_token_id": [[1], "x"]}')
 
 
-@attack("tokenizer", "broken, or no SentencePiece model")
+@attack("tokenizer", "broken, or not a SentencePiece model")
 def a_piece_of_a_megabyte(directory: Path) -> None:
     _sentencepiece(directory, b"\x0a\x80\x80\x80\x01" + b"\x0a\xfa\xff\x3f" + b"a" * 2**20)
 
 
-@attack("tokenizer", "broken, or no SentencePiece model")
+@attack("tokenizer", "broken, or not a SentencePiece model")
 def a_number_of_a_megabyte(directory: Path) -> None:
     _sentencepiece(directory, b"\xff" * 2**20)
 

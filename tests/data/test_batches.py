@@ -9,7 +9,7 @@ from conftest import SHARED
 
 from litlora.data.batches import collate, num_supervised, pack, padding_share, plan_epoch
 from litlora.data.examples import Example, tokenize
-from litlora.data.records import SAMPLE_FILE, read_records
+from litlora.data.sources import SAMPLE_FILE, read_dataset
 from litlora.prompts import STYLES
 from litlora.settings import JSON
 from litlora.tokenizer import Tokenizer
@@ -82,14 +82,14 @@ def test_padding_of_the_real_data_is_below_5_percent(tmp_path, name):
         pytest.skip(f"{path} or {file} is not at hand")
     (tmp_path / "tokenizer.json").symlink_to(file)
     examples = tokenize(
-        read_records(JSON(path=str(path))).records, Tokenizer(tmp_path), STYLES["alpaca"], 512
+        read_dataset(JSON(path=str(path))).conversations, Tokenizer(tmp_path), STYLES["alpaca"], 512
     ).examples
     lengths = [len(example.ids) for example in examples]
     assert all(padding_share(lengths, plan(lengths, seed=seed)) < 0.05 for seed in range(5))
 
 
 def test_padding_of_the_sample_is_below_5_percent(tokenizer_dir):
-    records = read_records(JSON(path=str(SAMPLE_FILE))).records
+    records = read_dataset(JSON(path=str(SAMPLE_FILE))).conversations
     lengths = [
         len(e.ids) for e in tokenize(records, Tokenizer(tokenizer_dir), STYLES["alpaca"], 512).examples
     ]
@@ -100,7 +100,8 @@ def test_padding_of_the_sample_is_below_5_percent(tokenizer_dir):
 @pytest.mark.parametrize("packed", [True, False])
 def test_collate_lays_out_and_tells_what_is_learned(packed, mask_prompt):
     examples = [
-        Example(array("i", ids), prompt) for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))
+        Example(array("i", ids), ((prompt, len(ids)),))
+        for ids, prompt in (([5, 6, 7, 8], 2), ([9, 1], 0), ([3, 4, 2], 2))
     ]
     batch = collate(examples, mask_prompt=mask_prompt, packed=packed)
     if packed:
@@ -116,3 +117,23 @@ def test_collate_lays_out_and_tells_what_is_learned(packed, mask_prompt):
     assert list(zip(before, batch.targets.tolist(), strict=True)) == learned
     assert sum(num_supervised(example, mask_prompt) for example in examples) == len(learned)
     assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_collate_learns_every_span_and_no_first_token(packed):
+    examples = [
+        Example(array("i", ids), spans)
+        for ids, spans in (
+            ([5, 6, 7, 8, 9], ((0, 2), (3, 4))),
+            ([1, 2, 3], ()),
+            ([4], ((0, 1),)),
+            ([2, 3, 4], ((1, 3),)),
+        )
+    ]
+    batch = collate(examples, mask_prompt=True, packed=packed)
+    before = batch.input_ids.flatten()[batch.positions].tolist()
+    assert list(zip(before, batch.targets.tolist(), strict=True)) == [(5, 6), (7, 8), (2, 3), (3, 4)]
+    assert [num_supervised(example, True) for example in examples] == [2, 0, 0, 2]
+    assert [num_supervised(example, False) for example in examples] == [4, 2, 0, 2]
+    nothing = collate(examples[1:3], mask_prompt=True, packed=packed)
+    assert nothing.positions.tolist() == nothing.targets.tolist() == []

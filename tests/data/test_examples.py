@@ -1,10 +1,13 @@
-"""Examples: prompt and answer apart, the end of the text always there."""
+"""Examples: prompt and answer encoded separately, the end of the text always there."""
+
+from array import array
 
 import pytest
 from conftest import SHARED
 
-from litlora.data.examples import split, tokenize
-from litlora.data.records import Record, read_records
+from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.examples import Example, content_line, split, tokenize
+from litlora.data.sources import read_dataset
 from litlora.errors import DataError
 from litlora.prompts import STYLES
 from litlora.settings import JSON
@@ -14,14 +17,22 @@ STYLE = STYLES["alpaca"]
 
 
 def record(instruction="Count.", input="", output="one two three"):
-    return Record(instruction, input, output, place="x.json, record 0")
+    messages = Message("user", instruction, input=input), Message("assistant", output, train=True)
+    return Conversation(messages, Place("x.json", "record 0"))
+
+
+def prompt_length(example):
+    """Where the answer begins: an example of one exchange has one span, up to its end."""
+    ((start, stop),) = example.learned
+    assert stop == len(example.ids)
+    return start
 
 
 def test_an_example_is_prompt_answer_and_end(tokenizer_dir):
     tokenizer = Tokenizer(tokenizer_dir)
     (example,) = tokenize([record(input="to three")], tokenizer, STYLE, 500).examples
-    assert tokenizer.decode(list(example.ids[: example.prompt_length])) == STYLE.render("Count.", "to three")
-    assert tokenizer.decode(list(example.ids[example.prompt_length :])) == "one two three"
+    assert tokenizer.decode(list(example.ids[: prompt_length(example)])) == STYLE.render("Count.", "to three")
+    assert tokenizer.decode(list(example.ids[prompt_length(example) :])) == "one two three"
     assert example.ids[-1] == tokenizer.eos_id
 
 
@@ -30,7 +41,7 @@ def test_the_end_is_learned_also_when_the_answer_is_cut(tokenizer_dir):
     long = record(output="seven " * 200)
     whole = tokenize([record(), long], tokenizer, STYLE, 1000)
     assert whole.num_cut == 0
-    limit = whole.examples[0].prompt_length + 10
+    limit = prompt_length(whole.examples[0]) + 10
     cut = tokenize([record(output="one"), long], tokenizer, STYLE, limit)
     assert (cut.num_cut, cut.num_left_out) == (1, 0)
     assert all(example.ids[-1] == tokenizer.eos_id and len(example.ids) <= limit for example in cut.examples)
@@ -47,7 +58,7 @@ def test_a_prompt_that_fills_the_length_is_left_out_and_counted(tokenizer_dir):
 
 def test_an_empty_answer_teaches_the_end(tokenizer_dir):
     (example,) = tokenize([record(output="")], Tokenizer(tokenizer_dir), STYLE, 500).examples
-    assert len(example.ids) == example.prompt_length + 1
+    assert len(example.ids) == prompt_length(example) + 1
 
 
 def test_the_real_data_keeps_every_end(tmp_path):
@@ -56,11 +67,11 @@ def test_the_real_data_keeps_every_end(tmp_path):
         pytest.skip(f"{path} or {file} is not at hand")
     (tmp_path / "tokenizer.json").symlink_to(file)
     tokenizer = Tokenizer(tmp_path)
-    done = tokenize(read_records(JSON(path=str(path))).records, tokenizer, STYLE, 256)
+    done = tokenize(read_dataset(JSON(path=str(path))).conversations, tokenizer, STYLE, 256)
     assert len(done.examples) + done.num_left_out == 1000
     assert done.num_cut > 100, "Chinese takes many tokens here; the cut must be exercised"
     assert all(
-        example.ids[-1] == tokenizer.eos_id and example.prompt_length < len(example.ids) <= 256
+        example.ids[-1] == tokenizer.eos_id and prompt_length(example) < len(example.ids) <= 256
         for example in done.examples
     )
 
@@ -68,8 +79,30 @@ def test_the_real_data_keeps_every_end(tmp_path):
 def test_the_split_is_seeded_whole_and_disjoint():
     records = [record(instruction=str(n)) for n in range(101)]
     train, val = split(records, 0.1, seed=3)
-    assert len(val) == 10 and sorted([*train, *val], key=lambda r: int(r.instruction)) == records
+    assert len(val) == 10 and sorted([*train, *val], key=lambda c: int(c.messages[0].content)) == records
     assert (train, val) == split(records, 0.1, seed=3) != split(records, 0.1, seed=4)
     assert split(records, 0.0, seed=3) == (records, [])
     assert [len(part) for part in split(records[:2], 0.01, seed=3)] == [1, 1]
     assert [len(part) for part in split(records[:1], 0.5, seed=3)] == [1, 0]
+
+
+def test_a_message_that_is_not_for_training_is_not_learned(tokenizer_dir):
+    question, answer = record().messages
+    told = Conversation((question, Message("assistant", answer.content)), Place("x.json", "record 0"))
+    tokenizer = Tokenizer(tokenizer_dir)
+    (learned,), (unlearned,) = (tokenize([c], tokenizer, STYLE, 500).examples for c in (record(), told))
+    assert learned.ids == unlearned.ids and unlearned.learned == ()
+
+
+def test_a_conversation_of_several_turns_is_refused_by_its_place(tokenizer_dir):
+    twice = Conversation(record().messages * 2, Place("x.json", "record 0"))
+    with pytest.raises(DataError, match="x.json, record 0: .*has user, assistant, user, assistant"):
+        tokenize([twice], Tokenizer(tokenizer_dir), STYLE, 500)
+
+
+def test_the_line_of_one_span_to_the_end_is_the_one_that_stored_runs_have():
+    """Runs that began before examples had spans hashed this line: they must resume."""
+    ids = array("i", range(9))
+    assert content_line(Example(ids, ((4, 9),))) == "9 4\n"
+    others = [((4, 8),), ((0, 9),), ((0, 2), (4, 9)), ((0, 2), (4, 8)), ((4, 9), (0, 2)), ()]
+    assert len({content_line(Example(ids, spans)) for spans in others} | {"9 4\n"}) == len(others) + 1

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of its compile
 
 
 def examples(*lengths):
-    return [Example(array("i", torch.randint(0, 400, (length,)).tolist()), 1) for length in lengths]
+    return [
+        Example(array("i", torch.randint(0, 400, (length,)).tolist()), ((1, length),)) for length in lengths
+    ]
 
 
 def gradients(objective, batches):

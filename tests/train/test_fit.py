@@ -35,7 +35,11 @@ def examples(count=14, seed=0):
     made = []
     for _ in range(count):
         prompt, answer = number(1, 20), number(1, 13)
-        made.append(Example(array("i", [number(1, 400) for _ in range(prompt + answer)]), prompt))
+        made.append(
+            Example(
+                array("i", [number(1, 400) for _ in range(prompt + answer)]), ((prompt, prompt + answer),)
+            )
+        )
     return made
 
 
@@ -216,7 +220,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 
 def test_every_label_masked_is_an_error(tmp_path):
     with pytest.raises(DataError, match="every label is masked"):
-        train(GPT(tiny_config()), [Example(array("i", [5]), 0)] * 4, tmp_path)
+        train(GPT(tiny_config()), [Example(array("i", [5]), ((0, 1),))] * 4, tmp_path)
 
 
 def test_spoilt_weights_are_found_by_the_validation_and_not_saved(tmp_path):

@@ -17,7 +17,8 @@ from litlora.train.objective import SFT
 SIZES = [(17, 9), (11, 2), (5, 0), (2, 1)]
 """Length, and how much of it is the prompt."""
 EXAMPLES = [
-    Example(array("i", range(7 * i, 7 * i + length)), prompt) for i, (length, prompt) in enumerate(SIZES)
+    Example(array("i", range(7 * i, 7 * i + length)), ((prompt, length),))
+    for i, (length, prompt) in enumerate(SIZES)
 ]
 
 
@@ -34,7 +35,7 @@ def plain_loss(model, examples):
     total = 0
     for example in examples:
         ids = torch.tensor([list(example.ids)])
-        learned = max(1, example.prompt_length)
+        learned = max(1, example.learned[0][0])
         total = total + F.cross_entropy(model(ids)[0, learned - 1 : -1], ids[0, learned:], reduction="sum")
     return total
 
@@ -95,7 +96,7 @@ def test_what_is_packed_beside_an_example_does_not_change_it():
     assert together == pytest.approx(
         sum(loss_of(model, [example], True).item() for example in EXAMPLES), rel=1e-3
     )
-    changed = Example(array("i", [3] * 11), 2)
+    changed = Example(array("i", [3] * 11), ((2, 11),))
     first = [
         loss_of(model, [EXAMPLES[0], other], True).item() - loss_of(model, [other], True).item()
         for other in (EXAMPLES[1], changed)

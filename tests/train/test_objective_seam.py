@@ -13,7 +13,7 @@ from torch import nn
 from litlora.checkpoint import adapter_meta, open_checkpoint
 from litlora.cli import parse
 from litlora.data.batches import collate
-from litlora.data.records import read_records
+from litlora.data.sources import read_dataset
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
 from litlora.paths import run_directory
@@ -76,7 +76,7 @@ def tune(base, alpaca_file):
         kill = AfterStep(stop_after or 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
         place = run_directory(settings, "out", inputs=[])
         with extra_sinks(kill):
-            finetune(settings, method, read_records(settings.data), place)
+            finetune(settings, method, read_dataset(settings.data), place)
         return out
 
     return tune

@@ -11,7 +11,7 @@ from conftest import fails, tiny_config, tune
 
 from litlora.checkpoint import open_checkpoint
 from litlora.data.examples import Example, split, tokenize
-from litlora.data.records import read_records
+from litlora.data.sources import read_dataset
 from litlora.load import load
 from litlora.lora import LoRAConfig, LoRALinear, add_lora
 from litlora.model import GPT
@@ -25,7 +25,7 @@ def validation_loss(directory: Path, data: Path, dtype: torch.dtype) -> float:
     """Mean loss of what chat would load from `directory`, merged, over the examples that `tune`
     kept out."""
     loaded = load(directory)
-    _, kept_out = split(read_records(JSON(path=str(data))).records, 0.2, 42)
+    _, kept_out = split(read_dataset(JSON(path=str(data))).conversations, 0.2, 42)
     style, _ = choose_style("plain", None, None, default="plain")
     objective = SFT(loaded.model.to(dtype), TrainConfig(packing=False))
     total, count = 0.0, 0
@@ -96,7 +96,9 @@ def test_mixed_computes_products_in_bf16_and_the_loss_in_fp32():
     ids = torch.randint(0, 400, (2, 9))
     precision = decide("bf16-mixed", torch.float32, None, trains_base=False)
     mixed = SFT(model, contexts=[lambda: precision.computing(torch.device("cpu"))])
-    batch = mixed.batch([Example(array("i", row.tolist()), 0) for row in ids], torch.device("cpu"))
+    batch = mixed.batch(
+        [Example(array("i", row.tolist()), ((0, len(row)),)) for row in ids], torch.device("cpu")
+    )
     loss, _ = mixed(batch)
     assert set(seen.values()) == {torch.bfloat16} and loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float(SFT(model)(batch)[0].detach()), rel=1e-2)

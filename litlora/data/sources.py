@@ -1,8 +1,7 @@
-"""Records of `instruction`, `input` (optional) and `output`, read from the data sources.
-Torch-free.
+"""Data sources to conversations. Torch-free.
 
-To add a source: give it a settings dataclass in `litlora/settings.py` and a reader in READERS
-below.
+To add a source, give it a settings dataclass in `litlora/settings` and a reader in READERS below: a
+function from these settings to a `Dataset`.
 """
 
 import json
@@ -14,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from litlora.errors import DataError
+from litlora.data.conversation import Conversation, Message, Place
+from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
@@ -23,38 +23,26 @@ TIMEOUT = 30
 
 
 @dataclass(frozen=True)
-class Record:
-    """One example as a person writes it."""
+class Dataset:
+    """What a source holds, and the source as it was resolved."""
 
-    instruction: str
-    input: str
-    output: str
-    place: str
-    """Where it was read, for messages: file and index or line."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """What a source gave, and the source as it was resolved."""
-
-    records: list[Record]
+    conversations: list[Conversation]
     source: DataSource
     notice: str | None = None
-    """What the user must know about where the records came from."""
+    """What the user must know about where the conversations come from."""
 
 
-def read_records(source: DataSource) -> Records:
-    """All records of a source. Raises DataError, naming file and record, for anything that is not
-    usable."""
+def read_dataset(source: DataSource) -> Dataset:
+    """Everything that a source holds. Raises DataError, naming the file and the record, for
+    anything that cannot be trained on."""
     found = READERS[type(source)](source)
-    if not found.records:
-        raise DataError(
-            f"{getattr(source, 'path', source.name)}: holds no record; there is nothing to train on"
-        )
+    if not found.conversations:
+        name = getattr(source, "path", source.name)
+        raise DataError(f"{name}: holds no records; there is nothing to train on")
     return found
 
 
-def _read_alpaca(source: Alpaca) -> Records:
+def _read_alpaca(source: Alpaca) -> Dataset:
     file = Path(source.download_dir) / "alpaca_data.json"
     if source.source == "sample":
         return _sample(source, "the built-in sample")
@@ -64,55 +52,58 @@ def _read_alpaca(source: Alpaca) -> Records:
         except OSError as error:
             reason = f"{source.url} could not be downloaded ({_reason(error)})"
             if source.source == "full":
-                raise DataError(f"{reason}; put the file at {file}, or use --data.source sample") from None
+                raise DataError(
+                    f"{reason}; put the file at {file}, or train on the built-in sample with "
+                    f"{setting('source')} sample"
+                ) from None
             return _sample(source, f"the built-in sample, not the full Alpaca data: {reason}")
-    return Records(_read_file(file), replace(source, source="full"))
+    return Dataset(_read_file(file), replace(source, source="full"))
 
 
-def _sample(source: Alpaca, notice: str) -> Records:
-    return Records(_read_file(SAMPLE_FILE), replace(source, source="sample"), notice)
+def _sample(source: Alpaca, notice: str) -> Dataset:
+    return Dataset(_read_file(SAMPLE_FILE), replace(source, source="sample"), notice)
 
 
-def _read_json(source: JSON) -> Records:
+def _read_json(source: JSON) -> Dataset:
     path = Path(source.path)
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
     files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: holds no .json or .jsonl file")
-    return Records([record for file in files for record in _read_file(file)], source)
+    return Dataset([record for file in files for record in _read_file(file)], source)
 
 
-READERS: dict[type[DataSource], Callable[[Any], Records]] = {Alpaca: _read_alpaca, JSON: _read_json}
+READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {Alpaca: _read_alpaca, JSON: _read_json}
 
 
-def _read_file(file: Path) -> list[Record]:
-    """The records of one .json file (a list of objects) or .jsonl file (an object a line)."""
+def _read_file(file: Path) -> list[Conversation]:
+    """The records of one .json file (a list of objects) or .jsonl file (one object a line)."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start})") from None
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    return [
-        _record(value, place)
-        for place, value in (_lines(file, text) if file.suffix == ".jsonl" else _elements(file, text))
-    ]
+    entries = _lines(file, text) if file.suffix == ".jsonl" else _elements(file, text)
+    return [alpaca_conversation(value, place) for place, value in entries]
 
 
-def _elements(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _elements(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
     values = _parse(text, str(file))
     if not isinstance(values, list):
-        raise DataError(f"{file}: must hold a JSON list of records; for one record a line, name it .jsonl")
-    yield from ((f"{file}, record {index}", value) for index, value in enumerate(values))
+        raise DataError(
+            f"{file}: must hold a JSON list of records; a file with one record a line needs the suffix .jsonl"
+        )
+    yield from ((Place(str(file), f"record {index}"), value) for index, value in enumerate(values))
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # not splitlines(): U+2028 may stand inside a string
+def _lines(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
+    # not splitlines(): U+2028 may stand inside a string
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
+            place = Place(str(file), f"line {number}")
+            yield place, _parse(line, str(place))
 
 
 def _parse(text: str, place: str) -> Any:
@@ -122,12 +113,14 @@ def _parse(text: str, place: str) -> Any:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise DataError(f"{place}: not valid JSON: {error.msg} at {at}") from None
     except RecursionError:
-        raise DataError(f"{place}: nested too deeply") from None
-    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{place}: not usable JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
         raise DataError(f"{place}: not usable JSON: {error}") from None
 
 
-def _record(value: Any, place: str) -> Record:
+def alpaca_conversation(value: Any, place: Place) -> Conversation:
+    """A record of `instruction`, `input` (optional) and `output` as a conversation of two messages,
+    the second one learned."""
     if not isinstance(value, dict):
         raise DataError(f"{place}: must be an object with instruction and output, not {type(value).__name__}")
     fields = {}
@@ -146,7 +139,8 @@ def _record(value: Any, place: str) -> Record:
                 f'{place}: "{name}" holds half a character (a lone surrogate, \\ud800 to \\udfff)'
             ) from None
         fields[name] = text
-    return Record(**fields, place=place)
+    question = Message("user", fields["instruction"], input=fields["input"])
+    return Conversation((question, Message("assistant", fields["output"], train=True)), place)
 
 
 def _download(url: str, file: Path) -> None:
@@ -156,20 +150,18 @@ def _download(url: str, file: Path) -> None:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             content = response.read()
         if not isinstance(json.loads(content), list):
-            raise OSError("the answer is no JSON list")
+            raise OSError("the answer is not a JSON list")
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, file)
-    except ValueError as error:  # a malformed address, or an answer that is no JSON
+    except ValueError as error:  # a malformed address, or an answer that is not JSON
         raise OSError(str(error)) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return (
-        f"HTTP status {error.code}"
-        if isinstance(error, urllib.error.HTTPError)
-        else str(getattr(cause, "strerror", None) or cause)
-    )
+    return str(getattr(cause, "strerror", None) or cause)

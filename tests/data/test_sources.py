@@ -1,4 +1,4 @@
-"""Reading records: real files, strange files, downloads from a local server."""
+"""Reading data sources: real files, strange files, downloads from a local server."""
 
 import json
 import threading
@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from conftest import SHARED
 
-from litlora.data.records import SAMPLE_FILE, read_records
+from litlora.data.conversation import Message
+from litlora.data.sources import SAMPLE_FILE, read_dataset
 from litlora.errors import DataError
 from litlora.settings import JSON, Alpaca
 
@@ -15,7 +16,7 @@ RECORD = {"instruction": "Say hi.", "output": "Hi."}
 
 
 def read(path):
-    return read_records(JSON(path=str(path))).records
+    return read_dataset(JSON(path=str(path))).conversations
 
 
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json"])
@@ -24,8 +25,12 @@ def test_the_real_files_are_read_whole(name):
     if not path.is_file():
         pytest.skip(f"{path} is not at hand")
     expected = json.loads(path.read_text())
-    assert [(r.instruction, r.input, r.output) for r in read(path)] == [
-        (r["instruction"], r["input"], r["output"]) for r in expected
+    assert [c.messages for c in read(path)] == [
+        (
+            Message("user", r["instruction"], input=r["input"]),
+            Message("assistant", r["output"], train=True),
+        )
+        for r in expected
     ]
 
 
@@ -36,9 +41,9 @@ def test_json_jsonl_and_directories_agree(tmp_path):
         "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n", encoding="utf-8"
     )
     (tmp_path / "readme.txt").write_text("not data")
-    once = [r.input for r in read(tmp_path / "a.json")]
-    assert once == [r.input for r in read(tmp_path / "b.jsonl")] == [r["input"] for r in records]
-    assert [r.input for r in read(tmp_path)] == once * 2
+    once = [c.messages[0].input for c in read(tmp_path / "a.json")]
+    assert once == [c.messages[0].input for c in read(tmp_path / "b.jsonl")] == [r["input"] for r in records]
+    assert [c.messages[0].input for c in read(tmp_path)] == once * 2
 
 
 @pytest.mark.parametrize(
@@ -47,8 +52,8 @@ def test_json_jsonl_and_directories_agree(tmp_path):
         ("x.json", "", r"x\.json: not valid JSON"),
         ("x.json", "[", r"x\.json: not valid JSON"),
         ("x.json", "{}", "must hold a JSON list"),
-        ("x.json", "[]", "holds no record"),
-        ("x.jsonl", "\n\n", "holds no record"),
+        ("x.json", "[]", "holds no records"),
+        ("x.jsonl", "\n\n", "holds no records"),
         ("x.json", json.dumps([RECORD, 5]), r"x\.json, record 1: must be an object"),
         (
             "x.json",
@@ -69,7 +74,7 @@ def test_json_jsonl_and_directories_agree(tmp_path):
         ("x.json", '[{"instruction": "\\ud800", "output": "b"}]', "lone surrogate"),
         ("x.jsonl", json.dumps(RECORD) + "\n{oops}\n", r"x\.jsonl, line 2: not valid JSON"),
         ("x.json", "[" * 100_000, "nested too deeply|not valid JSON"),
-        ("x.json", b"\xff\xfe\x00", r"x\.json: not UTF-8 text"),
+        ("x.json", b"\xff\xfe\x00", r"x\.json: is not UTF-8 text"),
     ],
 )
 def test_a_bad_file_names_itself_and_the_place(tmp_path, name, content, says):
@@ -122,8 +127,8 @@ def test_the_full_file_is_downloaded_once(tmp_path):
     with Server(200, json.dumps([RECORD] * 3).encode()) as server:
         source = Alpaca(url=server.url, download_dir=str(tmp_path / "data"))
         for _ in range(2):
-            found = read_records(source)
-            assert len(found.records) == 3 and found.source.source == "full" and found.notice is None
+            found = read_dataset(source)
+            assert len(found.conversations) == 3 and found.source.source == "full" and found.notice is None
         assert server.requests == 1
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["alpaca_data.json"]
 
@@ -133,21 +138,21 @@ def test_the_full_file_is_downloaded_once(tmp_path):
 )
 def test_auto_falls_back_to_the_sample_and_says_so(tmp_path, status, content):
     with Server(status, content) as server:
-        found = read_records(Alpaca(source="auto", url=server.url, download_dir=str(tmp_path / "data")))
+        found = read_dataset(Alpaca(source="auto", url=server.url, download_dir=str(tmp_path / "data")))
         assert found.source.source == "sample"
         assert "built-in sample, not the full Alpaca data" in found.notice and server.url in found.notice
-        assert len(found.records) == len(json.loads(SAMPLE_FILE.read_text()))
-        with pytest.raises(DataError, match="could not be downloaded.*--data.source sample"):
-            read_records(Alpaca(source="full", url=server.url, download_dir=str(tmp_path / "data")))
+        assert len(found.conversations) == len(json.loads(SAMPLE_FILE.read_text()))
+        with pytest.raises(DataError, match="could not be downloaded.*with source sample"):
+            read_dataset(Alpaca(source="full", url=server.url, download_dir=str(tmp_path / "data")))
     assert not (tmp_path / "data").exists(), "a download that fails leaves nothing"
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.json", "nonsense", "http://"])
 def test_an_unreachable_address_is_no_crash(tmp_path, url):
-    assert read_records(Alpaca(source="auto", url=url, download_dir=str(tmp_path))).source.source == "sample"
+    assert read_dataset(Alpaca(source="auto", url=url, download_dir=str(tmp_path))).source.source == "sample"
 
 
 def test_sample_never_asks_the_network(tmp_path):
     with Server(200, b"[]") as server:
-        assert read_records(Alpaca(source="sample", url=server.url, download_dir=str(tmp_path))).records
+        assert read_dataset(Alpaca(source="sample", url=server.url, download_dir=str(tmp_path))).conversations
         assert server.requests == 0

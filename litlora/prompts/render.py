@@ -1,16 +1,17 @@
-"""The process in which a chat template runs: it can compute, for a while and in some memory, and do
-nothing else.
+"""The process in which a chat template runs: it can compute, within limits of time and memory, and
+do nothing else.
 
-    python -P litlora/render_template.py < requests > replies
+    python -P litlora/prompts/render.py < requests > replies
 
-A chat template is a program by whoever made the model. jinja2's sandbox keeps it away from the
-insides of Python, but lets it loop and multiply text without end, which nothing inside its own
-process can be trusted to stop. Here the operating system does: it allows so many seconds a request,
-so much memory, no file to open, none to write and no process to start.
+A chat template is a program by whoever made the model. jinja2's sandbox keeps it away from Python's
+internals, but lets it loop and multiply text without end, and nothing inside its own process can be
+trusted to stop it. So the operating system does: it limits the seconds of a request and the memory,
+and forbids to open a file, to write one and to start a process.
 
-One JSON value a line, both ways: first the template's source and the limits, answered by "ready" as
-soon as they hold; then the values that the template is given, each answered by its text or by
-{"error": kind, "message": text}. It imports nothing of litlora.
+Both sides send one JSON value a line. The first request has the template's source and the limits;
+the reply "ready" says that the limits are in force. Each further request has the values that the
+template is given; the reply is its text, or {"error": kind, "message": text}. This file imports
+nothing of litlora.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from jinja2.utils import Namespace
 
 
 class Generation(Extension):
-    """{% generation %} marks what the model says; the text is the same."""
+    """{% generation %} marks what the model says; it does not change the text."""
 
     tags = {"generation"}
 
@@ -41,7 +42,7 @@ class Generation(Extension):
 
 
 class PlainNamespace(Namespace):
-    """No names with an underscore in front: they are the way out of the sandbox."""
+    """A namespace without names that begin with an underscore: they lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -57,7 +58,7 @@ class PlainNamespace(Namespace):
 
 def _check_name(name: str) -> None:
     if name.startswith("_"):
-        raise SecurityError(f"{name} as a name in a namespace")
+        raise SecurityError(f"a namespace with the name {name}")
 
 
 def _raise_exception(message: str) -> None:
@@ -77,7 +78,7 @@ def _tojson(
 
 
 def environment() -> Environment:
-    """What a template finds, as transformers has it."""
+    """The filters, functions and tags of a template, as in transformers."""
     found = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -89,7 +90,7 @@ def environment() -> Environment:
 
 
 def answer(source: str, values: dict[str, Any], longest: int, compiled: list[Any]) -> Any:
-    """The text, or what is wrong; `compiled` keeps the template from one request to the next."""
+    """The text, or what is wrong. `compiled` keeps the template from one request to the next."""
     try:
         if not compiled:
             compiled.append(environment().from_string(source))
@@ -106,25 +107,25 @@ def answer(source: str, values: dict[str, Any], longest: int, compiled: list[Any
         return {"error": "refuses", "message": str(error)[:500]}
     except MemoryError:
         return {"error": "limits", "message": ""}
-    except Exception as error:  # a template is a program: any error of Python's can come of it
+    except Exception as error:  # a template is a program and can raise any error
         return {"error": "fails", "message": f"{type(error).__name__}: {error}"[:500]}
 
 
 def limit(kind: int, amount: int) -> None:
-    """Lower a limit of the system's; one that is lower already stays."""
+    """Lower a limit of the operating system; one that is lower already stays."""
     _, most = resource.getrlimit(kind)
     amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
+    with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
         resource.setrlimit(kind, (amount, most))
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; this one ends with it
+    # Ctrl-C is for the process that asks; this one ends with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = json.loads(sys.stdin.readline())
+    # What Python and jinja2 load on first use must be loaded while files can still be opened.
     for warm_up in ("{{ 'é\\n' | tojson }}{{ strftime_now('%d') }}{{ lipsum(1) }}", "{{ 1 // 0 }}"):
-        answer(
-            warm_up, {}, first["text"], []
-        )  # whatever Python and jinja2 load when they need it, they load while files can be opened
+        answer(warm_up, {}, first["text"], [])
     limit(resource.RLIMIT_AS, first["memory"])
     for kind, amount in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 3)):
         limit(kind, amount)

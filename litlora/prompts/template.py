@@ -1,0 +1,182 @@
+"""A model's chat template, a jinja2 program, as a prompt style; rendered as `transformers` does.
+
+A template is a program by whoever made the model, so it runs in a process of its own (`render.py`).
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import CheckpointError, UserError
+from litlora.prompts.styles import TEMPLATE, PromptStyle
+from litlora.storage.untrusted import read_text
+from litlora.tokenizer import read_settings, token_text
+
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 3, 2**30, 10**7
+"""What a chat template may use for one conversation: seconds of computing, bytes of memory (its
+interpreter included), characters."""
+
+Message = dict[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
+
+
+class ChatTemplate:
+    """A model's chat template, and the process that renders it."""
+
+    def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
+        """`path` is where the source was found; `special_tokens` are what a template may name:
+        bos_token, eos_token, ..."""
+        self.path = path
+        self._source = source
+        self._special_tokens = special_tokens
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def style(self) -> PromptStyle:
+        """The template as a prompt style: an instruction and its input are one user message."""
+        return PromptStyle(
+            TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self
+        )
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Raises CheckpointError if the template is broken, UserError if
+        it refuses the messages."""
+        values = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        reply = self._ask(values | self._special_tokens)
+        if isinstance(reply, str):
+            return reply
+        kind, message = reply["error"], reply["message"]
+        if kind == "refuses":
+            raise UserError(f"{self.path}: the chat template refuses the conversation: {message}")
+        what = {
+            "broken": f"is broken {message}",
+            "forbidden": f"does what is forbidden: {message}",
+            "fails": f"fails: {message}",
+            "limits": f"was stopped: it needs more than {TEMPLATE_SECONDS} s, {TEMPLATE_MEMORY:,} bytes "
+            f"or {TEMPLATE_TEXT:,} characters",
+        }
+        raise CheckpointError(f"{self.path}: the chat template {what[kind]}")
+
+    def _ask(self, values: dict[str, Any]) -> Any:
+        """What the process replies. It is started by the first question, and again after one that
+        it did not survive."""
+        try:
+            if self._process is None:
+                self._process = self._start()
+            reply = _exchange(self._process, values)
+        except BaseException:  # after Ctrl-C, a late reply must not answer the next question
+            self._end()
+            raise
+        if reply is None:
+            self._end()
+            return {"error": "limits", "message": ""}
+        return reply
+
+    def _start(self) -> subprocess.Popen:
+        program = Path(__file__).with_name("render.py")
+        # Nothing else of the environment, which may hold tokens and keys.
+        known = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-X", "utf8", str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in known if name in os.environ},
+        )
+        weakref.finalize(self, _stop, process)
+        limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
+        assert _exchange(process, {"source": self._source, **limits}) == "ready", f"{program} does not run"
+        return process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            _stop(self._process)
+            self._process = None
+
+    def answer(self, instruction: str, input: str, output: str) -> str:
+        """What follows the prompt when the model answers `output`, including what the template puts
+        after it.
+
+        Raises CheckpointError if the rendered conversation does not contain the answer.
+        """
+        question = _user(instruction, input)
+        prompt = self.render([question])
+        finished = self.render(
+            [question, {"role": "assistant", "content": output}], add_generation_prompt=False
+        )
+        if finished.startswith(prompt):
+            return finished[len(prompt) :]
+        # Some templates begin the answer with a thought when they ask, and leave it out afterwards.
+        shown = output.strip()
+        if not shown:
+            return self.ending
+        if (start := finished.rfind(shown)) < 0:
+            raise CheckpointError(f"{self.path}: the chat template leaves out the answer {shown[:40]!r}")
+        return output + finished[start + len(shown) :]
+
+    @cached_property
+    def ending(self) -> str:
+        """What the template puts after an answer."""
+        return self.answer("?", "", "ANSWER").rpartition("ANSWER")[2]
+
+
+def _exchange(process: subprocess.Popen, values: dict[str, Any]) -> Any:
+    """What a process replies to a line of JSON; None if the process has ended."""
+    try:
+        process.stdin.write(json.dumps(values).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        return None
+    return json.loads(line) if line.endswith(b"\n") else None
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # unsent input has no reader
+            pipe.close()
+
+
+def load_template(files: dict[str, Path]) -> ChatTemplate | None:
+    """The chat template among a model's files (by name): `chat_template.jinja`, else the one in
+    `tokenizer_config.json` or `chat_template.json`."""
+    config_path = files.get("tokenizer_config.json")
+    settings = read_settings(config_path)
+    special = special_tokens(read_settings(files.get("special_tokens_map.json")) | settings)
+    if (path := files.get("chat_template.jinja")) is not None:
+        return ChatTemplate(read_text(path), path, special)
+    for path in (config_path, files.get("chat_template.json")):
+        found = read_settings(path).get("chat_template")
+        if isinstance(found, list):  # several, each with a name
+            entries = (entry for entry in found if isinstance(entry, dict))
+            found = next((e.get("template") for e in entries if e.get("name") == "default"), None)
+        if isinstance(found, str):
+            return ChatTemplate(found, path, special)
+        if found is not None:
+            raise CheckpointError(f"{path}: chat_template must be text, not {type(found).__name__}")
+    return None
+
+
+def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens in a tokenizer_config.json, by the names that a template may use:
+    {"eos_token": "</s>", ...}."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    found = {name: token_text(settings.get(name)) for name in names}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _user(instruction: str, input: str) -> Message:
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
