@@ -13,7 +13,7 @@ from litlora.settings import FinetuneFull
 def main(settings: FinetuneFull) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
     place = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
-    records = read_dataset(settings.data)
+    dataset = read_dataset(settings.data)
 
     from litlora.train.run import Method, finetune
 
@@ -25,7 +25,7 @@ def main(settings: FinetuneFull) -> None:
         resume="python {script} --config {config} --resume auto",
         next="python chat/base.py --checkpoint_dir {result}",
     )
-    finetune(settings, full, records, place)
+    finetune(settings, full, dataset, place)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from litlora.settings import FinetuneLoRA
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
     place = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
-    records = read_dataset(settings.data)
+    dataset = read_dataset(settings.data)
 
     from litlora.lora import adapter_of, add_lora
     from litlora.train.run import Method, finetune
@@ -25,7 +25,7 @@ def main(settings: FinetuneLoRA) -> None:
         resume="python {script} --config {config} --resume auto",
         next="python chat/base.py --checkpoint_dir {result}",
     )
-    finetune(settings, lora, records, place)
+    finetune(settings, lora, dataset, place)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,10 @@ class Method:
     """The command that uses the result, with {result} in place of its path."""
 
 
-def finetune(settings: Finetune, method: Method, records: Dataset, place: RunDirectory) -> None:
+def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
     """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to the place
     of the run. Exits if the run is stopped early."""
-    run = Run(settings, method, records, place)
+    run = Run(settings, method, dataset, place)
     run.load()
     run.choose_what_trains()
     run.prepare_data()
@@ -102,7 +102,7 @@ class Run:
     It takes a command's settings, because it stores them as resolved.
     """
 
-    def __init__(self, settings: Finetune, method: Method, records: Dataset, place: RunDirectory) -> None:
+    def __init__(self, settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
         self.interrupts = Interrupts(settings.train.max_time)
         self.parallel = Parallel(pick_device(settings.accelerator), settings.devices)
@@ -110,7 +110,7 @@ class Run:
         self.say = console.say if self.parallel.is_main else lambda *_: None
         if place.start is not None:
             settings = as_measured(settings, place.start)
-        self.settings, self.method, self.records, self.place = settings, method, records, place
+        self.settings, self.method, self.dataset, self.place = settings, method, dataset, place
         self.path = place.path
         self.result = place.path / FINAL / WEIGHTS_FILE
         self.forget_earlier: Callable[[], None] | None = None
@@ -160,7 +160,7 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        train, val = split(self.records.conversations, settings.data.val_fraction, settings.data.split_seed)
+        train, val = split(self.dataset.conversations, settings.data.val_fraction, settings.data.split_seed)
         made = tokenize(train, tokenizer, self.style, limit)
         made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
         self.data = Data(made.examples, made_val, settings.seed)
@@ -187,7 +187,7 @@ class Run:
         # The configuration repeats this run: how its directory was found does not belong to it.
         resolved = dataclasses.replace(
             self.settings,
-            data=self.records.source,
+            data=self.dataset.source,
             prompt_style=self.style.name,
             precision=self.precision.name,
             train=config,
@@ -196,7 +196,7 @@ class Run:
             resume=None,
             resume_force=False,
         )
-        notice = f"# data: {self.records.notice}\n" if self.records.notice else ""
+        notice = f"# data: {self.dataset.notice}\n" if self.dataset.notice else ""
         self.hyperparameters = notice + dump(resolved)
         self.facts = facts(
             self.objective, self.parallel.device, self.base.fingerprint, self.data.train, self.data.val
@@ -286,8 +286,8 @@ class Run:
         )
         if done.skipped:
             self.say(f"skipped: {done.skipped:,} steps whose loss or gradient was not finite")
-        if self.records.notice:
-            self.say(f"trained on: {self.records.notice}")
+        if self.dataset.notice:
+            self.say(f"trained on: {self.dataset.notice}")
         size = self.result.stat().st_size
         self.say(
             f"result: {self.result} ({size:,} bytes: {self.method.stores})",
@@ -353,8 +353,8 @@ class Run:
             )
         for notice in self.loaded.chain.notices:
             self.say(f"note: {notice}")
-        if self.records.notice:
-            self.say(f"data: {self.records.notice}")
+        if self.dataset.notice:
+            self.say(f"data: {self.dataset.notice}")
         self.say(f"prompt style: {self.style.name} ({self.style_reason})")
 
     def _say_data(self) -> None:
