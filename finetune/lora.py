@@ -5,13 +5,20 @@ python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 
 from litlora.cli import run
 from litlora.data.records import read_records
-from litlora.paths import checkpoint_dir, run_directory
+from litlora.paths import checkpoint_dir
 from litlora.settings import FinetuneLoRA
+from litlora.train.run_directory import run_directory
 
 
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    run = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
+    run = run_directory(
+        settings.out_dir,
+        f"out/lora/{settings.data.name}",
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        inputs=[base],
+    )
     records = read_records(settings.data)
 
     from litlora.lora import adapter_of, add_lora

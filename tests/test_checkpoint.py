@@ -355,7 +355,7 @@ def test_output_dir_refuses_what_would_lose_something(tmp_path):
 
     assert check(tmp_path / "new/deeper") == tmp_path / "new/deeper"
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="already holds lit_model.pth.*--overwrite"):
+    with pytest.raises(UserError, match="already holds lit_model.pth.*overwrite"):
         check(tmp_path / "full")
     assert check(tmp_path / "full", overwrite=True) == tmp_path / "full"
     with pytest.raises(UserError, match="which is read"):

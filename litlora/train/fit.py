@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from litlora.data.batches import Batch, Step, collate, num_supervised, plan_epoch
 from litlora.data.examples import Example
 from litlora.errors import DataError, UserError
-from litlora.paths import step_directories, step_directory, step_of
 from litlora.report.log import Metrics, Progress
 from litlora.settings import TrainConfig
 from litlora.storage.atomic import remove_directory
@@ -26,6 +25,7 @@ from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import is_lack_of_memory
 from litlora.train.optim import lr_at, make_optimizer
 from litlora.train.resume import Position, State, capture
+from litlora.train.run_directory import step_directories, step_directory, step_of
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,7 @@ from litlora.errors import UserError
 from litlora.load import Loaded, load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
-from litlora.paths import (
-    FINAL,
-    HYPERPARAMETERS_FILE,
-    METRICS_FILE,
-    RUN_NAMES,
-    WEIGHTS_FILE,
-    RunDirectory,
-    keep_inputs,
-)
+from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style
 from litlora.report.log import Metrics, duration
 from litlora.settings import Finetune, TrainConfig
@@ -48,6 +40,7 @@ from litlora.train.objective import SupervisedLoss
 from litlora.train.optim import check_optimizer
 from litlora.train.precision import Precision, Within, bf16_speedup, cast, decide, stored_dtype
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
+from litlora.train.run_directory import METRICS_FILE, RUN_NAMES, RunDirectory
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from test_resume import metrics, same
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
-from litlora.paths import output_dir, step_directories
+from litlora.paths import output_dir
 from litlora.report.log import Metrics, Progress
 from litlora.storage.atomic import (
     remove_directory,
@@ -22,6 +22,7 @@ from litlora.storage.atomic import (
     setting_aside,
     settle,
 )
+from litlora.train.run_directory import step_directories
 
 
 def test_no_kill_ever_loses_a_run():
@@ -253,7 +254,7 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
         match=r"final: could not be written \(File too large\); the newest checkpoint is .*step-000010; make room",
     ) as e:
         run("lora", out, "--train.save_interval", 5, at=(11, limit(100)))
-    assert "--resume auto" in str(e.value) and "\n" not in str(e.value)
+    assert "resume auto" in str(e.value) and "\n" not in str(e.value)
     assert (
         "metrics.csv cannot be written (File too large); its rows are kept in memory"
         in capsys.readouterr().err
