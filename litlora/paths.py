@@ -110,8 +110,8 @@ def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path], *, nam
             raise UserError(f"{option} {file}: is {source}, which is read; name another file")
         if source.is_dir() and file.resolve().parent == source.resolve():
             raise UserError(
-                f"{option} {file}: lies in {source}, which is read, and would become part of it; name another "
-                "directory"
+                f"{option} {file}: lies in {source}, which is read, and would become part of it; name "
+                "another directory"
             )
     if file.is_dir():
         raise UserError(f"{option} {file}: is a directory; name a file")

@@ -155,7 +155,7 @@ def test_a_lora_file_of_another_tool(tmp_path):
     found = describe(tmp_path / "x.safetensors")
     [layer] = found["layers"]
     assert layer["delta_norm"] == pytest.approx((B @ A / 2).norm().item(), rel=1e-5)
-    assert found["problems"] == ["keys that mean nothing to us: odd"]
+    assert found["problems"] == ["unrecognised keys: odd"]
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, base):

@@ -134,9 +134,9 @@ def test_a_base_that_is_not_here_is_asked_for(base, tmp_path):
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"something_new": {"a": 1}}, "something_new"),
-        ({"r": 4}, "make no update of rank 4"),
+        ({"r": 4}, "do not form an update of rank 4"),
         ({"r": "8"}, "r is '8'"),
-        ({"lora_alpha": 0}, "make no adapter"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, which no adapter can have"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ],
 )
