@@ -418,7 +418,7 @@ def test_a_folder_without_weights_says_so(make_folder):
 
 
 def test_names_that_already_are_ours_are_not_converted_twice(base, tmp_path):
-    assert "no Hugging Face model folder" in fails(
+    assert "not a Hugging Face model folder" in fails(
         "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", base, "--out_dir", tmp_path / "out"
     )
 

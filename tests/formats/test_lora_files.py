@@ -152,10 +152,22 @@ def test_factors_in_8_bits_are_read_as_16_exactly(tmp_path, kind):
     ("tensors", "says"),
     [
         ({"x.lora_up.weight": torch.ones(4, 2)}, "only one of its two factors"),
-        ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(3, 4)}, "do not form an update"),
-        ({"x.lora_up.weight": torch.ones(4, 0), "x.lora_down.weight": torch.ones(0, 4)}, "do not form an update"),
-        ({"x.lora_up.weight": torch.ones(0, 2), "x.lora_down.weight": torch.ones(2, 4)}, "do not form an update"),
-        ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 0)}, "do not form an update"),
+        (
+            {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(3, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(4, 0), "x.lora_down.weight": torch.ones(0, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(0, 2), "x.lora_down.weight": torch.ones(2, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 0)},
+            "do not form an update",
+        ),
         ({"x.lora_up.weight": torch.ones(4), "x.lora_down.weight": torch.ones(4)}, "do not form an update"),
         (
             {"x.lora_up.weight": torch.ones(4, 2, 3, 3), "x.lora_down.weight": torch.ones(2, 4, 3, 3)},

@@ -28,8 +28,11 @@ SIZES = {
 }
 IDS = torch.arange(20).view(1, 20) * 7 % 257
 DATA = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(12)]
-TRAIN = "--data JSON --data.path data.json --data.val_fraction 0.2 --train.max_steps 4 --accelerator cpu".split()
-TRAIN += "--prompt_style plain --train.learning_rate 0.05 --train.save_interval 0 --train.max_seq_length 96".split()
+TRAIN = [
+    *"--data JSON --data.path data.json --data.val_fraction 0.2 --prompt_style plain".split(),
+    *"--train.max_steps 4 --train.learning_rate 0.05 --train.max_seq_length 96".split(),
+    *"--train.save_interval 0 --accelerator cpu".split(),
+]
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -70,8 +73,7 @@ def main(old: Path) -> None:
     for name in ("base", "adapter", "second", "merged"):
         fingerprints[name] = open_checkpoint(Path(name)).fingerprint
         with torch.no_grad():
-            logits[name] = load(Path(name)).model(IDS).contiguous()
-            logits[f"{name}, live"] = load(Path(name), live=True).model(IDS).contiguous()
+            logits[name] = load(Path(name)).model(IDS)[:, -2:].contiguous()
     save_file(logits, "logits.safetensors")
     Path("fingerprints.json").write_text(json.dumps(fingerprints, indent=2) + "\n")
 
