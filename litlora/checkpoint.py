@@ -1,4 +1,5 @@
-"""Checkpoint directories: the chain from an adapter down to its base, and writing a whole directory.
+"""Checkpoint directories: the chain from an adapter down to its base, and writing a whole
+directory.
 
 Any format can be read, see `litlora/formats`. A directory that we write holds `lit_model.pth`,
 `model_config.yaml`, the tokenizer's files, `prompt_style.yaml` and, if a run made it,

@@ -22,8 +22,9 @@ def text_facts(directory: Path) -> dict[str, str]:
 
 
 def changed_text(then: dict[str, str], adapter: Path, base: Path) -> list[str]:
-    """Notices if an adapter's tokenizer or prompt style has changed since training, or its tokenizer
-    is not its base's: either may be intended. `then` are the facts that the adapter stores."""
+    """Notices if an adapter's tokenizer or prompt style has changed since training, or its
+    tokenizer is not its base's: either may be intended. `then` are the facts that the adapter
+    stores."""
     now, below, notices = text_facts(adapter), text_facts(base), []
     trained = then.get("tokenizer")
     if now.get("tokenizer", trained) != trained:

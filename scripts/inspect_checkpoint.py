@@ -10,10 +10,11 @@ inspected. Anything that is not a checkpoint is an error.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from litlora import formats
-from litlora.cli import run
+from litlora.cli import option_for, run
 from litlora.console import say
 from litlora.paths import checkpoint_dir
 from litlora.settings import InspectCheckpoint
@@ -27,7 +28,7 @@ def main(settings: InspectCheckpoint) -> None:
 
     from litlora.adapters.describe import describe, table
 
-    found = describe(path, base_dir=base_dir)
+    found = describe(path, base_dir=base_dir, option=partial(option_for, InspectCheckpoint))
     if settings.json:
         text = json.dumps(found, indent=2, allow_nan=False)
         say(*text.replace("\x7f", "\\u007f").split("\n"))

@@ -1,4 +1,5 @@
-"""What litlora wrote before it was refactored is read with the same result: see written_before/README.md."""
+"""What litlora wrote before it was refactored is read with the same result: see
+written_before/README.md."""
 
 import json
 import shutil

@@ -1,9 +1,9 @@
-"""What a checkpoint is: kind, model, sizes, base and, for an adapter, how large each update is. What
-is missing is reported, and is never fatal."""
+"""What a checkpoint is: kind, model, sizes, base and, for an adapter, how large each update is.
+What is missing is reported, and is never fatal."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ from litlora.tokenizer import find_sidecars
 
 Description = dict[str, Any]
 """Plain values, which JSON can hold; "problems" lists, in words, what is missing or wrong."""
+_ALONE = "only what its own files tell is shown"
 
 
-def describe(path: Path, *, base_dir: Path | None = None) -> Description:
+def describe(
+    path: Path, *, base_dir: Path | None = None, option: Callable[[str], str] = lambda name: name
+) -> Description:
     """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for
-    anything else."""
+    anything else. `option` spells the settings that a problem names, see `UserError`."""
     if path.is_file() and path.name not in formats.NAMED_FILES:
         return _of_outline(path, read_lora(path, allow_unknown=True).outline(), [])
     directory = checkpoint_dir(path)
@@ -41,9 +44,9 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
         found = open_checkpoint(directory, base_dir=base_dir)
     except CheckpointError as error:
         if (outline := formats.detect(directory).outline(directory)) is not None:
-            return _of_outline(directory, outline, [f"only what its own files tell is shown: {error}"])
+            return _of_outline(directory, outline, [f"{_ALONE}: {error.with_options(option)}"])
         raise
-    chain, problems = _resolve(directory, base_dir, found)
+    chain, problems = _resolve(directory, base_dir, found, option)
     config = chain.config if chain else found.config if isinstance(found, FullModel) else None
     files = {file.name for file in find_sidecars(chain.sources if chain else [directory])}
     described = {
@@ -77,7 +80,7 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
 
 
 def _resolve(
-    directory: Path, base_dir: Path | None, found: FullModel | Adapter
+    directory: Path, base_dir: Path | None, found: FullModel | Adapter, option: Callable[[str], str]
 ) -> tuple[Chain | None, list[str]]:
     """The chain, if all its links can be opened, and the problems with it."""
     if isinstance(found, FullModel) and base_dir is None:
@@ -86,9 +89,9 @@ def _resolve(
     try:
         return resolve(directory, base_dir=base_dir), []
     except BaseMismatchError as error:
-        return resolve(directory, base_dir=base_dir, allow_base_mismatch=True), [str(error)]
+        return resolve(directory, base_dir=base_dir, allow_base_mismatch=True), [error.with_options(option)]
     except CheckpointError as error:
-        return None, [str(error)]
+        return None, [error.with_options(option)]
 
 
 def _base(adapter: Adapter, chain: Chain | None) -> Description:

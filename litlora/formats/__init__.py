@@ -171,8 +171,8 @@ NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_F
 
 
 def detect(directory: Path) -> Format | None:
-    """The format of a checkpoint directory; None if it has none. Raises CheckpointError if a part of
-    the format is missing."""
+    """The format of a checkpoint directory; None if it has none. Raises CheckpointError if a part
+    of the format is missing."""
     return next((format for format in FORMATS if format.detect(directory)), None)
 
 

@@ -66,8 +66,8 @@ class FullModel:
         return wanted == self.fingerprint or self.merged == chain
 
     def checked(self) -> "FullModel":
-        """The same model. Raises CheckpointError if the weights do not fit the architecture: a merge
-        or a conversion never builds the model, which would tell."""
+        """The same model. Raises CheckpointError if the weights do not fit the architecture: a
+        merge or a conversion never builds the model, which would tell."""
         if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]:
             dtype = str(self.tensors[odd[0]].dtype).removeprefix("torch.")
             raise CheckpointError(

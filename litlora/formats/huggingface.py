@@ -66,8 +66,8 @@ def open_folder(directory: Path) -> FullModel:
 
 
 def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
-    """The tensors with the embedding only, which serves as the head, too. Raises CheckpointError for
-    a head that is not a copy of it."""
+    """The tensors with the embedding only, which serves as the head, too. Raises CheckpointError
+    for a head that is not a copy of it."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
     if head is not None and embedding is not None and not _same(head, embedding):
         raise CheckpointError(

@@ -70,8 +70,8 @@ def _stored_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """The architecture in litgpt's `model_config.yaml`. Raises CheckpointError for a setting that is
-    not covered, by name."""
+    """The architecture in litgpt's `model_config.yaml`. Raises CheckpointError for a setting that
+    is not covered, by name."""
     path = directory / CONFIG_FILE
     values = _read_yaml(path)
     if "n_embd" not in values:

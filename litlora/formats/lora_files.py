@@ -1,5 +1,5 @@
-"""LoRA files of other tools, for any model: read into plain updates, and written back under the same
-names.
+"""LoRA files of other tools, for any model: read into plain updates, and written back under the
+same names.
 
     comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a
               diffusion model are prefixed with `diffusion_model.`
@@ -226,8 +226,8 @@ class _Content:
 
 
 def result_tensors(name: str, result: Update | Tensor, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The keys and tensors that comfyui or kohya use for the update, or the whole difference, of the
-    tensor `name` of a model."""
+    """The keys and tensors that comfyui or kohya use for the update, or the whole difference, of
+    the tensor `name` of a model."""
     layer, diff = _keys(name, format)
     if isinstance(result, Update):
         return update_tensors(layer, result, PARTS, alpha=format == "kohya", dtype=dtype)

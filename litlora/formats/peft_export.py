@@ -1,4 +1,5 @@
-"""PEFT adapter folders, written: `adapter_config.json` and `adapter_model.safetensors`; see peft.py."""
+"""PEFT adapter folders, written: `adapter_config.json` and `adapter_model.safetensors`; see
+peft.py."""
 
 import json
 import math

@@ -1,6 +1,7 @@
-"""A run's directory: what it holds, where a new run writes, and where a resumed one starts. Torch-free.
+"""A run's directory: what it holds, where a new run writes, and where a resumed one starts.
+Torch-free.
 
-hyperparameters.yaml  metrics.csv  step-000200/ ...  final/
+It holds hyperparameters.yaml, metrics.csv, early checkpoints (step-000200/ ...) and final/.
 """
 
 import re

@@ -165,9 +165,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, base):
     )
     adapter = write_adapter(tmp_path / "adapter", base)
     shutil.rmtree(base)
-    assert json.loads(succeeds("scripts/inspect_checkpoint.py", "--json", adapter).stdout) == describe(
-        adapter
-    )
+    printed = json.loads(succeeds("scripts/inspect_checkpoint.py", "--json", adapter).stdout)
+    assert printed == describe(adapter, option=lambda name: f"--{name}")
+    assert "name the base with --base_checkpoint_dir" in printed["problems"][0]
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path, base):
