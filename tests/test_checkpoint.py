@@ -1,4 +1,5 @@
-"""The layout: what is written is read, whole or not at all, from its own base and no other."""
+"""The layout: a checkpoint is written and read completely or not at all, and on its own base
+only."""
 
 import os
 import pickle
@@ -106,8 +107,7 @@ def test_a_chain_equals_merging_one_by_one(tmp_path, base):
     tensors, config = merge_chain(resolve(first))
     write_full(tmp_path / "merged", tensors, config, sidecars_from=[first])
     one_by_one, _ = merge_chain(resolve(second, base_dir=tmp_path / "merged", allow_base_mismatch=True))
-    # The stand-in takes the place of the last link whose own base it could be; here that is the
-    # first adapter's.
+    # The stand-in replaces the base of the last link, which here is the first adapter's.
     expected = {**merge_chain(chain)[0]}
     W = expected["model.layers.0.self_attn.q_proj.weight"]
     a, b = open_checkpoint(first).tensors, open_checkpoint(second).tensors
@@ -369,10 +369,10 @@ def test_output_dir_refuses_what_would_lose_something(tmp_path):
         check(tmp_path / "full/thesis.tex/deeper")
 
 
-# ---- what it was taught with
+# ---- the text of its training
 
 
-def test_another_tokenizer_or_prompt_style_is_said(tmp_path, base):
+def test_another_tokenizer_or_prompt_style_is_reported(tmp_path, base):
     adapter = write_adapter(tmp_path / "adapter", base)
     assert resolve(adapter).notices == []
     tokenizer = base / "tokenizer.json"

@@ -1,5 +1,5 @@
-"""PEFT adapters both ways: what real PEFT computes and what we compute are the same, whatever the
-adapter's settings."""
+"""PEFT adapters, read and written: PEFT and litlora compute the same, whatever the adapter's
+settings."""
 
 import copy
 import importlib.util
