@@ -31,9 +31,10 @@ from litlora.checkpoint import open_checkpoint, write_full
 from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.model import GPT
-from litlora.paths import FINAL, STATE_FILE, WEIGHTS_FILE, step_directories, step_of
+from litlora.paths import FINAL, STATE_FILE, WEIGHTS_FILE
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
+from litlora.train.run_directory import step_directories, step_of
 
 REPO = Path(__file__).parent.parent
 QUICKSTART = REPO / "checkpoints/litlora/quickstart"

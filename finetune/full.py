@@ -6,13 +6,20 @@ python finetune/full.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 
 from litlora import cli
 from litlora.data.sources import read_dataset
-from litlora.paths import checkpoint_dir, run_directory
+from litlora.paths import checkpoint_dir
 from litlora.settings import FinetuneFull
+from litlora.train.run_directory import run_directory
 
 
 def main(settings: FinetuneFull) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    place = run_directory(settings, f"out/full/{settings.data.name}", inputs=[base])
+    place = run_directory(
+        settings.out_dir,
+        f"out/full/{settings.data.name}",
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        inputs=[base],
+    )
     dataset = read_dataset(settings.data)
 
     from litlora.train.run import Method, finetune

@@ -5,13 +5,20 @@ python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --ou
 
 from litlora import cli
 from litlora.data.sources import read_dataset
-from litlora.paths import checkpoint_dir, run_directory
+from litlora.paths import checkpoint_dir
 from litlora.settings import FinetuneLoRA
+from litlora.train.run_directory import run_directory
 
 
 def main(settings: FinetuneLoRA) -> None:
     base = checkpoint_dir(settings.checkpoint_dir)
-    place = run_directory(settings, f"out/lora/{settings.data.name}", inputs=[base])
+    place = run_directory(
+        settings.out_dir,
+        f"out/lora/{settings.data.name}",
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        inputs=[base],
+    )
     dataset = read_dataset(settings.data)
 
     from litlora.lora import adapter_of, add_lora

@@ -1,8 +1,9 @@
-"""Checkpoint directories: the chain from an adapter down to its base, and writing a whole directory.
+"""Checkpoint directories: the chain from an adapter down to its base, and writing a whole
+directory.
 
-A directory of ours holds `lit_model.pth`, `model_config.yaml`, the tokenizer's files,
-`prompt_style.yaml` and, if a run made it, `hyperparameters.yaml`. What other formats hold,
-`litlora/formats` reads.
+Any format can be read, see `litlora/formats`. A directory that we write holds `lit_model.pth`,
+`model_config.yaml`, the tokenizer's files, `prompt_style.yaml` and, if a run made it,
+`hyperparameters.yaml`.
 """
 
 import os
@@ -41,7 +42,7 @@ class Chain:
     base: FullModel
     adapters: list[Adapter]
     notices: list[str] = field(default_factory=list)
-    """What could not be verified, a line each; every command says it."""
+    """What could not be verified, a line each; every command prints them."""
 
     @property
     def config(self) -> ModelConfig:
@@ -50,22 +51,22 @@ class Chain:
 
     @property
     def top(self) -> FullModel | Adapter:
-        """What the user named: the outermost adapter, or the base itself."""
+        """The outermost adapter, or the base itself: what the user named."""
         return self.adapters[-1] if self.adapters else self.base
 
     @property
     def inner(self) -> "Chain":
-        """What the outermost adapter was trained on."""
+        """The chain that the outermost adapter was trained on."""
         return replace(self, adapters=self.adapters[:-1])
 
     @property
     def directories(self) -> list[Path]:
-        """Where the links lie, the base's directory first."""
+        """The directories of the links, the base's first."""
         return [link.directory for link in (self.base, *self.adapters)]
 
     @property
     def sources(self) -> list[Path]:
-        """The same, outermost first: where the files beside the weights are looked for."""
+        """The same, outermost first: the order in which files beside the weights are looked for."""
         return self.directories[::-1]
 
 
@@ -92,7 +93,7 @@ def open_checkpoint(
     opened = formats.detect(directory).open(directory, find_base)
     if found is None:
         return opened
-    # Nothing in an adapter of another format identifies its base.
+    # The format of such an adapter stores no fingerprint of its base.
     return replace(opened, base=replace(reference_to(found.top, directory), fingerprint=None))
 
 
@@ -106,12 +107,12 @@ def _foreign_base(directory: Path, name: str, place: Path | None, above: tuple[P
     above = (*above, directory)
     if any(place.resolve() == other.resolve() for other in above):
         raise CheckpointError(f"{_show([*above, place])}: the chain of adapters runs in a circle")
-    # For its shapes only: whoever resolves this link checks it.
+    # Only its shapes are needed here: `resolve` checks this link.
     return resolve(place, above=above, allow_base_mismatch=True)
 
 
 def reference_to(base: FullModel | Adapter, directory: Path) -> BaseReference:
-    """What an adapter that will lie in `directory`, trained on `base`, stores about its base."""
+    """What an adapter in `directory`, trained on `base`, stores about its base."""
     place = base.directory.absolute()
     return BaseReference(os.path.relpath(place, directory.absolute()), str(place), base.fingerprint)
 
@@ -125,10 +126,10 @@ def resolve(
 ) -> Chain:
     """Follow a checkpoint down to its base and check every link.
 
-    `base_dir` stands in for a base that is not where its adapter says: for the first link whose
-    fingerprint it matches, else for the last. Raises CheckpointError for a missing link or a cycle,
-    BaseMismatchError for a base that is not the one trained on, each showing the chain. `above` are
-    adapters that led to this one.
+    `base_dir` replaces a base that is not where its adapter says: the first one whose fingerprint
+    it matches, else the last. Raises CheckpointError for a missing link or a cycle, and
+    BaseMismatchError for a base that the adapter was not trained on; each shows the chain. `above`
+    are adapters that led to this one.
     """
     stand_in = open_checkpoint(base_dir) if base_dir is not None else None
     current = open_checkpoint(path, base_dir=base_dir, above=above)
@@ -159,15 +160,15 @@ def resolve(
     if line := bitsandbytes.notice(current.directory, current.tensors):
         notices.append(line)
     if stand_in is not None:
-        option = setting("base_checkpoint_dir")
-        raise CheckpointError(f"{path}: is not an adapter, so {option} {base_dir} has no effect")
+        unused = f"{setting('base_checkpoint_dir')} {base_dir}"
+        raise CheckpointError(f"{path}: is not an adapter, so {unused} has no effect")
     return Chain(current, adapters[::-1], notices)
 
 
 def _recorded_base(
     adapter: Adapter, seen: list[Path], base_dir: Path | None, *, required: bool
 ) -> FullModel | Adapter | None:
-    """The base where its adapter says it is: beside the adapter first, then at its former place."""
+    """The base where its adapter says: first relative to the adapter, then at its absolute path."""
     recorded = adapter.base
     relative = Path(os.path.normpath(adapter.directory.absolute() / recorded.path))
     for place in (relative, Path(recorded.absolute_path)):
@@ -219,11 +220,11 @@ class Beside:
     """What a directory holds beside the weights, the architecture and the tokenizer."""
 
     prompt_style: PromptStyle | None = None
-    """None: that of the directory that the tokenizer comes from."""
+    """None: the first that `sidecars_from` has."""
     hyperparameters: str | None = None
-    """The YAML text of the settings that made it."""
+    """YAML text of the settings of the command that made it."""
     state: dict[str, Any] | None = None
-    """What resuming the run from here needs."""
+    """What resuming the run from here needs: the content of state.pth."""
 
 
 def write_full(
@@ -236,8 +237,8 @@ def write_full(
     merged_from: str | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a full model; see `_write`. `merged_from`: the fingerprint of the chain that it was
-    merged from and answers for."""
+    """Write a full model; see `_write`. `merged_from` is the fingerprint of the chain that it was
+    merged from and can stand for."""
 
     def entry(staging: Path, file: TorchFile, written: dict[str, Written]) -> dict[str, Any]:
         if merged_from is None:
@@ -257,7 +258,7 @@ def write_adapter(
     beside: Beside = Beside(),
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an adapter, which has a base, and the architecture of that; see `_write`."""
+    """Write an adapter that has a base, and `config`, the base's architecture; see `_write`."""
 
     def entry(staging: Path, file: TorchFile, written: dict[str, Written]) -> dict[str, Any]:
         return adapter_entry(adapter, text_facts(staging))
@@ -274,13 +275,13 @@ def _write(
     entry: Callable[[Path, TorchFile, dict[str, Written]], dict[str, Any]],
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Write a whole checkpoint directory, in place of whatever is there; it appears complete or not
-    at all.
+    """Write a whole checkpoint directory, replacing what is there; it appears complete or not at
+    all.
 
-    The weights are written a block at a time, whether they are mapped, lie on a GPU or are computed
-    as they are asked for. The tokenizer's files, and the prompt style unless one is given, are
-    copied from the first of the `sources` that has them. `check` looks at the complete directory
-    before it gets its name; if it raises, nothing is left of it.
+    The weights are written a block at a time: they may be mapped, on a GPU, or computed on demand.
+    The tokenizer's files, and the prompt style unless one is given, are copied from the first of
+    the `sources` that has them. `check` inspects the complete directory before it gets its name;
+    if it raises, the directory is removed.
     """
     with replacing_directory(directory) as staging:
         (staging / CONFIG_FILE).write_text(

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
+from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.families import HF_CONFIG_FILE, load_config
 from litlora.tokenizer import SIDECAR_FILES
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = (PEFT_CONFIG_FILE, *PEFT_WEIGHTS_FILES)
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 STATE_DIR = ".cache"
 """Where huggingface_hub keeps, beside the files, what it needs to resume an interrupted

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import Chain, resolve
 from litlora.config import ModelConfig
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.lora import Adapter, attach_lora
 from litlora.lora.select import OUTPUT_HEAD
@@ -27,7 +27,7 @@ class Loaded:
     model: GPT
     tokenizer: Tokenizer
     prompt_style: PromptStyle | None
-    """How the model was taught to be asked, if its directory says."""
+    """The prompt style that the model was trained with, if its directory says."""
     template: PromptStyle | None
     """The model's own chat template, if it has one."""
     chain: Chain
@@ -60,10 +60,11 @@ def load(
         chain.notices.append(notice)
     found = load_template({file.name: file for file in find_sidecars(chain.sources)})
     template = found.style if found is not None else None
-    taught = next((style for directory in chain.sources if (style := load_style(directory, template))), None)
+    styles = (load_style(directory, template) for directory in chain.sources)
+    prompt_style = next(filter(None, styles), None)
     model = model.to(device).eval()
     check_finite(dict(model.named_parameters()), top.file)
-    return Loaded(model, tokenizer, taught, template, chain)
+    return Loaded(model, tokenizer, prompt_style, template, chain)
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> GPT:
@@ -107,18 +108,21 @@ def _untie(model: GPT) -> None:
 def _replace(model: GPT, name: str, tensor: Tensor, *, like: Tensor) -> None:
     if tensor.shape != like.shape:
         raise UserError(
-            f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a vocabulary)"
+            f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a "
+            "vocabulary)"
         )
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(like.dtype), requires_grad=False))
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """The device that `--accelerator` means; auto is the fastest there is. Raises UserError for one
-    that is absent."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device of that name; "auto" is the fastest available. Raises UserError for one that is
+    absent."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
-        return torch.device(next(kind for kind, present in there.items() if present))
-    if not there[accelerator]:
-        raise UserError(f"--accelerator {accelerator}: this machine has none, or this torch cannot use it")
+        return torch.device(next(kind for kind, present in available.items() if present))
+    if not available[accelerator]:
+        raise UserError(
+            f"{setting('accelerator')} {accelerator}: this machine has none, or this torch cannot use it"
+        )
     return torch.device(accelerator)

@@ -1,5 +1,5 @@
-"""What the text that an adapter sees depends on, its tokenizer and prompt style: whether they are
-still those of its training. Torch-free."""
+"""Whether an adapter's tokenizer and prompt style are still those of its training: both determine
+the text that it sees. Torch-free."""
 
 import hashlib
 from pathlib import Path
@@ -22,8 +22,9 @@ def text_facts(directory: Path) -> dict[str, str]:
 
 
 def changed_text(then: dict[str, str], adapter: Path, base: Path) -> list[str]:
-    """Notices, if the text of the adapter in one directory is no longer what it was trained on, or
-    is not its base's: either may be meant. `then` are the facts that the adapter stores."""
+    """Notices if an adapter's tokenizer or prompt style has changed since training, or its
+    tokenizer is not its base's: either may be intended. `then` are the facts that the adapter
+    stores."""
     now, below, notices = text_facts(adapter), text_facts(base), []
     trained = then.get("tokenizer")
     if now.get("tokenizer", trained) != trained:

@@ -1,8 +1,8 @@
-"""Write a Hugging Face model folder as a checkpoint directory of ours. Nothing needs this: such
-folders work as they are.
+"""Write a Hugging Face model folder as a litlora checkpoint directory. No command needs this: every
+one reads such folders directly.
 
-python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id --out_dir
-checkpoints/$repo_id-lit
+python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id \\
+    --out_dir checkpoints/$repo_id-lit
 """
 
 from pathlib import Path
@@ -19,7 +19,8 @@ def main(settings: ConvertHF) -> None:
     directory = checkpoint_dir(settings.checkpoint_dir)
     if formats.detect(directory).name != "Hugging Face":
         raise CheckpointError(
-            f"{directory}: is no Hugging Face model folder; --checkpoint_dir needs a config.json with its weights"
+            f"{directory}: not a Hugging Face model folder; --checkpoint_dir needs a config.json with its "
+            "weights"
         )
     out_dir = output_dir(
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory]
@@ -32,14 +33,13 @@ def main(settings: ConvertHF) -> None:
     chain = resolve(directory)
     source = chain.base
     check_finite(source.tensors, source.file)
-    Tokenizer(directory)  # a checkpoint directory needs one
+    Tokenizer(directory)  # a checkpoint directory needs one: raises if there is none
     write_full(out_dir, source.tensors, source.config, sidecars_from=[directory])
     for notice in chain.notices:
         say(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes: the full model, fingerprint {source.fingerprint})"
-    )
+    size = result.stat().st_size
+    say(f"result: {result} ({size:,} bytes: the full model, fingerprint {source.fingerprint})")
     say(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
 
 

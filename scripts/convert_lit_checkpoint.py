@@ -3,8 +3,8 @@ generation config, safetensors.
 
 python scripts/convert_lit_checkpoint.py --checkpoint_dir $dir/final --out_dir $dir/hf
 
-An adapter or a chain is merged on the way. `AutoModelForCausalLM.from_pretrained($dir/hf)` and
-`AutoTokenizer` load it with nothing added.
+An adapter or a chain is merged first. `AutoModelForCausalLM.from_pretrained("$dir/hf")` and
+`AutoTokenizer` load the folder without further steps.
 """
 
 from pathlib import Path

@@ -4,13 +4,20 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $di
 """
 
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError, UserError
-from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, load_config, write_config
+from litlora.formats import PEFT_WEIGHTS_FILES
+from litlora.formats.families import FAMILIES
 from litlora.paths import PEFT_NAMES, checkpoint_dir, keep_inputs, output_dir
 from litlora.settings import ExportPEFT
+
+if TYPE_CHECKING:
+    from litlora.checkpoint import Chain
+    from litlora.formats.full import FullModel
 
 
 def main(settings: ExportPEFT) -> None:
@@ -31,6 +38,34 @@ def main(settings: ExportPEFT) -> None:
 
     chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
     keep_inputs(out_dir, chain.directories)
+    _check_single(adapter_dir, chain)
+    check_finite(chain.top.tensors, chain.top.file)
+    for notice in chain.notices:
+        say(f"note: {notice}")
+    base = chain.base
+    family = _family(base, settings.model_type)
+    base_name = settings.base_model or str(base.directory.resolve())
+    tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
+    with replacing_directory(out_dir) as staging:
+        write_peft(staging, tensors, config)
+        for file in find_sidecars([adapter_dir]):
+            if file.name in PEFT_NAMES:
+                shutil.copyfile(file, staging / file.name)
+    result = out_dir / PEFT_WEIGHTS_FILES[0]
+    say(
+        f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
+        f"{', '.join(config['target_modules'])})"
+    )
+    if not settings.base_model and not base.has_hf_config:
+        say(
+            f"note: {base.directory} is not a Hugging Face folder; make one with "
+            "scripts/convert_lit_checkpoint.py, or name one with --base_model"
+        )
+    say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+
+
+def _check_single(adapter_dir: Path, chain: "Chain") -> None:
+    """Raise CheckpointError unless the chain is one adapter of a full model."""
     if not chain.adapters:
         raise CheckpointError(f"{adapter_dir}: is a full model; --lora_path needs an adapter")
     if len(chain.adapters) > 1:
@@ -39,41 +74,17 @@ def main(settings: ExportPEFT) -> None:
             f"{adapter_dir}: its base {inner} is an adapter itself, and a PEFT folder names a full model; "
             f"merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
         )
-    check_finite(chain.top.tensors, chain.top.file)
-    for notice in chain.notices:
-        say(f"note: {notice}")
-    base = chain.base
-    is_folder = (base.directory / HF_CONFIG_FILE).is_file()
-    model_type = (
-        load_config(base.directory)[0]
-        if is_folder
-        else write_config(chain.config, settings.model_type)["model_type"]
-    )
-    if settings.model_type not in (None, model_type):
+
+
+def _family(base: "FullModel", model_type: str | None) -> str:
+    """The Hugging Face family to write for. Raises UserError if the base is of another than
+    --model_type."""
+    family = base.family(model_type)
+    if model_type not in (None, family):
         raise UserError(
-            f"--model_type {settings.model_type}: {base.directory} is of the family {model_type}; leave it out"
+            f"--model_type {model_type}: {base.directory} is of the family {family}; leave the option out"
         )
-    tensors, config = to_peft(
-        chain.top,
-        model_type,
-        chain.config,
-        base.tensors,
-        base_name=settings.base_model or str(base.directory.resolve()),
-    )
-    with replacing_directory(out_dir) as staging:
-        write_peft(staging, tensors, config)
-        for file in find_sidecars([adapter_dir]):
-            if file.name in PEFT_NAMES:
-                shutil.copyfile(file, staging / file.name)
-    result = out_dir / "adapter_model.safetensors"
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes: for {model_type}, rank {config['r']}, {', '.join(config['target_modules'])})"
-    )
-    if not settings.base_model and not is_folder:
-        say(
-            f"note: {base.directory} is no Hugging Face folder; make one with scripts/convert_lit_checkpoint.py, or say --base_model"
-        )
-    say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+    return family
 
 
 if __name__ == "__main__":

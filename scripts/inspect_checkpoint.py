@@ -1,19 +1,20 @@
-"""Say what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's
+"""Show what a checkpoint is: kind, model, base and whether it matches, and how large an adapter's
 updates are.
 
 python scripts/inspect_checkpoint.py $dir/final
 python scripts/inspect_checkpoint.py $dir/final --json
 
 Takes every checkpoint that the other commands take, and LoRA files of other tools. A base that is
-missing or is not the one is reported as a problem, with exit status 0: the checkpoint was
-inspected. What is no checkpoint is an error.
+missing or does not match is reported as a problem, with exit status 0: the checkpoint was
+inspected. Anything that is not a checkpoint is an error.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from litlora import formats
-from litlora.cli import run
+from litlora.cli import option_for, run
 from litlora.console import say
 from litlora.paths import checkpoint_dir
 from litlora.settings import InspectCheckpoint
@@ -27,14 +28,12 @@ def main(settings: InspectCheckpoint) -> None:
 
     from litlora.adapters.describe import describe, table
 
-    found = describe(path, base_dir=base_dir)
-    say(
-        *(
-            json.dumps(found, indent=2, allow_nan=False).replace("\x7f", "\\u007f").split("\n")
-            if settings.json
-            else table(found)
-        )
-    )
+    found = describe(path, base_dir=base_dir, option=partial(option_for, InspectCheckpoint))
+    if settings.json:
+        text = json.dumps(found, indent=2, allow_nan=False)
+        say(*text.replace("\x7f", "\\u007f").split("\n"))
+    else:
+        say(*table(found))
 
 
 if __name__ == "__main__":

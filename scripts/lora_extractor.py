@@ -49,7 +49,7 @@ def main(settings: LoRAExtractor) -> None:
             overwrite=settings.overwrite,
             names=PEFT_NAMES,
             inputs=[source, target],
-            option="--output",
+            named="output",
         )
     else:
         output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, target])
@@ -87,7 +87,7 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     source, target = checkpoint_dir(settings.source_model), checkpoint_dir(settings.target_model)
     names = CHECKPOINT_NAMES if settings.format == "litlora" else PEFT_NAMES
     output = output_dir(
-        settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], option="--output"
+        settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], named="output"
     )
 
     from litlora.adapters.extract import as_adapter, extract

@@ -1,5 +1,5 @@
-"""Every command that meets an adapter gives the same verdict about its base: the right one wherever
-it lies, no other."""
+"""Every command gives the same verdict about an adapter's base: it accepts the right one wherever
+it lies, and no other."""
 
 import shutil
 

@@ -1,9 +1,9 @@
-"""What a checkpoint is: kind, model, numbers, base and, of an adapter, how large each update is.
-What is missing is said, never fatal."""
+"""What a checkpoint is: kind, model, sizes, base and, for an adapter, how large each update is.
+What is missing is reported, and is never fatal."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,39 @@ from litlora import formats
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
 from litlora.adapters.resize import norm
 from litlora.checkpoint import Chain, open_checkpoint, resolve
-from litlora.config import ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError
-from litlora.formats import litgpt
-from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
-from litlora.formats.folder import weight_files
+from litlora.formats import Outline
 from litlora.formats.full import FullModel
-from litlora.formats.lora_files import LoRAFile, read_lora
+from litlora.formats.lora_files import read_lora
 from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import Adapter, Update
+from litlora.lora import Adapter
 from litlora.paths import checkpoint_dir
 from litlora.prompts import STYLE_FILE
 from litlora.storage.fingerprint import check_finite
-from litlora.storage.tensors import at_least_16_bits, open_tensors, open_torch
+from litlora.storage.tensors import at_least_16_bits
 from litlora.tokenizer import find_sidecars
 
 Description = dict[str, Any]
-"""Plain values, as `--json` prints them; "problems" lists, in words, what is missing or wrong."""
+"""Plain values, which JSON can hold; "problems" lists, in words, what is missing or wrong."""
+_ALONE = "only what its own files tell is shown"
 
 
-def describe(path: Path, *, base_dir: Path | None = None) -> Description:
+def describe(
+    path: Path, *, base_dir: Path | None = None, option: Callable[[str], str] = lambda name: name
+) -> Description:
     """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for
-    what is no checkpoint."""
+    anything else. `option` spells the settings that a problem names, see `UserError`."""
     if path.is_file() and path.name not in formats.NAMED_FILES:
-        return _lora_file(path, read_lora(path, allow_unknown=True), [])
+        return _of_outline(path, read_lora(path, allow_unknown=True).outline(), [])
     directory = checkpoint_dir(path)
     try:
         found = open_checkpoint(directory, base_dir=base_dir)
     except CheckpointError as error:
-        if adapter := _without_base(directory, str(error)):
-            return adapter
+        if (outline := formats.detect(directory).outline(directory)) is not None:
+            return _of_outline(directory, outline, [f"{_ALONE}: {error.with_options(option)}"])
         raise
-    chain, problems = _resolve(directory, base_dir, found)
+    chain, problems = _resolve(directory, base_dir, found, option)
     config = chain.config if chain else found.config if isinstance(found, FullModel) else None
     files = {file.name for file in find_sidecars(chain.sources if chain else [directory])}
     described = {
@@ -54,10 +54,10 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
         "kind": found.kind,
         "format": formats.detect(directory).name,
         "file": found.file.name,
-        "bytes": _size(found),
-        **_numbers(found.tensors),
+        "bytes": found.num_bytes if isinstance(found, FullModel) else found.file.stat().st_size,
+        **_counts(found.tensors),
         "fingerprint": found.fingerprint,
-        "family": _family(chain.base.directory if chain else directory, config),
+        "family": _family(chain.base if chain else found),
         "model": config.to_dict() if config else None,
         "prompt_style": (directory / STYLE_FILE).is_file(),
         "tokenizer": bool(files & {"tokenizer.json", "tokenizer.model"}),
@@ -80,23 +80,23 @@ def describe(path: Path, *, base_dir: Path | None = None) -> Description:
 
 
 def _resolve(
-    directory: Path, base_dir: Path | None, found: FullModel | Adapter
+    directory: Path, base_dir: Path | None, found: FullModel | Adapter, option: Callable[[str], str]
 ) -> tuple[Chain | None, list[str]]:
-    """The chain, if all its links can be opened, and what is wrong with it."""
+    """The chain, if all its links can be opened, and the problems with it."""
     if isinstance(found, FullModel) and base_dir is None:
         line = bitsandbytes.notice(directory, found.tensors)
         return Chain(found, [], [line] if line else []), []
     try:
         return resolve(directory, base_dir=base_dir), []
     except BaseMismatchError as error:
-        return resolve(directory, base_dir=base_dir, allow_base_mismatch=True), [str(error)]
+        return resolve(directory, base_dir=base_dir, allow_base_mismatch=True), [error.with_options(option)]
     except CheckpointError as error:
-        return None, [str(error)]
+        return None, [error.with_options(option)]
 
 
 def _base(adapter: Adapter, chain: Chain | None) -> Description:
-    """Where the base is, and whether it is the one: None if it is not there, or if the adapter's
-    format does not tell."""
+    """Where the base is, and whether it matches: None if it is missing, or if the adapter's format
+    does not tell."""
     wanted = adapter.base.fingerprint
     if chain is None:
         return {
@@ -118,8 +118,8 @@ def _base(adapter: Adapter, chain: Chain | None) -> Description:
 
 
 def _layers(adapter: Adapter, chain: Chain | None) -> tuple[list[Description], list[str]]:
-    """Each updated tensor and how large its update is beside it; and why that cannot be told, if it
-    cannot."""
+    """Each updated tensor and how large its update is relative to it; and why, if that cannot be
+    told."""
     weights: Plan = {}
     problems = []
     if chain is not None:
@@ -141,7 +141,7 @@ def _layers(adapter: Adapter, chain: Chain | None) -> tuple[list[Description], l
 
 
 def _broken(tensors: Mapping[str, Tensor], file: Path) -> list[str]:
-    """What is to be said of numbers that are not finite, of which no size can be told."""
+    """The problem of values that are not finite, which have no size."""
     try:
         check_finite({name: at_least_16_bits(tensor) for name, tensor in tensors.items()}, file)
     except CheckpointError as error:
@@ -190,97 +190,54 @@ def _total(layers: list[Description]) -> Description:
     return {"delta_norm": delta, "weight_norm": weight or None, "relative": share}
 
 
-# ---- what cannot be opened as it should
-
-
-def _without_base(directory: Path, why: str) -> Description | None:
-    """An adapter of another format whose base is not there or does not fit, as far as its own files
-    tell; else None."""
-    problem = [f"only what its own files tell is shown: {why}"]
-    if formats.peft_weights(directory) is not None:
-        return _lora_file(directory, read_lora(directory, allow_unknown=True), problem)
-    file = directory / formats.LITGPT_ADAPTER_FILE
-    if formats.detect(directory).name != "litgpt" or not file.is_file():
-        return None
-    content = open_torch(file)
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    name, _ = litgpt.base_of(directory)
-    facts = {
-        "path": str(directory),
-        "kind": "adapter",
-        "format": "litgpt",
-        "file": file.name,
-        "bytes": file.stat().st_size,
-    }
-    return {**facts, **_numbers(tensors), "base": _unknown_base(name), "problems": problem, "notices": []}
-
-
-def _lora_file(path: Path, lora: LoRAFile, problems: list[str]) -> Description:
-    """A LoRA whose base is not known: the names are the file's own."""
-    layers = [_of_update(name, update) for name, update in lora.updates.items()]
-    others = {**lora.diffs, **lora.whole}
-    ranks = sorted({update.rank for update in lora.updates.values()})
-    name = (lora.config or {}).get("base_model_name_or_path")
-    unknown = [f"keys that mean nothing to us: {', '.join(lora.unknown)}"] if lora.unknown else []
-    return {
+def _of_outline(path: Path, outline: Outline, problems: list[str]) -> Description:
+    """An adapter whose base is not known: the names are its file's own."""
+    if outline.unrecognised:
+        problems = [*problems, f"unrecognised keys: {', '.join(outline.unrecognised)}"]
+    described = {
         "path": str(path),
         "kind": "adapter",
-        "format": "PEFT"
-        if lora.config is not None
-        else "LoRA file (lora_A, lora_B)"
-        if "lora_A" in lora.parts
-        else "LoRA file (lora_down, lora_up)",
-        "file": lora.path.name,
-        "bytes": lora.path.stat().st_size,
-        **_numbers(open_tensors(lora.path)),
-        "lora": {"ranks": ranks, "alpha": lora.alpha or lora.config is not None, "differences": len(others)},
-        "base": _unknown_base(name),
-        "layers": layers,
-        "total": _total(layers),
-        "notices": [],
-        "problems": problems + unknown + _broken(open_tensors(lora.path), lora.path),
+        "format": outline.format,
+        "file": outline.file.name,
+        "bytes": outline.file.stat().st_size,
+        **_counts(outline.tensors),
     }
-
-
-def _of_update(name: str, update: Update) -> Description:
-    return _layer(name, update.shape, norm(update), None, update.rank, update.scale)
-
-
-def _unknown_base(name: str | None) -> Description:
-    return {"path": name or None, "found": False, "wanted": None, "fingerprint": None, "matches": None}
+    if outline.settings is not None:
+        described["lora"] = outline.settings
+    described["base"] = {
+        "path": outline.base,
+        "found": False,
+        "wanted": None,
+        "fingerprint": None,
+        "matches": None,
+    }
+    if outline.updates is not None:
+        layers = [
+            _layer(name, update.shape, norm(update), None, update.rank, update.scale)
+            for name, update in outline.updates.items()
+        ]
+        described |= {"layers": layers, "total": _total(layers)}
+    problems = problems + _broken(outline.tensors, outline.file)
+    return described | {"notices": [], "problems": problems}
 
 
 # ---- facts
 
 
-def _size(found: FullModel | Adapter) -> int:
-    """Bytes of the weights on the disk."""
-    if found.file.is_file() and found.file.suffix != ".json":
-        return found.file.stat().st_size
-    return sum(shard.stat().st_size for shard in weight_files(found.directory)[1])
-
-
-def _numbers(tensors: Mapping[str, Tensor | Quantized]) -> Description:
+def _counts(tensors: Mapping[str, Tensor | Quantized]) -> Description:
+    """How many tensors and values there are, and in which dtypes."""
     dtypes = Counter()
     for tensor in tensors.values():
-        dtypes[
-            tensor.kind if isinstance(tensor, Quantized) else str(tensor.dtype).removeprefix("torch.")
-        ] += tensor.shape.numel()
+        is_packed = isinstance(tensor, Quantized)
+        dtype = tensor.kind if is_packed else str(tensor.dtype).removeprefix("torch.")
+        dtypes[dtype] += tensor.shape.numel()
     return {"tensors": len(tensors), "numbers": sum(dtypes.values()), "dtypes": dict(dtypes)}
 
 
-def _family(directory: Path, config: ModelConfig | None) -> str | None:
-    """The Hugging Face family: the folder's own, else the plainest that can express the
-    architecture; None if none can."""
-    if config is None:
-        return None
+def _family(model: FullModel | Adapter) -> str | None:
+    """The Hugging Face family; None if none can express the architecture, or that is not known."""
     try:
-        return (
-            load_config(directory)[0]
-            if (directory / HF_CONFIG_FILE).is_file()
-            else write_config(config)["model_type"]
-        )
+        return model.family() if isinstance(model, FullModel) else None
     except CheckpointError:
         return None
 
@@ -293,72 +250,65 @@ def table(d: Description) -> list[str]:
     lines = [f"{d['path']}: {d['kind']}, {d['format']}"]
     lines += [f"PROBLEM  {problem}" for problem in d["problems"]]
     lines += [f"note     {notice}" for notice in d["notices"]]
-    dtypes = ", ".join(d["dtypes"])
     lines.append(
-        f"weights  {d['file']}: {d['bytes']:,} bytes, {d['tensors']:,} tensors, {d['numbers']:,} numbers in {dtypes}"
+        f"weights  {d['file']}: {d['bytes']:,} bytes, {d['tensors']:,} tensors, {d['numbers']:,} values in "
+        f"{', '.join(d['dtypes'])}"
     )
     if d.get("fingerprint"):
         lines.append(f"         fingerprint {d['fingerprint']}")
     if model := d.get("model"):
-        family = d["family"] or "no family of Hugging Face's"
         lines.append(
-            f"model    {family}: {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, vocabulary {model['vocab_size']:,}, "
+            f"model    {d['family'] or 'no Hugging Face family'}: {model['num_hidden_layers']} layers, "
+            f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']:,}, "
             f"context {model['max_position_embeddings']:,}"
         )
     if merged := d.get("merged_from"):
-        lines.append(
-            f"merged   from the chain {merged['chain']}"
-            + ("" if merged["unchanged_since"] else ", and changed since then")
-        )
+        changed = "" if merged["unchanged_since"] else ", and changed since then"
+        lines.append(f"merged   from the chain {merged['chain']}{changed}")
     if lora := d.get("lora"):
-        lines.append(
-            "lora     "
-            + ", ".join(
-                f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False)
-            )
-        )
+        shown = (f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False))
+        lines.append(f"lora     {', '.join(shown)}")
     if base := d.get("base"):
         lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
     if len(d.get("chain", [])) > 2:
         lines.append(f"chain    {' -> '.join(d['chain'])}")
     if layers := d.get("layers"):
-        rows = [("layer", "shape", "rank", "scale", "|dW|", "|dW| / |W|")]
-        rows += [_row(layer["name"], layer) for layer in layers]
-        rows.append(_row("all", {"shape": [], "rank": None, "scale": None, **d["total"]}))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines.append("")
-        lines += [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            ).rstrip()
-            for row in rows
-        ]
+        lines += ["", *_layer_lines(layers, d["total"])]
     return lines
+
+
+def _layer_lines(layers: list[Description], total: Description) -> list[str]:
+    """The updates in columns, and all of them together."""
+    rows = [("layer", "shape", "rank", "scale", "|dW|", "|dW| / |W|")]
+    rows += [_row(layer["name"], layer) for layer in layers]
+    rows.append(_row("all", {"shape": [], "rank": None, "scale": None, **total}))
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))]
+        ).rstrip()
+        for name, *cells in rows
+    ]
 
 
 def _verdict(base: Description) -> str:
     if not base["found"]:
         return "NOT FOUND" + (f" (fingerprint {base['wanted']})" if base["wanted"] else "")
     if base["matches"] is None:
-        return "found; this format does not tell whether it is the one"
-    return (
-        "matches"
-        if base["matches"]
-        else f"DOES NOT MATCH (fingerprint {base['fingerprint']}, trained on {base['wanted']})"
-    )
+        return "found; this format does not tell whether it is the right one"
+    if base["matches"]:
+        return "matches"
+    return f"DOES NOT MATCH (fingerprint {base['fingerprint']}, trained on {base['wanted']})"
 
 
 def _row(name: str, layer: Description) -> tuple[str, ...]:
     share = layer["relative"]
-    numbers = [f"{value:.4g}" if value is not None else "" for value in (layer["scale"], layer["delta_norm"])]
-    rank = "" if not layer["shape"] else str(layer["rank"] or "whole")
-    return (
-        name,
-        " x ".join(map(str, layer["shape"])),
-        rank,
-        *numbers,
-        "" if share is None else f"{share:.3%}",
+    scale, delta = (
+        f"{value:.4g}" if value is not None else "" for value in (layer["scale"], layer["delta_norm"])
     )
+    rank = "" if not layer["shape"] else str(layer["rank"] or "whole")
+    relative = "" if share is None else f"{share:.3%}"
+    return name, " x ".join(map(str, layer["shape"])), rank, scale, delta, relative
 
 
 def _plain(value: Any) -> str:

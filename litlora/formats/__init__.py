@@ -1,18 +1,20 @@
-"""Layouts of checkpoints on disk: one class and one file a format, one list, asked once. Torch-free.
+"""Layouts of checkpoints on disk: one class and one file per format, and one list, asked once.
+Torch-free.
 
     litlora.py      our own: lit_model.pth, full or adapter
     huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
     peft.py         PEFT adapter folders
     litgpt.py       litgpt's directories and adapters
-    lora_files.py   LoRA files of kohya's, ComfyUI's and PEFT's names, for whatever model
+    lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model
 
-To add a format: subclass `Format`, and put an instance into FORMATS. Every command then reads it.
+To add a format: subclass `Format` and put an instance into FORMATS. Every command then reads it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError
@@ -21,9 +23,11 @@ from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
 from litlora.storage.untrusted import read_yaml
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
-    from litlora.lora import Adapter
+    from litlora.lora import Adapter, Update
 
 WEIGHTS_FILE = "lit_model.pth"
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -33,7 +37,27 @@ LITGPT_ADAPTER_FILE = "lit_model.pth.lora"
 FindBase = Callable[[str, Path | None], "Chain"]
 """(what an adapter calls its base, the directory of that name if there is one) -> the base's chain.
 
-Raises CheckpointError where no base is found."""
+Raises CheckpointError if no base is found."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an adapter's own files tell when its base is not known."""
+
+    format: str
+    """As `inspect_checkpoint` shows it."""
+    file: Path
+    """The weights' file."""
+    tensors: "Mapping[str, Tensor]"
+    """What that file holds."""
+    base: str | None = None
+    """What the adapter calls its base."""
+    settings: dict[str, Any] | None = None
+    """Its rank and the like, for people; None: they are not known."""
+    updates: "Mapping[str, Update] | None" = None
+    """By the names in the file; None: they cannot be told apart without the base."""
+    unrecognised: list[str] = field(default_factory=list)
+    """Keys in the file that this version cannot interpret."""
 
 
 class Format(ABC):
@@ -52,6 +76,10 @@ class Format(ABC):
         """What the directory holds, memory-mapped. An adapter whose own files do not tell the
         architecture asks for its base. Raises CheckpointError for anything but sound files."""
 
+    def outline(self, directory: Path) -> Outline | None:
+        """What the adapter in the directory tells without its base; None if that is nothing."""
+        return None
+
 
 class _PEFT(Format):
     name = "PEFT"
@@ -65,12 +93,17 @@ class _PEFT(Format):
         base = find_base(*base_of(directory))
         return read_adapter(directory, base.config, base.base.tensors)
 
+    def outline(self, directory: Path) -> Outline:
+        from litlora.formats.lora_files import read_lora
+
+        return read_lora(directory, allow_unknown=True).outline()
+
 
 class _LitGPTAdapter(Format):
     name = "litgpt"
 
     def detect(self, directory: Path) -> bool:
-        """A merged model beside the adapter counts instead if it is as new."""
+        """A merged model beside the adapter takes precedence if it is as new."""
         file, merged = directory / LITGPT_ADAPTER_FILE, directory / WEIGHTS_FILE
         return file.is_file() and not (merged.is_file() and merged.stat().st_mtime >= file.stat().st_mtime)
 
@@ -79,6 +112,11 @@ class _LitGPTAdapter(Format):
 
         base = find_base(*base_of(directory))
         return read_adapter(directory, base.config, base.base.tensors)
+
+    def outline(self, directory: Path) -> Outline:
+        from litlora.formats.litgpt import outline
+
+        return outline(directory)
 
 
 class _LitGPT(Format):
@@ -127,14 +165,14 @@ class _HuggingFace(Format):
 
 
 FORMATS: list[Format] = [_PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
-"""Every format; the first that a directory has counts."""
+"""Every format, in order of precedence: a directory has the first that detects it."""
 NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
-"""Files that may be named in place of the directory that holds them."""
+"""Files that may be named instead of the directory that holds them."""
 
 
 def detect(directory: Path) -> Format | None:
-    """The format of a checkpoint directory; None if it has none. Raises CheckpointError for one that
-    lacks a part of its format."""
+    """The format of a checkpoint directory; None if it has none. Raises CheckpointError if a part
+    of the format is missing."""
     return next((format for format in FORMATS if format.detect(directory)), None)
 
 
@@ -150,10 +188,10 @@ def peft_weights(directory: Path) -> Path | None:
 
 
 def is_lora_file(path: Path) -> bool:
-    """Whether a path is a LoRA file of another tool: a file of tensors that is not part of a
+    """Whether a path is a LoRA file of another tool: a safetensors file that is not part of a
     checkpoint directory.
 
-    Raises CheckpointError for one that is named like such a file and does not exist.
+    Raises CheckpointError for a path with such a name that does not exist.
     """
     named_so = path.suffix == ".safetensors" and path.name not in NAMED_FILES
     if named_so and not path.exists():
@@ -162,6 +200,6 @@ def is_lora_file(path: Path) -> bool:
 
 
 def missing_part(directory: Path) -> None:
-    """Raise CheckpointError, naming the part, for a Hugging Face folder that lacks its weights."""
+    """Raise CheckpointError for a Hugging Face folder that lacks its weights."""
     if (directory / HF_CONFIG_FILE).is_file():
         weight_files(directory)

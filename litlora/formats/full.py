@@ -1,4 +1,4 @@
-"""A full model, whatever format it came from: every weight by our names, and the architecture."""
+"""A full model, whatever its format: every weight by our names, and the architecture."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,26 +10,29 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.model import GPT
 from litlora.storage.fingerprint import fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What weights may be stored in."""
+"""The dtypes in which weights may be stored."""
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """The weights of a model, memory-mapped: nothing is read before it is used."""
+    """The weights of a model, memory-mapped: a tensor is read when it is used."""
 
     directory: Path
     file: Path
-    """What an error about the weights should name."""
+    """What an error about the weights names."""
     tensors: dict[str, Tensor | Quantized]
     config: ModelConfig
     merged: dict[str, str] | None = None
-    """Of a merged model, the fingerprints of the "chain" that it was made from and of its own
-    weights then, the "result"."""
+    """Of a merged model: the fingerprint of the "chain" that it was made from, and that of its own
+    weights at that time, the "result"."""
+    shards: tuple[Path, ...] = ()
+    """The files that hold the weights; none: `file` alone."""
 
     kind: ClassVar[str] = "full"
 
@@ -38,20 +41,37 @@ class FullModel:
         """Identifies the weights."""
         return fingerprint(self.tensors)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum(file.stat().st_size for file in self.shards or (self.file,))
+
+    @property
+    def has_hf_config(self) -> bool:
+        """Whether a config.json beside the weights names the Hugging Face family."""
+        return (self.directory / HF_CONFIG_FILE).is_file()
+
+    def family(self, preferred: str | None = None) -> str:
+        """The Hugging Face family: the one that config.json names; without it, `preferred` or the
+        plainest that can express the architecture. Raises CheckpointError if none can."""
+        if self.has_hf_config:
+            return load_config(self.directory)[0]
+        return write_config(self.config, preferred)["model_type"]
+
     def answers_to(self, wanted: str) -> bool:
-        """Whether these weights are those of that fingerprint: their own, or that of the chain that
-        they were merged from."""
-        # Merged weights answer to their chain's fingerprint only while nobody has touched them.
+        """Whether that fingerprint identifies these weights: it is their own, or that of the chain
+        that they were merged from."""
+        # Merged weights answer to their chain's fingerprint only while they are unchanged.
         chain = {"chain": wanted, "result": self.fingerprint}
         return wanted == self.fingerprint or self.merged == chain
 
     def checked(self) -> "FullModel":
-        """The same, if it fits its architecture: it may be merged or converted without being built.
-        Raises CheckpointError if it does not."""
+        """The same model. Raises CheckpointError if the weights do not fit the architecture: a
+        merge or a conversion never builds the model, which would tell."""
         if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]:
-            kind = str(self.tensors[odd[0]].dtype).removeprefix("torch.")
+            dtype = str(self.tensors[odd[0]].dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{self.file}: {odd[0]} is {kind}; weights are read in float32, bfloat16, float16 and float64"
+                f"{self.file}: {odd[0]} is {dtype}; weights must be in float32, bfloat16, float16 or float64"
             )
         config, count = self.config, len(self.tensors)
         sparse_layers = config.num_hidden_layers - len(config.dense_layers)

@@ -34,10 +34,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def open_folder(directory: Path) -> FullModel:
     """The model in a folder, under our names.
 
-    The tensors are views of the mapped files, but for fused ones whose parts are interleaved
-    (GPT-NeoX, Falcon), which are copied, and those in 4 or 8 bits, which are dequantised where they
-    are read. Raises CheckpointError for a missing shard, an index that does not fit, duplicate or
-    misshapen tensors.
+    The tensors are views of the mapped files, with two exceptions: fused tensors whose parts are
+    interleaved (GPT-NeoX, Falcon) are copied, and tensors in 4 or 8 bits are dequantised when they
+    are read. Raises CheckpointError for a missing shard, an index that does not fit, and duplicate
+    or misshapen tensors.
     """
     kind, config = load_config(directory)
     file, shards = weight_files(directory)
@@ -47,7 +47,7 @@ def open_folder(directory: Path) -> FullModel:
         tensors = open_tensors(shard)
         if twice := [name for name in tensors if name in theirs]:
             raise CheckpointError(
-                f"{shard}: {twice[0]} is also in {where[twice[0]].name}; which one counts is not known"
+                f"{shard}: {twice[0]} is also in {where[twice[0]].name}; a tensor must be in one shard only"
             )
         if absent := sorted(listed - tensors.keys()):
             raise CheckpointError(
@@ -62,11 +62,12 @@ def open_folder(directory: Path) -> FullModel:
             ours = _without_tied_head(ours)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return FullModel(directory, file, ours, config).checked()
+    return FullModel(directory, file, ours, config, shards=tuple(shards)).checked()
 
 
 def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
-    """The embedding serves as the head and is stored once; a second copy must be one."""
+    """The tensors with the embedding only, which serves as the head, too. Raises CheckpointError
+    for a head that is not a copy of it."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
     if head is not None and embedding is not None and not _same(head, embedding):
         raise CheckpointError(
@@ -78,7 +79,7 @@ def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor 
 
 def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-        return False  # rounded to few bits, the one is no longer the other
+        return False  # one of them was rounded to few bits
     return one.data_ptr() == other.data_ptr() or (one.dtype == other.dtype and torch.equal(one, other))
 
 
@@ -86,12 +87,12 @@ def write_folder(
     directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int
 ) -> str:
     """Write a complete folder: config.json, tokenizer, chat template, generation config and
-    weights; returns a line about it.
+    weights; returns a line that describes it.
 
-    What travels with a model comes from `sources`, as `find_sidecars` finds it. A config.json among
-    it is used if it describes this model, up to the vocabulary's size and whether the head is tied;
-    else one is written from `config`. A model without a chat template gets one that asks as it was
-    taught.
+    The files beside the weights come from `sources`, as `find_sidecars` finds them. A config.json
+    among them is used if it describes this model, except for the vocabulary's size and whether the
+    head is tied; otherwise one is written from `config`. A model without a chat template gets one
+    that asks in the prompt style of its training.
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
@@ -113,9 +114,7 @@ def write_folder(
     if "generation_config.json" not in files:
         write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
     settings = read_settings(files.get("tokenizer_config.json"))
-    if (
-        "tokenizer_class" not in settings
-    ):  # else AutoTokenizer takes the class that goes with the architecture
+    if "tokenizer_class" not in settings:  # otherwise AutoTokenizer takes the architecture's class
         settings = {
             "eos_token": tokenizer.token(tokenizer.eos_id),
             **settings,
@@ -123,13 +122,13 @@ def write_folder(
         }
         write_json(directory / "tokenizer_config.json", settings)
     write_weights(directory, tensors, config, values["model_type"], max_shard_size)
-    other = taught is not None and template is not None and taught.template is None
-    hint = f"; taught with the style {taught.name}, but its chat template is another" if other else ""
+    differs = taught is not None and template is not None and taught.template is None
+    hint = f"; trained with the prompt style {taught.name}, but its chat template differs" if differs else ""
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 
 def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
-    """A chat template that puts each question as a style does, and ends each answer as training
+    """A chat template that asks each question in a prompt style, and ends each answer as training
     does."""
     before, after = style.render("\0", "").split("\0")
     end = json.dumps(tokenizer.token(tokenizer.eos_id))
@@ -137,7 +136,8 @@ def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
         "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
         f"{{{{ {json.dumps(tokenizer.begin_text + before)} + message['content'] + {json.dumps(after)} }}}}"
         f"{{%- elif message['role'] == 'assistant' -%}}{{{{ message['content'] + {end} }}}}"
-        "{%- else -%}{{ raise_exception('this model knows the roles user and assistant only') }}{%- endif -%}{%- endfor -%}"
+        "{%- else -%}{{ raise_exception('this model knows the roles user and assistant only') }}"
+        "{%- endif -%}{%- endfor -%}"
     )
 
 
@@ -148,10 +148,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_weights(
     directory: Path, tensors: dict[str, Tensor], config: ModelConfig, model_type: str, max_shard_size: int
 ) -> None:
-    """Write our tensors as `model.safetensors`, or as shards of at most `max_shard_size` bytes (or
-    one tensor) with an index.
+    """Write our tensors as `model.safetensors`, or as shards with an index, each of at most
+    `max_shard_size` bytes or one tensor.
 
-    Fused tensors are joined again; one shard's worth of them is in memory at a time.
+    Fused tensors are joined again; those of one shard are in memory at a time.
     """
     names = layout(model_type, config)
     sizes = {
@@ -180,7 +180,7 @@ def write_weights(
             directory / file,
             {"format": "pt"},
         )
-        (directory / file).chmod(mode)  # the library lets nobody else read what it writes
+        (directory / file).chmod(mode)  # safetensors makes its files unreadable for others
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

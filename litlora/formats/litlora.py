@@ -1,10 +1,16 @@
 """Our own format: `lit_model.pth`, a torch file of one dict.
 
-full      {"model": {name: tensor}, "litlora": {"format": 1, "kind": "full", "merged": ...}}
-adapter   {"model": {what was trained}, "litlora": {"format": 1, "kind": "adapter",
-          "lora": settings, "base": {"path", "absolute_path", "fingerprint"}, "taught": ...}}
+    full      {"model": {name: tensor},
+               "litlora": {"format": 1, "kind": "full", "merged": {"chain", "result"}}}
+    adapter   {"model": {name: tensor that was trained},
+               "litlora": {"format": 1, "kind": "adapter", "lora": {settings},
+                           "base": {"path", "absolute_path", "fingerprint"},
+                           "taught": {"tokenizer", "prompt_style"}}}
+
+"merged" stands in merged models only.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +24,24 @@ from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_t
 from litlora.storage.tensors import open_torch
 
 FORMAT = 1
-"""Version of the layout, stored in every file; a newer one is refused."""
+"""Version of the layout, stored in every file; any other version is refused."""
 
 _FIELDS = {
     "lora": {"rank": int, "alpha": float},
     "base": {"path": str, "absolute_path": str, "fingerprint": str},
 }
-"""What an adapter must say about itself."""
+"""What an adapter must state, by entry."""
+
+
+_UNUSABLE = (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What settings of unexpected types raise."""
 
 
 # ---- reading
 
 
 def open_directory(directory: Path) -> FullModel | Adapter:
-    """What a directory of ours holds. Raises CheckpointError for anything but a sound file."""
+    """What a litlora directory holds. Raises CheckpointError for anything but a sound file."""
     file = directory / WEIGHTS_FILE
     content = open_torch(file)
     entries = [content.get(name) for name in ("model", "litlora")] if isinstance(content, dict) else []
@@ -59,7 +69,7 @@ def _merged(file: Path, described: dict[str, Any]) -> dict[str, str] | None:
         return None
     kinds = {name: type(value) for name, value in merged.items()} if isinstance(merged, dict) else {}
     if kinds != {"chain": str, "result": str}:
-        raise CheckpointError(f"{file}: merged is {merged!r}; it must name the chain and the result")
+        raise CheckpointError(f"{file}: merged is {merged!r}; it must state the chain and the result")
     return merged
 
 
@@ -70,18 +80,18 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
             value = found.get(name) if isinstance(found, dict) else None
             if type(value) is not kind:
                 raise CheckpointError(
-                    f"{file}: an adapter must describe itself, but its {entry}.{name} is {value!r}"
+                    f"{file}: its {entry}.{name} is {value!r}; an adapter needs a {kind.__name__} there"
                 )
     lora, base = described["lora"], described["base"]
     try:
         config = parse_settings(lora)
-    except (UserError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        # values of strange types
+    except _UNUSABLE as error:
         raise CheckpointError(f"{file}: its settings are not usable: {error}") from None
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        dtype = str(tensors[odd[0]].dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{file}: {odd[0]} is {tensors[odd[0]].dtype}; the tensors of an adapter must be in float32, "
-            "bfloat16, float16 or float64"
+            f"{file}: {odd[0]} is {dtype}; the tensors of an adapter must be in float32, bfloat16, "
+            "float16 or float64"
         )
     try:
         updates, whole = parse_tensors(tensors, config)
@@ -89,8 +99,8 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
         raise CheckpointError(f"{file}: {error}") from None
     reference = BaseReference(base["path"], base["absolute_path"], base["fingerprint"])
     taught = described.get("taught")
-    style = taught if isinstance(taught, dict) else None  # the first versions stored none
-    return Adapter(config, updates, whole, reference, file, lora, style)
+    facts = taught if isinstance(taught, dict) else None  # the first versions stored none
+    return Adapter(config, updates, whole, reference, file, lora, facts)
 
 
 # ---- writing
@@ -103,16 +113,12 @@ def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def adapter_entry(adapter: Adapter, taught: dict[str, str]) -> dict[str, Any]:
-    """The "litlora" entry of an adapter; `taught` describes the text that it was trained on."""
+    """The "litlora" entry of an adapter; `taught` are the `text_facts` of its directory."""
     base = adapter.base
     return {
         "format": FORMAT,
         "kind": "adapter",
         "lora": adapter.settings,
-        "base": {
-            "path": base.path,
-            "absolute_path": base.absolute_path,
-            "fingerprint": base.fingerprint,
-        },
+        "base": dataclasses.asdict(base),
         "taught": taught,
     }

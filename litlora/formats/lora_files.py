@@ -1,14 +1,17 @@
-"""LoRA files of other tools, whatever model they are for: read into plain updates, and written back
-under the same names.
+"""LoRA files of other tools, for any model: read into plain updates, and written back under the
+same names.
 
-    comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a diffusion model behind `diffusion_model.`
-    kohya     the same with <module>.alpha; dots of the module's name are underscores, behind `lora_unet_`
-    peft      a folder: adapter_config.json, and adapter_model.safetensors with base_model.model.<module>.lora_A.weight, .lora_B.weight
+    comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a
+              diffusion model are prefixed with `diffusion_model.`
+    kohya     the same and <module>.alpha; a module's name is prefixed with `lora_unet_`, and its
+              dots are underscores
+    peft      a folder: adapter_config.json, and adapter_model.safetensors with
+              base_model.model.<module>.lora_A.weight, .lora_B.weight
 
-Beside the factors a file may hold differences of whole tensors, `.diff` of a weight, `.diff_b` of a
-bias, `.diff_m` of a modulation, and a PEFT folder tensors that replace the base's. A convolution's
-factors are (r, in, *kernel) and (out, r, 1, ...). A module's name is kept as the file has it,
-prefix included: only beside a model is it known which module it means.
+Besides the factors a file may hold differences of whole tensors: `.diff` of a weight, `.diff_b` of
+a bias, `.diff_m` of a modulation. A PEFT folder may hold tensors that replace the base's. The
+factors of a convolution are (r, in, *kernel) and (out, r, 1, ...). A module keeps the name that the
+file has for it, with its prefix: only the model tells which module that is.
 """
 
 import json
@@ -23,21 +26,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litlora.errors import CheckpointError
-from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, peft, peft_weights
+from litlora.errors import CheckpointError, setting
+from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, Outline, peft, peft_weights
 from litlora.formats.model_files import open_model
 from litlora.lora.update import Update, scale_of
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
-from litlora.storage.tensors import at_least_16_bits, write_safetensors
+from litlora.storage.tensors import at_least_16_bits, open_tensors, write_safetensors
 
 PARTS = ("lora_down", "lora_up")
 """What most tools call A and B."""
 PEFT_PARTS = ("lora_A", "lora_B")
 SPELLINGS = (PARTS, PEFT_PARTS, ("lora_A.default", "lora_B.default"), ("lora.down", "lora.up"))
-"""What A and B are called in a file, one of these for each layer."""
+"""What a file calls A and B: one of these for each layer."""
 DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
-"""What the difference of a tensor is called: of any other, its whole name and .diff."""
+"""What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
 DIFFS = tuple(DIFF_OF.values())
 _FACTOR = r"(.+)\.(lora_(?:down|up|[AB]|[AB]\.default)|lora\.(?:down|up))\.weight|(.+)\.lora_embedding_([AB])"
 _DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -48,7 +51,7 @@ class LoRAFile:
     """What a LoRA file or PEFT folder holds."""
 
     path: Path
-    """The file, which an error about its content should name."""
+    """The file, which an error about its content names."""
     updates: dict[str, Update]
     """By the module's name."""
     diffs: dict[str, Tensor] = field(default_factory=dict)
@@ -56,116 +59,174 @@ class LoRAFile:
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that replace the model's, by their names with PEFT's prefix."""
     unknown: list[str] = field(default_factory=list)
-    """Keys that mean nothing to us: whoever goes on without them must say so; they are not
-    written."""
+    """Unrecognised keys. They are not written: whoever goes on without them must say so."""
     config: dict[str, Any] | None = None
     """adapter_config.json of a PEFT folder."""
     parts: tuple[str, str] = PARTS
     """What the keys call A and B."""
     alpha: bool = False
-    """Whether the file tells alpha; if not, its updates have scale 1."""
+    """Whether the file stores alpha; if not, its updates have scale 1."""
+
+    def outline(self) -> Outline:
+        """What it tells without a model."""
+        spelling = f"LoRA file ({', '.join(PEFT_PARTS if PEFT_PARTS[0] in self.parts else PARTS)})"
+        settings = {
+            "ranks": sorted({update.rank for update in self.updates.values()}),
+            "alpha": self.alpha or self.config is not None,
+            "differences": len({**self.diffs, **self.whole}),
+        }
+        return Outline(
+            spelling if self.config is None else "PEFT",
+            self.path,
+            open_tensors(self.path),
+            (self.config or {}).get("base_model_name_or_path") or None,
+            settings,
+            self.updates,
+            self.unknown,
+        )
 
 
 # ---- reading
 
 
 def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: bool = False) -> LoRAFile:
-    """Read a LoRA file (`.safetensors`, or a torch file of tensors), or a PEFT folder or the
-    weights' file in one.
+    """Read a LoRA file (`.safetensors`, or a torch file of tensors), a PEFT folder, or the weights'
+    file in one.
 
-    Of another folder, `files` are what it is made of. Tensors are memory-mapped. Raises
+    `files` are those that any other folder consists of. Tensors are memory-mapped. Raises
     CheckpointError for a broken file, half a pair, factors that do not fit each other, an alpha
-    that is no scale, an empty file, DoRA, and, unless `allow_unknown`, for a key that means nothing
-    to us.
+    that cannot be a scale, an empty file, DoRA, and, unless `allow_unknown`, for an unrecognised
+    key.
     """
-    folder = path if path.is_dir() else path.parent
-    if (folder / PEFT_CONFIG_FILE).is_file() and (path.is_dir() or path.name in PEFT_WEIGHTS_FILES):
-        file, config = peft_weights(folder), peft.read_config(folder)
+    folder = path if path.is_dir() else path.parent if path.name in PEFT_WEIGHTS_FILES else None
+    weights = peft_weights(folder) if folder is not None else None
+    config = None
+    if weights is not None:
+        path, files, config = weights, [weights], peft.read_config(folder)
         peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
-        files = [file]
     elif path.is_dir() and not files:
         raise CheckpointError(
-            f"{path}: is a directory without {PEFT_CONFIG_FILE}; a LoRA file or a PEFT folder is needed"
+            f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
-    else:
-        file, config, files = path, None, files or [path]
-    pairs: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    found = LoRAFile(file, {}, config=config)
-    spelled: dict[str, tuple[str, str]] = {}
-    embeddings: set[str] = set()
-    for key, tensor in open_model(file, files).items():
-        if part := re.fullmatch(_FACTOR, key):
-            module, name = (part[1], part[2]) if part[1] else (part[3], f"lora_{part[4]}")
-            spelling = next(spelling for spelling in SPELLINGS if name in spelling)
-            if spelled.setdefault(module, spelling) != spelling:
-                raise CheckpointError(
-                    f"{file}: {module} has factors of two kinds, {spelled[module][0]} and {spelling[0]}; keep one"
-                )
-            pairs.setdefault(module, {})["AB"[spelling.index(name)]] = tensor
-            embeddings |= {module} if part[3] else set()
+    content = _Content(path, config)
+    for key, tensor in open_model(path, files or [path]).items():
+        content.add(key, tensor)
+    return content.lora(allow_unknown=allow_unknown)
+
+
+@dataclass
+class _Pair:
+    """The factors of one module, as they are found."""
+
+    spelling: tuple[str, str]
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    is_embedding: bool = False
+
+
+@dataclass
+class _Content:
+    """What a file or PEFT folder holds, key by key."""
+
+    file: Path
+    config: dict[str, Any] | None
+    pairs: dict[str, _Pair] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    diffs: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Sort out one tensor by its key."""
+        if factor := re.fullmatch(_FACTOR, key):
+            self._add_factor(factor, tensor)
         elif key.endswith(".alpha"):
             if tensor.numel() != 1 or not math.isfinite(value := tensor.item()) or value == 0:
-                raise CheckpointError(f"{file}: {key} must be one finite number other than 0")
-            alphas[key.removesuffix(".alpha")] = float(value)
+                raise CheckpointError(f"{self.file}: {key} must be one finite number other than 0")
+            self.alphas[key.removesuffix(".alpha")] = float(value)
         elif key.endswith(_DORA) or ".lora_mid." in key:
             raise CheckpointError(
-                f"{file}: {key} is not supported: only a plain LoRA's factors, .alpha and differences are"
+                f"{self.file}: {key} is not supported: only plain LoRA's factors, .alpha and differences are"
             )
         elif key.endswith(DIFFS):
-            found.diffs[key] = at_least_16_bits(tensor)
-        elif config is not None and not re.search(r"\.lora_|\.token_adapter\.", key):
-            if ".original_module." not in key:  # what a module was before it was trained, without effect
-                found.whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            self.diffs[key] = at_least_16_bits(tensor)
+        elif self.config is not None and not re.search(r"\.lora_|\.token_adapter\.", key):
+            if ".original_module." not in key:  # what a module was before training, which has no effect
+                name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                self.whole[name] = tensor
         else:
-            found.unknown.append(key)
-    found.unknown.extend(f"{module}.alpha" for module in alphas if module not in pairs)
-    if found.unknown and not allow_unknown:
-        raise CheckpointError(
-            f"{file}: {found.unknown[0]} means nothing to us; factors, .alpha, .diff, .diff_b and .diff_m do"
-        )
-    for module, pair in pairs.items():
-        found.updates[module] = _update(found, module, pair, alphas.get(module), module in embeddings)
-    if not (found.updates or found.diffs or found.whole):
-        first = f"; its {found.unknown[0]} means nothing to us" if found.unknown else ""
-        raise CheckpointError(
-            f"{file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff{first}"
-        )
-    return replace(found, parts=next(iter(spelled.values()), PARTS), alpha=bool(alphas))
+            self.unknown.append(key)
 
+    def _add_factor(self, factor: re.Match[str], tensor: Tensor) -> None:
+        is_embedding = factor[3] is not None
+        module, name = (factor[3], f"lora_{factor[4]}") if is_embedding else (factor[1], factor[2])
+        spelling = next(spelling for spelling in SPELLINGS if name in spelling)
+        pair = self.pairs.setdefault(module, _Pair(spelling))
+        if pair.spelling != spelling:
+            raise CheckpointError(
+                f"{self.file}: {module} has factors of two kinds, {pair.spelling[0]} and {spelling[0]}; "
+                "keep one"
+            )
+        pair.factors["AB"[spelling.index(name)]] = tensor
+        pair.is_embedding |= is_embedding
 
-def _update(
-    found: LoRAFile, module: str, pair: dict[str, Tensor], alpha: float | None, embedding: bool
-) -> Update:
-    if pair.keys() != {"A", "B"}:
-        raise CheckpointError(f"{found.path}: {module} has only one of its two factors")
-    A, B = pair["A"], pair["B"]
-    fits = (
-        A.ndim >= 2
-        and B.ndim in (2, A.ndim)
-        and A.size(0) == B.size(1)
-        and A.numel()
-        and B.numel()
-        and B[0, 0].numel() == 1
-    )
-    if not fits or not (A.is_floating_point() and B.is_floating_point()):
-        raise CheckpointError(f"{found.path}: {module}: {tuple(A.shape)} and {tuple(B.shape)} make no update")
-    A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
-    if found.config is None:
-        return Update(A, B, 1.0 if alpha is None else alpha / rank, "embedding" if embedding else "linear")
-    config, name = found.config, module.removeprefix(peft.PREFIX)
-    if rank != (told := peft.by_pattern(config["rank_pattern"], name, config["r"])):
-        raise CheckpointError(f"{found.path}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {told}")
-    alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
-    kind = "embedding" if embedding else "conv1d" if config.get("fan_in_fan_out") else "linear"
-    return Update(A, B, scale_of(alpha, rank, rslora=config["use_rslora"]), kind)
+    def lora(self, *, allow_unknown: bool) -> LoRAFile:
+        """The whole. Raises CheckpointError for what cannot be used."""
+        unknown = [*self.unknown, *(f"{module}.alpha" for module in self.alphas if module not in self.pairs)]
+        if unknown and not allow_unknown:
+            raise CheckpointError(
+                f"{self.file}: {unknown[0]}: unrecognised key; the keys of factors, .alpha, .diff, .diff_b "
+                "and .diff_m are supported"
+            )
+        updates = {module: self._update(module, pair) for module, pair in self.pairs.items()}
+        if not (updates or self.diffs or self.whole):
+            first = f"; {unknown[0]}: unrecognised key" if unknown else ""
+            raise CheckpointError(
+                f"{self.file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff{first}"
+            )
+        return LoRAFile(
+            self.file,
+            updates,
+            self.diffs,
+            self.whole,
+            unknown,
+            self.config,
+            next((pair.spelling for pair in self.pairs.values()), PARTS),
+            alpha=bool(self.alphas),
+        )
+
+    def _update(self, module: str, pair: _Pair) -> Update:
+        if pair.factors.keys() != {"A", "B"}:
+            raise CheckpointError(f"{self.file}: {module} has only one of its two factors")
+        A, B = pair.factors["A"], pair.factors["B"]
+        are_factors = A.ndim >= 2 and B.ndim in (2, A.ndim) and A.size(0) == B.size(1)
+        if not (are_factors and A.numel() and B.numel() and B[0, 0].numel() == 1) or not (
+            A.is_floating_point() and B.is_floating_point()
+        ):
+            raise CheckpointError(
+                f"{self.file}: {module}: {tuple(A.shape)} and {tuple(B.shape)} do not form an update"
+            )
+        A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
+        kind = "embedding" if pair.is_embedding else "linear"
+        if self.config is None:
+            return Update(A, B, self.alphas[module] / rank if module in self.alphas else 1.0, kind)
+        if kind == "linear" and self.config.get("fan_in_fan_out"):
+            kind = "conv1d"
+        return Update(A, B, self._peft_scale(module, rank), kind)
+
+    def _peft_scale(self, module: str, rank: int) -> float:
+        """What adapter_config.json says about a module. Raises CheckpointError for another rank."""
+        config, name = self.config, module.removeprefix(peft.PREFIX)
+        if rank != (stated := peft.by_pattern(config["rank_pattern"], name, config["r"])):
+            raise CheckpointError(f"{self.file}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {stated}")
+        alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
+        return scale_of(alpha, rank, rslora=config["use_rslora"])
 
 
 # ---- writing
 
 
 def result_tensors(name: str, result: Update | Tensor, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The keys and tensors that comfyui or kohya have for the update, or the whole difference, of
+    """The keys and tensors that comfyui or kohya use for the update, or the whole difference, of
     the tensor `name` of a model."""
     layer, diff = _keys(name, format)
     if isinstance(result, Update):
@@ -186,8 +247,8 @@ def possible_keys(tensors: Mapping[str, Tensor], format: str) -> list[str]:
 
 
 def _keys(name: str, format: str) -> tuple[str, str]:
-    """What comfyui or kohya call the layer whose weight is the tensor `name` of a model, and what
-    the difference of that tensor."""
+    """What comfyui or kohya call the layer whose weight is the tensor `name` of a model, and the
+    difference of that tensor."""
 
     def spelled(text: str) -> str:
         return f"diffusion_model.{text}" if format == "comfyui" else "lora_unet_" + text.replace(".", "_")
@@ -197,8 +258,7 @@ def _keys(name: str, format: str) -> tuple[str, str]:
 
 
 def as_stored(update: Update, *, alpha: bool, dtype: torch.dtype) -> Update:
-    """The update as a file holds it: in `dtype`, and without `alpha` (the format has none) with its
-    scale in B."""
+    """The update as a file holds it: in `dtype`; in a format without `alpha`, its scale is in B."""
     B = update.B if alpha or update.scale == 1 else update.B.float() * update.scale
     return replace(update, A=update.A.to(dtype), B=B.to(dtype), scale=update.scale if alpha else 1.0)
 
@@ -213,24 +273,24 @@ def update_tensors(
         return {f"{module}.lora_embedding_A": stored.A, f"{module}.lora_embedding_B": stored.B}
     tensors = {f"{module}.{parts[0]}.weight": stored.A, f"{module}.{parts[1]}.weight": stored.B}
     if alpha:
-        told = update.scale * update.rank
-        check_alpha(f"{module}.alpha {told:g}", told)
-        rounded = torch.tensor(told, dtype=dtype)
-        tensors[f"{module}.alpha"] = (
-            rounded if rounded.item() == told else torch.tensor(told, dtype=torch.float32)
-        )
+        value = update.scale * update.rank
+        check_alpha(f"{module}.alpha {value:g}", value)
+        rounded = torch.tensor(value, dtype=dtype)
+        is_exact = rounded.item() == value
+        tensors[f"{module}.alpha"] = rounded if is_exact else torch.tensor(value, dtype=torch.float32)
     return tensors
 
 
 def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
-    """Write a LoRA in the format that it has: a safetensors file, or, if it has a config, a PEFT
-    folder. Appears whole or not at all.
+    """Write a LoRA in its own format: a safetensors file, or, if it has a config, a PEFT folder. It
+    appears whole or not at all.
 
-    Of a folder that is there already, the two files are replaced.
+    In an existing folder, the two files are replaced.
     """
     tensors: dict[str, Tensor] = {}
     for module, update in lora.updates.items():
-        kept = replace(update, scale=1.0) if lora.config is not None else update  # the config tells the scale
+        # In a PEFT folder, the config tells the scale.
+        kept = replace(update, scale=1.0) if lora.config is not None else update
         tensors |= update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
     tensors |= {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -247,13 +307,13 @@ def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
 
 
 def _peft_key(key: str, lora: LoRAFile) -> str:
-    """A layer that has an adapter keeps what else is saved of it, its bias, in its base_layer."""
+    """What else is saved of a layer that has an adapter, its bias, belongs to its base_layer."""
     module, _, leaf = key.rpartition(".")
     return f"{module}.base_layer.{leaf}" if key in lora.whole and module in lora.updates else key
 
 
 def peft_config(lora: LoRAFile) -> dict[str, Any]:
-    """adapter_config.json for these updates: what lora.config says otherwise stays."""
+    """adapter_config.json for these updates; what else lora.config says stays."""
     names = {module: module.removeprefix(peft.PREFIX) for module in lora.updates}
     ranks = {names[module]: update.rank for module, update in lora.updates.items()}
     alphas = {names[module]: update.scale * update.rank for module, update in lora.updates.items()}
@@ -261,18 +321,21 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
     saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - ranks.keys()
     if not ranks:
         raise CheckpointError(
-            "no matrix differs, and PEFT loads no adapter without factors; choose another --format"
+            "no matrix differs, and PEFT needs at least one pair of factors; choose another "
+            f"{setting('format')}"
         )
     if "" in saved:
         raise CheckpointError(
-            "a tensor outside of any module differs, and PEFT saves modules only; choose another --format"
+            "a tensor outside every module differs, and PEFT saves modules only; choose another "
+            f"{setting('format')}"
         )
 
     def pattern(name: str) -> str:
-        """PEFT takes a name for the end of one, too."""
+        """PEFT matches a name with the end of any other, too."""
         return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
 
-    told = {
+    has_biases = any(name.rpartition(".")[0] in lora.updates for name in lora.whole)
+    stated = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
@@ -280,11 +343,9 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
         "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
         "modules_to_save": sorted(saved) or None,
-        "bias": "lora_only"
-        if any(name.rpartition(".")[0] in lora.updates for name in lora.whole)
-        else "none",
+        "bias": "lora_only" if has_biases else "none",
     }
-    return {"target_modules": sorted(ranks)} | (lora.config or {}) | told
+    return {"target_modules": sorted(ranks)} | (lora.config or {}) | stated
 
 
 def _commonest(values: Iterable[Any], default: Any) -> Any:

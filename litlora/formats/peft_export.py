@@ -1,4 +1,5 @@
-"""An adapter as a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`; see peft.py."""
+"""PEFT adapter folders, written: `adapter_config.json` and `adapter_model.safetensors`; see
+peft.py."""
 
 import json
 import math
@@ -26,18 +27,17 @@ from litlora.lora.variants import variant_named
 def to_peft(
     adapter: Adapter, model_type: str, model: ModelConfig, base: Mapping[str, Tensor], base_name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a PEFT folder for this adapter holds: the tensors by PEFT's keys, and
-    adapter_config.json.
+    """(the tensors by PEFT's keys, adapter_config.json) of a PEFT folder for this adapter.
 
     `model_type` is the Hugging Face family that the folder is for. `model` and `base` describe the
-    base, whose tensors stand in for what PEFT wants whole; `base_name` is what the folder will call
-    it. Raises CheckpointError for a tensor that the Hugging Face model has no place for, and for a
-    variant of LoRA that PEFT's files are not written for.
+    base, whose tensors complete the modules that PEFT stores whole; `base_name` is what the folder
+    will call it. Raises CheckpointError for a tensor that has no place in the Hugging Face model,
+    and for a variant of LoRA that we do not write as PEFT.
     """
     if not variant_named(adapter.config.variant).is_plain:
         raise CheckpointError(
             f"a PEFT folder cannot hold the variant {adapter.config.variant}; merge the adapter and "
-            "export the model"
+            "export the merged model"
         )
     found = _Found(_groups(layout_of(model_type, model), base))
     left = {*adapter.updates, *adapter.whole}
@@ -52,7 +52,7 @@ def to_peft(
             left -= set(ours)
     if left:
         raise CheckpointError(
-            f"{', '.join(sorted(left))}: the Hugging Face model of this architecture has no place for it"
+            f"{', '.join(sorted(left))}: no place in the Hugging Face model of this architecture"
         )
     config = found.config(adapter, base_name)
     if model.num_experts is not None:
@@ -62,7 +62,7 @@ def to_peft(
 
 @dataclass
 class _Found:
-    """What goes into the folder, as it is found."""
+    """What goes into the folder, as it is collected."""
 
     groups: dict[str, tuple[Rule, list[str]]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class _Found:
     has_biases: bool = False
 
     def add_update(self, module: str, rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-        """One update of a module of theirs."""
+        """The update of one module of theirs."""
         rank, scale, A, B = _join(rule, adapter, base)
         self.ranks[module] = rank
         self.alphas[module] = _plain(scale * (math.sqrt(rank) if adapter.config.rslora else rank))
@@ -83,7 +83,7 @@ class _Found:
             self.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
     def add_whole(self, theirs: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-        """A tensor that is saved whole, with the rest of its module, as PEFT wants it."""
+        """A tensor that is saved whole, with the rest of its module, as PEFT requires."""
         module, _, leaf = theirs.rpartition(".")
         rule, ours = self.groups[theirs]
         if module in self.ranks:
@@ -136,32 +136,30 @@ def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bool) -> None:
-    """Refuse what PEFT misreads: it joins the experts' adapters by the last part of their names,
-    all of them or none."""
+    """Raise CheckpointError for what PEFT misreads: it joins the experts' adapters by the last part
+    of their names, all of them or none."""
     mlps = {name for name in adapted if ".mlp." in name}
     experts = {name.removesuffix(".weight") for name in base if ".mlp.experts." in name}
     if beside := sorted(mlps - experts):
         raise CheckpointError(
-            f"{beside[0]}: PEFT would take its adapter for one of an expert's; adapt attention or experts only"
+            f"{beside[0]}: PEFT would take its adapter for an expert's; adapt only attention or experts"
         )
     if mlps and mlps != experts:
         raise CheckpointError(
-            f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have; PEFT needs one for all or none"
+            f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have one; PEFT needs all or none"
         )
     if mlps and not uniform:
         raise CheckpointError(
-            f"{sorted(mlps)[0]}: PEFT reads an expert's adapter wrongly unless all ranks and alphas are the same, without rsLoRA"
+            f"{sorted(mlps)[0]}: PEFT misreads an expert's adapter unless all ranks and alphas are equal, "
+            "without rsLoRA"
         )
 
 
 def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
-    """Every tensor of the Hugging Face model: the rule of its module, and those of ours that it is
-    made of."""
+    """Every tensor of the Hugging Face model: the rule of its module, and the tensors of ours that
+    it consists of."""
     groups = {}
-    for name in (
-        *base,
-        "lm_head.weight",
-    ):  # of a tied head, which is not stored, PEFT speaks like of any other
+    for name in (*base, "lm_head.weight"):  # PEFT names a tied head, which is not stored, as any other
         module, _, leaf = name.rpartition(".")
         rule = layout.to_theirs(module)
         groups[f"{rule.theirs}.{leaf}"] = rule, [f"{part}.{leaf}" for part in rule.ours]
@@ -169,10 +167,10 @@ def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule,
 
 
 def _join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int, float, Tensor, Tensor]:
-    """(rank, scale, A, B) of one update that does what those of the members do, each on its own
-    rows.
+    """(rank, scale, A, B) of one update that equals those of the members, each on its own rows.
 
-    Members that share one A share its rows; every other has rows of A and columns of B to itself.
+    Members that share one A share its rows; any other member has its own rows of A and columns of
+    B.
     """
     updates = {name: adapter.updates[name] for name in rule.ours if name in adapter.updates}
     first = next(iter(updates.values()))
@@ -189,7 +187,7 @@ def _join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int
         out = base[f"{member}.weight"].size(0) if update is None else update.B.size(0)
         rows.append(torch.zeros(out, starts[-1], dtype=first.B.dtype))
         if update is not None:
-            factor = update.scale / first.scale  # one update has one scale: the others' goes into their B
+            factor = update.scale / first.scale  # one update has one scale: the rest goes into B
             B, start = update.B, starts[columns[member]]
             rows[-1][:, start : start + B.size(1)] = B if factor == 1 else B * factor
     return starts[-1], first.scale, torch.cat(blocks), rule.join(rows)
@@ -205,12 +203,12 @@ def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[
 
 
 def _targets(adapted: list[str], modules: list[str]) -> list[str]:
-    """target_modules: the last part of a name where it means adapted layers only, else the whole
+    """target_modules: the last part of a name if every layer with it is adapted, else the whole
     name."""
     leaves = {name.rpartition(".")[2] for name in modules if name not in adapted}
     return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
 
 
 def _plain(value: float) -> float | int:
-    """16.0 as 16, and 16.000000000000004, which comes of dividing and multiplying, too."""
+    """16.0 as 16, and so 16.000000000000004, a result of dividing and multiplying."""
     return int(round(value)) if abs(value - round(value)) < 1e-9 * abs(value) else value

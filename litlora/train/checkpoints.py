@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litlora.paths import step_directories, step_directory, step_of
 from litlora.storage.atomic import remove_directory
+from litlora.train.run_directory import step_directories, step_directory, step_of
 
 Write = Callable[[Path, dict[str, Any]], None]
 """Writes a checkpoint directory that holds this training state; all ranks call it together."""

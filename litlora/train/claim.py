@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from litlora.errors import UserError, setting
-from litlora.paths import FINAL, RUN_NAMES
+from litlora.paths import FINAL
 from litlora.storage.atomic import setting_aside, settle
+from litlora.train.run_directory import RUN_NAMES
 
 
 @contextmanager

@@ -24,14 +24,7 @@ from litlora.errors import UserError, setting
 from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
-from litlora.paths import (
-    FINAL,
-    HYPERPARAMETERS_FILE,
-    METRICS_FILE,
-    WEIGHTS_FILE,
-    RunDirectory,
-    keep_inputs,
-)
+from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style
 from litlora.report.console import Console, duration
 from litlora.report.events import Done
@@ -52,6 +45,7 @@ from litlora.train.parallel import Parallel
 from litlora.train.plan import Plan
 from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
+from litlora.train.run_directory import METRICS_FILE, RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)

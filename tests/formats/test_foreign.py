@@ -1,5 +1,4 @@
-"""Adapters of other formats through the real command lines: chat, merge, fine-tune on them,
-export."""
+"""Adapters of other formats in the real commands: chat, merge, fine-tuning on them, export."""
 
 import json
 import shutil
@@ -32,30 +31,11 @@ def test_a_peft_adapter_is_taken_wherever_one_of_ours_is(base, alpaca_file, tmp_
     assert all(torch.equal(result.tensors[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "merged/tokenizer.json").is_file()
 
-    train = [
-        "--data",
-        "JSON",
-        "--data.path",
-        alpaca_file,
-        "--train.max_steps",
-        2,
-        "--train.max_seq_length",
-        128,
-        "--prompt_style",
-        "plain",
-    ]
-    lora = [
-        "--lora.rslora",
-        "true",
-        "--lora.rank",
-        4,
-        "--lora.rank_pattern",
-        '{"k_proj": 2}',
-        "--lora.modules_to_save",
-        '["model.norm"]',
-    ]
+    train = "--train.max_steps 2 --train.max_seq_length 128 --prompt_style plain".split()
+    lora = ["--lora.rslora", "true", "--lora.rank", 4, "--lora.rank_pattern", '{"k_proj": 2}']
+    more = ["--data", "JSON", "--data.path", alpaca_file, "--lora.modules_to_save", '["model.norm"]']
     tuned = succeeds(
-        "finetune/lora.py", "--checkpoint_dir", adapter, "--out_dir", tmp_path / "run", *train, *lora
+        "finetune/lora.py", "--checkpoint_dir", adapter, "--out_dir", tmp_path / "run", *train, *lora, *more
     )
     assert "by shape alone" in tuned.stdout
     chain = resolve(tmp_path / "run/final")
@@ -80,10 +60,7 @@ def test_a_peft_adapter_is_taken_wherever_one_of_ours_is(base, alpaca_file, tmp_
     succeeds(*export, "--base_model", "someone/model")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/model"
-    ours, theirs = (
-        load_file(tmp_path / "out/adapter_model.safetensors"),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
+    ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (tmp_path / "out", adapter))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -134,9 +111,9 @@ def test_a_base_that_is_not_here_is_asked_for(base, tmp_path):
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"something_new": {"a": 1}}, "something_new"),
-        ({"r": 4}, "make no update of rank 4"),
+        ({"r": 4}, "do not form an update of rank 4"),
         ({"r": "8"}, "r is '8'"),
-        ({"lora_alpha": 0}, "make no adapter"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, which no adapter can have"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Hugging Face folders in place, converted and written; and every way in which one can be
+"""Hugging Face folders: read in place, converted and written; and every way in which one can be
 broken."""
 
 import json
@@ -71,7 +71,7 @@ def test_one_file_many_files_and_torch_files_are_the_same_model(make_folder, tmp
 
 
 def test_opening_copies_nothing(make_folder):
-    """Fused layers whose parts lie one behind the other become views of the mapped file."""
+    """Fused layers whose parts are contiguous become views of the mapped file."""
     for family in ("llama", "phi3", "gpt2"):
         directory, _ = make_folder(family, name=family)
         tensors = open_checkpoint(directory).tensors
@@ -113,8 +113,7 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fine_tune_merge_and_export_from_a_folder(family, make_folder, tmp_path, alpaca_file):
-    """The whole way through the commands; transformers then gives the logits of the merged
-    model."""
+    """All commands in turn; transformers then gives the logits of the merged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory, _ = make_folder(
@@ -171,7 +170,7 @@ def test_a_converted_folder_has_the_same_fingerprint_and_comes_back_byte_for_byt
 
 
 def test_an_adapter_finds_its_base_converted_or_not(make_folder, tmp_path, alpaca_file):
-    """The fingerprint is over our names, so either form of the base is the base."""
+    """The fingerprint is computed over our names, so either form of the base matches."""
     directory, _ = make_folder("gpt-neox", max_position_embeddings=256)
     data = ["--data", "JSON", "--data.path", alpaca_file, "--train.max_steps", 1]
     succeeds("finetune/lora.py", "--checkpoint_dir", directory, "--out_dir", tmp_path / "run", *data)
@@ -418,7 +417,7 @@ def test_a_folder_without_weights_says_so(make_folder):
 
 
 def test_names_that_already_are_ours_are_not_converted_twice(base, tmp_path):
-    assert "no Hugging Face model folder" in fails(
+    assert "not a Hugging Face model folder" in fails(
         "scripts/convert_hf_checkpoint.py", "--checkpoint_dir", base, "--out_dir", tmp_path / "out"
     )
 

@@ -63,8 +63,13 @@ def test_a_merged_model_is_used_only_if_it_is_no_older_than_the_adapter_beside_i
 @pytest.mark.parametrize(
     ("name", "file", "change", "message"),
     [
-        ("llama_lora", "hyperparameters.yaml", {"lora_r": 4}, "make no update of rank 4"),
-        ("llama_lora", "hyperparameters.yaml", {"lora_key": True}, "make no update of rank 3 of 3 layer"),
+        ("llama_lora", "hyperparameters.yaml", {"lora_r": 4}, "do not form an update of rank 4"),
+        (
+            "llama_lora",
+            "hyperparameters.yaml",
+            {"lora_key": True},
+            "do not form an update of rank 3 of 3 layer",
+        ),
         ("llama_lora", "hyperparameters.yaml", {"lora_r": None}, "lacks lora_r"),
         (
             "llama_lora",

@@ -152,26 +152,38 @@ def test_factors_in_8_bits_are_read_as_16_exactly(tmp_path, kind):
     ("tensors", "says"),
     [
         ({"x.lora_up.weight": torch.ones(4, 2)}, "only one of its two factors"),
-        ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(3, 4)}, "make no update"),
-        ({"x.lora_up.weight": torch.ones(4, 0), "x.lora_down.weight": torch.ones(0, 4)}, "make no update"),
-        ({"x.lora_up.weight": torch.ones(0, 2), "x.lora_down.weight": torch.ones(2, 4)}, "make no update"),
-        ({"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 0)}, "make no update"),
-        ({"x.lora_up.weight": torch.ones(4), "x.lora_down.weight": torch.ones(4)}, "make no update"),
+        (
+            {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(3, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(4, 0), "x.lora_down.weight": torch.ones(0, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(0, 2), "x.lora_down.weight": torch.ones(2, 4)},
+            "do not form an update",
+        ),
+        (
+            {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 0)},
+            "do not form an update",
+        ),
+        ({"x.lora_up.weight": torch.ones(4), "x.lora_down.weight": torch.ones(4)}, "do not form an update"),
         (
             {"x.lora_up.weight": torch.ones(4, 2, 3, 3), "x.lora_down.weight": torch.ones(2, 4, 3, 3)},
-            "make no update",
+            "do not form an update",
         ),
         (
             {"x.lora_up.weight": torch.ones(4, 2).int(), "x.lora_down.weight": torch.ones(2, 4).int()},
-            "make no update",
+            "do not form an update",
         ),
         ({**pair("x"), "x.alpha": torch.tensor(float("nan"))}, "x.alpha must be"),
         ({**pair("x"), "x.alpha": torch.ones(3)}, "x.alpha must be"),
         ({**pair("x"), "x.dora_scale": torch.ones(3)}, "x.dora_scale is not supported"),
         ({**pair("x"), "x.lora_mid.weight": torch.ones(3, 3, 1, 1)}, "x.lora_mid.weight is not supported"),
-        ({**pair("x"), "x.hada_w1_a": torch.ones(3, 3)}, "x.hada_w1_a means nothing to us"),
-        ({**pair("x"), "y.alpha": torch.tensor(1.0)}, "y.alpha means nothing to us"),
-        ({"other": torch.ones(3)}, "other means nothing"),
+        ({**pair("x"), "x.hada_w1_a": torch.ones(3, 3)}, "x.hada_w1_a: unrecognised key"),
+        ({**pair("x"), "y.alpha": torch.tensor(1.0)}, "y.alpha: unrecognised key"),
+        ({"other": torch.ones(3)}, "other: unrecognised key"),
         ({}, "holds no tensors"),
     ],
 )

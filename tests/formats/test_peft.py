@@ -1,5 +1,5 @@
-"""PEFT adapters both ways: what real PEFT computes and what we compute are the same, whatever the
-adapter's settings."""
+"""PEFT adapters, read and written: PEFT and litlora compute the same, whatever the adapter's
+settings."""
 
 import copy
 import importlib.util
@@ -277,7 +277,7 @@ def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, c
     directory = save(model, tmp_path / "peft", tmp_path / "ours")
     assert (logits(ours(directory)) - logits(model)).abs().max() < 1e-5
     export(directory, tmp_path / "again", model_type="phi3")
-    assert "is no Hugging Face folder" in capsys.readouterr().out
+    assert "is not a Hugging Face folder" in capsys.readouterr().out
     assert (logits(theirs(base, tmp_path / "again")) - logits(model)).abs().max() < 1e-5
 
 
@@ -285,12 +285,12 @@ def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, c
     ("name", "settings", "message"),
     [
         ("mixtral", LoRAConfig(rslora=True), "without rsLoRA"),
-        ("mixtral", LoRAConfig(rank_pattern={"q_proj": 2}), "all ranks and alphas are the same"),
+        ("mixtral", LoRAConfig(rank_pattern={"q_proj": 2}), "all ranks and alphas are equal"),
         ("mixtral", LoRAConfig(targets=[r".*experts\.0\..*"]), "has no adapter, but other experts have"),
         (
             "qwen2_moe",
             LoRAConfig(targets=["shared_expert.up_proj"]),
-            "would take its adapter for one of an expert's",
+            "would take its adapter for an expert's",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from test_resume import metrics, same
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
-from litlora.paths import output_dir, step_directories
+from litlora.paths import output_dir
 from litlora.report.console import Console
 from litlora.report.events import Note, Step
 from litlora.report.sinks import Sink, Sinks
@@ -24,6 +24,7 @@ from litlora.storage.atomic import (
     setting_aside,
     settle,
 )
+from litlora.train.run_directory import step_directories
 
 
 def test_no_kill_ever_loses_a_run():
@@ -257,7 +258,7 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
         r"the newest checkpoint is .*step-000010; make room",
     ) as e:
         run("lora", out, "--train.save_interval", 5, at=(11, limit(100)))
-    assert "--resume auto" in str(e.value) and "\n" not in str(e.value)
+    assert "resume auto" in str(e.value) and "\n" not in str(e.value)
     assert (
         "metrics.csv cannot be written (File too large); its rows are kept in memory"
         in capsys.readouterr().err

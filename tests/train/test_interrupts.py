@@ -21,10 +21,10 @@ from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
-from litlora.paths import step_directories
 from litlora.report.metrics import Metrics
 from litlora.train.interrupts import Interrupts, Stop
 from litlora.train.parallel import Parallel
+from litlora.train.run_directory import step_directories
 
 WORDS = [
     "--train.max_steps",

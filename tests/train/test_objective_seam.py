@@ -16,11 +16,11 @@ from litlora.data.batches import collate
 from litlora.data.sources import read_dataset
 from litlora.errors import UserError
 from litlora.lora import LoRAConfig, add_lora, lora_tensors
-from litlora.paths import run_directory
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
 from litlora.train.objective import Objective
 from litlora.train.run import Method, finetune
+from litlora.train.run_directory import run_directory
 
 
 class Unlikelihood(Objective):

@@ -13,11 +13,11 @@ from conftest import fails
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import CheckpointError, UserError
-from litlora.paths import step_directories
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
 from litlora.train import precision
 from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_generators
+from litlora.train.run_directory import step_directories
 
 
 def metrics(out):
@@ -240,12 +240,14 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
     step = out / "step-000002"
     with pytest.raises(
         CheckpointError,
-        match=rf"resume {out}: holds no training state \(state.pth\); did you mean {step}\?",
+        match=rf"resume {out}: has no state.pth, the state of a run; did you mean {step}\?",
     ):
         run("lora", out, "--resume", out)
     with pytest.raises(CheckpointError, match=rf"resume {out / 'final'}: .*checkpoint_dir"):
         run("lora", tmp_path / "new", "--resume", out / "final")
-    with pytest.raises(UserError, match="is complete; to continue it differently, name another out_dir"):
+    with pytest.raises(
+        UserError, match="is complete; to continue differently from there, name another out_dir"
+    ):
         run("lora", out, "--resume", step)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/metrics.csv").write_text("step")
@@ -332,7 +334,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(run, t
 
 
 def test_a_mistake_in_resume_is_one_line(tmp_path):
-    assert "holds no training state" in fails("finetune/lora.py", "--resume", tmp_path / "nowhere")
+    assert "has no state.pth" in fails("finetune/lora.py", "--resume", tmp_path / "nowhere")
 
 
 # ---- determinism
