@@ -1,8 +1,8 @@
 """Make one adapter out of several that were trained on the same base.
 
-python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 --out_dir $dir
-python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16
---out_dir $dir
+    python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 --out_dir $dir
+    python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16 \
+        --out_dir $dir
 """
 
 from pathlib import Path
@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING
 from litlora import formats
 from litlora.cli import dump, run
 from litlora.console import say
-from litlora.paths import (
-    CHECKPOINT_NAMES,
-    WEIGHTS_FILE,
-    checkpoint_dir,
-    keep_inputs,
-    output_dir,
-)
+from litlora.inputs import check_inputs
+from litlora.paths import WEIGHTS_FILE, output_dir
 from litlora.prompts import STYLE_FILE
 from litlora.settings import CombineLoRA, check
 
 if TYPE_CHECKING:
     from litlora.adapters.combine import Recipe
+    from litlora.adapters.resize import Change
+    from litlora.checkpoint import Chain
 
 
 def main(settings: CombineLoRA) -> None:
@@ -34,53 +31,56 @@ def main(settings: CombineLoRA) -> None:
         )
         _combine_files(files, settings)
         return
-    adapter_dirs = [checkpoint_dir(path) for path in settings.lora_path]
-    base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
-    inputs = [*adapter_dirs, base_dir] if base_dir else adapter_dirs
-    out_dir = output_dir(
-        settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=inputs
+    inputs = check_inputs(
+        settings.lora_path, settings.checkpoint_dir, settings.out_dir, overwrite=settings.overwrite
     )
 
     from litlora.adapters.combine import combine_adapters
-    from litlora.adapters.merge import plan_merge, resolve_sharing
-    from litlora.adapters.resize import table
+    from litlora.adapters.merge import plan_merge
     from litlora.checkpoint import Beside, reference_to, write_adapter
     from litlora.storage.fingerprint import check_finite
 
-    chains = resolve_sharing(
-        adapter_dirs, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch
-    )
+    chains = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
     for chain in chains:
-        keep_inputs(out_dir, chain.directories)
         check_finite(chain.top.tensors, chain.top.file)
         plan_merge(chain)  # whether it fits its base
     combined, changes = combine_adapters(chains, _recipe(settings))
     first = chains[0]
     write_adapter(
-        out_dir,
-        combined.trained_on(reference_to(first.inner.top, out_dir)),
+        inputs.out_dir,
+        combined.trained_on(reference_to(first.inner.top, inputs.out_dir)),
         first.config,
         sidecars_from=first.sources,
         beside=Beside(hyperparameters=dump(settings)),
     )
     for notice in dict.fromkeys(notice for chain in chains for notice in chain.notices):
         say(f"note: {notice}")
-    taught = {
-        next((file.read_bytes() for source in chain.sources if (file := source / STYLE_FILE).is_file()), b"")
-        for chain in chains
-    }
-    if len(taught) > 1:
+    if len({_prompt_style(chain) for chain in chains}) > 1:
         say(
-            f"note: the adapters were taught with different prompt styles; that of {first.top.directory} is kept"
+            "note: the adapters were trained with different prompt styles; "
+            f"that of {first.top.directory} is kept"
         )
+    _say_how(settings, changes, inputs.adapter_dirs)
+    result = inputs.out_dir / WEIGHTS_FILE
+    say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
+    say(f"next: python chat/base.py --checkpoint_dir {inputs.out_dir}")
+
+
+def _prompt_style(chain: "Chain") -> bytes:
+    """The file of the prompt style that a chain was trained with; empty if there is none."""
+    files = (source / STYLE_FILE for source in chain.sources)
+    return next((file.read_bytes() for file in files if file.is_file()), b"")
+
+
+def _say_how(settings: CombineLoRA, changes: "list[Change]", paths: list[Path]) -> None:
+    """What became of each layer, and the formula."""
+    from litlora.adapters.resize import table
+
     if settings.density == 1 and settings.mode in ("dare_linear", "magnitude_prune"):
         say(f"note: at --density 1 nothing is dropped, and {settings.mode} is linear")
     say(*table(changes))
-    terms = (f"{weight:g} x {path}" for weight, path in zip(settings.each_weight, adapter_dirs, strict=True))
+    terms = (f"{weight:g} x {path}" for weight, path in zip(settings.each_weight, paths, strict=True))
     say(f"{settings.mode}: {' + '.join(terms)}")
-    result = out_dir / WEIGHTS_FILE
-    say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: python chat/base.py --checkpoint_dir {out_dir}")
 
 
 def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
@@ -90,12 +90,9 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=(files[0].name,), inputs=files, replaced=False
     )
 
-    import functools
-
-    import torch
-
     from litlora.adapters.combine import combine_files
-    from litlora.adapters.resize import table
+    from litlora.adapters.factored import common_dtype
+    from litlora.adapters.resize import factors_of
     from litlora.formats.lora_files import read_lora, write_lora
     from litlora.storage.fingerprint import check_finite
 
@@ -103,22 +100,17 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
         len({file.resolve() for file in files}) == len(files),
         "--lora_path: names a file twice; give it a weight instead",
     )
-    loras, dtypes = [read_lora(file) for file in files], []
-    for file, lora in zip(files, loras, strict=True):
-        tensors = {
-            f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
-        } | lora.diffs
-        check_finite(tensors, file)
-        dtypes += [tensor.dtype for tensor in tensors.values()]
-    result, dtype = out_dir / files[0].name, functools.reduce(torch.promote_types, dtypes)
+    loras = [read_lora(file) for file in files]
+    tensors = [factors_of(lora) | lora.diffs for lora in loras]
+    for file, found in zip(files, tensors, strict=True):
+        check_finite(found, file)
+    dtype = common_dtype(tensor for found in tensors for tensor in found.values())
     combined, changes = combine_files(loras, _recipe(settings), dtype)
+    result = out_dir / files[0].name
     write_lora(result, combined, dtype)
-    say(*table(changes))
-    terms = (f"{weight:g} x {file}" for weight, file in zip(settings.each_weight, files, strict=True))
-    say(f"{settings.mode}: {' + '.join(terms)}")
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes, in {str(dtype).removeprefix('torch.')} as the files are)"
-    )
+    _say_how(settings, changes, files)
+    kind = str(dtype).removeprefix("torch.")
+    say(f"result: {result} ({result.stat().st_size:,} bytes, in {kind} as the files are)")
 
 
 def _recipe(settings: CombineLoRA) -> "Recipe":

@@ -1,9 +1,10 @@
 """Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source,
 gives the target.
 
-python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors
---output lora.safetensors --rank 32 python scripts/lora_extractor.py --source-model
-checkpoints/$base --target-model checkpoints/$tuned --format litlora --output $dir
+    python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors \
+        --output lora.safetensors --rank 32
+    python scripts/lora_extractor.py --source-model checkpoints/$base --target-model checkpoints/$tuned \
+        --format litlora --output $dir
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litlora import formats
 from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
@@ -20,7 +22,6 @@ from litlora.paths import (
     CHECKPOINT_NAMES,
     PEFT_NAMES,
     checkpoint_dir,
-    is_checkpoint,
     keep_inputs,
     output_dir,
     output_file,
@@ -35,22 +36,23 @@ if TYPE_CHECKING:
 
 
 def main(settings: LoRAExtractor) -> None:
-    source, target = Path(settings.source_model), Path(settings.target_model)
-    if settings.format == "litlora" or (settings.format == "peft" and _is_language_model(source)):
+    if settings.format == "litlora" or (
+        settings.format == "peft" and _is_language_model(Path(settings.source_model))
+    ):
         extract_adapter(settings)
-        return
+    else:
+        extract_file(settings)
+
+
+def extract_file(settings: LoRAExtractor) -> None:
+    """Extract a LoRA file, or a PEFT folder, between two models of whatever architecture."""
+    source, target = Path(settings.source_model), Path(settings.target_model)
     files = (
         model_files(source, settings.source_type, "source_model"),
         model_files(target, settings.target_type, "target_model"),
     )
     if settings.format == "peft":
-        output = output_dir(
-            settings.output,
-            overwrite=settings.overwrite,
-            names=PEFT_NAMES,
-            inputs=[source, target],
-            named="output",
-        )
+        output = _output_dir(settings, PEFT_NAMES, [source, target])
     else:
         output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, target])
 
@@ -86,9 +88,7 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     know."""
     source, target = checkpoint_dir(settings.source_model), checkpoint_dir(settings.target_model)
     names = CHECKPOINT_NAMES if settings.format == "litlora" else PEFT_NAMES
-    output = output_dir(
-        settings.output, overwrite=settings.overwrite, names=names, inputs=[source, target], named="output"
-    )
+    output = _output_dir(settings, names, [source, target])
 
     from litlora.adapters.extract import as_adapter, extract
     from litlora.adapters.merge import merge_chain
@@ -100,7 +100,8 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     keep_inputs(output, [*base.directories, *tuned.directories])
     if settings.format == "peft" and base.adapters:
         raise CheckpointError(
-            f"{source}: is an adapter, and a PEFT folder names a full model; merge it with scripts/merge_lora.py first"
+            f"{source}: is an adapter, but a PEFT folder must name a full model; "
+            "merge it with scripts/merge_lora.py first"
         )
     before, after = merge_chain(base)[0], merge_chain(tuned)[0]
     left_out = _check_comparable(before, after, settings.allow_mismatch)
@@ -111,8 +112,7 @@ def extract_adapter(settings: LoRAExtractor) -> None:
         write_adapter(output, adapter, base.config, sidecars_from=[*tuned.sources, *base.sources])
         report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
         return
-    config = source / HF_CONFIG_FILE
-    family = read_json(config)["model_type"] if config.is_file() else write_config(base.config)["model_type"]
+    family = _model_type(source) or write_config(base.config)["model_type"]
     folder = to_peft(adapter, family, base.config, base.base.tensors, base_name=str(source.resolve()))
     with replacing_directory(output) as staging:
         write_peft(staging, *folder)
@@ -121,22 +121,43 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     )
 
 
+def _output_dir(settings: LoRAExtractor, names: tuple[str, ...], inputs: list[Path]) -> Path:
+    return output_dir(
+        settings.output, overwrite=settings.overwrite, names=names, inputs=inputs, named="output"
+    )
+
+
+def _is_language_model(path: Path) -> bool:
+    """Whether it is a checkpoint directory of an architecture that we know, and whose layers PEFT
+    has names for; another Hugging Face folder is only a folder of tensors."""
+    if not path.is_dir() or formats.detect(path) is None:
+        return False
+    return _model_type(path) in (None, *FAMILIES)
+
+
+def _model_type(directory: Path) -> str | None:
+    """The family that a directory's config.json names; None without such a file."""
+    file = directory / HF_CONFIG_FILE
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    return str(values.get("model_type", "")) if isinstance(values, dict) else ""
+
+
 class Report:
-    """Says what became of each tensor as soon as it is known, and of all of them."""
+    """Says what became of each tensor as soon as it is known, and at the end the totals."""
 
     def __init__(self, settings: LoRAExtractor) -> None:
         self._found: list[Extracted] = []
         self._dtype, self._largest = settings.output_dtype, settings.error_bound
 
     def told(self, extracted: "Iterable[Extracted]") -> "Iterator[Extracted]":
-        """Pass on what is extracted. Raises CheckpointError if that is nothing."""
+        """The same, each said. Raises CheckpointError if nothing was extracted."""
         for one in extracted:
             what = "whole" if one.rank is None else f"rank {one.rank}"
-            least = (
-                f"at most {one.excess:.2%} above the least"
-                if math.isfinite(one.excess)
-                else "not proved to be near the least"
-            )
+            least = "not proved to be near the least possible"
+            if math.isfinite(one.excess):
+                least = f"at most {one.excess:.2%} above the least possible"
             error = f"error {one.error / one.norm:.3e}" + ("" if one.rank is None else f", {least}")
             say(f"{one.name}: {' x '.join(map(str, one.shape))}, {what}, {error}")
             self._found.append(one)
@@ -147,18 +168,15 @@ class Report:
     def sum_up(self, output: Path, next_step: str) -> None:
         """Say the totals, and where the result is."""
         low_rank = [one for one in self._found if one.rank is not None]
-        error, norm = (
-            math.hypot(*values)
-            for values in ([one.error for one in self._found], [one.norm for one in self._found])
-        )
+        whole = len(self._found) - len(low_rank)
+        error, norm = (math.hypot(*(getattr(one, part) for one in self._found)) for part in ("error", "norm"))
         missed = [one.name for one in self._found if one.error > 1.001 * self._largest * one.norm]
         if missed:
             say(
-                f"note: {len(missed)} tensor(s), {missed[0]} first, have a larger error than asked for, as {self._dtype} rounds; take fp32"
+                f"note: {len(missed)} tensor(s), {missed[0]} first, have a larger error than asked for, "
+                f"because {self._dtype} rounds them; --output_dtype fp32 does not"
             )
-        say(
-            f"total: {len(low_rank)} of low rank, {len(self._found) - len(low_rank)} whole, error {error / norm:.3e} of the difference"
-        )
+        say(f"total: {len(low_rank)} of low rank, {whole} whole, error {error / norm:.3e} of the difference")
         files = [output] if output.is_file() else [file for file in output.iterdir() if file.is_file()]
         say(f"result: {output} ({sum(file.stat().st_size for file in files):,} bytes)")
         say(f"next: {next_step}")
@@ -187,28 +205,20 @@ def _plan(settings: LoRAExtractor) -> "Plan":
 def _check_comparable(
     source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool
 ) -> "Mapping[str, str]":
-    """Raise CheckpointError for tensors that cannot be subtracted, or with `allow_mismatch` list
-    and return them."""
+    """The tensors that cannot be subtracted, and why; they are listed. Raises CheckpointError for
+    them unless `allow_mismatch`."""
     from litlora.adapters.extract import mismatches
 
     left_out = mismatches(source, target)
     found = [f"{name} ({why})" for name, why in left_out.items()]
     if found and not allow_mismatch:
         raise CheckpointError(
-            f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; if the rest is what is wanted, say --allow_mismatch"
+            f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; "
+            "leave them out with --allow_mismatch"
         )
     for line in found:
         say(f"left out: {line}")
     return left_out
-
-
-def _is_language_model(path: Path) -> bool:
-    """Whether it is a checkpoint directory that tells its architecture, and so what PEFT calls its
-    layers."""
-    if not path.is_dir() or not is_checkpoint(path):
-        return False
-    config = read_json(path / HF_CONFIG_FILE) if (path / HF_CONFIG_FILE).is_file() else None
-    return config is None or (isinstance(config, dict) and config.get("model_type") in FAMILIES)
 
 
 if __name__ == "__main__":

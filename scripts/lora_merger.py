@@ -1,22 +1,27 @@
 """Merge LoRA files into a model's files, a tensor at a time, whatever model it is.
 
-python scripts/lora_merger.py --source-model base.safetensors --lora-model lora.safetensors --output
-merged.safetensors python scripts/lora_merger.py --source-model base/ --lora-model a.pt b.pt
---lora-type pytorch --weights 0.7 0.3 --output merged.safetensors
+    python scripts/lora_merger.py --source-model base.safetensors --lora-model lora.safetensors \
+        --output merged.safetensors
+    python scripts/lora_merger.py --source-model base/ --lora-model a.pt b.pt --lora-type pytorch \
+        --weights 0.7 0.3 --output merged.safetensors
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
+from litlora.formats import PEFT_CONFIG_FILE
 from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
-from litlora.paths import PEFT_NAMES, output_file
+from litlora.paths import output_file
 from litlora.settings import LoRAMerger, num_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from litlora.adapters.apply import Addition
 
 
 def main(settings: LoRAMerger) -> None:
@@ -29,7 +34,7 @@ def main(settings: LoRAMerger) -> None:
     output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, *loras])
 
     from litlora.adapters.apply import added, match
-    from litlora.formats.lora_files import Update, read_lora
+    from litlora.formats.lora_files import read_lora
     from litlora.formats.model_files import DTYPES, Pages, open_model, write_model
 
     model, dtype = open_model(source, files), DTYPES[settings.output_dtype]
@@ -40,7 +45,7 @@ def main(settings: LoRAMerger) -> None:
     ]
     additions, unmatched = match(read, model)
     if unmatched and not settings.allow_unmatched:
-        raise CheckpointError(f"{'; '.join(unmatched)}; if the rest is what is wanted, say --allow_unmatched")
+        raise CheckpointError(f"{'; '.join(unmatched)}; leave them out with --allow_unmatched")
     if not additions:
         raise CheckpointError(
             f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?"
@@ -59,26 +64,38 @@ def main(settings: LoRAMerger) -> None:
     largest = num_bytes(settings.max_shard_size) if settings.max_shard_size else None
     read_files = [*files, *(file for each in lora_files.values() for file in each)]
     written = write_model(output, settings.output_format, sizes, merged, largest, inputs=read_files)
-    updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
-    others = sum(map(len, additions.values())) - updates
-    if other := {
-        str(tensor.dtype).removeprefix("torch.")
-        for name, tensor in model.items()
-        if tensor.dtype != dtypes[name]
-    }:
-        say(
-            f"note: the model's {', '.join(sorted(other))} is written as {settings.output_dtype}; --output_dtype says otherwise"
-        )
-    say(
-        f"merged: {updates} updates of low rank and {others} whole into {len(additions)} of {len(model)} tensors"
-    )
-    say(
-        f"result: {written[0]} ({sum(file.stat().st_size for file in written):,} bytes in {len(written)} file(s))"
-    )
+    _sum_up(settings, model, additions, written)
 
 
 def _is_peft(path: Path) -> bool:
-    return path.is_dir() and (path / PEFT_NAMES[0]).is_file()
+    """Whether it is a PEFT folder, which says itself what it is made of."""
+    return (path / PEFT_CONFIG_FILE).is_file()
+
+
+def _sum_up(
+    settings: LoRAMerger,
+    model: "Mapping[str, Tensor]",
+    additions: "Mapping[str, list[Addition]]",
+    written: list[Path],
+) -> None:
+    """Say what was added to what, and where the result is."""
+    from litlora.formats.model_files import DTYPES
+    from litlora.lora import Update
+
+    updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
+    others = sum(map(len, additions.values())) - updates
+    before = {tensor.dtype for tensor in model.values() if tensor.is_floating_point()}
+    if converted := before - {DTYPES[settings.output_dtype]}:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in converted))
+        say(
+            f"note: the model's {kinds} is written as {settings.output_dtype}; --output_dtype chooses another"
+        )
+    say(
+        f"merged: {updates} updates of low rank and {others} whole into "
+        f"{len(additions)} of {len(model)} tensors"
+    )
+    size = sum(file.stat().st_size for file in written)
+    say(f"result: {written[0]} ({size:,} bytes in {len(written)} file(s))")
 
 
 if __name__ == "__main__":

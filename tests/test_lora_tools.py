@@ -233,7 +233,7 @@ def test_the_printed_command_merges_what_was_extracted(tmp_path, pair):
         re.search("next: (.*)", said)[1].replace("MERGED", str(tmp_path / "merged"))
     )
     assert (program, script) == ("python", MERGE)
-    assert "note: the model's float32 is written as bf16; --output_dtype says otherwise\n" in succeeds(
+    assert "note: the model's float32 is written as bf16; --output_dtype chooses another\n" in succeeds(
         MERGE, *printed
     )
     merged = load_file(tmp_path / "merged.safetensors")
@@ -384,7 +384,7 @@ def test_broken_input_and_output_in_the_way(tmp_path, pair):
         assert "target.safetensors: broken" in fails(EXTRACT, *words(tmp_path))
     target["blocks.0.attn.weight"][0, 0] = float("nan")
     save_file(target, file)
-    assert "blocks.0.attn.weight: holds numbers that are not finite" in fails(EXTRACT, *words(tmp_path))
+    assert "blocks.0.attn.weight: holds values that are not finite" in fails(EXTRACT, *words(tmp_path))
     save_file(source, file)
     assert "the two models are equal" in fails(EXTRACT, *words(tmp_path))
     torch.save({"x": print}, tmp_path / "evil.pt")
@@ -695,7 +695,7 @@ def test_a_bound_that_rounding_breaks_is_said(tmp_path, pair):
         tmp_path / "target.safetensors",
     ]
     auto = ["--rank", "auto", "--max_error", 1e-3, "--min_size", 0]
-    assert "have a larger error than asked for, as bf16 rounds" in succeeds(
+    assert "have a larger error than asked for, because bf16 rounds them" in succeeds(
         EXTRACT, *names, "--output", tmp_path / "lora", *auto
     )
     assert "larger error" not in succeeds(

@@ -1,7 +1,7 @@
-"""LoRA files added to whatever model they are for: which tensor each update means, and the sum, a
-tensor at a time."""
+"""LoRA files added to a model of whatever architecture: which tensor each update means, and the sum,
+a tensor at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from litlora.lora.update import fitting
 
 COMFYUI = "diffusion_model."
 PREFIXES = (COMFYUI, "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
-"""What tools put before a module's name in a LoRA file, and some before a tensor's in a model."""
+"""Prefixes of a module's name in a LoRA file, and with some tools of a tensor's name in a model."""
 FLAT_PREFIXES = (
     "lora_unet_",
     "lora_transformer_",
@@ -25,12 +25,12 @@ FLAT_PREFIXES = (
     "lora_te3_",
     "lycoris_",
 )
-"""What stands before a name whose dots are underscores."""
+"""Prefixes of a name whose dots are underscores."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """What one entry of a LoRA file does to a tensor W: W + factor · (its update, or its
+    """What one entry of a LoRA file makes of a tensor W: W + factor · (its update, or its
     difference, or T - W)."""
 
     file: Path
@@ -38,7 +38,7 @@ class Addition:
     value: Update | Tensor
     factor: float
     replaces: bool = False
-    """The value is a tensor T that stands in for W."""
+    """Whether the value is a tensor T that replaces W."""
 
 
 def match(
@@ -47,52 +47,54 @@ def match(
     """(what is added to each tensor of the model, why something cannot be added: a line each).
 
     Raises CheckpointError for a name that may mean two tensors, and for two entries of a file that
-    mean the same.
+    mean the same one.
     """
     names = _Names(model)
     found: dict[str, list[Addition]] = {}
     unmatched: list[str] = []
     for lora, factor in loras:
-        unmatched += [f"{lora.path}: {key} means nothing to us" for key in lora.unknown]
-        entries = [
-            (key, (".weight", ""), Addition(lora.path, key, update, factor))
-            for key, update in lora.updates.items()
-        ]
-        for key, tensor in lora.diffs.items():
-            end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
-            ends = (".weight", "") if end == ".weight" else (end,)
-            entries.append((key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)))
-        entries += [
-            (key, ("",), Addition(lora.path, key, tensor, factor, replaces=True))
-            for key, tensor in lora.whole.items()
-        ]
+        unmatched += [f"{lora.path}: unrecognised key {key}" for key in lora.unknown]
         taken: dict[tuple[str, bool], str] = {}
-        for key, ends, addition in entries:
+        for key, ends, addition in _entries(lora, factor):
             name = names.find(key, ends, addition)
             if name is None:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
-            elif not _fits(addition.value, model[name]):
-                shape = tuple(addition.value.shape)
+                continue
+            if not _fits(addition.value, model[name]):
+                here, there = tuple(addition.value.shape), tuple(model[name].shape)
                 unmatched.append(
-                    f"{lora.path}: {addition.key} is {shape}, {name} {tuple(model[name].shape)} of {model[name].dtype}"
+                    f"{lora.path}: {addition.key} is {here}, {name} {there} of {model[name].dtype}"
                 )
-            elif (
-                twin := taken.setdefault((name, isinstance(addition.value, Update)), addition.key)
-            ) != addition.key:
+                continue
+            twin = taken.setdefault((name, isinstance(addition.value, Update)), addition.key)
+            if twin != addition.key:
                 raise CheckpointError(
                     f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them"
                 )
-            else:
-                found.setdefault(name, []).append(addition)
+            found.setdefault(name, []).append(addition)
     if scaled := [name for name in found if f"{name.removesuffix('.weight')}.scale_weight" in model]:
         raise CheckpointError(
-            f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; take the model in 16 bits"
+            f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; "
+            "use the model in 16 bits"
         )
     return found, unmatched
 
 
+def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ...], Addition]]:
+    """(a tensor's name without its end, the ends that it may have, what is added to it) of every
+    entry of a file."""
+    for key, update in lora.updates.items():
+        yield key, (".weight", ""), Addition(lora.path, key, update, factor)
+    for key, tensor in lora.diffs.items():
+        end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
+        ends = (".weight", "") if end == ".weight" else (end,)
+        yield key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)
+    for key, tensor in lora.whole.items():
+        yield key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)
+
+
 class _Names:
-    """A model's tensors by every name that a LoRA file may have for them."""
+    """A model's tensors by every name that a LoRA file may give them."""
 
     def __init__(self, model: Iterable[str]) -> None:
         self._names = frozenset(model)
@@ -104,8 +106,8 @@ class _Names:
                         self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
 
     def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
-        """The tensor that a key means: that of the first end that gives one, of the very name
-        rather than of one with another prefix."""
+        """The tensor that a key means: the first end that gives one counts, and the exact name comes
+        before one with another prefix."""
         for end in ends:
             for exact in (key.removeprefix(COMFYUI) + end, key + end):
                 if exact in self._names:
@@ -124,8 +126,7 @@ class _Names:
 
 
 def _stems(name: str) -> list[str]:
-    """A name, and what is left of it without a prefix that it has, and without the one behind
-    that."""
+    """A name, and what is left of it without its prefix, and without the prefix after that."""
     shorter = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
@@ -144,11 +145,11 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dtype) -> Tensor:
-    """W and all that is added to it, summed in fp32 or better and rounded once to `dtype`; integers
-    stay what they are.
+    """W plus all additions, summed in fp32 or better and rounded once to `dtype`; integers are
+    unchanged.
 
-    Raises CheckpointError for a result that is not finite; what is not so in the model itself, a
-    mask perhaps, stays.
+    Raises CheckpointError for a result that is not finite; infinities of the model itself, in a
+    mask perhaps, stay.
     """
     if not tensor.is_floating_point():
         return tensor
@@ -169,6 +170,6 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
         raise CheckpointError(
-            f"{name}: with {files} added it holds numbers that are not finite (NaN or infinity) in {dtype}"
+            f"{name}: with {files} added it holds values that are not finite (NaN or infinity) in {dtype}"
         )
     return result

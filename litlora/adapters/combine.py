@@ -1,21 +1,22 @@
 """Combining: one adapter out of several on the same base. Everything is defined on ΔW = s · B A,
-never on A and B apart: a mean of factors is not the factor of a mean, and (Σ B)(Σ A) holds cross
+never on A and B separately: a mean of factors is not the factor of a mean, and (Σ B)(Σ A) has cross
 terms B_i A_j that nobody trained.
 
-    linear           Σ w_i ΔW_i, exact, stored at the rank that the sum has
+    linear           Σ w_i ΔW_i, exact, stored at the rank of the sum
     cat              Σ w_i ΔW_i, exact, stored as the factors side by side, whose ranks add
-    svd              Σ w_i ΔW_i at a rank or error of one's choice, the nearest there is (Eckart and Young 1936)
+    svd              Σ w_i ΔW_i at a given rank or error, the nearest there is (Eckart and Young 1936)
     magnitude_prune  Σ w_i ΔW_i, of each ΔW_i only the largest entries, a share `density` of them
-    dare_linear      the same of random entries, divided by the density (DARE, Yu et al. 2024, arXiv:2311.03099)
-    ties             the largest entries; each entry's sign is elected by the sum, and the mean taken of those that agree
-                     (TIES, Yadav et al. 2023, arXiv:2306.01708)
+    dare_linear      the same of random entries, divided by the density
+                     (DARE, Yu et al. 2024, arXiv:2311.03099)
+    ties             the largest entries; the sum elects each entry's sign, and the mean is taken of
+                     those that agree (TIES, Yadav et al. 2023, arXiv:2306.01708)
     dare_ties        random entries as in dare_linear, elected as in ties
 
-Entries are trimmed layer by layer, so that one layer is in memory at a time, and the weights go in
-before the election. A ΔW whose entries were dropped or elected has no low rank any more; it is
-stored as the nearest one of the rank asked for, and what that lacks is measured and reported. A
-layer that a single adapter updates, with nothing to drop, keeps its A and B bit for bit: the weight
-goes into its scale.
+Entries are trimmed layer by layer, so that one layer is in memory at a time, and the weights are
+applied before the election. A ΔW whose entries were dropped or elected no longer has a low rank; it
+is stored as the nearest one of the requested rank, and the error is measured and reported. A layer
+that only one adapter updates, with nothing to drop, keeps its A and B bit for bit: the weight is
+multiplied into its scale.
 """
 
 import dataclasses
@@ -25,21 +26,11 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from litlora.adapters.merge import EMBEDDING, HEAD, plan_merge
-from litlora.adapters.resize import (
-    Change,
-    Form,
-    difference,
-    finite,
-    least_rank,
-    norm,
-    plain_updates,
-    settings_for,
-    shrink,
-    wide,
-)
+from litlora.adapters.factored import common_dtype, difference, least_rank, norm, wide
+from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge
+from litlora.adapters.resize import Change, Form, finite, plain_updates, settings_for, shrink
 from litlora.checkpoint import Chain
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.lora import Adapter, Update
 
@@ -63,6 +54,11 @@ class Recipe:
     """Largest share of an update's norm (Frobenius) that may be lost in a layer."""
     seed: int = 0
 
+    @property
+    def elects(self) -> bool:
+        """Whether the adapters vote on the sign of each entry."""
+        return self.mode in ELECTING
+
 
 def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list[Change]]:
     """The combination of the outermost adapters of `chains`, and what became of every layer.
@@ -72,7 +68,7 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     adapters = [chain.top for chain in chains]
-    updates, changes = combine_all(
+    updates, changes = _combine_all(
         [adapter.file for adapter in adapters],
         [plain_updates(adapter) for adapter in adapters],
         recipe,
@@ -91,27 +87,37 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
 
 
 def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> tuple[LoRAFile, list[Change]]:
-    """The same of LoRA files of other tools, under the names and in the format of the first, to be
+    """The same for LoRA files of other tools, with the names and the format of the first, to be
     stored in `dtype`.
 
     Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose
-    layers are called otherwise, which might be the same layers, and for shapes that differ.
+    layers have other names, as those might be the same layers, and for shapes that differ.
     """
     generator, first = torch.Generator().manual_seed(recipe.seed), loras[0]
     for other in loras[1:]:
-        if other.parts != first.parts or not (first.updates.keys() | first.diffs.keys()) & (
-            other.updates.keys() | other.diffs.keys()
-        ):
+        shared = (other.updates.keys() | other.diffs.keys()) & (first.updates.keys() | first.diffs.keys())
+        if other.parts != first.parts or not shared:
             raise CheckpointError(
-                f"{other.path}: has no layer of a name that {first.path} has; files of one model and format are needed"
+                f"{other.path}: has no layer of a name that {first.path} has; "
+                "name files of one model and one format"
             )
-    updates, changes = combine_all(
+    updates, changes = _combine_all(
         [lora.path for lora in loras],
         [lora.updates for lora in loras],
         recipe,
         generator,
         form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),
     )
+    diffs = _combine_diffs(loras, recipe, generator)
+    for key, diff in diffs.items():
+        if not torch.isfinite(diff.to(dtype)).all():
+            kind = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
+    return dataclasses.replace(first, updates=updates, diffs=diffs), changes
+
+
+def _combine_diffs(loras: list[LoRAFile], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
+    """Differences of whole tensors, entry by entry."""
     diffs = {}
     for key in dict.fromkeys(key for lora in loras for key in lora.diffs):
         _check_shapes(key, [(lora.path, lora.diffs[key].shape) for lora in loras if key in lora.diffs])
@@ -120,17 +126,12 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
         if len(terms) == 1 and terms[0][0] == 1 and recipe.density == 1:
             diffs[key] = terms[0][1]
         elif terms:
-            diffs[key] = combine_dense(
-                [weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms], recipe, generator
-            )
-        if key in diffs and not torch.isfinite(diffs[key].to(dtype)).all():
-            raise CheckpointError(
-                f"{key}: the result has numbers beyond what {str(dtype).removeprefix('torch.')} can hold"
-            )
-    return dataclasses.replace(first, updates=updates, diffs=diffs), changes
+            deltas = [weight * tensor.to(wide(tensor.dtype)) for weight, tensor in terms]
+            diffs[key] = combine_dense(deltas, recipe, generator)
+    return diffs
 
 
-def combine_all(
+def _combine_all(
     files: list[Path],
     found: list[dict[str, Update]],
     recipe: Recipe,
@@ -141,14 +142,10 @@ def combine_all(
     in which it will be stored, and what became of every layer."""
     updates, changes = {}, []
     for name in dict.fromkeys(name for one in found for name in one):
-        _check_shapes(
-            name, [(file, one[name].shape) for file, one in zip(files, found, strict=True) if name in one]
-        )
-        terms = [
-            (weight, one[name])
-            for weight, one in zip(recipe.weights, found, strict=True)
-            if name in one and weight != 0
-        ]
+        holders = zip(files, found, strict=True)
+        _check_shapes(name, [(file, one[name].shape) for file, one in holders if name in one])
+        weighted = zip(recipe.weights, found, strict=True)
+        terms = [(weight, one[name]) for weight, one in weighted if name in one and weight != 0]
         if not terms:
             continue
         updates[name], full, lost = combine_layer(terms, recipe, generator, form)
@@ -165,9 +162,9 @@ def combine_layer(
 ) -> tuple[Update, float, float]:
     """One layer's combination in its form, the norm of the ΔW that was to be stored, and that of
     what the stored one lacks."""
-    exact = _finite(concatenate(terms))
+    exact = _checked_range(concatenate(terms))
     alone = len(terms) == 1
-    if recipe.density < 1 or (recipe.mode in ELECTING and not alone):
+    if recipe.density < 1 or (recipe.elects and not alone):
         dense = combine_dense([weight * update.product() for weight, update in terms], recipe, generator)
         most = exact.rank if recipe.max_error is None else min(dense.shape)
         stored = exact.with_matrices(*factorized(dense, recipe.rank or most, recipe.max_error, generator))
@@ -179,8 +176,8 @@ def combine_layer(
         rank = recipe.rank
         if recipe.mode == "svd" and rank is None and recipe.max_error is None:
             rank = max(update.rank for _, update in terms)
-        # Of one adapter nothing goes unless asked for: its factors may hold more than the rank of
-        # their product.
+        # A single adapter keeps its factors unless a smaller one is requested: they may have more
+        # columns than their product has rank.
         if not alone or (rank or exact.rank) < exact.rank or recipe.max_error is not None:
             stored = shrink(exact, rank=rank, max_error=recipe.max_error or 0.0)
     stored = form(stored)
@@ -188,8 +185,8 @@ def combine_layer(
 
 
 def concatenate(terms: list[tuple[float, Update]]) -> Update:
-    """Σ w_i s_i B_i A_i, the factors side by side. The largest factor becomes the scale, the
-    others' shares of it go into their B."""
+    """Σ w_i s_i B_i A_i, the factors side by side. The largest w_i s_i becomes the scale, and each B
+    is multiplied by its own share of it."""
     first = terms[0][1]
     scale = max((weight * update.scale for weight, update in terms), key=abs)
     columns = []
@@ -200,10 +197,10 @@ def concatenate(terms: list[tuple[float, Update]]) -> Update:
     return dataclasses.replace(first, scale=scale).with_matrices(torch.cat(columns, dim=1), rows)
 
 
-def _finite(update: Update) -> Update:
-    """The update, if fp32 can hold it."""
+def _checked_range(update: Update) -> Update:
+    """The update itself. Raises UserError if its values are beyond fp32."""
     if not norm(update) < torch.finfo(torch.float32).max:
-        raise UserError("--weights: the sum has numbers beyond fp32; name smaller ones")
+        raise UserError(f"{setting('weights')}: the sum has values beyond fp32; choose smaller ones")
     return update
 
 
@@ -216,7 +213,7 @@ def combine_dense(deltas: list[Tensor], recipe: Recipe, generator: Generator) ->
             drop_random(delta, density, generator) if random else trim(delta, density) for delta in deltas
         ]
     total = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-    if recipe.mode not in ELECTING:
+    if not recipe.elects:
         return total
     elected, agreed, count = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
     for delta in deltas:
@@ -236,8 +233,8 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
 
 def drop_random(delta: Tensor, density: float, generator: Generator) -> Tensor:
-    """Random entries, each kept with probability `density` and divided by it, so that the mean over
-    all draws is delta."""
+    """Random entries, each kept with probability `density` and divided by it: the mean over all
+    draws is delta."""
     return delta * torch.empty_like(delta).bernoulli_(density, generator=generator) / density
 
 
@@ -248,31 +245,28 @@ def factorized(
     within `max_error`, a share of its norm.
 
     First an orthonormal basis U of its shorter side: by subspace iteration on a random sketch
-    (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) if only a small part of the spectrum is
-    wanted, else from all eigenvectors of the smaller Gram matrix. What the matrix is in that basis
-    makes the other factor. The rows of A are orthonormal, as those of a resized update.
+    (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) if a small part of the spectrum is enough,
+    else from all eigenvectors of the smaller Gram matrix. The matrix expressed in that basis makes
+    the other factor. The rows of A are orthonormal, like those of a resized update.
     """
     turned = delta.size(0) > delta.size(1)
-    wide_one = delta.T if turned else delta
+    flat = delta.T if turned else delta
     sketch = rank + _OVERSAMPLE
-    if max_error is None and 4 * sketch < wide_one.size(0):
-        Q = torch.linalg.qr(
-            wide_one @ torch.randn(wide_one.size(1), sketch, dtype=delta.dtype, generator=generator)
-        ).Q
+    if max_error is None and 4 * sketch < flat.size(0):
+        start = torch.randn(flat.size(1), sketch, dtype=delta.dtype, generator=generator)
+        Q = torch.linalg.qr(flat @ start).Q
         for _ in range(_ITERATIONS):
-            Q = torch.linalg.qr(wide_one @ torch.linalg.qr(wide_one.T @ Q).Q).Q
-        small = (Q.T @ wide_one).double()
+            Q = torch.linalg.qr(flat @ torch.linalg.qr(flat.T @ Q).Q).Q
+        small = (Q.T @ flat).double()
         U = Q.double() @ torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)[:, :rank]
     else:
-        exact = wide_one.double()
+        exact = flat.double()
         squares, vectors = torch.linalg.eigh(exact @ exact.T)
-        needed = (
-            rank
-            if max_error is None
-            else min(rank, least_rank(squares.flip(0).clamp(min=0).sqrt(), max_error))
-        )
+        needed = rank
+        if max_error is not None:
+            needed = min(rank, least_rank(squares.flip(0).clamp(min=0).sqrt(), max_error))
         U = vectors.flip(1)[:, :needed]
-    inside = wide_one.double().T @ U  # (longer side, rank)
+    inside = flat.double().T @ U  # (longer side, rank)
     if turned:
         return inside.to(delta.dtype), U.T.to(delta.dtype)
     Q, R = torch.linalg.qr(inside)
@@ -283,53 +277,54 @@ def factorized(
 
 
 def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
-    """W + the combination of all W_i - W, in the dtype of the W_i. What a single adapter holds, at
-    weight 1, is its own to the bit."""
-    weights, held = recipe.weights, [chain.top.whole for chain in chains]
+    """W + the combination of all W_i - W, in the dtype of the W_i. A tensor that one adapter holds,
+    at weight 1, keeps its bits."""
     base, _ = plan_merge(chains[0].inner)
     combined = {}
-    for name in dict.fromkeys(name for one in held for name in one):
-        terms = [
-            (weight, chain, one[name])
-            for weight, chain, one in zip(weights, chains, held, strict=True)
-            if name in one and weight != 0
-        ]
+    for name in dict.fromkeys(name for chain in chains for name in chain.top.whole):
+        weighted = zip(recipe.weights, chains, strict=True)
+        terms = [(weight, chain.top) for weight, chain in weighted if name in chain.top.whole and weight != 0]
         if not terms:
             continue
-        adapted = [chain for chain in chains if name.removesuffix(".weight") in chain.top.updates]
-        if adapted and (recipe.density < 1 or (recipe.mode in ELECTING and len(chains) > 1)):
-            raise CheckpointError(
-                f"{adapted[0].top.file}: adapts {name}, which {terms[0][1].top.file} replaces whole; --mode {recipe.mode} cannot "
-                "combine the two, linear, cat and svd can"
-            )
+        _check_not_adapted(name, chains, terms[0][1], recipe)
         if len(terms) == 1 and terms[0][0] == 1 and recipe.density == 1:
-            combined[name] = terms[0][2]
+            combined[name] = terms[0][1].whole[name]
             continue
-        stored_as = EMBEDDING if name == HEAD and HEAD not in base else name
-        if stored_as not in base:
-            raise CheckpointError(f"{terms[0][1].top.file}: replaces {name}, which the base does not have")
-        weight = base[stored_as].tensor()
-        _check_shapes(
-            name,
-            [
-                (chains[0].inner.top.file, weight.shape),
-                *((chain.top.file, tensor.shape) for _, chain, tensor in terms),
-            ],
-        )
+        weight = _base_tensor(base, name, terms[0][1])
+        shapes = [(adapter.file, adapter.whole[name].shape) for _, adapter in terms]
+        _check_shapes(name, [(chains[0].inner.top.file, weight.shape), *shapes])
         exact = wide(weight.dtype)
-        deltas = [factor * (tensor.to(exact) - weight.to(exact)) for factor, _, tensor in terms]
-        dtype = terms[0][2].dtype
-        for _, _, tensor in terms:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        combined[name] = (weight.to(exact) + combine_dense(deltas, recipe, generator)).to(dtype)
+        before = weight.to(exact)
+        deltas = [factor * (adapter.whole[name].to(exact) - before) for factor, adapter in terms]
+        dtype = common_dtype(adapter.whole[name] for _, adapter in terms)
+        combined[name] = (before + combine_dense(deltas, recipe, generator)).to(dtype)
     return combined
 
 
-def _check_shapes(name: str, shapes: list[tuple[object, tuple[int, ...]]]) -> None:
-    (first, wanted), *others = shapes
+def _check_not_adapted(name: str, chains: list[Chain], holder: Adapter, recipe: Recipe) -> None:
+    """Raise CheckpointError if a mode would drop or elect entries of a tensor that one adapter
+    updates and another holds whole."""
+    adapted = [chain.top for chain in chains if name.removesuffix(".weight") in chain.top.updates]
+    if adapted and (recipe.density < 1 or (recipe.elects and len(chains) > 1)):
+        raise CheckpointError(
+            f"{adapted[0].file}: adapts {name}, which {holder.file} replaces whole; "
+            f"{setting('mode')} {recipe.mode} cannot combine the two, linear, cat and svd can"
+        )
+
+
+def _base_tensor(base: Plan, name: str, holder: Adapter) -> Tensor:
+    """The base's tensor of that name; for a tied output head, its embedding."""
+    stored_as = EMBEDDING if name == HEAD and HEAD not in base else name
+    if stored_as not in base:
+        raise CheckpointError(f"{holder.file}: replaces {name}, which the base does not have")
+    return base[stored_as].tensor()
+
+
+def _check_shapes(name: str, shapes: list[tuple[Path, tuple[int, ...]]]) -> None:
+    (first, expected), *others = shapes
     for file, shape in others:
-        if shape != wanted:
-            sizes = (" x ".join(map(str, size)) for size in (shape, wanted))
+        if shape != expected:
+            here, there = (" x ".join(map(str, size)) for size in (shape, expected))
             raise CheckpointError(
-                "{}: {} is {}, but {} in {}; they are not of one base".format(file, name, *sizes, first)
+                f"{file}: {name} is {here}, but {there} in {first}; the two are not for the same base"
             )

@@ -1,5 +1,5 @@
-"""Extraction: the low-rank updates, and the differences, that make one model of another, a tensor
-at a time."""
+"""Extraction: the low-rank updates and the differences that turn one model into another, a tensor at
+a time."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, truncate_exact
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, setting
 from litlora.formats import peft
 from litlora.formats.lora_files import PEFT_PARTS, LoRAFile
 from litlora.formats.model_files import Pages
@@ -27,7 +27,7 @@ EMBEDDINGS = (
     "token_type_embeddings",
     "shared",
 )
-"""What embeddings are called whose weight, (tokens, width), looks like that of a linear layer."""
+"""Names of embeddings, whose weight, (tokens, width), looks like that of a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,13 @@ class Plan:
     """Decompose whole matrices instead of taking random samples of them."""
     seed: int = 0
     min_size: int = 0
-    """Weights of fewer numbers are kept as whole differences."""
+    """Weights of fewer values are kept as whole differences."""
     diff_only: bool = False
     """Keep every difference whole."""
     replace: bool = False
-    """Of a tensor that is not decomposed keep what it is in the target, not its difference."""
+    """For a tensor that is not decomposed, keep the target's tensor and not the difference."""
     dtype: torch.dtype = torch.bfloat16
-    """That in which the result will be stored: the errors that are told are those of what is
-    stored."""
+    """In which the result will be stored; reported errors include its rounding."""
     device: torch.device = torch.device("cpu")
 
 
@@ -61,10 +60,10 @@ class Extracted:
     norm: float
     """The Frobenius norm of the difference."""
     error: float
-    """That of what is lost once the result is stored."""
+    """The Frobenius norm of what the stored result lacks."""
     excess: float
-    """Proved: before it is stored, the update's error is at most this share above the least
-    possible at its rank; inf if not proved."""
+    """Proved: before rounding, the update's error is at most this share above the least possible at
+    its rank; inf if not proved."""
 
     @property
     def rank(self) -> int | None:
@@ -73,8 +72,8 @@ class Extracted:
 
 
 def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
-    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ,
-    they are other numbers than real."""
+    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ, or
+    their values are not real numbers."""
     found = {name: "only in the source" for name in source if name not in target}
     found |= {name: "only in the target" for name in target if name not in source}
     for name, before in source.items():
@@ -85,9 +84,8 @@ def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
             found[name] = f"{tuple(before.shape)} in the source, {tuple(after.shape)} in the target"
         elif not (before.is_floating_point() and after.is_floating_point()):
             if before.dtype != after.dtype or not torch.equal(before, after):
-                found[name] = (
-                    f"{_kind(before)} in the source, {_kind(after)} in the target: not real numbers, and different"
-                )
+                kinds = f"{_kind(before)} in the source, {_kind(after)} in the target"
+                found[name] = f"{kinds}: not real numbers, and different"
     return dict(sorted(found.items()))
 
 
@@ -98,11 +96,11 @@ def _kind(tensor: Tensor) -> str:
 def extract(
     source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan, left_out: Collection[str] = ()
 ) -> Iterator[Extracted]:
-    """What became of every tensor that differs, in the order of their names; a tensor of each model
+    """What became of every tensor that differs, in the order of their names; one tensor of each model
     is in memory at a time.
 
-    `left_out`: those of `mismatches`. Raises CheckpointError for numbers that are not finite, but
-    in tensors that are equal.
+    `left_out`: those of `mismatches`. Raises CheckpointError for values that are not finite, unless
+    the tensors are equal.
     """
     pages, memory = Pages(), Memory(1)
     for name in sorted(source.keys() & target.keys() - set(left_out)):
@@ -116,8 +114,8 @@ def extract(
 
 
 def _difference(before: Tensor, after: Tensor, memory: Memory) -> Tensor:
-    """after - before in fp32 or better, some rows at a time: several times as fast as whole
-    tensors, which leave the caches twice."""
+    """after - before in fp32 or better, some rows at a time: several times as fast as whole tensors,
+    which leave the caches twice."""
     exact = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     D = memory.empty(after.shape, exact)
     step = rows_at_a_time(after.shape, exact.itemsize)
@@ -131,7 +129,8 @@ def _difference(before: Tensor, after: Tensor, memory: Memory) -> Tensor:
 def _extract(name: str, D: Tensor, norm: float, after: Tensor, plan: Plan) -> Extracted:
     if not math.isfinite(norm):
         raise CheckpointError(
-            f"{name}: holds numbers that are not finite (NaN or infinity) in one of the two models; make it again"
+            f"{name}: holds values that are not finite (NaN or infinity) in one of the two models; "
+            "make that one again"
         )
     if D.ndim < 2 or D.numel() < plan.min_size or plan.diff_only:
         if plan.replace:
@@ -176,11 +175,11 @@ def as_adapter(found: Iterable[Extracted]) -> Adapter:
 
 
 def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name: str) -> LoRAFile:
-    """The same between two models under whatever names, as a PEFT folder for the module that has
+    """The same between two models with names of any kind, as a PEFT folder for the module that has
     these names.
 
-    Whether a weight is an embedding's only its name tells: see EMBEDDINGS. Of a module that is
-    saved, PEFT wants every tensor.
+    Only its name tells that a weight is an embedding's: see EMBEDDINGS. PEFT expects every tensor of
+    a module that is saved.
     """
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
@@ -190,7 +189,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
             whole[peft.PREFIX + one.name] = one.result
         elif not one.name.endswith(".weight"):
             raise CheckpointError(
-                f"{one.name}: PEFT adapts the weights of modules only, and this is none; choose another --format"
+                f"{one.name}: PEFT adapts the weights of modules only; choose another {setting('format')}"
             )
         elif module.rpartition(".")[2] in EMBEDDINGS:
             updates[peft.PREFIX + module] = Update(one.result.B.T, one.result.A.T, kind="embedding")
@@ -214,6 +213,7 @@ def _stored(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     stored = tensor.to(plan.dtype)
     if not torch.isfinite(stored).all():
         raise CheckpointError(
-            f"{name}: the difference is beyond what {_kind(stored)} can hold; choose another --output-dtype"
+            f"{name}: the difference is beyond what {_kind(stored)} can hold; "
+            f"choose another {setting('output_dtype')}"
         )
     return stored

@@ -2,8 +2,8 @@
 exact or randomised.
 
 The randomised one (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) multiplies the matrix by a
-few dozen vectors, by turns from either side, instead of decomposing it. It goes on until it has
-proved that what it found is nearly the best.
+few dozen vectors, alternately from either side, instead of decomposing it. It stops when it has
+proved that its result is nearly the best.
 """
 
 import math
@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.01
-"""The randomised decomposition goes on until its error is proved to be at most this share above the
+"""The randomised decomposition stops when its error is proved to be at most this share above the
 least possible."""
 MAX_ROUNDS = 24
-"""Multiplications by the matrix after which it takes what it has, proved or not."""
+"""Multiplications by the matrix after which it returns its result, proved or not."""
 OVERSAMPLING = 32
-"""Vectors beyond the rank, at least; they cost little, and each round gains more."""
+"""Vectors beyond the rank, at least; they cost little, and each round gains more from them."""
 NOISE = 5e-7
 """A relative error of this size is fp32's own."""
 PYTHAGORAS = 1e-3
-"""From this share of ‖D‖² on, what is left of D is told well enough by what was found, to see that
-it is not near the least."""
+"""If more than this share of ‖D‖² is left, it is known well enough from the singular values found so
+far to see that the error is not yet near the least."""
 FAILURE = 1e-9
-"""How likely the random part of the proof may be wrong, for one matrix."""
-_BLOCK = 1 << 19
-"""Numbers computed at a time where a matrix of the whole size would be needed: about what the
-caches hold."""
+"""The probability that the random part of the proof is wrong, for one matrix."""
+BLOCK_SIZE = 1 << 19
+"""Values computed at a time where a matrix of the whole size would be needed: about what the caches
+hold."""
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """Which rank a matrix gets: `rank`, or else the smallest, at least 1, that meets every
-    criterion that is given."""
+    """Which rank a matrix gets: `rank`, or else the smallest, at least 1, that meets every given
+    criterion."""
 
     rank: int | None = None
     energy: float | None = None
@@ -84,8 +84,8 @@ class Truncated:
 
     @property
     def excess(self) -> float:
-        """The share by which the error is above the least possible, at most, but for the
-        arithmetic's own error."""
+        """An upper bound on the share by which the error is above the least possible, apart from the
+        rounding errors of the arithmetic."""
         if self.error <= self.optimum:
             return 0.0
         beyond = math.sqrt(max(self.error**2 - (NOISE * self.norm) ** 2, 0.0))
@@ -113,13 +113,12 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
     """The same for a fraction of the work, with an error that is proved to be within TOLERANCE of
     the least possible.
 
-    D is decomposed after all if a large part of its singular values is needed. After MAX_ROUNDS the
+    D is decomposed exactly if a large part of its singular values is needed. After MAX_ROUNDS the
     result may be unproved.
     """
     norm = frobenius(D)
-    if (
-        norm and not 1e-12 < norm < 1e12
-    ):  # whose fourth powers leave fp32's range: a power of two changes no digit
+    if norm and not 1e-12 < norm < 1e12:  # its fourth power leaves fp32's range
+        # A power of two changes no digit.
         unit = 2.0 ** round(math.log2(norm))
         found = truncate(D / unit, rule, seed)
         return replace(
@@ -139,21 +138,18 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
             rank = rule.choose(S.double().square(), total)
             if rank is None:
                 width *= 2
-                basis, S = (
-                    torch.linalg.qr(torch.cat([basis, _random(M, 1, width // 2, generator)], 1))[0],
-                    None,
-                )
+                more = torch.cat([basis, _random(M, 1, width // 2, generator)], 1)
+                basis, S = torch.linalg.qr(more)[0], None
                 continue
             U, V = (X, basis) if not turned else (basis, X)
             found = Truncated(U[:, :rank], S[:rank], V[:, :rank].T, math.sqrt(total), 0.0, 0.0)
             gain, least_kept = _gain(X, S, image, rank), S[-1].item() ** 2
             left = total - S[:rank].double().square().sum().item()
-            # μ is seldom much below the least of Θ.
+            # μ is rarely much smaller than the smallest value of Θ.
             if left < PYTHAGORAS * total or left - gain(least_kept) >= left / (1 + TOLERANCE) ** 2:
                 found = replace(found, error=distance(D, *found.factors))
-                found = replace(
-                    found, optimum=_least_error(M.T, X, found.error, gain, least_kept, 3 + turn, generator)
-                )
+                optimum = _least_error(M.T, X, found.error, gain, least_kept, 3 + turn, generator)
+                found = replace(found, optimum=optimum)
                 if found.is_proved:
                     return found
         Q, triangle = torch.linalg.qr(image)
@@ -164,13 +160,13 @@ def truncate(D: Tensor, rule: RankRule, seed: int) -> Truncated:
 
 
 def _gain(X: Tensor, S: Tensor, image: Tensor, rank: int) -> Callable[[float], float]:
-    """By how much more than X of that rank, with M X = U S and `image` = Mᵀ U, others may take away
-    from ‖M‖², at most.
+    """An upper bound on how much more of ‖M‖² another basis of that rank can explain than X, where
+    M X = U S and `image` = Mᵀ U.
 
     In the basis X and its complement, MᵀM = [[Θ, Rᵀ], [R, C]] with Θ = S². For every t > 0 that is
     at most the block diagonal matrix of Θ + RᵀR / t and C + t. So with C <= μ the r largest
-    eigenvalues, which are what an approximation of rank r can take away, add up to no more than
-    those of Θ + RᵀR / t, each put up to μ + t if it is smaller. It is a function of μ.
+    eigenvalues, whose sum is what an approximation of rank r can explain, add up to no more than
+    those of Θ + RᵀR / t, each raised to μ + t if it is smaller. The bound is a function of μ.
     """
     theta = S.double().square()
     residual = ((image - X * S) * S).double()
@@ -188,21 +184,21 @@ def _least_error(
     rounds: int,
     generator: torch.Generator,
 ) -> float:
-    """A lower bound on the error of any approximation of M of a rank, of which one has the given
+    """A lower bound on the error of every approximation of M of the rank at which X has the given
     error; see `_gain` and `_largest`."""
 
     def bound(mu: float) -> float:
         return math.sqrt(max(error**2 - gain(mu), 0.0))
 
-    proved = bound(error**2)  # C is what is left without X, no more than what is left without a part of X
-    wanted = error / (1 + TOLERANCE)
-    hopeless = bound(least_kept) < wanted
-    return proved if proved >= wanted or hopeless else bound(_largest(M, X, rounds, generator))
+    proved = bound(error**2)  # C is what X leaves, no more than what a part of X leaves
+    needed = error / (1 + TOLERANCE)
+    hopeless = bound(least_kept) < needed
+    return proved if proved >= needed or hopeless else bound(_largest(M, X, rounds, generator))
 
 
 def _largest(M: Tensor, X: Tensor, rounds: int, generator: torch.Generator) -> float:
-    """An upper bound on the largest eigenvalue μ of C = (1 - XXᵀ) MᵀM (1 - XXᵀ), which holds but
-    for a chance of FAILURE.
+    """An upper bound on the largest eigenvalue μ of C = (1 - XXᵀ) MᵀM (1 - XXᵀ), which fails with
+    probability FAILURE at most.
 
     Normal random vectors Y, s of them, have components along the eigenvector whose squares add up
     to less than c with a probability below (c/2)^(s/2) / Γ(s/2 + 1); and the norm of C^q Y is at
@@ -239,10 +235,9 @@ def frobenius(D: Tensor) -> float:
 
 def distance(D: Tensor, A: Tensor, B: Tensor) -> float:
     """The Frobenius norm of D - B A, some rows at a time."""
-    total, step = 0.0, max(1, _BLOCK // D.size(1))
-    room = D.new_empty(
-        min(step, D.size(0)), D.size(1)
-    )  # used again: fresh memory costs more than what is computed in it
+    total, step = 0.0, max(1, BLOCK_SIZE // D.size(1))
+    # One block of memory for all rows: fresh memory costs more than the arithmetic.
+    room = D.new_empty(min(step, D.size(0)), D.size(1))
     for rows, block in zip(D.split(step), B.split(step), strict=True):
         left = torch.addmm(rows, block.to(D.dtype), A.to(D.dtype), alpha=-1, out=room[: len(rows)])
         total += frobenius(left) ** 2

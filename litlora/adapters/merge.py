@@ -1,19 +1,18 @@
-"""Merging: the weights that an adapter, a chain of them or a weighted sum of several stands for, a
-block of rows at a time."""
+"""Merging: the weights that an adapter, a chain of adapters or a weighted sum of them stands for,
+computed a block of rows at a time."""
 
 import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from litlora.checkpoint import Chain, open_checkpoint, resolve
+from litlora.checkpoint import Chain
 from litlora.config import ModelConfig
-from litlora.errors import BaseMismatchError, CheckpointError, UserError
+from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.adapter import names_of
@@ -43,11 +42,11 @@ class Added:
 
 @dataclass(frozen=True)
 class MergedTensor(LazyTensor):
-    """One tensor of a merged model, computed while it is written: W, and what the links of a chain
-    add to it.
+    """One tensor of a merged model, computed while it is written: W plus the updates of a chain's
+    links.
 
-    A link's updates are added in fp32 and rounded once: to W's own dtype wherever another link
-    follows, as that one was trained on the rounded sum, and to `dtype` at the end.
+    A link's updates are added in fp32 and rounded once: to W's own dtype if another link follows, as
+    that one was trained on the rounded sum, and to `dtype` at the end.
     """
 
     name: str
@@ -60,8 +59,7 @@ class MergedTensor(LazyTensor):
     links: tuple[tuple[Added, ...], ...] = ()
     """The updates of each link of the chain, innermost first."""
     seed: int | None = None
-    """Round up or down at random, so that the mean is right (see `rounded`); None: to the
-    nearest."""
+    """Of random rounding, whose mean is the exact value (see `rounded`); None: to the nearest."""
 
     @property
     def shape(self) -> torch.Size:
@@ -69,7 +67,7 @@ class MergedTensor(LazyTensor):
 
     @property
     def is_stored(self) -> bool:
-        """Whether it is a tensor that lies in a file as it is."""
+        """Whether a file already holds this very tensor."""
         return not self.links and self.start.dtype == self.dtype and isinstance(self.start, Tensor)
 
     def blocks(self, memory: Memory | None = None) -> Iterator[Tensor]:
@@ -85,15 +83,15 @@ class MergedTensor(LazyTensor):
             block.copy_(sums if self.seed is None else rounding(sums))
             if not all(math.isfinite(bound.item()) for bound in block.aminmax()):
                 raise CheckpointError(
-                    f"{self.name}: merged, it holds numbers that are not finite in {_short(self.dtype)}"
+                    f"{self.name}: merged, it holds values that are not finite in {_short(self.dtype)}"
                 )
             yield block
 
     def rounding(self) -> Callable[[Tensor], Tensor]:
-        """What makes `dtype` of the exact rows, in the order of row_slices."""
+        """The function that rounds exact rows to `dtype`; call it in the order of row_slices."""
         if self.seed is None:
             return lambda exact: exact.to(self.dtype)
-        # A generator of its own, so that a tensor does not depend on what else there is.
+        # A generator of its own, so that a tensor does not depend on which others are merged.
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
         return lambda exact: rounded(exact, self.dtype, generator)
@@ -111,7 +109,7 @@ class MergedTensor(LazyTensor):
 
     def exact(self, rows: slice, into: Tensor | None = None) -> Tensor:
         """These rows before the last rounding, in fp32 or better; in the memory of `into`, an
-        earlier result, where they fit."""
+        earlier result, if they fit there."""
         before = self.before(rows)
         if into is not None and len(before) <= len(into):
             total = into[: len(before)].copy_(before)
@@ -140,9 +138,9 @@ Plan = dict[str, MergedTensor]
 def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """A tensor in another dtype, rounded to the nearest value, ties to even.
 
-    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, the nearer
-    the likelier, so that the mean is the exact value: updates smaller than the distance between two
-    such numbers survive in the mean of many weights.
+    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, more often to
+    the nearer one, so that the mean is the exact value: updates smaller than the distance between
+    two neighbours survive in the mean of many weights.
     """
     nearest = exact.to(dtype)
     if generator is None or dtype.itemsize != 2:
@@ -159,10 +157,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
 
 def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
     """The weights that a chain stands for: every adapter merged, one after the other, in the base's
-    dtype.
-
-    Tensors without an update are the base's own, still memory-mapped.
-    """
+    dtype. Tensors without an update are the base's own, still memory-mapped."""
     plan, config = plan_merge(chain)
     return {name: tensor.tensor() for name, tensor in plan.items()}, config
 
@@ -179,55 +174,12 @@ def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
     return plan, config
 
 
-def plan_sum(
-    paths: list[Path],
-    weights: list[float],
-    *,
-    base_dir: Path | None = None,
-    allow_base_mismatch: bool = False,
-) -> tuple[Plan, ModelConfig, list[Chain]]:
-    """(plan, config, chains) of base + Σ weight · update over adapters that share their base, which
-    may be a chain itself. Raises as `resolve_sharing` does.
-    """
-    chains = resolve_sharing(paths, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
+def plan_sum(chains: list[Chain], weights: list[float]) -> tuple[Plan, ModelConfig]:
+    """The same for base + Σ weight · update over the outermost adapters of chains that share their
+    base, which may be an adapter itself."""
     plan, config = plan_merge(chains[0].inner)
-    plan, config = add_adapters(
-        plan, config, [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)]
-    )
-    return plan, config, chains
-
-
-def resolve_sharing(
-    paths: list[Path], *, base_dir: Path | None = None, allow_base_mismatch: bool = False
-) -> list[Chain]:
-    """The chains of adapters that share their base, which may be a chain itself.
-
-    Raises CheckpointError for a path that is no adapter, BaseMismatchError for adapters of
-    different bases.
-    """
-    chains: list[Chain] = []
-    for path in paths:
-        if any(path.resolve() == chain.top.directory.resolve() for chain in chains):
-            raise UserError(f"--lora_path {path}: named twice; give it a weight instead")
-        below = chains[0].directories[:-1] if chains else []
-        if path.resolve() in (place.resolve() for place in below):
-            raise BaseMismatchError(
-                f"{path}: is what {paths[0]} was trained on; adapters that are added up must share their base"
-            )
-        # The first one's base is what the others must have been trained on.
-        wanted = below[-1] if base_dir is None and below else base_dir
-        if not isinstance(open_checkpoint(path, base_dir=wanted), Adapter):
-            raise CheckpointError(f"{path}: is a full model already; --lora_path needs an adapter")
-        chain = resolve(path, base_dir=wanted, allow_base_mismatch=allow_base_mismatch)
-        if below and [place.resolve() for place in chain.directories[:-1]] != [
-            place.resolve() for place in below
-        ]:
-            raise BaseMismatchError(
-                f"{path}: was trained on {chain.directories[-2]}, but {paths[0]} on {below[-1]}; adapters that are added up must "
-                "share their base"
-            )
-        chains.append(chain)
-    return chains
+    tops = [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)]
+    return add_adapters(plan, config, tops)
 
 
 def add_adapters(
@@ -238,9 +190,9 @@ def add_adapters(
 
     An adapter gives W' by an update, or as a tensor that it holds whole. An update of a tied output
     head, or of the embedding that it is tied to, unties them: the result has a head of its own, and
-    a config that says so. A whole embedding of more or fewer rows changes the vocabulary's size with
-    it. An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer that the
-    base lacks or whose shape differs.
+    its config says so. A whole embedding of more or fewer rows changes the size of the vocabulary.
+    An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer that the base
+    lacks or whose shape differs.
     """
     adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0]
     sole = len(adapters) == 1 and adapters[0][1] == 1
@@ -258,7 +210,7 @@ def add_adapters(
     if num_rows != config.vocab_size:
         if HEAD in merged and merged[HEAD].shape[0] != num_rows:
             raise CheckpointError(
-                f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head to go with it"
+                f"{adapters[0][0].file}: has an embedding of {num_rows} rows, but no output head of that size"
             )
         config = dataclasses.replace(config, vocab_size=num_rows)
     for adapter, weight in adapters:

@@ -1,10 +1,8 @@
-"""Resizing: another rank for an adapter's updates, exact where it can be and with the least
-possible error where it cannot.
+"""Resizing: another rank for an adapter's updates, exact where possible and with the least possible
+error elsewhere.
 
-The matrix ΔW = s · B A is never formed; it is (out, in), of a convolution (out, in · kernel). With
-B = Q_B R_B and A^T = Q_A R_A it is Q_B (s · R_B R_A^T) Q_A^T, so the singular value decomposition
-of the small matrix in the middle, rank x rank, is that of the whole. All of it is in float64, which
-costs milliseconds a layer; the factors are stored in fp32 at least.
+ΔW = s · B A is never formed (see `litlora.adapters.factored`); the factors are stored in fp32 at
+least.
 """
 
 import dataclasses
@@ -16,17 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from litlora.adapters.factored import NOISE, difference, least_rank, norm, svd, wide
 from litlora.errors import CheckpointError
+from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.lora import Adapter, Update
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.lora.variants import variant_named
 from litlora.settings import LoRAConfig
-
-ROUNDING = 1e-9
-"""A share of ΔW that factors in fp32 could not hold: what is smaller is no part of its rank."""
-NOISE = 1e-14
-"""A share of ‖B‖ ‖A‖ that float64 does not tell from zero: terms that cancel out leave as much of
-themselves."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +29,12 @@ class Change:
 
     layer: str
     before: int
-    """Rank: of several updates, the sum."""
+    """Its rank; for several updates, the sum of their ranks."""
     after: int
     norm: float
     """Frobenius norm of the ΔW that was to be stored."""
     error: float
-    """Frobenius norm of what the stored ΔW lacks of it."""
+    """Frobenius norm of what the stored ΔW lacks."""
 
 
 def plain_updates(adapter: Adapter) -> dict[str, Update]:
@@ -48,17 +42,55 @@ def plain_updates(adapter: Adapter) -> dict[str, Update]:
     updates are not s · B A."""
     if not variant_named(adapter.config.variant).is_plain:
         raise CheckpointError(
-            f"{adapter.file}: is of the variant {adapter.config.variant}, whose updates are not a product "
+            f"{adapter.file}: has the variant {adapter.config.variant}, whose updates are not a product "
             "of two factors; merge it with scripts/merge_lora.py instead"
         )
     return adapter.updates
 
 
 Form = Callable[[Update], Update]
-"""What an update is once it is stored."""
+"""Turns an update into what will be stored."""
 
 
-def resize_all(
+def resize_adapter(
+    adapter: Adapter, *, rank: int | None, max_error: float | None, generator: Generator
+) -> tuple[Adapter, list[Change]]:
+    """The adapter with every update resized, and what became of each layer. Tensors saved whole
+    stay. See `resize`."""
+    updates, changes = _resize_all(
+        plain_updates(adapter), rank=rank, max_error=max_error, generator=generator
+    )
+    return Adapter(settings_for(updates, adapter.config), updates, adapter.whole, adapter.base), changes
+
+
+def resize_file(
+    lora: LoRAFile,
+    dtype: torch.dtype,
+    *,
+    rank: int | None,
+    max_error: float | None,
+    generator: Generator,
+) -> tuple[LoRAFile, list[Change]]:
+    """The same for a LoRA file of another tool that will be stored in `dtype`; its names, its format
+    and its differences stay."""
+    updates, changes = _resize_all(
+        lora.updates,
+        rank=rank,
+        max_error=max_error,
+        generator=generator,
+        form=lambda update: as_stored(update, alpha=lora.alpha, dtype=dtype),
+    )
+    return dataclasses.replace(lora, updates=updates), changes
+
+
+def factors_of(lora: LoRAFile) -> dict[str, Tensor]:
+    """Every A and B of a LoRA file, by the name that an error gives it."""
+    return {
+        f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
+    }
+
+
+def _resize_all(
     updates: dict[str, Update],
     *,
     rank: int | None,
@@ -66,26 +98,21 @@ def resize_all(
     generator: Generator,
     form: Form = lambda update: update,
 ) -> tuple[dict[str, Update], list[Change]]:
-    """Every update resized, in the form in which it will be stored, and what became of it. See
-    `resize`."""
     resized, changes = {}, []
     for name, update in updates.items():
-        resized[name] = finite(
-            name, form(resize(update, rank=rank, max_error=max_error, generator=generator))
-        )
-        changes.append(
-            Change(name, update.rank, resized[name].rank, norm(update), difference(update, resized[name]))
-        )
+        small = form(resize(update, rank=rank, max_error=max_error, generator=generator))
+        resized[name] = finite(name, small)
+        changes.append(Change(name, update.rank, small.rank, norm(update), difference(update, small)))
     return resized, changes
 
 
 def finite(name: str, update: Update) -> Update:
-    """The update, if its dtype could hold all of its numbers. Raises CheckpointError if not."""
+    """The update itself. Raises CheckpointError if its dtype could not hold all of its values."""
     for factor in (update.A, update.B):
         if not torch.isfinite(factor).all():
             kind = str(factor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{name}: the result has numbers beyond what {kind} can hold, so nothing is written"
+                f"{name}: the result has values beyond what {kind} can hold, so nothing is written"
             )
     return update
 
@@ -95,8 +122,8 @@ def resize(update: Update, *, rank: int | None, max_error: float | None, generat
     (Frobenius); with both, at most `rank`. The scale stays; where the rank stays, so do the
     factors. No rank exceeds the layer's smaller side.
 
-    A higher rank adds zero columns to B, so ΔW stays as it is, and rows to A as a fresh adapter has
-    them (see LoRALinear), so that training can go on.
+    A higher rank adds zero columns to B, which leave ΔW unchanged, and rows to A that are drawn as
+    for a fresh adapter (see `Variant.start`), so that training can continue.
     """
     if max_error is not None:
         return shrink(update, rank=rank, max_error=max_error)
@@ -116,7 +143,7 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
     """The update at the least rank whose error is within `max_error`, a share of ‖ΔW‖, but at most
     `rank`.
 
-    With an error of 0: at the rank that ΔW has. Where nothing can go, the update itself.
+    With an error of 0: at the rank of ΔW. The update itself if nothing can be removed.
     """
     U, S, Vt = svd(update)
     B, A = update.matrices
@@ -125,69 +152,25 @@ def shrink(update: Update, *, rank: int | None = None, max_error: float = 0.0) -
     return update if needed >= update.rank else _truncate(update, needed, U, S, Vt)
 
 
-def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,) and Vt (k, in) of B A, without the scale, in float64; k is the smallest of
-    rank, out and in."""
-    B, A = update.matrices
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return Q_B @ U, S, Vt @ Q_A.T
-
-
-def least_rank(S: Tensor, max_error: float, noise: float = 0.0) -> int:
-    """How many of these singular values, largest first, keep the rest within `max_error` of the
-    whole, or within `noise`; at least 1."""
-    rest = S.square().flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: the norm of all from the k-th on
-    return max(1, int((rest > max(max(max_error, ROUNDING) * rest[0].item(), noise)).sum()))
-
-
 def _truncate(update: Update, rank: int, U: Tensor, S: Tensor, Vt: Tensor) -> Update:
-    # Rows of A of length 1 are of the size of a fresh adapter's; B, which starts at zero there,
+    # Rows of length 1 make A about as large as a fresh adapter's. B, which starts at zero in one,
     # takes the singular values.
     B, A = U[:, :rank] * S[:rank], Vt[:rank]
     return update.with_matrices(B.to(wide(update.B.dtype)), A.to(wide(update.A.dtype)))
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for a factor that was computed: the given one, but at least fp32, so that no error
-    is added."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def norm(update: Update) -> float:
-    """‖ΔW‖, Frobenius."""
-    B, A = update.matrices
-    return _norm(B.double() * update.scale, A.double())
-
-
-def difference(one: Update, other: Update) -> float:
-    """‖ΔW - ΔW'‖, Frobenius, of the factors as they are stored."""
-    if one is other:
-        return 0.0
-    (B, A), (other_B, other_A) = ([factor.double() for factor in update.matrices] for update in (one, other))
-    return _norm(torch.cat([B * one.scale, other_B * -other.scale], dim=1), torch.cat([A, other_A]))
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
-    found = torch.linalg.norm(R_B @ R_A.T).item()
-    return 0.0 if found <= NOISE * (R_B.norm() * R_A.norm()).item() else found
-
-
 def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
-    """Settings by which every update has its rank and its scale: `like` itself if it says so
-    already."""
+    """Settings that give every update its rank and its scale; `like` itself if it already does."""
 
-    def says(name: str, update: Update) -> bool:
+    def matches(name: str, update: Update) -> bool:
         return layer_rank(like, name) == update.rank and math.isclose(
             layer_scale(like, name), update.scale, rel_tol=1e-12
         )
 
-    if all(says(name, update) for name, update in updates.items()):
+    if all(matches(name, update) for name, update in updates.items()):
         return like
     ranks = {name: update.rank for name, update in updates.items()}
-    # 14 digits: 16.000000000000004 comes of dividing and multiplying, and 16 is meant
+    # 14 digits: dividing and multiplying makes 16.000000000000004 of 16
     alphas = {
         name: float(f"{u.scale * (math.sqrt(u.rank) if like.rslora else u.rank):.14g}")
         for name, u in updates.items()
@@ -203,22 +186,16 @@ def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
 
 
 def table(changes: list[Change]) -> list[str]:
-    """A line a layer, ranks and relative error, and the total of both."""
+    """A line for each layer with its ranks and its relative error, and one for all of them."""
     rows = [
         (change.layer, change.before, change.after, change.error / (change.norm or 1.0)) for change in changes
     ]
-    total_norm, total_error = (
-        math.hypot(*(getattr(change, part) for change in changes)) for part in ("norm", "error")
-    )
-    total = (
-        "all",
-        sum(change.before for change in changes),
-        sum(change.after for change in changes),
-        total_error / (total_norm or 1.0),
-    )
+    total_norm = math.hypot(*(change.norm for change in changes))
+    total_error = math.hypot(*(change.error for change in changes))
+    before, after = sum(change.before for change in changes), sum(change.after for change in changes)
     width = max((len(row[0]) for row in rows), default=0)
-    lines = [f"{'layer':{width}}  rank before  after  error"]
-    return lines + [
-        f"{name:{width}}  {before:11}  {after:5}  {error:.2e}"
-        for name, before, after, error in (*rows, total)
+    rows.append(("all", before, after, total_error / (total_norm or 1.0)))
+    return [
+        f"{'layer':{width}}  rank before  after  error",
+        *(f"{name:{width}}  {old:11}  {new:5}  {error:.2e}" for name, old, new, error in rows),
     ]

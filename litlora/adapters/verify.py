@@ -1,5 +1,5 @@
-"""Is a merged model the model that was tested? Its file beside the base with its adapters live, on
-real tokens and number by number."""
+"""Is a merged model the model that was tested? Compares its file with the base and its live
+adapters, on real tokens and value by value."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,19 +20,21 @@ from litlora.errors import CheckpointError
 from litlora.lora import LoRALinear, Update
 from litlora.lora.variants import variant_named
 from litlora.model import GPT
-from litlora.storage.torch_file import one_thread, row_blocks, rows_at_a_time
+from litlora.storage.torch_file import row_blocks, rows_at_a_time
 from litlora.tokenizer import Tokenizer
 
 PROBE = """\
-The merged model must be the model that was tested. Question: what is the capital of France, and how many people live there?
-Answer: Paris; about 2.1 million. 17 + 25 = 42. def add(a, b): return a + b. Der Fuchs springt über den Hund. ¿Qué hora es? 你好。
+The merged model must be the model that was tested. Question: what is the capital of France, \
+and how many people live there?
+Answer: Paris; about 2.1 million. 17 + 25 = 42. def add(a, b): return a + b. \
+Der Fuchs springt über den Hund. ¿Qué hora es? 你好。
 """
 PROBE_TOKENS = 96
 NOISE = 64
 """Live and merged logits may differ by this many roundings of their own size (root of the mean
 square; see `tolerance`)."""
 MUCH = 0.2
-"""From this share of an update on, losing it to rounding is worth a word."""
+"""A loss of this share of an update to rounding is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Report:
     """Of two logits."""
     rms_difference: float
     """Root of the mean square over the vocabulary, of the median position: a router that picks
-    another expert at a tie is no fault."""
+    another expert at a tie is not an error."""
     rms_logit: float
     """Of the live logits around their mean, a position at a time."""
     kl: float
@@ -57,17 +59,21 @@ class Report:
     worst: tuple[str, float] | None
     """The layer that lost the largest share, and the share; None if no layer was updated."""
 
+    @property
+    def loses_much(self) -> bool:
+        """Whether a finer dtype or another rounding is worth thinking of."""
+        return self.worst is not None and self.lost > MUCH
+
     def lines(self) -> list[str]:
+        """The comparison, and last what rounding took."""
         rounding = "no weight was updated"
         if self.worst is not None:
-            rounding = (
-                f"rounding took {self.lost:.2%} of the update; most in {self.worst[0]}: {self.worst[1]:.2%}"
-            )
-            if self.lost > MUCH:
-                rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"
+            layer, share = self.worst
+            rounding = f"rounding took {self.lost:.2%} of the update; most in {layer}: {share:.2%}"
         return [
-            f"verified on {self.tokens} tokens, merged beside live: largest difference of two logits {self.max_difference:.2g} "
-            f"(they spread by {self.rms_logit:.2g}), KL {self.kl:.1e} nats, same first choice {self.agreement:.1%}",
+            f"verified on {self.tokens} tokens, merged beside live: largest difference of two logits "
+            f"{self.max_difference:.2g} (they spread by {self.rms_logit:.2g}), KL {self.kl:.1e} nats, "
+            f"same first choice {self.agreement:.1%}",
             rounding,
         ]
 
@@ -85,8 +91,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def bytes_needed(plan: Plan) -> int:
-    """Memory for the base and the merged model side by side, both mapped, with the largest layer in
-    fp32 to spare."""
+    """Memory for the base and the merged model side by side, both mapped, and for the largest layer
+    in fp32."""
     largest = max(tensor.shape.numel() for tensor in plan.values()) * torch.float32.itemsize
     return largest + sum(
         tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values()
@@ -98,10 +104,8 @@ def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | N
     if there was no tokenizer."""
     limit = min(PROBE_TOKENS, config.max_position_embeddings)
     try:
-        ids, why = (
-            [i for i in Tokenizer(sources).encode(PROBE) if i < config.vocab_size][:limit],
-            "its ids have no row in the embedding",
-        )
+        ids = [i for i in Tokenizer(sources).encode(PROBE) if i < config.vocab_size][:limit]
+        why = "its ids have no row in the embedding"
     except CheckpointError as error:
         ids, why = [], str(error)
     if ids:
@@ -112,87 +116,103 @@ def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | N
 
 @torch.inference_mode()
 def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Report:
-    """Compare the checkpoint in `directory` with what the plan says that it is.
+    """Compare the checkpoint in `directory` with the plan that it was written from.
 
-    Every number of it must be the exact sum rounded once, and its logits those of the base with
-    live adapters, up to `tolerance`. Raises CheckpointError where they are not.
+    Every value must be the exact sum rounded once, and the logits those of the base with live
+    adapters, up to `tolerance`. Raises CheckpointError where they are not.
     """
     written = open_checkpoint(directory)
-    lost, worst = _check_weights(plan, written.tensors)
-    threads = torch.get_num_threads()
+    lost, worst = _rounding_losses(plan, written.tensors)
     models = live_model(plan, config), (GPT.from_tensors(written.config, written.tensors), {})
-    # Side by side: threads that share one small product wait for each other, and for long where
-    # others use the processor.
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, threads // 2),)) as pool:
+    # Side by side: threads that share one small product wait for each other, and for a long time
+    # where other programs use the processor.
+    with _workers(2, threads=max(1, torch.get_num_threads() // 2)) as pool:
         live, merged = pool.map(lambda model: logits(*model, ids), models)
-    torch.set_num_threads(threads)
-    columns = zip(
-        *map(_compared, live, merged), strict=True
-    )  # a position at a time: logits of a large vocabulary are large in float64
+    # A position at a time: the logits of a large vocabulary are large in float64.
+    columns = zip(*map(_compared, live, merged), strict=True)
     squared_spread, squared_difference, largest, kl, agreement = (
         torch.tensor(column, dtype=torch.float64) for column in columns
     )
-    spread = squared_spread.mean().sqrt().item()
     report = Report(
         tokens=ids.numel(),
         max_difference=largest.max().item(),
         rms_difference=squared_difference.median().sqrt().item(),
-        rms_logit=spread,
+        rms_logit=squared_spread.mean().sqrt().item(),
         kl=max(0.0, kl.mean().item()),
         agreement=agreement.mean().item(),
         lost=lost,
         worst=worst,
     )
-    limit = max(tolerance(tensor.dtype) for tensor in plan.values()) * spread
-    if not report.rms_difference <= limit:  # a NaN is no agreement
+    limit = max(tolerance(tensor.dtype) for tensor in plan.values()) * report.rms_logit
+    if not report.rms_difference <= limit:  # NaN must fail too
         raise CheckpointError(
-            f"the merge is not kept: the merged model is not the live one: their logits differ by {report.rms_difference:.2g} in the "
-            f"root of the mean square, where rounding explains {limit:.2g} (KL {report.kl:.1e}, same first choice {report.agreement:.1%})"
+            "the merge is not kept: the merged model is not the live one: their logits differ by "
+            f"{report.rms_difference:.2g} in the root of the mean square, where rounding explains "
+            f"{limit:.2g} (KL {report.kl:.1e}, same first choice {report.agreement:.1%})"
         )
     return report
 
 
+@contextmanager
+def _workers(count: int, *, threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` workers, each of which computes with so many threads of torch's.
+
+    A worker that sets its number also sets that of threads which start later; it is restored on
+    every path.
+    """
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- the live model
+
+
 Computed = dict[nn.Parameter, Callable[[slice], Tensor]]
-"""Weights of which no more than some rows are in memory, when they are asked for."""
+"""Weights of which only some rows are in memory, when they are asked for."""
 
 
 def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
     """The model before its last merge, adapters live, all other weights as exact as they can be.
 
-    What is not mapped from a file (a weight below the last link of a chain, one that was put in
-    another's place, or one that is stored in a few bits) may be most of the model: those of linear
-    layers and embeddings have no memory of their own.
+    Weights that are not mapped from a file (below the last link of a chain, put in another's place,
+    or stored in a few bits) may be most of the model: those of linear layers and embeddings have no
+    memory of their own.
     """
-    tensors, updates, parts = {}, {}, {}
-    modules = dict(GPT.without_weights(config).named_modules())
+    tensors, links, parts = {}, {}, {}
+    layers = dict(GPT.without_weights(config).named_modules())
     for name, tensor in plan.items():
-        module = name.rpartition(".")[0]
-        kind = modules.get(module)
+        layer, _, leaf = name.rpartition(".")
+        kind = layers.get(layer)
         live = isinstance(kind, nn.Linear) and bool(tensor.links) and _can_be_live(tensor.links[-1])
         if live:
-            updates[module] = tensor.links[-1]
+            links[layer] = tensor.links[-1]
         part = tensor.before if live or not tensor.links else tensor.exact
-        # What a single link adds to is the base's own tensor, still memory-mapped.
-        if (
-            isinstance(tensor.start, Tensor)
-            and len(tensor.links) == live
-            and tensor.start.dtype == tensor.own
-        ):
+        if _is_mapped(tensor, live):
             tensors[name] = tensor.start
-        elif isinstance(kind, (nn.Linear, nn.Embedding)) and name.endswith(".weight"):
+        elif isinstance(kind, (nn.Linear, nn.Embedding)) and leaf == "weight":
             tensors[name], parts[name] = torch.empty(1, dtype=tensor.own).expand(tensor.shape), part
         else:
             tensors[name] = torch.cat([part(rows) for rows in tensor.row_slices()])
     model = GPT.from_tensors(config, tensors)
     computed = {model.get_parameter(name): part for name, part in parts.items()}
-    for module, added in updates.items():
-        model.set_submodule(module, _live_layer(model.get_submodule(module), added))
+    for layer, link in links.items():
+        model.set_submodule(layer, _live_layer(model.get_submodule(layer), link))
     return model, computed
 
 
+def _is_mapped(tensor: MergedTensor, live: bool) -> bool:
+    """Whether the live model's weight is W itself, the base's own tensor, still memory-mapped."""
+    only_live = len(tensor.links) == live
+    return isinstance(tensor.start, Tensor) and only_live and tensor.start.dtype == tensor.own
+
+
 def _can_be_live(link: tuple[Added, ...]) -> bool:
-    """Whether one LoRALinear computes what a link adds: plain updates, or a single one of another
-    variant, as it was trained."""
+    """Whether one LoRALinear can compute what a link adds: plain updates, or a single update of
+    another variant at factor 1."""
     if not all(isinstance(added.value, Update) for added in link):
         return False
     plain = all(variant_named(added.value.variant).is_plain for added in link)
@@ -200,7 +220,7 @@ def _can_be_live(link: tuple[Added, ...]) -> bool:
 
 
 def _live_layer(linear: nn.Linear, link: tuple[Added, ...]) -> LoRALinear:
-    """The layer with what a link adds to it, live."""
+    """The layer with a link's updates, live."""
     first = link[0].value
     if not variant_named(first.variant).is_plain:
         layer = LoRALinear(linear, first.rank, first.rank, variant=first.variant)
@@ -234,8 +254,8 @@ def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float,
 
 @contextmanager
 def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
-    """The model as it is stored, without the roundings of its activations: weights become fp32
-    while they are computed with."""
+    """Weights as they are stored, but no rounding of activations: a layer's weights become fp32 while
+    it computes."""
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
@@ -249,7 +269,7 @@ def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
 
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding):  # a few rows are looked up: those, not the table, become fp32
+        if isinstance(module, nn.Embedding):  # convert the few rows that are looked up, not the table
             handles.append(module.register_forward_hook(lambda module, ids, rows: rows.float()))
         elif not isinstance(module, nn.Linear):
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
@@ -262,8 +282,8 @@ def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
 
 
 class _RowsAtATime(TorchFunctionMode):
-    """F.linear with a weight that is not fp32 makes it so a block of rows at a time: an output head
-    may take gigabytes."""
+    """F.linear converts a weight that is not fp32 a block of rows at a time: an output head may take
+    gigabytes."""
 
     def __init__(self, computed: Computed) -> None:
         super().__init__()
@@ -274,17 +294,15 @@ class _RowsAtATime(TorchFunctionMode):
     ) -> Any:
         if func is F.embedding and args[1] in self._computed:
             part = self._computed[args[1]]
-            return torch.cat([part(slice(i, i + 1)) for i in args[0].flatten().tolist()]).view(
-                *args[0].shape, -1
-            )
+            rows = [part(slice(i, i + 1)) for i in args[0].flatten().tolist()]
+            return torch.cat(rows).view(*args[0].shape, -1)
         if func is not F.linear or (args[1].dtype == torch.float32 and args[1] not in self._computed):
             return func(*args, **(kwargs or {}))
         x, weight, bias = (*args, None)[:3]
         part = self._computed.get(weight, weight.__getitem__)
         step = rows_at_a_time(weight.shape, torch.float32.itemsize)
-        wide = torch.empty(
-            min(step, weight.size(0)), weight.size(1)
-        )  # used again: fresh memory costs more than the product
+        # One block of memory for all rows: fresh memory costs more than the product.
+        wide = torch.empty(min(step, weight.size(0)), weight.size(1))
         result = x.new_empty(*x.shape[:-1], weight.size(0))
         for first in range(0, weight.size(0), step):
             block = part(slice(first, first + step))
@@ -292,55 +310,58 @@ class _RowsAtATime(TorchFunctionMode):
         return result if bias is None else result.add_(bias)
 
 
-def _check_weights(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple[str, float] | None]:
-    """What rounding took of the updates, in all and of the layer that lost most; CheckpointError
-    for what rounding does not explain."""
+# ---- value by value
+
+
+def _rounding_losses(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tuple[str, float] | None]:
+    """The share that rounding took of all updates, and the layer that lost most with its own share.
+    Raises CheckpointError for what rounding does not explain."""
     if plan.keys() != written.keys():
         raise CheckpointError("the merge is not kept: the file holds other tensors than were merged")
     losses, updates, shares = 0.0, 0.0, {}
-    threads = torch.get_num_threads()
-    with (
-        one_thread(),
-        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):  # as the sums were made
+    for name, (lost, update) in _squares(plan, written).items():
+        if update:
+            shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
+            losses, updates = losses + lost, updates + update
+    share = (losses / updates) ** 0.5 if updates else 0.0
+    return share, max(shares.items(), key=lambda item: item[1], default=None)
+
+
+def _squares(plan: Plan, written: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Of every tensor the squares of what rounding took and of its updates. Raises CheckpointError
+    for one that is not the sum, rounded."""
+    squares = {}
+    with _workers(torch.get_num_threads(), threads=1) as pool:  # one thread, as the sums were made
         found = pool.map(_compare, plan.values(), [written[name] for name in plan])
         for name, (fits, lost, update) in zip(plan, found, strict=True):
             if not fits:
                 pool.shutdown(cancel_futures=True)
                 raise CheckpointError(
-                    f"the merge is not kept: {name} is not the sum that was to be written; try again, or check the disk"
+                    f"the merge is not kept: {name} is not the sum that was to be written; "
+                    "try again, or check the disk"
                 )
-            if update:
-                shares[name.removesuffix(".weight")] = (lost / update) ** 0.5
-                losses, updates = losses + lost, updates + update
-    return (losses / updates) ** 0.5 if updates else 0.0, max(
-        shares.items(), key=lambda item: item[1], default=None
-    )
+            squares[name] = lost, update
+    return squares
 
 
 @torch.inference_mode()
 def _compare(tensor: MergedTensor, found: Tensor) -> tuple[bool, float, float]:
-    """Whether what was found is the tensor, rounded; and the squares of what rounding took and of
-    the updates."""
+    """Whether `found` is the tensor, rounded; the squares of what rounding took and of its
+    updates."""
     if found.shape != tensor.shape or found.dtype != tensor.dtype:
         return False, 0.0, 0.0
     if tensor.is_stored:
-        same = (
-            a.view(torch.uint8).equal(b.view(torch.uint8))
-            for a, b in zip(row_blocks(tensor.start), row_blocks(found), strict=True)
-        )
-        return tensor.start.is_contiguous() and all(same) or torch.equal(tensor.start, found), 0.0, 0.0
+        pairs = zip(row_blocks(tensor.start), row_blocks(found), strict=True)
+        same = (a.view(torch.uint8).equal(b.view(torch.uint8)) for a, b in pairs)
+        return (tensor.start.is_contiguous() and all(same)) or torch.equal(tensor.start, found), 0.0, 0.0
     fits, lost, update = True, 0.0, 0.0
     exact, scratch, rounding = None, torch.empty(0), tensor.rounding()
     for rows in tensor.row_slices():
         exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
-        if (
-            exact.shape != scratch.shape
-        ):  # the first rows, and the last; fresh memory costs more than the sums
+        if exact.shape != scratch.shape:  # the first rows and the last: fresh memory costs more than the sums
             scratch = torch.empty_like(exact)
-        fits = fits and (
-            torch.equal(rounding(exact), found[rows]) or _is_rounded(found[rows], exact, before, tensor)
-        )
+        same = torch.equal(rounding(exact), found[rows])
+        fits = fits and (same or _is_rounded(found[rows], exact, before, tensor))
         lost += _square(scratch.copy_(found[rows]).sub_(exact))
         update += _square(scratch.copy_(before).sub_(exact)) if tensor.links else 0.0
     return fits, lost, update
@@ -352,16 +373,15 @@ def _square(block: Tensor) -> float:
 
 
 def _is_rounded(found: Tensor, exact: Tensor, before: Tensor, tensor: MergedTensor) -> bool:
-    """Whether these rows are what the exact ones round to, give or take that the fp32 sum itself
-    may come out a little differently, as how a product is added up depends on where its numbers lie
-    and how many threads share it.
+    """Whether these rows are what the exact ones round to.
+
+    The fp32 sum itself may differ a little: the order in which a product is added up depends on
+    where its values lie in memory and on how many threads share it.
     """
     slack = (exact.abs() + before.abs()).mul_(16 * torch.finfo(exact.dtype).eps)
-    if tensor.seed is None:  # rounding keeps the order of numbers
-        return bool(
-            ((exact - slack).to(found.dtype) <= found).all()
-            and (found <= (exact + slack).to(found.dtype)).all()
-        )
+    if tensor.seed is None:  # rounding keeps the order of values
+        lowest, highest = (exact - slack).to(found.dtype), (exact + slack).to(found.dtype)
+        return bool((lowest <= found).all() and (found <= highest).all())
     info = torch.finfo(tensor.dtype)
-    step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)  # at most the distance of two numbers
+    step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)  # at least the distance of neighbours
     return bool(((found.to(exact.dtype) - exact).abs() <= slack + step).all())

@@ -114,5 +114,5 @@ def test_the_rank_is_the_smallest_that_meets_the_criteria(rule, decompose):
 def test_distance_goes_in_blocks(monkeypatch):
     D, A, B = torch.randn(50, 40), torch.randn(3, 40), torch.randn(50, 3)
     whole = frobenius(D - B @ A)
-    monkeypatch.setattr("litlora.adapters.lowrank._BLOCK", 120)
+    monkeypatch.setattr("litlora.adapters.lowrank.BLOCK_SIZE", 120)
     assert math.isclose(distance(D, A, B), whole, rel_tol=1e-6)

@@ -174,7 +174,7 @@ def test_a_result_of_another_dtype_is_rounded_once(tmp_path, make_checkpoint):
 def test_numbers_beyond_fp16_are_refused_and_leave_nothing(tmp_path, make_checkpoint):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"), alpha=1e7)
     with pytest.raises(
-        CheckpointError, match="q_proj.weight: merged, it holds numbers that are not finite in float16"
+        CheckpointError, match="q_proj.weight: merged, it holds values that are not finite in float16"
     ):
         merge(tmp_path / "out", adapter, dtype="fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import command, fails, random_adapter, succeeds
 
+from litlora.adapters.factored import difference, least_rank, norm, svd
 from litlora.adapters.merge import merge_chain
-from litlora.adapters.resize import difference, least_rank, norm, resize, settings_for, shrink, svd
+from litlora.adapters.resize import resize, settings_for, shrink
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.lora import LoRAConfig
@@ -245,7 +246,7 @@ def test_a_file_of_another_tool_stays_what_it_is(alpha, dtype, tmp_path):
     before = read_lora(file)
     words = ["scripts/resize_lora.py", "--lora_path", file, "--rank", 4, "--out_dir"]
     said = succeeds(*words, tmp_path / "small").stdout
-    assert "note: lora_unet_a.diff_b: kept as they are" in said
+    assert "note: lora_unet_a.diff_b: kept unchanged" in said
     after = read_lora(tmp_path / "small/style.safetensors")
     assert (after.alpha, after.parts, after.updates.keys()) == (
         before.alpha,

@@ -1,6 +1,9 @@
 """A merge that is not what was tested is refused, whatever went wrong, and leaves nothing that
 looks finished."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_checkpoint import write_adapter
@@ -8,11 +11,10 @@ from test_merge import merge
 
 from litlora.adapters.merge import MergedTensor, converted, plan_merge, plan_sum
 from litlora.adapters.verify import bytes_needed, live_model, logits, tolerance, verify
-from litlora.checkpoint import open_checkpoint, resolve
+from litlora.checkpoint import open_checkpoint, resolve, write_full
 from litlora.errors import CheckpointError
 from litlora.load import load
 from litlora.model import GPT
-from litlora.storage.torch_file import TorchFile
 
 IDS = torch.arange(30).view(1, 30)
 
@@ -26,43 +28,69 @@ def remains(tmp_path):
     return sorted(path.name for path in tmp_path.iterdir())
 
 
+def merged_and_damaged(out, adapter, damage, *, verified=True):
+    """Write a merge, let `damage` change its tensors in the file, and verify it before it gets its
+    name."""
+    chain = resolve(adapter)
+    plan, config = plan_merge(chain)
+
+    def check(directory):
+        content = torch.load(directory / "lit_model.pth", weights_only=True)
+        damage(content["model"])
+        torch.save(content, directory / "lit_model.pth")
+        if verified:
+            verify(plan, config, directory, IDS)
+
+    write_full(out, plan, config, sidecars_from=chain.sources, check=check)
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_one_wrong_number_in_the_file_is_seen(tmp_path, adapter, name, monkeypatch):
+def test_one_wrong_value_in_the_file_is_seen(tmp_path, adapter, name):
     """An updated tensor and one that is only copied."""
-    wrong = list(open_checkpoint(tmp_path / "base").tensors).index(name)
-    add = TorchFile.add
 
-    def add_wrongly(self, tensor):
-        if self._count == wrong:
-            tensor = tensor.tensor().clone()
-            tensor.view(-1)[5] *= 1.02
-        return add(self, tensor)
+    def damage(tensors):
+        tensors[name].view(-1)[5] *= 1.02
 
-    monkeypatch.setattr(TorchFile, "add", add_wrongly)
     with pytest.raises(CheckpointError, match=rf"not kept: {name} is not the sum that was to be written"):
-        merge(tmp_path / "out", adapter)
+        merged_and_damaged(tmp_path / "out", adapter, damage)
     assert remains(tmp_path) == ["adapter", "base"]
-    merge(tmp_path / "out", adapter, verify=False)
+    merged_and_damaged(tmp_path / "out", adapter, damage, verified=False)
 
 
 @pytest.mark.parametrize("steps", [1, -1])
-def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps, monkeypatch):
-    """The last bit of one number: nearer than another number of its dtype, yet not what the sum
-    rounds to."""
-    blocks = MergedTensor.blocks
+def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps):
+    """The last bit of one value: nearer than another value of its dtype, yet not what the sum rounds
+    to."""
 
-    def other_neighbour(self, memory=None):
-        for block in blocks(self, memory):
-            if self.links and self.name.endswith("up_proj.weight"):
-                block = block.clone()
-                block.view(torch.int16 if block.itemsize == 2 else torch.int32).view(-1)[3] += steps * (
-                    1 if block.itemsize == 2 else 64
-                )
-            yield block
+    def damage(tensors):
+        for name in (name for name in tensors if name.endswith("up_proj.weight")):
+            is_short = tensors[name].itemsize == 2
+            bits = tensors[name].view(torch.int16 if is_short else torch.int32).view(-1)
+            bits[3] += steps * (1 if is_short else 64)
 
-    monkeypatch.setattr(MergedTensor, "blocks", other_neighbour)
     with pytest.raises(CheckpointError, match="up_proj.weight is not the sum that was to be written"):
-        merge(tmp_path / "out", adapter)
+        merged_and_damaged(tmp_path / "out", adapter, damage)
+
+
+@pytest.mark.parametrize("wrong", ["a value", "a token"])
+def test_a_failure_leaves_the_number_of_threads(tmp_path, adapter, wrong):
+    """Of this thread, and of those that start later."""
+    merge(tmp_path / "out", adapter)
+    plan, config = plan_merge(resolve(adapter))
+    ids = IDS
+    if wrong == "a value":
+        plan = {name: dataclasses.replace(tensor, links=()) for name, tensor in plan.items()}
+    else:
+        ids = torch.tensor([[config.vocab_size]])
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises((CheckpointError, IndexError)):
+            verify(plan, config, tmp_path / "out", ids)
+        with ThreadPoolExecutor(1) as later:
+            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
@@ -123,7 +151,7 @@ def test_of_a_chain_no_weight_below_the_last_link_is_held(tmp_path, make_checkpo
 def test_of_a_sum_of_whole_tensors_none_is_held(tmp_path, make_checkpoint):
     base = make_checkpoint("base", dtype=torch.bfloat16)
     adapters = [write_adapter(tmp_path / f"{seed}", base, seed=seed, **WHOLE) for seed in (1, 2)]
-    plan, config, _ = plan_sum(adapters, [0.5, 0.25])
+    plan, config = plan_sum([resolve(adapter) for adapter in adapters], [0.5, 0.25])
     model, computed = live_model(plan, config)
     assert {"model.embed_tokens.weight", "lm_head.weight"} == {
         name for name, p in model.named_parameters() if p in computed

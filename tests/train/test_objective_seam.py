@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from conftest import AfterStep, extra_sinks
 from torch import nn
 
-from litlora.checkpoint import adapter_meta, open_checkpoint
+from litlora.checkpoint import open_checkpoint
 from litlora.cli import parse
 from litlora.data.batches import collate
 from litlora.data.sources import read_dataset
 from litlora.errors import UserError
-from litlora.lora import LoRAConfig, add_lora, lora_tensors
+from litlora.lora import LoRAConfig, adapter_of, add_lora
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
 from litlora.train.objective import Objective
@@ -62,8 +62,7 @@ def tune(base, alpaca_file):
         method = Method(
             prepare=lambda model: add_lora(model, lora),
             trains_base=False,
-            tensors=lora_tensors,
-            meta=lambda base, directory: adapter_meta(lora, base, directory),
+            content=lambda model: adapter_of(model, lora),
             objective=objective,
             stores="the adapter only",
             resume="again {script} {config}",
@@ -74,7 +73,7 @@ def tune(base, alpaca_file):
         inputs += ["--data.val_fraction", 0.1, "--train.max_steps", 9, "--train.log_interval", 4, *words]
         settings = parse(FinetuneLoRA, [str(word) for word in inputs])
         kill = AfterStep(stop_after or 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        place = run_directory(settings, "out", inputs=[])
+        place = run_directory(settings.out_dir, "out", overwrite=False, resume=settings.resume, inputs=[])
         with extra_sinks(kill):
             finetune(settings, method, read_dataset(settings.data), place)
         return out
