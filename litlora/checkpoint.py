@@ -154,8 +154,8 @@ def resolve(
             )
         elif not allow_base_mismatch:
             _check_base(current, base)
-        if current.taught is not None:
-            notices += changed_text(current.taught, current.directory, base.directory)
+        if current.text_facts is not None:
+            notices += changed_text(current.text_facts, current.directory, base.directory)
         current = base
     if line := bitsandbytes.notice(current.directory, current.tensors):
         notices.append(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from litlora.errors import CheckpointError
-from litlora.storage.untrusted import read_yaml
+from litlora.storage.untrusted import read_yaml_mapping
 
 CONFIG_FILE = "model_config.yaml"
 LARGEST = 2**28
@@ -284,14 +284,7 @@ class ModelConfig(_Facts):
     def load(cls, path: Path) -> "ModelConfig":
         """Read a `model_config.yaml`. The message of a CheckpointError begins with the file's
         path."""
-        try:
-            values = read_yaml(path)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: no such file; a checkpoint directory needs its {CONFIG_FILE}"
-            ) from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: must hold a mapping of field names to values")
+        values = read_yaml_mapping(path, f"a checkpoint directory needs its {CONFIG_FILE}")
         try:
             return cls.from_dict(values)
         except CheckpointError as error:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from litlora.errors import CheckpointError, UserError
 from litlora.sentencepiece import read_sentencepiece
-from litlora.storage.untrusted import own_file, read_json
+from litlora.storage.untrusted import own_file, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -289,15 +289,7 @@ def _stop_ids(path: Path | None) -> list[int]:
 
 def read_settings(path: Path | None) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
-    if path is None:
-        return {}
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return value
+    return read_json_object(path) if path is not None and path.is_file() else {}
 
 
 def token_text(token: Any) -> str | None:

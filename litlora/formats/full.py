@@ -13,6 +13,7 @@ from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.model import GPT
+from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,7 +70,7 @@ class FullModel:
         """The same model. Raises CheckpointError if the weights do not fit the architecture: a
         merge or a conversion never builds the model, which would tell."""
         if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]:
-            dtype = str(self.tensors[odd[0]].dtype).removeprefix("torch.")
+            dtype = dtype_name(self.tensors[odd[0]].dtype)
             raise CheckpointError(
                 f"{self.file}: {odd[0]} is {dtype}; weights must be in float32, bfloat16, float16 or float64"
             )

@@ -24,6 +24,7 @@ from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
+from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors
 from litlora.storage.untrusted import own_file
 from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
@@ -100,16 +101,16 @@ def write_folder(
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
     template = load_template(files)
-    taught = load_style(directory, template.style if template is not None else None)
-    if taught is not None and template is None:
-        (directory / "chat_template.jinja").write_text(template_of(taught, tokenizer), encoding="utf-8")
+    style = load_style(directory, template.style if template is not None else None)
+    if style is not None and template is None:
+        (directory / "chat_template.jinja").write_text(template_of(style, tokenizer), encoding="utf-8")
     original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
     if values is None:
         values = {**write_config(config), "eos_token_id": tokenizer.eos_id}
     [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
-    values["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    values["dtype" if "dtype" in values else "torch_dtype"] = dtype_name(dtype)
     write_json(directory / HF_CONFIG_FILE, values)
     if "generation_config.json" not in files:
         write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
@@ -122,8 +123,8 @@ def write_folder(
         }
         write_json(directory / "tokenizer_config.json", settings)
     write_weights(directory, tensors, config, values["model_type"], max_shard_size)
-    differs = taught is not None and template is not None and taught.template is None
-    hint = f"; trained with the prompt style {taught.name}, but its chat template differs" if differs else ""
+    differs = style is not None and template is not None and style.template is None
+    hint = f"; trained with the prompt style {style.name}, but its chat template differs" if differs else ""
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 

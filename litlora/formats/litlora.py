@@ -21,6 +21,7 @@ from litlora.errors import CheckpointError, UserError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
 from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
+from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_torch
 
 FORMAT = 1
@@ -88,7 +89,7 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
     except _UNUSABLE as error:
         raise CheckpointError(f"{file}: its settings are not usable: {error}") from None
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
-        dtype = str(tensors[odd[0]].dtype).removeprefix("torch.")
+        dtype = dtype_name(tensors[odd[0]].dtype)
         raise CheckpointError(
             f"{file}: {odd[0]} is {dtype}; the tensors of an adapter must be in float32, bfloat16, "
             "float16 or float64"
@@ -112,13 +113,13 @@ def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
     return entry if merged is None else {**entry, "merged": merged}
 
 
-def adapter_entry(adapter: Adapter, taught: dict[str, str]) -> dict[str, Any]:
-    """The "litlora" entry of an adapter; `taught` are the `text_facts` of its directory."""
+def adapter_entry(adapter: Adapter, facts: dict[str, str]) -> dict[str, Any]:
+    """The "litlora" entry of an adapter; `facts` are the `text_facts` of its directory."""
     base = adapter.base
     return {
         "format": FORMAT,
         "kind": "adapter",
         "lora": adapter.settings,
         "base": dataclasses.asdict(base),
-        "taught": taught,
+        "taught": facts,
     }

@@ -27,7 +27,7 @@ from litlora.lora import Adapter, Update
 from litlora.lora.update import scale_of
 from litlora.settings import LEAST_ALPHA, LoRAConfig
 from litlora.storage.tensors import at_least_16_bits, open_tensors
-from litlora.storage.untrusted import check_pattern, read_json
+from litlora.storage.untrusted import check_pattern, read_json_object
 
 PREFIX = "base_model.model."
 
@@ -259,12 +259,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json, with PEFT's defaults for missing settings. Raises CheckpointError for a
     value that is not usable."""
     path = directory / CONFIG_FILE
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold an object")
+    values = read_json_object(path)
     config = _DEFAULTS | {
         name: value for name, value in values.items() if value is not None or name not in _DEFAULTS
     }

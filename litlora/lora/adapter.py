@@ -44,8 +44,8 @@ class Adapter:
     """Where it was read from: what an error about it names."""
     described: dict[str, Any] | None = None
     """Its settings to the letter of the file; None: those of `config`."""
-    taught: dict[str, str] | None = None
-    """What the text that it was trained on depends on: see `litlora.checkpoint`."""
+    text_facts: dict[str, str] | None = None
+    """What the text that it was trained on depends on: see `litlora.text_facts`."""
 
     order: tuple[str, ...] = ()
     """The names of its tensors in the order in which a file holds them; none: updates first."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litlora.storage.dtypes import dtype_name
+
 FAST = 1.2
 """bf16 counts as fast where its matrix product runs at this multiple of fp32's speed. Processors
 that have bf16 are above 1.8, those that emulate it below 0.6."""
@@ -93,4 +95,4 @@ def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
 
 def short(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> bf16."""
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    return dtype_name(dtype).replace("bfloat", "bf").replace("float", "fp")

@@ -20,7 +20,7 @@ from torch import Tensor
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
 from litlora.storage.tensors import open_torch
-from litlora.storage.untrusted import read_yaml
+from litlora.storage.untrusted import read_yaml_mapping
 from litlora.train.objective import Objective
 from litlora.train.parallel import Parallel
 
@@ -217,14 +217,7 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
 
 def stored_settings(directory: Path) -> dict[str, Any]:
     """The hyperparameters.yaml in a directory that a run wrote."""
-    file = directory / HYPERPARAMETERS_FILE
-    try:
-        stored = read_yaml(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; a run's directory needs it") from None
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{file}: holds no settings")
-    return stored
+    return read_yaml_mapping(directory / HYPERPARAMETERS_FILE, "a run's directory needs it")
 
 
 def changed_settings(settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families.hf_config import HFConfig, standard_settings
 from litlora.formats.families.table import FAMILIES, MISSING
-from litlora.storage.untrusted import read_json
+from litlora.storage.untrusted import read_json_object
 
 __all__ = ["FAMILIES", "HF_CONFIG_FILE", "adapt_config", "load_config", "read_config", "write_config"]
 
@@ -66,12 +66,7 @@ def load_config(directory: Path) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of the config.json in a directory. The message of a CheckpointError
     begins with the file's path."""
     path = directory / HF_CONFIG_FILE
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a Hugging Face folder needs it") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+    values = read_json_object(path, "a Hugging Face folder needs it")
     try:
         return read_config(values)
     except CheckpointError as error:
