@@ -1,8 +1,9 @@
 """Make one adapter out of several that were trained on the same base.
 
-    python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 --out_dir $dir
-    python scripts/combine_lora.py --lora_path style.safetensors other.safetensors --mode svd --rank 16 \
+    python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 \
         --out_dir $dir
+    python scripts/combine_lora.py --lora_path style.safetensors other.safetensors \
+        --mode svd --rank 16 --out_dir $dir
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
 """Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source,
 gives the target.
 
-    python scripts/lora_extractor.py --source-model base.safetensors --target-model tuned.safetensors \
-        --output lora.safetensors --rank 32
-    python scripts/lora_extractor.py --source-model checkpoints/$base --target-model checkpoints/$tuned \
-        --format litlora --output $dir
+    python scripts/lora_extractor.py --source-model base.safetensors \
+        --target-model tuned.safetensors --output lora.safetensors --rank 32
+    python scripts/lora_extractor.py --source-model checkpoints/$base \
+        --target-model checkpoints/$tuned --format litlora --output $dir
 """
 
 import math

@@ -3,7 +3,8 @@ checkpoint that can be trained further.
 
     python scripts/merge_lora.py --checkpoint_dir checkpoints/$repo_id \
         --lora_path $dir/final/lit_model.pth --out_dir $dir/final_merged
-    python scripts/merge_lora.py --lora_path $first/final $second/final --weights 0.7 0.3 --out_dir $dir/sum
+    python scripts/merge_lora.py --lora_path $first/final $second/final --weights 0.7 0.3 \
+        --out_dir $dir/sum
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Give an adapter another rank: exactly where possible, else with the least possible error, which is
-reported.
+"""Give an adapter another rank: exactly where possible, else with the least possible error, which
+is reported.
 
     python scripts/resize_lora.py --lora_path $dir/final/lit_model.pth --rank 4 --out_dir $dir/small
     python scripts/resize_lora.py --lora_path some_style.safetensors --energy 0.99 --out_dir small

@@ -83,16 +83,8 @@ def test_the_second_round(adapter, tmp_path):
     """Adapter -> second adapter on it -> chat -> merge -> full fine-tune of the merge -> chat."""
     _, first = adapter
     ask = ["--prompt", "What is the capital of Japan?", "--temperature", 0, "--max_new_tokens", 12]
-    succeeds(
-        "finetune/lora.py",
-        "--checkpoint_dir",
-        first / "final",
-        "--out_dir",
-        tmp_path / "second",
-        "--lora.targets",
-        "qv",
-        *SHORT,
-    )
+    second = ["--checkpoint_dir", first / "final", "--out_dir", tmp_path / "second"]
+    succeeds("finetune/lora.py", *second, "--lora.targets", "qv", *SHORT)
     chained = succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "second/final", *ask).stdout
     merge = [
         "--checkpoint_dir",
@@ -133,15 +125,8 @@ def test_the_second_round(adapter, tmp_path):
     assert all(not torch.equal(full.tensors[name], merged.tensors[name]) for name in merged.tensors)
     assert contents(tmp_path / "merged") == before, "training must not touch its base"
     succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "full/final", *ask)
-    succeeds(
-        "finetune/lora.py",
-        "--checkpoint_dir",
-        tmp_path / "full/final",
-        "--out_dir",
-        tmp_path / "third",
-        "--train.max_steps",
-        1,
-    )
+    third = ["--checkpoint_dir", tmp_path / "full/final", "--out_dir", tmp_path / "third"]
+    succeeds("finetune/lora.py", *third, "--train.max_steps", 1)
 
 
 def test_a_full_run_on_an_adapter_merges_it_first(adapter, tmp_path):
@@ -166,8 +151,9 @@ def test_ones_own_data_and_the_real_tokenizer(tmp_path):
         pytest.skip(f"{data} is not at hand")
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(r) for r in json.loads(data.read_text())[:60]))
     done = succeeds(
-        "finetune/lora.py", "--data", "JSON", "--data.path", tmp_path / "mine.jsonl", "--out_dir", tmp_path / "out",
-        "--train.max_seq_length", 200, "--train.max_steps", 2, "--checkpoint_dir", QUICKSTART,
+        "finetune/lora.py", "--data", "JSON", "--data.path", tmp_path / "mine.jsonl",
+        "--out_dir", tmp_path / "out", "--checkpoint_dir", QUICKSTART,
+        "--train.max_seq_length", 200, "--train.max_steps", 2,
     )  # fmt: skip
     assert re.search(
         r"data: \d+ examples are longer than 200 tokens: their answers were cut, each keeps its end-of-text",
@@ -229,8 +215,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
     endless = make_checkpoint("endless", max_position_embeddings=100_000)
     main, terminal = pty.openpty()
     chat = subprocess.Popen(
-        [sys.executable, str(REPO / "chat/base.py"), "--checkpoint_dir", str(endless), "--max_new_tokens", "90000",
-         "--temperature", "0.05", "--seed", "0"],
+        [sys.executable, str(REPO / "chat/base.py"), "--checkpoint_dir", str(endless),
+         "--max_new_tokens", "90000", "--temperature", "0.05", "--seed", "0"],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=REPO,
     )  # fmt: skip
     os.close(terminal)

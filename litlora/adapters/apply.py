@@ -1,5 +1,5 @@
-"""LoRA files added to a model of whatever architecture: which tensor each update means, and the sum,
-a tensor at a time."""
+"""LoRA files added to a model of whatever architecture: which tensor each update means, and the
+sum, a tensor at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -106,8 +106,8 @@ class _Names:
                         self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
 
     def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
-        """The tensor that a key means: the first end that gives one counts, and the exact name comes
-        before one with another prefix."""
+        """The tensor that a key means: the first end that gives one counts, and the exact name
+        comes before one with another prefix."""
         for end in ends:
             for exact in (key.removeprefix(COMFYUI) + end, key + end):
                 if exact in self._names:

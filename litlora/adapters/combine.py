@@ -4,7 +4,7 @@ terms B_i A_j that nobody trained.
 
     linear           Σ w_i ΔW_i, exact, stored at the rank of the sum
     cat              Σ w_i ΔW_i, exact, stored as the factors side by side, whose ranks add
-    svd              Σ w_i ΔW_i at a given rank or error, the nearest there is (Eckart and Young 1936)
+    svd              Σ w_i ΔW_i at a given rank or error, the nearest one (Eckart and Young 1936)
     magnitude_prune  Σ w_i ΔW_i, of each ΔW_i only the largest entries, a share `density` of them
     dare_linear      the same of random entries, divided by the density
                      (DARE, Yu et al. 2024, arXiv:2311.03099)
@@ -185,8 +185,8 @@ def combine_layer(
 
 
 def concatenate(terms: list[tuple[float, Update]]) -> Update:
-    """Σ w_i s_i B_i A_i, the factors side by side. The largest w_i s_i becomes the scale, and each B
-    is multiplied by its own share of it."""
+    """Σ w_i s_i B_i A_i, the factors side by side. The largest w_i s_i becomes the scale, and each
+    B is multiplied by its own share of it."""
     first = terms[0][1]
     scale = max((weight * update.scale for weight, update in terms), key=abs)
     columns = []

@@ -1,5 +1,5 @@
-"""Extraction: the low-rank updates and the differences that turn one model into another, a tensor at
-a time."""
+"""Extraction: the low-rank updates and the differences that turn one model into another, a tensor
+at a time."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -72,8 +72,8 @@ class Extracted:
 
 
 def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
-    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ, or
-    their values are not real numbers."""
+    """Why some tensors cannot be subtracted, by name: only one model has them, their shapes differ,
+    or their values are not real numbers."""
     found = {name: "only in the source" for name in source if name not in target}
     found |= {name: "only in the target" for name in target if name not in source}
     for name, before in source.items():
@@ -96,8 +96,8 @@ def _kind(tensor: Tensor) -> str:
 def extract(
     source: Mapping[str, Tensor], target: Mapping[str, Tensor], plan: Plan, left_out: Collection[str] = ()
 ) -> Iterator[Extracted]:
-    """What became of every tensor that differs, in the order of their names; one tensor of each model
-    is in memory at a time.
+    """What became of every tensor that differs, in the order of their names; one tensor of each
+    model is in memory at a time.
 
     `left_out`: those of `mismatches`. Raises CheckpointError for values that are not finite, unless
     the tensors are equal.
@@ -114,8 +114,8 @@ def extract(
 
 
 def _difference(before: Tensor, after: Tensor, memory: Memory) -> Tensor:
-    """after - before in fp32 or better, some rows at a time: several times as fast as whole tensors,
-    which leave the caches twice."""
+    """after - before in fp32 or better, some rows at a time: several times as fast as whole
+    tensors, which leave the caches twice."""
     exact = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     D = memory.empty(after.shape, exact)
     step = rows_at_a_time(after.shape, exact.itemsize)
@@ -178,8 +178,8 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
     """The same between two models with names of any kind, as a PEFT folder for the module that has
     these names.
 
-    Only its name tells that a weight is an embedding's: see EMBEDDINGS. PEFT expects every tensor of
-    a module that is saved.
+    Only its name tells that a weight is an embedding's: see EMBEDDINGS. PEFT expects every tensor
+    of a module that is saved.
     """
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}

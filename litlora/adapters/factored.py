@@ -1,8 +1,9 @@
 """Products of two factors, B A, that are never formed: singular values, norm, distance.
 
-ΔW = s · B A is (out, in), of a convolution (out, in · kernel). With B = Q_B R_B and A^T = Q_A R_A it
-is Q_B (s · R_B R_A^T) Q_A^T, so the singular value decomposition of the small matrix in the middle,
-rank x rank, is that of the whole. All of it is in float64, which costs milliseconds a layer.
+ΔW = s · B A is (out, in), of a convolution (out, in · kernel). With B = Q_B R_B and A^T = Q_A R_A
+it is Q_B (s · R_B R_A^T) Q_A^T, so the singular value decomposition of the small matrix in the
+middle, rank x rank, is that of the whole. All of it is in float64, which costs milliseconds a
+layer.
 """
 
 from collections.abc import Iterable

@@ -23,8 +23,8 @@ OVERSAMPLING = 32
 NOISE = 5e-7
 """A relative error of this size is fp32's own."""
 PYTHAGORAS = 1e-3
-"""If more than this share of ‖D‖² is left, it is known well enough from the singular values found so
-far to see that the error is not yet near the least."""
+"""If more than this share of ‖D‖² is left, it is known well enough from the singular values found
+so far to see that the error is not yet near the least."""
 FAILURE = 1e-9
 """The probability that the random part of the proof is wrong, for one matrix."""
 BLOCK_SIZE = 1 << 19
@@ -84,8 +84,8 @@ class Truncated:
 
     @property
     def excess(self) -> float:
-        """An upper bound on the share by which the error is above the least possible, apart from the
-        rounding errors of the arithmetic."""
+        """An upper bound on the share by which the error is above the least possible, apart from
+        the rounding errors of the arithmetic."""
         if self.error <= self.optimum:
             return 0.0
         beyond = math.sqrt(max(self.error**2 - (NOISE * self.norm) ** 2, 0.0))

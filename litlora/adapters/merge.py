@@ -26,8 +26,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Added:
-    """What one adapter adds to a tensor W: factor · (W' - W) of its update, or factor · (T - W) of a
-    tensor T that it holds in W's place."""
+    """What one adapter adds to a tensor W: factor · (W' - W) of its update, or factor · (T - W) of
+    a tensor T that it holds in W's place."""
 
     value: Update | Tensor
     factor: float
@@ -45,8 +45,8 @@ class MergedTensor(LazyTensor):
     """One tensor of a merged model, computed while it is written: W plus the updates of a chain's
     links.
 
-    A link's updates are added in fp32 and rounded once: to W's own dtype if another link follows, as
-    that one was trained on the rounded sum, and to `dtype` at the end.
+    A link's updates are added in fp32 and rounded once: to W's own dtype if another link follows,
+    as that one was trained on the rounded sum, and to `dtype` at the end.
     """
 
     name: str
@@ -138,9 +138,9 @@ Plan = dict[str, MergedTensor]
 def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
     """A tensor in another dtype, rounded to the nearest value, ties to even.
 
-    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, more often to
-    the nearer one, so that the mean is the exact value: updates smaller than the distance between
-    two neighbours survive in the mean of many weights.
+    With a generator, bf16 and fp16 are rounded to one of the two neighbours at random, more often
+    to the nearer one, so that the mean is the exact value: updates smaller than the distance
+    between two neighbours survive in the mean of many weights.
     """
     nearest = exact.to(dtype)
     if generator is None or dtype.itemsize != 2:
@@ -148,10 +148,10 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     # Neighbours in magnitude are neighbours as integers, subnormal numbers and zero included.
     error = exact.abs() - nearest.to(exact.dtype).abs()
     neighbour = (nearest.view(torch.int16) + error.sign().to(torch.int16)).view(dtype)
-    chance = error / (
-        neighbour.to(exact.dtype).abs() - nearest.to(exact.dtype).abs()
-    )  # beyond the largest number: 0
-    taken = torch.rand(exact.shape, generator=generator) < chance  # where the error is 0: 0 / 0, and so not
+    # Beyond the largest number the distance is infinite, and the chance 0.
+    chance = error / (neighbour.to(exact.dtype).abs() - nearest.to(exact.dtype).abs())
+    # Where the error is 0, the chance is 0 / 0 = NaN, and the comparison false.
+    taken = torch.rand(exact.shape, generator=generator) < chance
     return torch.where(taken, neighbour, nearest)
 
 

@@ -71,8 +71,8 @@ def resize_file(
     max_error: float | None,
     generator: Generator,
 ) -> tuple[LoRAFile, list[Change]]:
-    """The same for a LoRA file of another tool that will be stored in `dtype`; its names, its format
-    and its differences stay."""
+    """The same for a LoRA file of another tool that will be stored in `dtype`; its names, its
+    format and its differences stay."""
     updates, changes = _resize_all(
         lora.updates,
         rank=rank,

@@ -254,8 +254,8 @@ def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float,
 
 @contextmanager
 def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
-    """Weights as they are stored, but no rounding of activations: a layer's weights become fp32 while
-    it computes."""
+    """Keep the stored weights, but do not round activations: a layer's weights become fp32 while it
+    computes."""
     kept: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
@@ -269,7 +269,7 @@ def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
 
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding):  # convert the few rows that are looked up, not the table
+        if isinstance(module, nn.Embedding):  # convert the rows that are looked up, not the table
             handles.append(module.register_forward_hook(lambda module, ids, rows: rows.float()))
         elif not isinstance(module, nn.Linear):
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
@@ -282,8 +282,8 @@ def _computing_in_fp32(model: nn.Module, computed: Computed) -> Iterator[None]:
 
 
 class _RowsAtATime(TorchFunctionMode):
-    """F.linear converts a weight that is not fp32 a block of rows at a time: an output head may take
-    gigabytes."""
+    """F.linear converts a weight that is not fp32 a block of rows at a time: an output head may
+    take gigabytes."""
 
     def __init__(self, computed: Computed) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ def _compare(tensor: MergedTensor, found: Tensor) -> tuple[bool, float, float]:
     exact, scratch, rounding = None, torch.empty(0), tensor.rounding()
     for rows in tensor.row_slices():
         exact, before = tensor.exact(rows, into=exact), tensor.before(rows)
-        if exact.shape != scratch.shape:  # the first rows and the last: fresh memory costs more than the sums
+        if exact.shape != scratch.shape:  # only twice: fresh memory costs more than the sums
             scratch = torch.empty_like(exact)
         same = torch.equal(rounding(exact), found[rows])
         fits = fits and (same or _is_rounded(found[rows], exact, before, tensor))
@@ -383,5 +383,6 @@ def _is_rounded(found: Tensor, exact: Tensor, before: Tensor, tensor: MergedTens
         lowest, highest = (exact - slack).to(found.dtype), (exact + slack).to(found.dtype)
         return bool((lowest <= found).all() and (found <= highest).all())
     info = torch.finfo(tensor.dtype)
-    step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)  # at least the distance of neighbours
+    # At least the distance of two neighbours.
+    step = exact.abs().clamp_(min=info.smallest_normal).mul_(info.eps)
     return bool(((found.to(exact.dtype) - exact).abs() <= slack + step).all())

@@ -59,8 +59,8 @@ def test_one_wrong_value_in_the_file_is_seen(tmp_path, adapter, name):
 
 @pytest.mark.parametrize("steps", [1, -1])
 def test_the_wrong_one_of_two_neighbours_is_seen(tmp_path, adapter, steps):
-    """The last bit of one value: nearer than another value of its dtype, yet not what the sum rounds
-    to."""
+    """The last bit of one value: nearer than another value of its dtype, yet not what the sum
+    rounds to."""
 
     def damage(tensors):
         for name in (name for name in tensors if name.endswith("up_proj.weight")):
