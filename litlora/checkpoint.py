@@ -27,8 +27,9 @@ from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkp
 from litlora.prompts import STYLE_FILE, PromptStyle
 from litlora.storage import torch_file
 from litlora.storage.atomic import replacing_directory
+from litlora.storage.blocks import LazyTensor
 from litlora.storage.fingerprint import fingerprint
-from litlora.storage.torch_file import LazyTensor, TorchFile, Written
+from litlora.storage.torch_file import TorchFile, Written
 from litlora.storage.untrusted import own_file
 from litlora.text_facts import changed_text, text_facts
 from litlora.tokenizer import find_sidecars

@@ -95,6 +95,7 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     from litlora.adapters.factored import common_dtype
     from litlora.adapters.resize import factors_of
     from litlora.formats.lora_files import read_lora, write_lora
+    from litlora.storage.dtypes import dtype_name
     from litlora.storage.fingerprint import check_finite
 
     check(
@@ -110,7 +111,7 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     result = out_dir / files[0].name
     write_lora(result, combined, dtype)
     _say_how(settings, changes, files)
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     say(f"result: {result} ({result.stat().st_size:,} bytes, in {kind} as the files are)")
 
 

@@ -4,7 +4,6 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $di
 """
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora.cli import run
@@ -12,7 +11,8 @@ from litlora.console import say
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import PEFT_WEIGHTS_FILES
 from litlora.formats.families import FAMILIES
-from litlora.paths import PEFT_NAMES, checkpoint_dir, keep_inputs, output_dir
+from litlora.inputs import check_inputs
+from litlora.paths import PEFT_NAMES
 from litlora.settings import ExportPEFT
 
 if TYPE_CHECKING:
@@ -25,20 +25,22 @@ def main(settings: ExportPEFT) -> None:
         raise UserError(
             f"--model_type {settings.model_type}: no such family; there are {', '.join(FAMILIES)}"
         )
-    adapter_dir = checkpoint_dir(settings.lora_path)
-    base_dir = checkpoint_dir(settings.checkpoint_dir) if settings.checkpoint_dir else None
-    inputs = [adapter_dir, base_dir] if base_dir else [adapter_dir]
-    out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=PEFT_NAMES, inputs=inputs)
+    inputs = check_inputs(
+        [settings.lora_path],
+        settings.checkpoint_dir,
+        settings.out_dir,
+        overwrite=settings.overwrite,
+        names=PEFT_NAMES,
+    )
+    out_dir = inputs.out_dir
 
-    from litlora.checkpoint import resolve
     from litlora.formats.peft_export import to_peft, write_peft
     from litlora.storage.atomic import replacing_directory
     from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import find_sidecars
 
-    chain = resolve(adapter_dir, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    keep_inputs(out_dir, chain.directories)
-    _check_single(adapter_dir, chain)
+    (chain,) = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
+    _check_single(chain)
     check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:
         say(f"note: {notice}")
@@ -48,7 +50,7 @@ def main(settings: ExportPEFT) -> None:
     tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
     with replacing_directory(out_dir) as staging:
         write_peft(staging, tensors, config)
-        for file in find_sidecars([adapter_dir]):
+        for file in find_sidecars([chain.top.directory]):
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
     result = out_dir / PEFT_WEIGHTS_FILES[0]
@@ -64,15 +66,13 @@ def main(settings: ExportPEFT) -> None:
     say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
 
 
-def _check_single(adapter_dir: Path, chain: "Chain") -> None:
-    """Raise CheckpointError unless the chain is one adapter of a full model."""
-    if not chain.adapters:
-        raise CheckpointError(f"{adapter_dir}: is a full model; --lora_path needs an adapter")
+def _check_single(chain: "Chain") -> None:
+    """Raise CheckpointError unless the adapter's base is a full model."""
     if len(chain.adapters) > 1:
         inner = chain.adapters[-2].directory
         raise CheckpointError(
-            f"{adapter_dir}: its base {inner} is an adapter itself, and a PEFT folder names a full model; "
-            f"merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
+            f"{chain.top.directory}: its base {inner} is an adapter itself, and a PEFT folder names a "
+            f"full model; merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
         )
 
 

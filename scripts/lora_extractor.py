@@ -187,7 +187,7 @@ def _plan(settings: LoRAExtractor) -> "Plan":
 
     from litlora.adapters.extract import Plan
     from litlora.adapters.lowrank import RankRule
-    from litlora.formats.model_files import DTYPES
+    from litlora.storage.dtypes import DTYPES
 
     rank = None if settings.rank == "auto" else settings.rank
     return Plan(

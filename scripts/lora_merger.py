@@ -35,7 +35,9 @@ def main(settings: LoRAMerger) -> None:
 
     from litlora.adapters.apply import added, match
     from litlora.formats.lora_files import read_lora
-    from litlora.formats.model_files import DTYPES, Pages, open_model, write_model
+    from litlora.formats.model_files import open_model, write_model
+    from litlora.storage.dtypes import DTYPES
+    from litlora.storage.pages import Pages
 
     model, dtype = open_model(source, files), DTYPES[settings.output_dtype]
     weights = settings.weights or [1.0] * len(loras)
@@ -79,14 +81,14 @@ def _sum_up(
     written: list[Path],
 ) -> None:
     """Say what was added to what, and where the result is."""
-    from litlora.formats.model_files import DTYPES
     from litlora.lora import Update
+    from litlora.storage.dtypes import DTYPES, dtype_name
 
     updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
     others = sum(map(len, additions.values())) - updates
     before = {tensor.dtype for tensor in model.values() if tensor.is_floating_point()}
     if converted := before - {DTYPES[settings.output_dtype]}:
-        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in converted))
+        kinds = ", ".join(sorted(dtype_name(dtype) for dtype in converted))
         say(
             f"note: the model's {kinds} is written as {settings.output_dtype}; --output_dtype chooses another"
         )

@@ -33,6 +33,7 @@ from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.lora import Adapter, Update
+from litlora.storage.dtypes import dtype_name
 
 ELECTING = ("ties", "dare_ties")
 _OVERSAMPLE, _ITERATIONS = 16, 4
@@ -111,7 +112,7 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
     diffs = _combine_diffs(loras, recipe, generator)
     for key, diff in diffs.items():
         if not torch.isfinite(diff.to(dtype)).all():
-            kind = str(dtype).removeprefix("torch.")
+            kind = dtype_name(dtype)
             raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
     return dataclasses.replace(first, updates=updates, diffs=diffs), changes
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from litlora import formats
+from litlora.adapters.factored import norm
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan, add_adapters, plan_merge
-from litlora.adapters.resize import norm
 from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.formats import Outline
@@ -23,6 +23,7 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
 from litlora.paths import checkpoint_dir
 from litlora.prompts import STYLE_FILE
+from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import check_finite
 from litlora.storage.tensors import at_least_16_bits
 from litlora.tokenizer import find_sidecars
@@ -229,7 +230,7 @@ def _counts(tensors: Mapping[str, Tensor | Quantized]) -> Description:
     dtypes = Counter()
     for tensor in tensors.values():
         is_packed = isinstance(tensor, Quantized)
-        dtype = tensor.kind if is_packed else str(tensor.dtype).removeprefix("torch.")
+        dtype = tensor.kind if is_packed else dtype_name(tensor.dtype)
         dtypes[dtype] += tensor.shape.numel()
     return {"tensors": len(tensors), "numbers": sum(dtypes.values()), "dtypes": dict(dtypes)}
 

@@ -13,9 +13,10 @@ from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, tr
 from litlora.errors import CheckpointError, setting
 from litlora.formats import peft
 from litlora.formats.lora_files import PEFT_PARTS, LoRAFile
-from litlora.formats.model_files import Pages
 from litlora.lora import Adapter, LoRAConfig, Update
-from litlora.storage.torch_file import Memory, rows_at_a_time
+from litlora.storage.blocks import Memory, rows_at_a_time
+from litlora.storage.dtypes import dtype_name
+from litlora.storage.pages import Pages
 
 EMBEDDINGS = (
     "embed_tokens",
@@ -90,7 +91,7 @@ def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
 
 
 def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)
 
 
 def extract(

@@ -18,7 +18,8 @@ from litlora.lora import Adapter, Update
 from litlora.lora.adapter import names_of
 from litlora.lora.select import OUTPUT_HEAD
 from litlora.lora.update import fitting
-from litlora.storage.torch_file import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
+from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
+from litlora.storage.dtypes import dtype_name
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -83,7 +84,7 @@ class MergedTensor(LazyTensor):
             block.copy_(sums if self.seed is None else rounding(sums))
             if not all(math.isfinite(bound.item()) for bound in block.aminmax()):
                 raise CheckpointError(
-                    f"{self.name}: merged, it holds values that are not finite in {_short(self.dtype)}"
+                    f"{self.name}: merged, it holds values that are not finite in {dtype_name(self.dtype)}"
                 )
             yield block
 
@@ -285,7 +286,3 @@ def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None)
         )
         for name, tensor in plan.items()
     }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

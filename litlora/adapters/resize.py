@@ -21,6 +21,7 @@ from litlora.lora import Adapter, Update
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.lora.variants import variant_named
 from litlora.settings import LoRAConfig
+from litlora.storage.dtypes import dtype_name
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def finite(name: str, update: Update) -> Update:
     """The update itself. Raises CheckpointError if its dtype could not hold all of its values."""
     for factor in (update.A, update.B):
         if not torch.isfinite(factor).all():
-            kind = str(factor.dtype).removeprefix("torch.")
+            kind = dtype_name(factor.dtype)
             raise CheckpointError(
                 f"{name}: the result has values beyond what {kind} can hold, so nothing is written"
             )

@@ -20,7 +20,7 @@ from litlora.errors import CheckpointError
 from litlora.lora import LoRALinear, Update
 from litlora.lora.variants import variant_named
 from litlora.model import GPT
-from litlora.storage.torch_file import row_blocks, rows_at_a_time
+from litlora.storage.blocks import row_blocks, rows_at_a_time
 from litlora.tokenizer import Tokenizer
 
 PROBE = """\

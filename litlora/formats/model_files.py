@@ -13,9 +13,7 @@ from torch import Tensor
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.folder import INDEX_SUFFIX, indexed_shards
 from litlora.storage.atomic import replacing_file
-from litlora.storage.dtypes import DTYPES as DTYPES  # until its callers ask dtypes and pages for them
 from litlora.storage.dtypes import dtype_name
-from litlora.storage.pages import Pages as Pages
 from litlora.storage.tensors import SafetensorsWriter, named_tensors, open_safetensors, open_torch
 from litlora.storage.torch_file import TorchFile, Written
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks
-from litlora.storage.blocks import rows_at_a_time as rows_at_a_time  # until its callers ask blocks for it
 from litlora.storage.stream import WAITING, Background, OutputStream
 
 FOLDER = "archive"

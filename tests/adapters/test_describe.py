@@ -12,8 +12,8 @@ from test_checkpoint import write_adapter
 from test_merge import merge
 
 from litlora.adapters.describe import describe, table
+from litlora.adapters.factored import norm
 from litlora.adapters.merge import merge_chain
-from litlora.adapters.resize import norm
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import Update
