@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from litlora.console import one_line, say
 from litlora.errors import UserError
-from litlora.settings import Alpaca, DataSource, stored_values
+from litlora.settings import Alpaca, DataSource
 from litlora.storage.untrusted import read_yaml_mapping
 
 Settings = TypeVar("Settings")
@@ -76,21 +75,6 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
         raise
     except Exception as error:  # ArgumentError, and whatever else a strange --config file leads to
         raise UserError(_explain(error, types, config)) from error
-
-
-def dump(settings: Any) -> str:
-    """Settings as YAML that `--config` of the same command takes back."""
-    return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses to mappings; a data source also says which one it is."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    values = {name: _plain(entry) for name, entry in stored_values(value).items()}
-    if isinstance(value, DataSource):
-        return {"class_path": type(value).__name__, "init_args": values}
-    return values
 
 
 # ---- what a command can be told

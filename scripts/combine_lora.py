@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litlora import formats
-from litlora.cli import dump, run
+from litlora.cli import run
 from litlora.console import say
 from litlora.inputs import check_inputs
 from litlora.paths import WEIGHTS_FILE, output_dir
 from litlora.prompts import STYLE_FILE
-from litlora.settings import CombineLoRA, check
+from litlora.settings import CombineLoRA, check, dump
 
 if TYPE_CHECKING:
     from litlora.adapters.combine import Recipe

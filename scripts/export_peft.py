@@ -72,7 +72,8 @@ def _check_single(chain: "Chain") -> None:
         inner = chain.adapters[-2].directory
         raise CheckpointError(
             f"{chain.top.directory}: its base {inner} is an adapter itself, and a PEFT folder names a "
-            f"full model; merge {inner} with scripts/merge_lora.py, then name the result with --checkpoint_dir"
+            f"full model; merge {inner} with scripts/merge_lora.py, then name the result with "
+            "--checkpoint_dir"
         )
 
 

@@ -8,11 +8,11 @@ is reported.
 from pathlib import Path
 
 from litlora import formats
-from litlora.cli import dump, run
+from litlora.cli import run
 from litlora.console import say
 from litlora.inputs import check_inputs
 from litlora.paths import WEIGHTS_FILE, output_dir
-from litlora.settings import ResizeLoRA, check
+from litlora.settings import ResizeLoRA, check, dump
 
 
 def main(settings: ResizeLoRA) -> None:

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO, command, fails, succeeds
 
 from litlora import settings as all_settings
-from litlora.cli import dump, option_for, parse, setting_types
+from litlora.cli import option_for, parse, setting_types
 from litlora.errors import UserError
 from litlora.settings import (
     JSON,
@@ -23,6 +23,7 @@ from litlora.settings import (
     LoRAExtractor,
     MergeLoRA,
     TrainConfig,
+    dump,
 )
 
 COMMANDS = sorted(

@@ -30,7 +30,7 @@ from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, Finetune, FinetuneFull, FinetuneLoRA
 from litlora.settings.lora import PRESETS, LoRAConfig
-from litlora.settings.stored import stored_values
+from litlora.settings.stored import dump, stored_values
 from litlora.settings.train import TrainConfig
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "check_alpha",
     "check_seed",
     "check_size",
+    "dump",
     "num_bytes",
     "stored_values",
 ]

@@ -1,7 +1,11 @@
 """How files store settings."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
+
+import yaml
+
+from litlora.settings.data import DataSource
 
 
 def stored_values(settings: Any) -> dict[str, Any]:
@@ -12,3 +16,18 @@ def stored_values(settings: Any) -> dict[str, Any]:
         for field in fields(settings)
         if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != field.default
     }
+
+
+def dump(settings: Any) -> str:
+    """Settings as YAML that `--config` of the same command takes back."""
+    return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to mappings; a data source also says which one it is."""
+    if not is_dataclass(value):
+        return value
+    values = {name: _plain(entry) for name, entry in stored_values(value).items()}
+    if isinstance(value, DataSource):
+        return {"class_path": type(value).__name__, "init_args": values}
+    return values

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from litlora import console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
-from litlora.cli import dump
 from litlora.data.batches import padding_share
 from litlora.data.examples import split, tokenize
 from litlora.data.sources import Dataset
@@ -30,7 +29,7 @@ from litlora.report.console import Console, duration
 from litlora.report.events import Done
 from litlora.report.metrics import Metrics
 from litlora.report.sinks import Sinks
-from litlora.settings import Finetune, TrainConfig
+from litlora.settings import Finetune, TrainConfig, dump
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory

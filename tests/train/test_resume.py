@@ -190,8 +190,7 @@ def test_not_even_force_puts_weights_where_they_do_not_fit(run, tmp_path):
 
 
 def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
-    from litlora.cli import dump
-    from litlora.settings import JSON, Alpaca
+    from litlora.settings import JSON, Alpaca, dump
 
     known = {
         name
