@@ -48,7 +48,7 @@ def main() -> None:
         path
         for folder in folders
         for path in sorted((REPO / folder).glob("*.py"))
-        if "litlora.cli" in path.read_text()
+        if "import cli" in path.read_text() or "litlora.cli" in path.read_text()
     ]
     with tempfile.TemporaryDirectory() as scratch:
         out = f"--out_dir={scratch}/run"

@@ -30,7 +30,7 @@ COMMANDS = sorted(
     str(path.relative_to(REPO))
     for folder in ("finetune", "chat", "scripts")
     for path in (REPO / folder).glob("*.py")
-    if "litlora.cli" in path.read_text()
+    if "import cli" in path.read_text() or "litlora.cli" in path.read_text()
 )
 
 

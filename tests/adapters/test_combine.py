@@ -511,11 +511,11 @@ def test_shapes_and_kinds_that_do_not_go_together_are_refused(adapters, make_che
     [
         ({"weights": [1.0, 2.0]}, "2 for 1 adapter"),
         ({"weights": [0.0]}, "all are 0"),
-        ({"weights": [math.nan]}, "--weights nan: must be a finite number"),
-        ({"mode": "linear", "rank": 4}, "--mode linear is exact"),
-        ({"mode": "cat", "energy": 0.9}, "--mode cat is exact"),
-        ({"mode": "svd", "density": 0.5}, "--density 0.5: --mode svd drops nothing"),
-        ({"mode": "ties", "density": 0.0}, "--density 0.0: must be above 0"),
+        ({"weights": [math.nan]}, "weights nan: must be a finite number"),
+        ({"mode": "linear", "rank": 4}, "mode linear is exact"),
+        ({"mode": "cat", "energy": 0.9}, "mode cat is exact"),
+        ({"mode": "svd", "density": 0.5}, "density 0.5: mode svd drops nothing"),
+        ({"mode": "ties", "density": 0.0}, "density 0.0: must be above 0"),
         ({"lora_path": []}, "is empty"),
     ],
 )

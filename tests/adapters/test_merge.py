@@ -301,12 +301,12 @@ def test_the_command_takes_several_adapters_and_says_what_it_did(tmp_path, make_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strength": float("inf")}, "--strength inf: must be a finite number"),
-        ({"weights": [float("nan")]}, "--weights nan: must be a finite number"),
-        ({"lora_path": []}, "--lora_path is empty"),
-        ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"seed": 2**63}, "--seed 9223372036854775808: must be"),
-        ({"dtype": "fp32", "rounding": "stochastic"}, "--rounding stochastic: is for bf16 and fp16"),
+        ({"strength": float("inf")}, "strength inf: must be a finite number"),
+        ({"weights": [float("nan")]}, "weights nan: must be a finite number"),
+        ({"lora_path": []}, "lora_path is empty"),
+        ({"seed": -1}, "seed -1: must be at least 0"),
+        ({"seed": 2**63}, "seed 9223372036854775808: must be"),
+        ({"dtype": "fp32", "rounding": "stochastic"}, "rounding stochastic: is for bf16 and fp16"),
     ],
 )
 def test_settings_that_make_no_merge_are_refused(settings, message):

@@ -104,7 +104,7 @@ def test_a_foreign_objective_trains_and_resumes_to_the_bit(tune, tmp_path, capsy
     tune(out, "--resume", "auto")
     assert (out / "final/lit_model.pth").read_bytes() == (expected / "final/lit_model.pth").read_bytes()
     assert rows(out) == rows(expected)
-    assert open_checkpoint(out / "final").is_adapter
+    assert open_checkpoint(out / "final").kind == "adapter"
 
 
 def test_weights_are_named_by_the_model_whatever_the_objective(tune, tmp_path):

@@ -56,7 +56,7 @@ def test_a_run_stopped_again_and_again_is_the_run_that_was_not(run, tmp_path, ca
     for stop in (1, 6, 8, 17):
         run(method, out, *words, "--resume", "auto", stop_after=stop)
         assert step_directories(out)[-1].name == f"step-{stop:06}" and not (out / "final").exists()
-        assert open_checkpoint(step_directories(out)[-1]).kind == "adapter" == (method == "lora")
+        assert (open_checkpoint(step_directories(out)[-1]).kind == "adapter") == (method == "lora")
     run(method, out, *words, "--resume", "auto")
     assert same(out, expected)
     assert [int(row["step"]) for row in metrics(out) if row["loss"]] == [1, 5, 10, 15, 18]
