@@ -92,8 +92,9 @@ def generate(
     cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device)
     new_ids = torch.tensor([prompt_ids], device=weight.device)
     for _ in range(length - len(prompt_ids)):
-        single = new_ids.numel() == 1 and weight.device.type == "cpu"
-        with _one_dnn.off() if single else nullcontext():
+        is_single = new_ids.numel() == 1 and weight.device.type == "cpu"
+        computing = _one_dnn.off() if is_single else nullcontext()
+        with computing:
             hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head needs the last position only
             logits = model.logits(hidden)[0]
         if not torch.isfinite(logits).all():

@@ -124,6 +124,16 @@ def test_it_trains_in_the_real_loop(base, alpaca_file, tmp_path):
     assert all((gain != 1).any() for gain in gains)
 
 
+def test_it_resumes_to_the_bit(base, alpaca_file, tmp_path):
+    config = {"train": {"save_interval": 3}, "lora": LoRAConfig(rank=2, variant="gain")}
+    tune("lora", base, alpaca_file, tmp_path / "run", **config)
+    step = tmp_path / "run/step-000003"
+    tune("lora", base, alpaca_file, tmp_path / "resumed", resume=str(step), **config)
+    files = [tmp_path / name / "final/lit_model.pth" for name in ("run", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != (step / "lit_model.pth").read_bytes()
+
+
 def test_dropout_is_refused_by_name_unless_the_variant_applies_it():
     model = GPT(tiny_config())
     with pytest.raises(UserError, match=r"^dropout 0.5: variant gain does not apply dropout"):
