@@ -1,8 +1,11 @@
 """The GPT against `transformers`, its cache against itself, and loading without a copy."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REPO, tiny_config
 
 from litlora.errors import CheckpointError
 from litlora.kernels.buckets import bucketed
@@ -136,3 +139,23 @@ def test_sequences_added_to_fill_a_bucket_stay_within_the_context(length):
     got = model.model(padded, lengths=packed)
     assert got.shape == (1, sum(packed), 32)
     torch.testing.assert_close(got[:, :length], model.model(ids[:, :length]), atol=0.05, rtol=0.05)
+
+
+def test_the_first_rotary_tables_of_two_threads_are_right():
+    """In a process of its own: the first cosine that torch computes in a process is what matters."""
+    program = """
+import threading
+import torch
+from litlora.kernels.rotary import RotaryTable
+together, found, like = threading.Barrier(2), [None, None], torch.zeros(1)
+def compute(number):
+    table = RotaryTable(48, 10000.0, None, 1024)
+    together.wait()
+    found[number] = table.rows(0, 96, like)
+threads = [threading.Thread(target=compute, args=(number,)) for number in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+again = RotaryTable(48, 10000.0, None, 1024).rows(0, 96, like)
+assert all(torch.equal(a, b) for rows in found for a, b in zip(rows, again))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)

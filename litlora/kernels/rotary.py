@@ -2,6 +2,7 @@
 the context of training."""
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from litlora.kernels.attention import Pack
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines (T, R) of the current positions, for the R rotated dimensions of a head."""
+
+
+_computing = threading.Lock()
+"""Held while a table is computed. When two threads call torch's cosine on the CPU for the first
+time at once, one of them can get values that are off by 1e-4: about one verified merge in 60 was
+refused for that, on two cores with torch 2.13."""
 
 
 class RotaryTable:
@@ -59,7 +66,8 @@ class RotaryTable:
         rows = -(-length // 256) * 256  # some in advance: generation asks for one more at a time
         places = torch.arange(rows, dtype=torch.float32, device=device)
         angles = torch.outer(places, frequencies.to(device)).repeat(1, 2)
-        return angles.cos() * factor, angles.sin() * factor
+        with _computing:
+            return angles.cos() * factor, angles.sin() * factor
 
 
 def rotary_frequencies(
