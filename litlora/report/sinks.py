@@ -1,6 +1,7 @@
 """Sinks: what shows or stores the events of a run. A sink that fails does not stop the run."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TextIO
@@ -9,19 +10,20 @@ from litlora.console import say
 from litlora.report.events import Event
 
 
-class Sink:
+class Sink(ABC):
     """Shows or stores events; only the process of rank 0 has sinks."""
 
     fatal: tuple[type[Exception], ...] = ()
     """Errors of `handle` that end the run. Any other error is reported once, and the run goes
     on."""
 
+    @abstractmethod
     def handle(self, event: Event) -> None:
         """Take one event; what a sink does not know it ignores."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """The run has ended, also by an error."""
+        return  # most hold nothing that needs closing
 
 
 class Sinks(Sink):
