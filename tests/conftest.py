@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
-from litlora.lora import Adapter, adapter_of
-from litlora.lora.adapter import parse_tensors
-
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # tests run side by side: a thread each, or they wait for each other's
+# Tests run side by side: a thread each, or they wait for each other's. Before anything imports torch,
+# which reads it once.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -26,10 +22,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litlora import report
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import resolve
+from litlora.checkpoint import Beside, reference_to, resolve, write_adapter, write_full
 from litlora.cli import parse
 from litlora.config import ModelConfig
-from litlora.lora import LoRAConfig, add_lora
+from litlora.lora import Adapter, LoRAConfig, adapter_of, add_lora
+from litlora.lora.adapter import parse_tensors
 from litlora.model import GPT
 from litlora.prompts import STYLES
 from litlora.report.events import Event, Step

@@ -17,6 +17,8 @@ from litlora.load import load
 BEFORE = Path(__file__).parent / "written_before"
 IDS = torch.arange(20).view(1, 20) * 7 % 257
 FINGERPRINTS = json.loads((BEFORE / "fingerprints.json").read_text())
+# Each where its adapter finds its base: two directories up.
+PLACES = {"base": "base", "adapter": "run/adapter", "second": "run/run/second", "merged": "merged"}
 LINKS = {
     "base": ["base"],
     "adapter": ["base", "adapter"],
@@ -28,7 +30,7 @@ LINKS = {
 @pytest.mark.parametrize("name", LINKS)
 @pytest.mark.parametrize("live", [False, True])
 def test_a_checkpoint_gives_the_logits_that_it_gave(name, live):
-    loaded = load(BEFORE / name, live=live)
+    loaded = load(BEFORE / PLACES[name], live=live)
     with torch.no_grad():
         logits = loaded.model(IDS)[:, -2:]
     torch.testing.assert_close(logits, load_file(BEFORE / "logits.safetensors")[name], atol=1e-5, rtol=1e-5)
@@ -39,28 +41,27 @@ def test_a_checkpoint_gives_the_logits_that_it_gave(name, live):
 
 @pytest.mark.parametrize("name", LINKS)
 def test_a_checkpoint_keeps_its_fingerprint_and_has_no_problem(name):
-    assert open_checkpoint(BEFORE / name).fingerprint == FINGERPRINTS[name]
-    found = describe(BEFORE / name)
+    assert open_checkpoint(BEFORE / PLACES[name]).fingerprint == FINGERPRINTS[name]
+    found = describe(BEFORE / PLACES[name])
     assert found["problems"] == [] and found["fingerprint"] == FINGERPRINTS[name]
 
 
 def test_a_merged_model_answers_for_its_chain():
     assert open_checkpoint(BEFORE / "merged").answers_to(FINGERPRINTS["adapter"])
-    on_merged = resolve(BEFORE / "second", base_dir=BEFORE / "merged")
+    on_merged = resolve(BEFORE / PLACES["second"], base_dir=BEFORE / "merged")
     assert [place.name for place in on_merged.directories] == ["merged", "second"]
 
 
 def test_merging_again_gives_the_same_weights_and_training_goes_on_from_them(tmp_path):
-    for name in LINKS:
-        shutil.copytree(BEFORE / name, tmp_path / name)
-    merge = ["scripts/merge_lora.py", "--lora_path", "adapter", "--out_dir", "again"]
+    for place in PLACES.values():
+        shutil.copytree(BEFORE / place, tmp_path / place, dirs_exist_ok=True)
+    merge = ["scripts/merge_lora.py", "--lora_path", "run/adapter", "--out_dir", "again"]
     assert "verified" in succeeds(*merge, cwd=tmp_path).stdout
     assert open_checkpoint(tmp_path / "again").fingerprint == FINGERPRINTS["merged"]
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "a", "output": "b"}] * 8))
     data = ["--data", "JSON", "--data.path", "data.json", "--data.val_fraction", 0.25]
     words = ["--train.max_steps", 1, "--train.save_interval", 0, "--accelerator", "cpu"]
-    succeeds(
-        "finetune/lora.py", "--checkpoint_dir", "second", "--out_dir", "out", *data, *words, cwd=tmp_path
-    )
+    train = ["finetune/lora.py", "--checkpoint_dir", "run/run/second", "--out_dir", "out"]
+    succeeds(*train, *data, *words, cwd=tmp_path)
     links = [place.name for place in resolve(tmp_path / "out/final").directories]
     assert links == ["base", "adapter", "second", "final"]
