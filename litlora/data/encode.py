@@ -5,15 +5,14 @@ An answer is learned after the very token ids that chat asks with. So the prompt
 rendered and encoded as chat does it, and compared with the conversation encoded as one text.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from litlora.data.conversation import Conversation, Message
 from litlora.errors import DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
-from litlora.prompts.template import TEMPLATE_TEXT, user_message
+from litlora.prompts.template import TEMPLATE_TEXT, shows, user_message
 from litlora.tokenizer import Tokenizer
 
 LONG_RECORD = 10**6
@@ -87,8 +86,17 @@ class Encoder:
         system, turns = _turns(conversation)
         template = self._style.template
         if template is not None:
-            with _named(conversation):
+            size = sum(len(message.content) + len(message.input) for message in conversation.messages)
+            if size > TEMPLATE_TEXT:
+                raise DataError(
+                    f"{conversation.place}: has {size:,} characters, and a chat template may write "
+                    f"{TEMPLATE_TEXT:,}; split the record, or remove it"
+                )
+            try:
                 return _rendered(template, system, turns)
+            except UserError as error:
+                helps = _remedy(template, size, system, turns)
+                raise DataError(f"{conversation.place}: {error.args[0]}{helps}") from None
         if system is not None:
             raise DataError(
                 f"{conversation.place}: has a system message, for which the prompt style "
@@ -126,31 +134,29 @@ class Encoder:
 def _rendered(
     template: ChatTemplate, system: Message | None, turns: list[tuple[Message, Message]]
 ) -> list[tuple[str, str]]:
+    """Raises UserError, or CheckpointError, for what the template cannot show."""
     said = [] if system is None else [{"role": "system", "content": system.content}]
     exchanges = []
     for asked, answer in turns:
         said.append(user_message(asked.content, asked.input))
         said.append({"role": "assistant", "content": answer.content})
         exchanges.append(template.exchange(said))
+        if system is not None and not shows(exchanges[-1][0], system.content):
+            raise UserError(f"{template.path}: the chat template leaves out the system message")
     return exchanges
 
 
-@contextmanager
-def _named(conversation: Conversation) -> Iterator[None]:
-    """Name the record in what a chat template cannot render, and what helps."""
-    size = sum(len(message.content) + len(message.input) for message in conversation.messages)
-    if size > TEMPLATE_TEXT:
-        raise DataError(
-            f"{conversation.place}: has {size:,} characters, and a chat template may write "
-            f"{TEMPLATE_TEXT:,}; split the record, or remove it"
-        )
-    try:
-        yield
-    except UserError as error:
-        helps = f"; it has {size:,} characters: split it, or remove it" if size > LONG_RECORD else ""
-        if conversation.messages[0].role == "system" and not helps:
-            helps = f"; {setting('ignore')} '[system]' leaves the system message out"
-        raise DataError(f"{conversation.place}: {error.args[0]}{helps}") from None
+def _remedy(
+    template: ChatTemplate, size: int, system: Message | None, turns: list[tuple[Message, Message]]
+) -> str:
+    """What helps, as the end of a message."""
+    if size > LONG_RECORD:
+        return f"; it has {size:,} characters: split it, or remove it"
+    if system is not None:
+        with suppress(UserError):
+            _rendered(template, None, turns)
+            return f"; {setting('ignore')} '[system]' leaves out the system message"
+    return ""
 
 
 def _turns(conversation: Conversation) -> tuple[Message | None, list[tuple[Message, Message]]]:

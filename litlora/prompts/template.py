@@ -120,26 +120,21 @@ class ChatTemplate:
             whole = not shown or finished.endswith(shown + self.ending)
             finished = prompt + (output if shown else "") + self.ending
         else:
-            whole = "".join(output.split()) in "".join(finished[len(prompt) :].split())
+            whole = shows(finished[len(prompt) :], output)
         if not whole:
             raise UserError(
-                f"{self.path}: the chat template leaves out part of the answer {output.strip()[:40]!r}: "
-                "take out of the answers what it leaves out, such as a thought in <think>, "
+                f"{self.path}: the chat template leaves out the answer {output.strip()[:40]!r}, or part "
+                "of it: take out of the answers what it leaves out, such as a thought in <think>, "
                 f"or choose {setting('prompt_style')} alpaca"
             )
         return prompt, finished
 
     @cached_property
     def ending(self) -> str:
-        """What the template puts after an answer."""
+        """What the template puts after an answer; nothing, if it does not show answers."""
         probe = [user_message("?", ""), {"role": "assistant", "content": "ANSWER"}]
-        _, found, after = self.render(probe, add_generation_prompt=False).rpartition("ANSWER")
-        if not found:
-            raise CheckpointError(
-                f"{self.path}: the chat template leaves out every answer; "
-                f"choose {setting('prompt_style')} alpaca"
-            )
-        return after
+        _, shown, after = self.render(probe, add_generation_prompt=False).rpartition("ANSWER")
+        return after if shown else ""
 
 
 def _exchange(process: subprocess.Popen, values: dict[str, Any]) -> Any:
@@ -159,6 +154,11 @@ def _stop(process: subprocess.Popen) -> None:
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(BrokenPipeError):  # unsent input has no reader
             pipe.close()
+
+
+def shows(text: str, content: str) -> bool:
+    """Whether a rendered text has the content of a message, with whatever spaces and line ends."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:

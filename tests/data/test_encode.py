@@ -12,9 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litlora.data.alpaca import alpaca_conversations
 from litlora.data.conversation import Conversation, Message, Place
-from litlora.data.encode import Encoder
 from litlora.data.examples import tokenize
-from litlora.errors import CheckpointError, DataError
+from litlora.errors import DataError
 from litlora.load import load
 from litlora.prompts import STYLES, load_template
 from litlora.serve.conversation import ChatSession
@@ -274,33 +273,31 @@ def test_a_system_message_needs_a_style_that_has_one(name, tokenizer_dir):
         tokenize([TALK], Tokenizer(tokenizer_dir), STYLES[name], 500)
 
 
+THOUGHT = conversation(("dog", "<think>why</think>yes"), system="Be brief.")
 LEFT_OUT = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
 OPENS_A_THOUGHT = LEFT_OUT.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+DROPS_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
 NO_ANSWER = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')")
 
 
 @pytest.mark.parametrize(
     ("template", "talk", "says"),
     [
-        (LEFT_OUT, conversation(("dog", "<think>why</think>yes")), "leaves out part.* prompt_style alpaca"),
-        (OPENS_A_THOUGHT, conversation(("dog", "<think>why</think>e")), "leaves out part of .*in <think>"),
+        (LEFT_OUT, THOUGHT, "leaves out the answer '<think>.*such as a thought .* prompt_style alpaca$"),
+        (OPENS_A_THOUGHT, conversation(("dog", "<think>why</think>e")), "leaves out the answer.*in <think>"),
+        (NO_ANSWER, conversation(("dog", "yes")), "leaves out the answer 'yes'.* prompt_style alpaca"),
         (NO_SYSTEM, TALK, r"refuses the conversation: no system role; ignore '\[system\]' leaves"),
+        (DROPS_SYSTEM, TALK, r"leaves out the system message; ignore '\[system\]' leaves"),
         (CHATML, conversation(("dog", "y" * 10_000_001)), "has 10,000,004 characters.*split the record"),
         (CHATML.replace("m.content", "m.content * 9"), conversation(("dog", "y" * 2_000_000)), "split it"),
     ],
-    ids=["thought", "thought before", "system", "too long", "too long as written"],
+    ids=["thought", "its begin", "no answer", "no system", "drops system", "long", "long as written"],
 )
 def test_a_record_that_the_template_cannot_show_is_named_with_the_remedy(template, talk, says, place):
     tokenizer, style = place("byte-level", template)
     with pytest.raises(DataError, match=f"^x.json, record 0: .*{says}"):
         tokenize([talk], tokenizer, style, 500)
-
-
-def test_a_template_that_shows_no_answer_is_named_with_the_remedy(place):
-    tokenizer, style = place("byte-level", NO_ANSWER)
-    with pytest.raises(CheckpointError, match="leaves out every answer; choose prompt_style alpaca"):
-        Encoder(tokenizer, style)
 
 
 def test_the_end_of_a_short_answer_is_not_searched_for_in_the_mark(place):
