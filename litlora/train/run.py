@@ -158,16 +158,8 @@ class Run:
         made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
         self.data = Data(made.examples, made_val, settings.seed)
         self._say_data()
-        if made.num_cut:
-            self.say(
-                f"data: {made.num_cut:,} examples are longer than {limit:,} tokens: "
-                "their answers were cut, each keeps its end-of-text"
-            )
-        if made.num_left_out:
-            self.say(
-                f"data: {made.num_left_out:,} examples left out: "
-                f"their prompts alone fill {limit:,} tokens, or they are empty"
-            )
+        for notice in made.notices(limit):
+            self.say(f"data: {notice}")
 
     def fit_to_memory(self) -> None:
         """Settle what depends on the memory of this machine. With that, the settings are
