@@ -23,7 +23,6 @@ from tokenizers import Tokenizer  # noqa: E402
 from litlora.errors import CheckpointError  # noqa: E402
 from litlora.sentencepiece import read_sentencepiece  # noqa: E402
 
-
 SECONDS = 5
 
 
