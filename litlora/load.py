@@ -17,6 +17,7 @@ from litlora.lora import Adapter, attach_lora
 from litlora.lora.select import OUTPUT_HEAD
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.ram import is_lack_of_memory
 from litlora.storage.fingerprint import check_finite
 from litlora.tokenizer import Tokenizer, find_sidecars
 
@@ -109,6 +110,8 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
         for name in linears:
             model.get_submodule(name).load_update(adapter.updates[name])
     except (AttributeError, KeyError, RuntimeError, UserError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise CheckpointError(
             f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}"
         ) from None

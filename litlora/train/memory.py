@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.kernels.cross_entropy import chunk_rows
-from litlora.ram import field_of, free_ram
+from litlora.ram import field_of, free_ram, is_lack_of_memory
 from litlora.settings import TrainConfig
 from litlora.train.activations import storages
 from litlora.train.objective import Objective
@@ -197,14 +197,6 @@ class DryRun:
 
 
 # ---- when it runs out
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Whether an error of torch's, or of Python's, says that memory ran out."""
-    marks = ("DefaultCPUAllocator", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        mark in str(error) for mark in marks
-    )
 
 
 @contextmanager
