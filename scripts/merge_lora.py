@@ -33,9 +33,13 @@ def main(settings: MergeLoRA) -> None:
 
     from litlora.adapters.merge import converted, plan_merge, plan_sum
     from litlora.adapters.unmerged import Unmerged
-    from litlora.checkpoint import write_full
+    from litlora.checkpoint import Beside, write_full
+    from litlora.stop_tokens import stops_of
+    from litlora.storage.fingerprint import check_finite
 
     chains = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
+    for adapter in {link.file: link for chain in chains for link in chain.adapters}.values():
+        check_finite(adapter.tensors, adapter.file)
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(chains)]
     plan, config = plan_sum(chains, weights)
     tops = [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True) if weight != 0]
@@ -59,6 +63,7 @@ def main(settings: MergeLoRA) -> None:
         plan,
         config,
         sidecars_from=chains[0].sources,
+        beside=Beside(stops=tuple(stops_of(chains[0].sources))),
         merged_from=chains[0].top.fingerprint if as_trained else None,
         check=(lambda written: report.extend(_verified(plan, config, written, unmerged)))
         if settings.verify
