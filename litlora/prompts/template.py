@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.prompts.styles import TEMPLATE, PromptStyle
 from litlora.storage.untrusted import read_text
 from litlora.tokenizer import read_settings, token_text
@@ -41,7 +41,7 @@ class ChatTemplate:
     def style(self) -> PromptStyle:
         """The template as a prompt style: an instruction and its input are one user message."""
         return PromptStyle(
-            TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self
+            TEMPLATE, lambda instruction, input: self.render([user_message(instruction, input)]), self
         )
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
@@ -104,31 +104,37 @@ class ChatTemplate:
             _stop(self._process)
             self._process = None
 
-    def answer(self, instruction: str, input: str, output: str) -> str:
-        """What follows the prompt when the model answers `output`, including what the template puts
-        after it.
+    def exchange(self, messages: list[Message]) -> tuple[str, str]:
+        """The prompt that asks for the last message, which is the assistant's, and the text that
+        begins with this prompt and ends after the answer.
 
-        Raises CheckpointError if the rendered conversation does not contain the answer.
+        Raises UserError if the template does not show the whole answer.
         """
-        question = _user(instruction, input)
-        prompt = self.render([question])
-        finished = self.render(
-            [question, {"role": "assistant", "content": output}], add_generation_prompt=False
-        )
-        if finished.startswith(prompt):
-            return finished[len(prompt) :]
-        # Some templates begin the answer with a thought when they ask, and leave it out afterwards.
-        shown = output.strip()
-        if not shown:
-            return self.ending
-        if (start := finished.rfind(shown)) < 0:
-            raise CheckpointError(f"{self.path}: the chat template leaves out the answer {shown[:40]!r}")
-        return output + finished[start + len(shown) :]
+        output = messages[-1]["content"]
+        prompt = self.render(messages[:-1])
+        finished = self.render(messages, add_generation_prompt=False)
+        if not finished.startswith(prompt):
+            # Some templates begin the answer with a thought when they ask, and leave it out
+            # afterwards.
+            shown = output.strip()
+            whole = not shown or finished.endswith(shown + self.ending)
+            finished = prompt + (output if shown else "") + self.ending
+        else:
+            whole = shows(finished[len(prompt) :], output)
+        if not whole:
+            raise UserError(
+                f"{self.path}: the chat template leaves out the answer {output.strip()[:40]!r}, or part "
+                "of it: take out of the answers what it leaves out, such as a thought in <think>, "
+                f"or choose {setting('prompt_style')} alpaca"
+            )
+        return prompt, finished
 
     @cached_property
     def ending(self) -> str:
-        """What the template puts after an answer."""
-        return self.answer("?", "", "ANSWER").rpartition("ANSWER")[2]
+        """What the template puts after an answer; nothing, if it does not show answers."""
+        probe = [user_message("?", ""), {"role": "assistant", "content": "ANSWER"}]
+        _, shown, after = self.render(probe, add_generation_prompt=False).rpartition("ANSWER")
+        return after if shown else ""
 
 
 def _exchange(process: subprocess.Popen, values: dict[str, Any]) -> Any:
@@ -148,6 +154,11 @@ def _stop(process: subprocess.Popen) -> None:
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(BrokenPipeError):  # unsent input has no reader
             pipe.close()
+
+
+def shows(text: str, content: str) -> bool:
+    """Whether a rendered text has the content of a message, with whatever spaces and line ends."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
@@ -178,5 +189,6 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def _user(instruction: str, input: str) -> Message:
+def user_message(instruction: str, input: str) -> Message:
+    """An instruction and its input as one message."""
     return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
