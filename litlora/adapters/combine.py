@@ -20,6 +20,7 @@ multiplied into its scale.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch
 from torch import Generator, Tensor
 
 from litlora.adapters.factored import common_dtype, difference, least_rank, norm, wide
-from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge
+from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge, whole_of
 from litlora.adapters.resize import Change, Form, finite, plain_updates, settings_for, shrink
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
@@ -68,6 +69,8 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
     a layer whose shapes differ and for what a mode cannot combine.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
+    base, model = plan_merge(chains[0].inner)
+    chains = [_with_whole(chain, whole_of(chain.top, model)) for chain in chains]
     adapters = [chain.top for chain in chains]
     updates, changes = _combine_all(
         [adapter.file for adapter in adapters],
@@ -76,14 +79,23 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
         generator,
     )
     configs = [adapter.config for adapter in adapters]
+    whole = _combine_whole(base, chains, recipe, generator)
+    if model.tie_word_embeddings:
+        whole |= _other_ends(base, updates, whole)
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save)
+    ends = [name for name in (EMBEDDING, HEAD) if name in whole]
+    saved |= {
+        name.removesuffix(".weight"): None
+        for name in ends
+        if not any(f".{module}." in f".{name}" for module in saved)
+    }
     same = all(config.targets == configs[0].targets for config in configs)
     like = dataclasses.replace(
         configs[0],
         rslora=all(config.rslora for config in configs),
         targets=configs[0].targets if same else list(updates),
-        modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
+        modules_to_save=list(saved),
     )
-    whole = _combine_whole(chains, recipe, generator)
     return Adapter(settings_for(updates, like), updates, whole, adapters[0].base), changes
 
 
@@ -277,10 +289,11 @@ def factorized(
 # ---- tensors saved whole
 
 
-def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
+def _combine_whole(
+    base: Plan, chains: list[Chain], recipe: Recipe, generator: Generator
+) -> dict[str, Tensor]:
     """W + the combination of all W_i - W, in the dtype of the W_i. A tensor that one adapter holds,
     at weight 1, keeps its bits."""
-    base, _ = plan_merge(chains[0].inner)
     combined = {}
     for name in dict.fromkeys(name for chain in chains for name in chain.top.whole):
         weighted = zip(recipe.weights, chains, strict=True)
@@ -300,6 +313,23 @@ def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) ->
         dtype = common_dtype(adapter.whole[name] for _, adapter in terms)
         combined[name] = (before + combine_dense(deltas, recipe, generator)).to(dtype)
     return combined
+
+
+def _with_whole(chain: Chain, whole: dict[str, Tensor]) -> Chain:
+    """The chain, with these tensors held whole by its outermost adapter."""
+    *inner, top = chain.adapters
+    return dataclasses.replace(chain, adapters=[*inner, dataclasses.replace(top, whole=whole)])
+
+
+def _other_ends(base: Plan, updates: Mapping[str, Update], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tied weight, for the output head if the embedding is updated and held whole, or the other
+    way round: it would be taken for the one below the update, which both share (`whole_of`), though
+    another adapter may have trained it."""
+    return {
+        other: base[EMBEDDING].tensor()
+        for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING))
+        if name in whole and name.removesuffix(".weight") in updates and other not in whole
+    }
 
 
 def _check_not_adapted(name: str, chains: list[Chain], holder: Adapter, recipe: Recipe) -> None:

@@ -2,7 +2,6 @@
 tensors. Torch-free, so that a missing shard is reported at once."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +26,8 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
     """(the file that leads to the weights, {file of weights: the names that the index lists in
     it}).
 
-    Where both kinds exist, safetensors are preferred. Raises CheckpointError for a missing shard.
+    Where both kinds exist, safetensors are preferred, and a single file over shards, as in
+    transformers; `notice` says so. Raises CheckpointError for a missing shard.
     """
     name = next(iter(_names(directory)), None)
     if name is None:
@@ -53,15 +53,23 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
     return directory, shards
 
 
-def _names(directory: Path) -> Iterator[str]:
-    """The names of files that lead to the weights, in order of preference: an index, a single file,
-    a shard without an index."""
+def notice(file: Path) -> str | None:
+    """A line about a single file of weights that has shards beside it, which are not read."""
+    stem = file.name.rpartition(".")[0]
+    ignored = [name for name in _names(file.parent) if name != file.name and name.startswith(stem)]
+    if file.name not in SINGLE_FILES or not ignored:
+        return None
+    return f"{file}: is read, as transformers does, and not {ignored[0]} beside it; remove the outdated one"
+
+
+def _names(directory: Path) -> list[str]:
+    """The names of files that lead to the weights, in transformers' order of preference: a single
+    file, an index, a shard without an index."""
+    patterns = []
     for single in SINGLE_FILES:
         stem, _, suffix = single.rpartition(".")
-        patterns = (single + INDEX_SUFFIX, single, f"{stem}-*-of-*.{suffix}")
-        yield from (
-            path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file()
-        )
+        patterns += [single, single + INDEX_SUFFIX, f"{stem}-*-of-*.{suffix}"]
+    return [path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file()]
 
 
 def indexed_shards(file: Path) -> dict[Path, set[str]]:

@@ -24,10 +24,11 @@ from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
+from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors
 from litlora.storage.untrusted import own_file
-from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
+from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -92,7 +93,8 @@ def write_folder(
 
     The files beside the weights come from `sources`, as `find_sidecars` finds them. A config.json
     among them is used if it describes this model, except for the vocabulary's size and whether the
-    head is tied; otherwise one is written from `config`. A model without a chat template gets one
+    head is tied; otherwise one is written from `config`. Both it and the generation config name
+    every token that the model was taught to end its answers with. A model without a chat template gets one
     that asks in the prompt style of its training.
     """
     files = {file.name: file for file in find_sidecars(sources)}
@@ -107,13 +109,16 @@ def write_folder(
     original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
+    stops = stops_of(sources)
     if values is None:
-        values = {**write_config(config), "eos_token_id": tokenizer.eos_id}
+        values = {**write_config(config), "eos_token_id": None}
+    values = with_stops(values, stops)
     [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype_name(dtype)
     write_json(directory / HF_CONFIG_FILE, values)
-    if "generation_config.json" not in files:
-        write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
+    if GENERATION_FILE not in files:
+        write_json(directory / GENERATION_FILE, {"eos_token_id": sorted(tokenizer.stop_ids)})
+    name_stops(directory, stops)
     settings = read_settings(files.get("tokenizer_config.json"))
     if "tokenizer_class" not in settings:  # otherwise AutoTokenizer takes the architecture's class
         settings = {

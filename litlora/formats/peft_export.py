@@ -22,6 +22,7 @@ from litlora.formats.peft import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
 from litlora.lora.variants import variant_named
+from litlora.model import shorten
 
 
 def to_peft(
@@ -52,7 +53,7 @@ def to_peft(
             left -= set(ours)
     if left:
         raise CheckpointError(
-            f"{', '.join(sorted(left))}: no place in the Hugging Face model of this architecture"
+            f"{shorten(sorted(left))}: no place in the Hugging Face model of this architecture"
         )
     config = found.config(adapter, base_name)
     if model.num_experts is not None:

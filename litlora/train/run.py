@@ -31,6 +31,7 @@ from litlora.report.events import Done
 from litlora.report.metrics import Metrics
 from litlora.report.sinks import Sinks
 from litlora.settings import Finetune, TrainConfig, dump
+from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
@@ -294,7 +295,8 @@ class Run:
             if training is not None:
                 state = {**training, "facts": self.facts, "metrics": self.metrics.text}
             content, sources = self.method.content(self.model), self.loaded.chain.sources
-            beside = Beside(self.style, self.hyperparameters, state)
+            stops = taught_stops(self.loaded.tokenizer, self.style)
+            beside = Beside(self.style, self.hyperparameters, state, tuple(stops))
 
             def check(_: Path) -> None:
                 # Before the directory gets its name: a crash in between must not leave an earlier

@@ -21,11 +21,11 @@ from litlora.adapters.combine import (
     trim,
 )
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import open_checkpoint, resolve
+from litlora.checkpoint import open_checkpoint, reference_to, resolve, write_adapter
 from litlora.errors import CheckpointError, UserError
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.load import load
-from litlora.lora import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.settings import CombineLoRA
 
@@ -698,3 +698,36 @@ def test_factors_of_two_dtypes_are_one_update(base, tmp_path):
         tmp_path / "out",
     ]
     succeeds("scripts/combine_lora.py", *words)
+
+
+@pytest.mark.parametrize("end", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("mode", ["linear", "cat"])
+def test_the_ends_of_a_tied_base_are_combined_apart(tmp_path, make_checkpoint, end, mode):
+    """One adapter updates an end and holds the weight below, which both ends share; the other holds
+    that end whole."""
+    base_dir = make_checkpoint("base", tie_word_embeddings=True)
+    chain = resolve(base_dir)
+    W = chain.base.tensors["model.embed_tokens.weight"]
+    below, trained = W + torch.randn_like(W), W + torch.randn_like(W)
+    update = Update(torch.randn(3, 32), torch.randn(400, 3), 0.5)
+    config = LoRAConfig(rank=3, alpha=1.5, targets=[end], modules_to_save=[end])
+    for name, updates, whole in (("one", {end: update}, below), ("other", {}, trained)):
+        reference = reference_to(chain.base, tmp_path / name)
+        adapter = Adapter(config, updates, {f"{end}.weight": whole}, reference)
+        write_adapter(tmp_path / name, adapter, chain.config, sidecars_from=[base_dir])
+    adapters = [tmp_path / "one", tmp_path / "other"]
+    succeeds(
+        "scripts/combine_lora.py",
+        *("--lora_path", *adapters, "--out_dir", tmp_path / "both"),
+        *("--mode", mode, "--weights", 0.5, 2.0),
+    )
+    shared = W.double() + 0.5 * (below.double() - W)
+    wanted = {
+        "model.embed_tokens.weight": shared,
+        "lm_head.weight": shared,
+        f"{end}.weight": shared + 2.0 * (trained.double() - W) + 0.5 * delta(update),
+    }
+    merged, model = merge_chain(resolve(tmp_path / "both"))
+    assert not model.tie_word_embeddings
+    for name, expected in wanted.items():
+        assert (merged[name].double() - expected).abs().max() < 1e-5

@@ -15,7 +15,7 @@ from litlora.checkpoint import reference_to, resolve, write_adapter, write_full
 from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build
 from litlora.lora import LoRAConfig, adapter_of, add_lora
-from litlora.settings import ExportPEFT
+from litlora.settings import ConvertLit, ExportPEFT, MergeLoRA
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -179,12 +179,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return getattr(result, "logits", result)
 
 
+def script(name: str) -> Any:
+    """A command of scripts/, without a process of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def export(adapter: Path, out_dir: Path, **settings: Any) -> None:
-    """scripts/export_peft.py, without a process of its own."""
-    spec = importlib.util.spec_from_file_location("export_peft", ROOT / "scripts/export_peft.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
+    script("export_peft").main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
 
 
 def save(model: Any, directory: Path, base_dir: Path) -> Path:
@@ -310,6 +314,58 @@ def test_an_adapter_may_resize_the_vocabulary(name, bases, tmp_path):
     merged = ours(save(model, tmp_path / "peft", base_dir))
     assert merged.config.vocab_size == 104
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+ENDS = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "embedding, head whole": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    "head, embedding whole": {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+    "embedding whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("num_rows", [97, 104])
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_tied_model_is_untied_as_peft_computes_it(ends, num_rows, bases, tmp_path):
+    """The layer that has no update keeps the weight below that of the other. PEFT, the merge that
+    our command verifies, and its export to transformers compute the same."""
+    base, _ = bases("llama_tied")
+    base_dir, resized = tmp_path / "base", copy.deepcopy(base)
+    base.save_pretrained(base_dir)
+    if num_rows != 97:
+        resized.resize_token_embeddings(num_rows, mean_resizing=False)
+    else:  # the adapter stores what the embedding was trained with, changed or not
+        resized.get_input_embeddings().weight.data[90:] += 1 if "whole" not in ends else 0
+    model = theirs(resized, r=4, lora_alpha=10, **ENDS[ends])
+    wanted = logits(model)
+    adapter = save(model, tmp_path / "peft", base_dir)
+    small_tokenizer(base_dir)
+    merged_dir, hf = tmp_path / "merged", tmp_path / "hf"
+    script("merge_lora").main(MergeLoRA(lora_path=[str(adapter)], out_dir=str(merged_dir)))
+    merged = ours(merged_dir)
+    assert not merged.config.tie_word_embeddings and merged.config.vocab_size == num_rows
+    assert (logits(merged) - wanted).abs().max() < 1e-5
+    script("convert_lit_checkpoint").main(ConvertLit(checkpoint_dir=str(merged_dir), out_dir=str(hf)))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    assert not exported.config.tie_word_embeddings
+    assert (logits(exported) - wanted).abs().max() < 1e-5
+    if num_rows == 97:
+        assert (logits(ours(adapter, live=True)) - wanted).abs().max() < 1e-5
+    # An adapter of the untied merge finds a base of its own size and head.
+    second = make_own(tmp_path / "second", merged_dir, LoRAConfig(rank=3, targets=["q_proj", "lm_head"]))
+    assert (logits(ours(tmp_path / "second")) - logits(second.eval())).abs().max() < 1e-5
+
+
+def small_tokenizer(directory: Path) -> None:
+    """A tokenizer of two words for a base of tests."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a"))
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(directory / "tokenizer.json"))
 
 
 def test_a_tie_that_only_peft_keeps_is_refused(bases, tmp_path):
