@@ -17,7 +17,7 @@ from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, write_config
-from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
+from litlora.formats.folder import WRITTEN_SUFFIXES, files_beside, model_files
 from litlora.paths import (
     CHECKPOINT_NAMES,
     PEFT_NAMES,
@@ -62,6 +62,10 @@ def extract_file(settings: LoRAExtractor) -> None:
     from litlora.storage.atomic import replacing_directory
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
+    kinds = settings.source_type, settings.target_type
+    for path, kind, read in zip((source, target), kinds, files, strict=True):
+        for file in files_beside(path, kind, read):
+            say(f"left out: {file}: the index of the folder does not list it")
     left_out = _check_comparable(before, after, settings.allow_mismatch)
     plan, report = _plan(settings), Report(settings)
     found = report.told(extract(before, after, plan, left_out))
