@@ -90,6 +90,15 @@ def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
     return dict(sorted(found.items()))
 
 
+def differs(before: Tensor | None, after: Tensor | None) -> bool:
+    """Whether two models differ in a tensor, which one of them may lack."""
+    if before is None or after is None or before.shape != after.shape:
+        return True
+    if before.dtype != after.dtype:
+        before, after = before.double(), after.double()
+    return not torch.equal(before, after)
+
+
 def _kind(tensor: Tensor) -> str:
     return dtype_name(tensor.dtype)
 

@@ -354,6 +354,38 @@ def _open_clip(name: str, shape: Sequence[int]) -> Iterator[tuple[str, Rows]]:
 # ---- the names in a LoRA file
 
 
+def names_in_lora(shapes: Shapes, format: str) -> dict[str, str]:
+    """{a tensor of a model: the name that comfyui's or kohya's loader knows it by, without their
+    prefix}.
+
+    In a file that holds the text encoders and the VAE, too, these are the tensors of the diffusion
+    model only. kohya calls the layers of Stable Diffusion's U-Net as diffusers does, and those of
+    SDXL's, which has a `label_emb`, as the original does.
+    """
+    prefix = next((one for one in (WHOLE, COMFYUI) if any(name.startswith(one) for name in shapes)), "")
+    names = {name: name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
+    inside = set(names.values())
+    is_unet = any(name.startswith("input_blocks.") for name in inside)
+    if format == "kohya" and is_unet and not any(name.startswith("label_emb.") for name in inside):
+        for theirs, parts in other_names({name: shapes[name] for name in names}).items():
+            names[parts[0].tensor] = theirs.removeprefix(UNET)
+    return names
+
+
+def part_of_checkpoint(name: str) -> str:
+    """What a tensor of a file that holds a diffusion model and more belongs to, in words."""
+    top = name.partition(".")[0]
+    known = {
+        "cond_stage_model": "text encoder",
+        "conditioner": "text encoders",
+        "text_encoders": "text encoders",
+        "first_stage_model": "VAE",
+        "vae": "VAE",
+        "model_ema": "averaged copy of the weights",
+    }
+    return f"{top} ({known[top]})" if top in known else top
+
+
 @dataclass(frozen=True)
 class Spelling:
     """A module's name in a LoRA file, taken apart."""
