@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from litlora.adapters.orientation import oriented
 from litlora.errors import CheckpointError
 from litlora.formats.diffusion_names import (
     ALL,
@@ -64,6 +65,9 @@ def match(
             if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
+            if lora.config is not None and isinstance(addition.value, Update):
+                update = oriented(addition.value, parts[0].tensor, model, f"{lora.path}: {addition.key}")
+                addition = replace(addition, value=update)
             if misfit := _misfit(addition, parts, model):
                 unmatched.append(misfit)
                 continue

@@ -1,5 +1,6 @@
 """litlora/adapters/apply.py: LoRA files on models whose layers have other names, or other rows."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -168,3 +169,69 @@ def test_shift_and_scale_change_places(tmp_path):
     result = merged(tmp_path, {"transformer.norm_out.linear": (up, down)}, model)
     expected = (up @ down).roll(8, 0)  # diffusers has scale and shift
     torch.testing.assert_close(result["final_layer.adaLN_modulation.1.weight"], expected)
+
+
+GPT2 = {"h.0.attn.c_attn": (8, 24), "h.0.attn.c_proj": (8, 8), "lm_head": (8, 8), "h.0.mlp.c_proj": (32, 8)}
+GPT2_OUT_IN = {"h.0.attn.c_attn": (24, 8), "h.0.mlp.c_proj": (8, 32)}
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_the_model_tells_how_a_square_weight_is_stored(tmp_path, stated, conv1d):
+    """A PEFT folder over Conv1D and linear layers together states one fan_in_fan_out for all."""
+    model = zeros(GPT2 if conv1d else GPT2 | GPT2_OUT_IN)
+    factors = {name: pair(*GPT2_OUT_IN.get(name, GPT2[name])) for name in GPT2}
+    merged_model = from_peft(tmp_path, factors, model, stated)
+    for name, (up, down) in factors.items():
+        turned = conv1d and name != "lm_head"
+        torch.testing.assert_close(merged_model[f"{name}.weight"], (up @ down).T if turned else up @ down)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "stated"),
+    [({"h.0.attn.c_proj": (8, 8)}, False), ({"x.own": (8, 8)}, True), ({"x.own": (8, 8)}, False)],
+)
+def test_a_square_weight_that_nothing_tells_about_is_refused(tmp_path, shapes, stated):
+    factors = {name: pair(*shape) for name, shape in shapes.items()}
+    if shapes.keys() == {"x.own"} and not stated:  # not one of transformers' Conv1D by its name
+        from_peft(tmp_path, factors, zeros(shapes), stated)
+        return
+    with pytest.raises(CheckpointError, match="is square, and neither the adapter nor the model"):
+        from_peft(tmp_path, factors, zeros(shapes), stated)
+
+
+def from_peft(
+    tmp_path: Path, factors: dict[str, tuple[Tensor, Tensor]], model: dict[str, Tensor], stated: bool
+) -> dict[str, Tensor]:
+    """The model with a PEFT folder of these factors, of scale 1, added."""
+    tensors = {f"base_model.model.{name}.lora_A.weight": down for name, (_, down) in factors.items()}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": up for name, (up, _) in factors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "fan_in_fan_out": stated}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": list(factors)}))
+    additions, unmatched = match([(read_lora(tmp_path), 1.0)], model)
+    assert not unmatched
+    return {name: added(name, W, additions.get(name, []), torch.float32) for name, W in model.items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("targets", [["c_proj", "lm_head"], ["lm_head", "c_attn", "c_proj"]])
+@pytest.mark.parametrize("stated", [True, False])
+def test_gpt2_is_merged_as_peft_merges_it(tmp_path, targets, stated):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(n_embd=8, n_layer=1, n_head=2, vocab_size=8, n_positions=8)
+    base = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0))
+    model = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = LoraConfig(r=RANK, target_modules=targets, fan_in_fan_out=stated, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    fresh = GPT2LMHeadModel(base.config)
+    fresh.load_state_dict(model)
+    expected = PeftModel.from_pretrained(fresh, tmp_path).merge_and_unload().state_dict()
+    additions, unmatched = match([(read_lora(tmp_path), 1.0)], model)
+    assert not unmatched and len(additions) == len(targets) + 1  # two are c_proj
+    for name, W in model.items():
+        result = added(name, W, additions.get(name, []), torch.float32)
+        torch.testing.assert_close(result, expected[name], rtol=0, atol=1e-5)
