@@ -33,6 +33,7 @@ from litlora.adapters.resize import Change, Form, finite, plain_updates, setting
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
+from litlora.formats.lora_spelling import in_first_spelling
 from litlora.lora import Adapter, Update
 from litlora.storage.dtypes import dtype_name
 
@@ -104,15 +105,17 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
     stored in `dtype`.
 
     Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose
-    layers have other names, as those might be the same layers, and for shapes that differ.
+    layers have other names, as those might be the same layers, and for shapes that differ. A layer that
+    another file spells in another way is the same layer.
     """
-    generator, first = torch.Generator().manual_seed(recipe.seed), loras[0]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    loras = _in_one_spelling(loras)
+    first = loras[0]
     for other in loras[1:]:
         shared = (other.updates.keys() | other.diffs.keys()) & (first.updates.keys() | first.diffs.keys())
-        if other.parts != first.parts or not shared:
+        if not shared:
             raise CheckpointError(
-                f"{other.path}: has no layer of a name that {first.path} has; "
-                "name files of one model and one format"
+                f"{other.path}: has no layer of a name that {first.path} has; name files of one model"
             )
     updates, changes = _combine_all(
         [lora.path for lora in loras],
@@ -127,6 +130,29 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
             kind = dtype_name(dtype)
             raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
     return dataclasses.replace(first, updates=updates, diffs=diffs), changes
+
+
+def _in_one_spelling(loras: list[LoRAFile]) -> list[LoRAFile]:
+    """The files with the layers' names of the first, however each spells them."""
+    modules = [[*lora.updates, *(_module(key) for key in lora.diffs)] for lora in loras]
+    files = [(lora.path, dict.fromkeys(own)) for lora, own in zip(loras, modules, strict=True)]
+    names = in_first_spelling(files)
+    return [
+        dataclasses.replace(
+            lora,
+            updates={renamed[name]: update for name, update in lora.updates.items()},
+            diffs={
+                renamed[_module(key)] + key.removeprefix(_module(key)): diff
+                for key, diff in lora.diffs.items()
+            },
+        )
+        for lora, renamed in zip(loras, names, strict=True)
+    ]
+
+
+def _module(key: str) -> str:
+    """The module of a difference of a whole tensor."""
+    return key.rpartition(".")[0]
 
 
 def _combine_diffs(loras: list[LoRAFile], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:

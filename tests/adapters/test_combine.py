@@ -593,9 +593,7 @@ def test_one_file_at_weight_1_stays_what_it_is(mode, alpha, tmp_path):
 def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     lora_file(tmp_path / "a.safetensors", alpha=True, seed=0)
     tensors = load_file(tmp_path / "a.safetensors")
-    save_file(
-        {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors"
-    )
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
     save_file(tensors | {"unet_norm.diff": torch.ones(5)}, tmp_path / "c.safetensors")
 
     def said(*paths, more=()) -> str:
@@ -614,6 +612,18 @@ def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     assert "is a LoRA file, but not all are" in said(base)
     assert "needs no base" in said(more=("--checkpoint_dir", base))
     assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_under_two_spellings_is_combined_into_one(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    up, down = torch.randn(2, 6, 2), torch.randn(2, 2, 6)
+    names = ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv")
+    for file, name, B, A in zip((a, b), names, up, down, strict=True):
+        save_file({f"{name}.lora_up.weight": B.clone(), f"{name}.lora_down.weight": A.clone()}, file)
+    succeeds("scripts/combine_lora.py", "--lora_path", a, b, "--out_dir", tmp_path / "out")
+    updates = read_lora(tmp_path / "out/a.safetensors").updates
+    assert [*updates] == [names[0]]
+    torch.testing.assert_close(updates[names[0]].product(), up[0] @ down[0] + up[1] @ down[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
