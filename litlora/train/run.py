@@ -237,22 +237,24 @@ class Run:
             newest=None if state is None else state.directory,
             prunes=self.parallel.is_main,
         )
-        sinks = []
-        if self.parallel.is_main:
-            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
-                staging.write_text(self.hyperparameters, encoding="utf-8")
-            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
-            sinks = [Console(), self.metrics, *(make(self.path) for make in report.SINKS)]
+        sink = Sinks()
         trainer = Trainer(
             self.parallel,
             self.objective,
             self.data,
             self.config,
             checkpoints,
-            sink=Sinks(sinks),
+            sink=sink,
             interrupts=self.interrupts,
         )
-        return trainer.fit(state)
+        if state is not None:
+            trainer.restore(state)  # before anything is written: it may not fit
+        if self.parallel.is_main:
+            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
+                staging.write_text(self.hyperparameters, encoding="utf-8")
+            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
+            sink.add(Console(), self.metrics, *(make(self.path) for make in report.SINKS))
+        return trainer.fit()
 
     def write_result(self, done: Done) -> None:
         """Write final/. Raises UserError if that fails; early checkpoints remain."""

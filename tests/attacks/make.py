@@ -722,3 +722,36 @@ def _sentencepiece(directory: Path, data: bytes) -> None:
 def _tokenizer(directory: Path, **changes: Any) -> None:
     file = directory / "base/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- training states
+
+
+def a_moment_of_three_values(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["exp_avg_sq"] = torch.ones(3)
+
+
+def a_step_that_is_a_vector(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["step"] = torch.ones(4)
+
+
+def betas_that_are_text(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["betas"] = "0.9, 0.95"
+
+
+def a_generator_beyond_its_end(state: dict[str, Any]) -> None:
+    state["ranks"][0]["generators"]["numpy"][2] = 10**7
+
+
+def time_that_is_not_a_number(state: dict[str, Any]) -> None:
+    state["position"]["seconds"] = float("nan")
+
+
+STATES = [
+    a_moment_of_three_values,
+    a_step_that_is_a_vector,
+    betas_that_are_text,
+    a_generator_beyond_its_end,
+    time_that_is_not_a_number,
+]
+"""Each makes a training state, as state.pth holds it, hostile."""

@@ -101,9 +101,37 @@ def test_a_training_state_that_calls_something_is_refused(tmp_path):
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.fixture(scope="module")
+def stopped_run(valid, forked, tmp_path_factory) -> Path:
+    """A directory with a base, and a run on it, `run`, that was stopped after its first step."""
+    directory = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(valid / "base", directory / "base")
+    records = [{"instruction": f"count {n}", "output": "one two " * (1 + n % 3)} for n in range(8)]
+    (directory / "data.json").write_text(json.dumps(records))
+    words = ["--checkpoint_dir", "base", "--data", "JSON", "--data.path", "data.json", "--out_dir", "run"]
+    words += ["--prompt_style", "plain", "--train.max_steps", 2, "--train.save_interval", 1]
+    done = forked.run("finetune/lora.py", *words, "--accelerator", "cpu", cwd=directory)
+    assert done["status"] == 0, done
+    shutil.rmtree(directory / "run/final")
+    return directory
+
+
+@pytest.mark.parametrize("attack", make.STATES, ids=lambda attack: attack.__name__)
+def test_a_training_state_that_does_not_fit_is_refused(attack, stopped_run, forked, tmp_path):
+    """training_state.md; tests/train/test_state_check.py tries every entry."""
+    shutil.copytree(stopped_run, tmp_path / "it")
+    file = tmp_path / "it/run/step-000001/state.pth"
+    state = torch.load(file, weights_only=True)
+    attack(state)
+    torch.save(state, file)
+    words = ["--config", "run/step-000001/hyperparameters.yaml", "--resume", "auto"]
+    line = forked.refuses("finetune/lora.py", *words, cwd=tmp_path / "it")
+    assert "step-000001/state.pth" in line, line
+
+
 def test_every_attack_has_a_document_and_every_document_an_attack():
     documents = {file.stem for file in HERE.glob("*.md")}
-    assert documents == make.ATTACKS.keys() | {"terminal"}
+    assert documents == make.ATTACKS.keys() | {"terminal", "training_state"}
     for file in HERE.glob("*.md"):
         text = file.read_text()
         assert "## What it tries" in text and "## What must happen" in text, file.name
