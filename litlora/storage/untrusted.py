@@ -137,20 +137,6 @@ def own_file(path: Path) -> Path:
     return path
 
 
-def check_pattern(pattern: Any) -> None:
-    """Raise ValueError for a pattern of layer names that could take forever: Python's regular
-    expressions have no time limit."""
-    if not isinstance(pattern, str) or len(pattern) > 1000:
-        raise ValueError(f"{str(pattern)[:60]!r} is not the name of a layer")
-    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without escapes and character sets
-    if re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 4:
-        raise ValueError(f"the pattern {pattern[:60]!r} repeats more than names of layers need")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({error})") from None
-
-
 def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError for whatever else the file holds, and for
     one that is not there; `hint` then says what needs it."""

@@ -608,29 +608,73 @@ def a_model_that_brings_its_code(directory: Path) -> None:
     (directory / "base/modeling_evil.py").write_text("import os; os.mkdir('pwned')")
 
 
-@attack("patterns", "repeats more than names of layers need", command=MERGE)
-def a_pattern_that_never_ends(directory: Path) -> None:
+def _stored_pattern(directory: Path, pattern: str) -> None:
     file = directory / "adapter/lit_model.pth"
     found = content(file)
-    found["litlora"]["lora"]["rank_pattern"] = {"(\\w+\\.?)+X": 3}
+    found["litlora"]["lora"]["rank_pattern"] = {pattern: 3}
     torch.save(found, file)
 
 
-@attack("patterns", "repeats more than names of layers need", command=MERGE)
-def the_same_of_peft(directory: Path) -> None:
+def peft_folder(directory: Path, patterns: dict[str, int]) -> None:
+    """Make the adapter a PEFT folder with these alphas."""
     shutil.rmtree(directory / "adapter")
     (directory / "adapter").mkdir()
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "alpha_pattern": {"(a|a|\\w)+$": 3},
-        "base_model_name_or_path": str(directory / "base"),
-    }
+    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": patterns}
+    config["base_model_name_or_path"] = str(directory / "base")
     (directory / "adapter/adapter_config.json").write_text(json.dumps(config))
-    save_file(
-        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)},
-        directory / "adapter/adapter_model.safetensors",
-    )
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {f"{layer}.lora_A.weight": torch.zeros(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(pair, directory / "adapter/adapter_model.safetensors")
+
+
+def a_pattern_that_never_ends(directory: Path) -> None:
+    _stored_pattern(directory, "(\\w+\\.?)+X")
+
+
+def alternatives_that_never_end(directory: Path) -> None:
+    _stored_pattern(directory, "(|)" * 40 + "X")
+
+
+def optional_parts_that_never_end(directory: Path) -> None:
+    _stored_pattern(directory, ".?" * 40 + "X")
+
+
+def a_pattern_of_peft_that_never_ends(directory: Path) -> None:
+    peft_folder(directory, {"(a|a|\\w)+X": 3, "(.*)" * 40 + "X": 5})
+
+
+def thirty_thousand_patterns(directory: Path) -> None:
+    peft_folder(directory, {f"model.layers.{n}.self_attn.k_proj": 3 for n in range(30_000)})
+
+
+PATTERNS = [
+    a_pattern_that_never_ends,
+    alternatives_that_never_end,
+    optional_parts_that_never_end,
+    a_pattern_of_peft_that_never_ends,
+    thirty_thousand_patterns,
+]
+"""Each makes an adapter whose patterns match no layer, but take for ever with a search by trial."""
+
+
+@attack("patterns", "has a group of the kind", command=MERGE)
+def a_pattern_that_looks_around(directory: Path) -> None:
+    _stored_pattern(directory, "(?=(\\w+)+X)q_proj")
+
+
+@attack("patterns", "repeats what may be empty", command=MERGE)
+def an_empty_repetition_of_peft(directory: Path) -> None:
+    peft_folder(directory, {"(\\w*)*X": 3})
+
+
+@attack("patterns", "too many states|repeats", command=MERGE)
+def repetitions_of_repetitions(directory: Path) -> None:
+    _stored_pattern(directory, "((a{999}){999}){999}")
+
+
+@attack("patterns", "too many to match", command=MERGE)
+def more_patterns_than_memory_holds(directory: Path) -> None:
+    peft_folder(directory, {f"{n:05}" + "x{900}" : 3 for n in range(3000)})
 
 
 # ---- chat templates

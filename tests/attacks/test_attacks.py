@@ -129,6 +129,15 @@ def test_a_training_state_that_does_not_fit_is_refused(attack, stopped_run, fork
     assert "step-000001/state.pth" in line, line
 
 
+@pytest.mark.parametrize("attack", make.PATTERNS, ids=lambda attack: attack.__name__)
+def test_patterns_that_never_end_end(attack, valid, forked, tmp_path):
+    """patterns.md: they match no layer, and the adapter is merged as without them."""
+    shutil.copytree(valid, tmp_path / "it")
+    attack(tmp_path / "it")
+    done = forked.run(*words(make.MERGE, tmp_path / "it"), cwd=tmp_path)
+    assert done["status"] == 0, done
+
+
 def test_every_attack_has_a_document_and_every_document_an_attack():
     documents = {file.stem for file in HERE.glob("*.md")}
     assert documents == make.ATTACKS.keys() | {"terminal", "training_state"}
