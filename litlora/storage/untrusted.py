@@ -121,19 +121,27 @@ def _plain(value: Any) -> Any:
 
 
 def own_file(path: Path) -> Path:
-    """The path of a file that is to be copied. Raises CheckpointError if it is a link to a file of
-    another name: copying that could disclose a file that does not belong to the model.
+    """The path of a file that is to be copied. Raises CheckpointError if it is a link to anything that
+    may not belong to the model: copying that could publish a secret.
 
-    Two kinds of links are common and allowed: to a file whose name ends the same, as
-    `gpt2_tokenizer.json` for `tokenizer.json`, and into the hub's cache.
+    A link may lead to a file in the directory of its own, or into the hub's cache, as the files of a
+    downloaded model do. It must then lead to what its name says.
     """
-    if path.is_symlink():
-        target = path.resolve()
-        is_cached = target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
-        if not target.name.endswith(path.name) and not is_cached:
-            raise CheckpointError(
-                f"{path}: is a link to {target}, which has another name; replace the link by the file"
-            )
+    if not path.is_symlink():
+        return path
+    target, here = path.resolve(), path.parent.resolve()
+    in_cache = target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
+    in_cache = in_cache and (target.parent.parent / "snapshots").is_dir()
+    if not target.is_relative_to(here) and not in_cache:
+        raise CheckpointError(
+            f"{path}: is a link to {target}, which is outside its own directory and may not belong to the "
+            "model; replace the link by the file"
+        )
+    # The tokenizer is larger than other files, and is read in full by whoever loads it.
+    if path.suffix == ".json" and path.name != "tokenizer.json":
+        read_json_object(path)
+    elif path.suffix in (".yaml", ".jinja", ".txt"):
+        read_text(path)
     return path
 
 

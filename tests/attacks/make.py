@@ -447,17 +447,40 @@ def shards_without_number(directory: Path) -> None:
     torch.save({}, directory / "base/pytorch_model-1-of-99999999999.bin")
 
 
-@attack("links", "is a link to .*which has another name")
+@attack("links", "is a link to .*outside its own directory")
 def a_sidecar_that_is_a_secret(directory: Path) -> None:
     (directory / "secret.txt").write_text("a private key")
     (directory / "base/vocab.json").symlink_to(directory / "secret.txt")
 
 
-@attack("links", "is a link to .*which has another name", command=MERGE)
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
 def a_style_that_is_a_secret(directory: Path) -> None:
     (directory / "secret.yaml").write_text("style: plain")
     (directory / "adapter/prompt_style.yaml").unlink(missing_ok=True)
     (directory / "adapter/prompt_style.yaml").symlink_to(directory / "secret.yaml")
+
+
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
+def a_login_of_the_same_name(directory: Path) -> None:
+    (directory / ".docker").mkdir()
+    (directory / ".docker/config.json").write_text('{"auths": {"registry": {"auth": "c2VjcmV0"}}}')
+    (directory / "adapter/config.json").symlink_to(directory / ".docker/config.json")
+
+
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
+def a_name_like_those_of_the_cache(directory: Path) -> None:
+    (directory / "private/blobs").mkdir(parents=True)
+    (directory / "private/blobs" / ("a" * 40)).write_text("{}")
+    (directory / "base/generation_config.json").symlink_to(directory / "private/blobs" / ("a" * 40))
+
+
+@attack("links", "cannot be read as JSON", command=MERGE)
+def a_blob_that_is_not_what_its_name_says(directory: Path) -> None:
+    (directory / "models--x/snapshots").mkdir(parents=True)
+    (directory / "models--x/blobs").mkdir()
+    blob = directory / "models--x/blobs" / ("a" * 40)
+    blob.write_text("a private key")
+    (directory / "base/config.json").symlink_to(blob)
 
 
 @attack("links", "not a checkpoint directory|no such directory")

@@ -138,6 +138,24 @@ def test_patterns_that_never_end_end(attack, valid, forked, tmp_path):
     assert done["status"] == 0, done
 
 
+def test_links_in_the_own_directory_and_into_the_cache_are_followed(valid, forked, tmp_path):
+    """links.md: the hub's cache is laid out like this."""
+    shutil.copytree(valid, tmp_path / "it")
+    repository, base = tmp_path / "models--a--b", tmp_path / "it/base"
+    for name in ("blobs", "snapshots"):
+        (repository / name).mkdir(parents=True)
+    for number, name in enumerate(["tokenizer.json", "tokenizer_config.json"]):
+        blob = repository / "blobs" / (f"{number}" * 64)
+        (base / name).rename(blob)
+        (base / name).symlink_to(blob)
+    (base / "files").mkdir()
+    (base / "files/all.json").write_text("{}")
+    (base / "generation_config.json").symlink_to("files/all.json")
+    done = forked.run(*words(make.MERGE, tmp_path / "it"), cwd=tmp_path)
+    assert done["status"] == 0, done
+    assert not (tmp_path / "it/out/tokenizer.json").is_symlink()
+
+
 def test_every_attack_has_a_document_and_every_document_an_attack():
     documents = {file.stem for file in HERE.glob("*.md")}
     assert documents == make.ATTACKS.keys() | {"terminal", "training_state"}
