@@ -16,6 +16,7 @@ from typing import Any
 from litlora.data.conversation import Conversation, Message, Place
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
+from litlora.storage.untrusted import require_file
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 TIMEOUT = 30
@@ -80,6 +81,7 @@ READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {Alpaca: _read_alpac
 def _read_file(file: Path) -> list[Conversation]:
     """The records of one .json file (a list of objects) or .jsonl file (one object a line)."""
     try:
+        require_file(file)
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None

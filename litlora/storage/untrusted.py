@@ -5,8 +5,10 @@ how much is read, how deep it is nested, and which numbers and text it holds. Fi
 checked in `litlora/storage/torch_check.py`.
 """
 
+import errno
 import json
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,22 @@ HUB_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """Names of the files in the hub's cache that the links in its model folders point to."""
 
 
+def require_file(path: Path) -> None:
+    """Raise OSError for a pipe, a device or a socket: reading it could wait for ever, or never end.
+
+    A pipe that the command line itself opened, as `<(...)` in a shell or stdin, has a writer.
+    """
+    mode = path.stat().st_mode
+    opened = stat.S_ISFIFO(mode) and str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or opened):
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file", str(path))
+
+
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. Raises FileNotFoundError for a missing file, and CheckpointError for one
     that is too large or is not text."""
     try:
+        require_file(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:

@@ -700,6 +700,35 @@ def more_patterns_than_memory_holds(directory: Path) -> None:
     peft_folder(directory, {f"{n:05}" + "x{900}" : 3 for n in range(3000)})
 
 
+# ---- pipes and devices
+
+
+def _pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+@attack("pipes", "model_config.yaml: .*it is a pipe")
+def an_architecture_that_is_a_pipe(directory: Path) -> None:
+    _pipe(directory / "base/model_config.yaml")
+
+
+@attack("pipes", "model_config.yaml: .*it is a pipe, a device")
+def an_architecture_without_end(directory: Path) -> None:
+    (directory / "base/model_config.yaml").unlink()
+    (directory / "base/model_config.yaml").symlink_to("/dev/zero")
+
+
+@attack("pipes", "no such directory|not a checkpoint|missing")
+def weights_that_are_a_pipe(directory: Path) -> None:
+    _pipe(directory / WEIGHTS)
+
+
+@attack("pipes", "no such file|needs its tokenizer|no tokenizer")
+def a_tokenizer_that_is_a_pipe(directory: Path) -> None:
+    _pipe(directory / "base/tokenizer.json")
+
+
 # ---- chat templates
 
 

@@ -4,6 +4,7 @@ behind. Every document here describes an attack."""
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -154,6 +155,31 @@ def test_links_in_the_own_directory_and_into_the_cache_are_followed(valid, forke
     done = forked.run(*words(make.MERGE, tmp_path / "it"), cwd=tmp_path)
     assert done["status"] == 0, done
     assert not (tmp_path / "it/out/tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("setting", ["--config", "--data.path"])
+def test_settings_and_data_that_never_end_are_refused(setting, kind, valid, forked, tmp_path):
+    """pipes.md"""
+    shutil.copytree(valid, tmp_path / "it")
+    file = tmp_path / "endless.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    data = ["--data", "JSON"] if setting == "--data.path" else []
+    words = ["--checkpoint_dir", "it/base", *data, setting, file, "--out_dir", "out"]
+    line = forked.refuses("finetune/lora.py", *words, cwd=tmp_path)
+    assert re.search("endless.json: .*it is a pipe, a device or a socket", line), line
+
+
+def test_a_prompt_style_that_is_a_pipe_is_refused(valid, forked, tmp_path):
+    """pipes.md"""
+    shutil.copytree(valid, tmp_path / "it")
+    (tmp_path / "it/base/prompt_style.yaml").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "it/base/prompt_style.yaml")
+    line = forked.refuses("chat/base.py", "--checkpoint_dir", "it/base", "--prompt", "a", cwd=tmp_path)
+    assert "prompt_style.yaml: cannot be read: it is a pipe" in line
 
 
 def test_every_attack_has_a_document_and_every_document_an_attack():
