@@ -83,6 +83,7 @@ def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDir
         done = run.train(state, rows)
         if done.stopped is None:
             run.write_result(done)
+        run.check_directory()
     # Other ranks exit with status 0: the launcher ends all processes when one has another status.
     if run.parallel.is_main:
         run.close(done)
@@ -265,6 +266,24 @@ class Run:
                 f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
                 f"make room, then: {self._resume_command()}"
             ) from None
+
+    def check_directory(self) -> None:
+        """Raise UserError if the run's directory was deleted or renamed since training began. What
+        there is, is then saved under its name anew."""
+        if not self.parallel.is_main:
+            return
+        files = {HYPERPARAMETERS_FILE: self.hyperparameters, METRICS_FILE: self.metrics.text}
+        lost = {name: text for name, text in files.items() if not (self.path / name).exists()}
+        if not lost:
+            return
+        for name, text in lost.items():
+            with replacing_file(self.path / name) as staging:
+                staging.write_text(text, encoding="utf-8", newline="")
+        saved = ", ".join(sorted(path.name for path in self.path.iterdir()))
+        raise UserError(
+            f"{setting('out_dir')} {self.path}: was deleted or renamed during the run, with what it held; "
+            f"saved there anew: {saved}"
+        )
 
     def close(self, done: Done) -> None:
         """Say what the run did. Exits with the signal's status if it was stopped early."""
