@@ -24,7 +24,7 @@ from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource
-from litlora.storage.untrusted import read_yaml_mapping
+from litlora.storage.untrusted import read_yaml_mapping, require_file
 
 Settings = TypeVar("Settings")
 
@@ -38,6 +38,7 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     # Importing torch creates a million objects, and looking for garbage among them every 700 took a
     # fifth of the time. The threshold is the whole process's, which is ours: it starts here.
     gc.set_threshold(500_000)
+    _open_closed_streams()
     try:
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:
@@ -60,6 +61,20 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
         raise SystemExit(130) from None
 
 
+def _open_closed_streams() -> None:
+    """Open stdin, stdout and stderr where whoever started us closed them: the next file to be opened
+    would become the stream, and get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
 def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
@@ -79,6 +94,7 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
         values = parser.parse_args(words)
         _check_nulls(types, values, config)
         values = parser.instantiate(values)
+        _check_source_nulls(values.get("data"), config)
         return settings_class(**{name: values[name] for name in types if "." not in name})
     except UserError:
         raise
@@ -222,7 +238,9 @@ def _checked_config(argv: list[str]) -> str:
         file = value if equals else "".join(argv[number + 1 : number + 2])
         if not file or file.startswith("--"):
             raise UserError("--config: needs a file of settings, such as a run's hyperparameters.yaml")
-        if Path(file).is_file():  # else jsonargparse says so
+        if Path(file).exists():  # else jsonargparse says so
+            require_file(Path(file))
+        if Path(file).is_file():
             content = read_yaml_mapping(Path(file))
             if "\\u0000" in json.dumps(content, default=str):
                 raise UserError(f"--config {file}: holds a zero character, which no path or name has")
@@ -240,6 +258,15 @@ def _check_nulls(types: dict[str, Any], values: Namespace, config: str) -> None:
             raise UserError(f"--config {config}: {name} must not be null; leave it out for its default")
         if dataclasses.is_dataclass(kind) and not isinstance(value, Namespace):
             raise UserError(f"--config {config}: {name} {value}: must be a mapping of settings to values")
+
+
+def _check_source_nulls(source: Any, config: str) -> None:
+    """The same for the settings of the data source that was chosen."""
+    for field in dataclasses.fields(source) if dataclasses.is_dataclass(source) else ():
+        if getattr(source, field.name) is None and type(None) not in get_args(field.type):
+            raise UserError(
+                f"--config {config}: data.{field.name} must not be null; leave it out for its default"
+            )
 
 
 NO_SOURCE = "no such data source"

@@ -14,10 +14,10 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.lora import Adapter, attach_lora
-from litlora.lora.select import OUTPUT_HEAD
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
+from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.fingerprint import check_finite
 from litlora.tokenizer import Tokenizer, find_sidecars
 

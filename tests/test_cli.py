@@ -102,7 +102,7 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--lora", "{rank: x}"], "--lora.rank: expected int, got x"),
         (["--lora", "{rnk: 2}"], "no such setting as lora.rnk"),
         (["--lora.rank_pattern", "{a: x}"], "--lora.rank_pattern: expected int, got x"),
-        (["--lora.rank_pattern", "{(a+)+: 2}"], "--lora.rank_pattern: the pattern '(a+)+' repeats"),
+        (["--lora.rank_pattern", "{(a*)*: 2}"], "--lora.rank_pattern: the pattern '(a*)*' repeats"),
         (["--train.max_time", "x"], "--train.max_time: expected float, got x"),
         (["--print_config=what"], "--print_config=what: no such flag"),
         (["--resume", "auto", "--overwrite"], "--resume continues what --overwrite would remove"),
@@ -330,3 +330,11 @@ def test_a_config_file_that_holds_no_settings(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     said = fails("scripts/merge_lora.py", "--config", tmp_path / "c.yaml", "--lora_path", "a")
     assert "c.yaml: must hold a mapping of names to values" in said or "zero character" in said
+
+
+@pytest.mark.parametrize("name", ["split_seed", "source", "download_dir", "url"])
+def test_a_null_for_a_setting_of_a_data_source_is_refused(name, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"data: {{{name}: null}}")
+    with pytest.raises(UserError, match=f"--config {file}: data.{name} must not be null; leave it out"):
+        parse(all_settings.FinetuneLoRA, ["--config", str(file)])

@@ -16,8 +16,8 @@ from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.adapter import names_of
-from litlora.lora.select import OUTPUT_HEAD
 from litlora.lora.update import fitting
+from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
 

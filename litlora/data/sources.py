@@ -17,6 +17,7 @@ from litlora.data.alpaca import alpaca_conversations, json_object
 from litlora.data.conversation import Conversation, Place
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
+from litlora.storage.untrusted import require_file
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 TIMEOUT = 30
@@ -103,6 +104,7 @@ def _is_apple_double(file: Path) -> bool:
 
 def _entries(file: Path) -> Iterator[tuple[Place, Any]]:
     try:
+        require_file(file)
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None

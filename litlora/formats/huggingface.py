@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
@@ -26,7 +25,7 @@ from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
-from litlora.storage.tensors import open_tensors
+from litlora.storage.tensors import open_tensors, save_safetensors
 from litlora.storage.untrusted import own_file
 from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
@@ -181,9 +180,9 @@ def write_weights(
         file = (
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))},
+        save_safetensors(
             directory / file,
+            {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))},
             {"format": "pt"},
         )
         (directory / file).chmod(mode)  # safetensors makes its files unreadable for others

@@ -26,8 +26,9 @@ from litlora.formats.layout import layout as layout_of
 from litlora.lora import Adapter, Update
 from litlora.lora.update import scale_of
 from litlora.settings import LEAST_ALPHA, LoRAConfig
+from litlora.storage.patterns import ByPattern
 from litlora.storage.tensors import at_least_16_bits, open_tensors
-from litlora.storage.untrusted import check_pattern, read_json_object
+from litlora.storage.untrusted import read_json_object
 
 PREFIX = "base_model.model."
 
@@ -269,11 +270,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     if (name := config["base_model_name_or_path"]) is not None and not isinstance(name, str):
         raise CheckpointError(f"{path}: base_model_name_or_path is {name!r}; it must be text")
     for name, allowed in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        try:
+            config[name] = ByPattern(config[name])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from None
         for pattern, value in config[name].items():
-            try:
-                check_pattern(pattern)
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from None
             if not allowed(value):
                 raise CheckpointError(f"{path}: {name}: {pattern!r} has the value {value!r}")
     if not 0 <= config["lora_dropout"] < 1:
@@ -309,10 +310,6 @@ def refuse_variants(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """The value for a module by PEFT's rule: a key is a regular expression for the end of the
-    module's name, and the first match counts."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def by_pattern(pattern: ByPattern, module: str, default: Any) -> Any:
+    """The value for a module, of a pattern that `read_config` returned."""
+    return pattern.value(module, default)

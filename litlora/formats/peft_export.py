@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
@@ -23,6 +22,7 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
 from litlora.lora.variants import variant_named
 from litlora.model import shorten
+from litlora.storage.tensors import save_safetensors
 
 
 def to_peft(
@@ -128,10 +128,10 @@ def _is_uniform(config: dict[str, Any]) -> bool:
 
 def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write the two files of a PEFT folder."""
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()},
+    save_safetensors(
         directory / PEFT_WEIGHTS_FILES[0],
-        metadata={"format": "pt"},
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        {"format": "pt"},
     )
     (directory / PEFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -29,8 +29,9 @@ from litlora.settings.checks import (
 from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, Finetune, FinetuneFull, FinetuneLoRA
-from litlora.settings.lora import PRESETS, LoRAConfig
+from litlora.settings.lora import LoRAConfig
 from litlora.settings.stored import dump, stored_values
+from litlora.settings.targets import PRESETS
 from litlora.settings.train import TrainConfig
 
 __all__ = [

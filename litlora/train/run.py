@@ -87,6 +87,7 @@ def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDir
         done = run.train(state, rows)
         if done.stopped is None:
             run.write_result(done)
+        run.check_directory()
     # Other ranks exit with status 0: the launcher ends all processes when one has another status.
     if run.parallel.is_main:
         run.close(done)
@@ -235,22 +236,24 @@ class Run:
             newest=None if state is None else state.directory,
             prunes=self.parallel.is_main,
         )
-        sinks = []
-        if self.parallel.is_main:
-            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
-                staging.write_text(self.hyperparameters, encoding="utf-8")
-            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
-            sinks = [Console(), self.metrics, *(make(self.path) for make in report.SINKS)]
+        sink = Sinks()
         trainer = Trainer(
             self.parallel,
             self.objective,
             self.data,
             self.config,
             checkpoints,
-            sink=Sinks(sinks),
+            sink=sink,
             interrupts=self.interrupts,
         )
-        return trainer.fit(state)
+        if state is not None:
+            trainer.restore(state)  # before anything is written: it may not fit
+        if self.parallel.is_main:
+            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
+                staging.write_text(self.hyperparameters, encoding="utf-8")
+            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
+            sink.add(Console(), self.metrics, *(make(self.path) for make in report.SINKS))
+        return trainer.fit()
 
     def write_result(self, done: Done) -> None:
         """Write final/. Raises UserError if that fails; early checkpoints remain."""
@@ -261,6 +264,24 @@ class Run:
                 f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
                 f"make room, then: {self._resume_command()}"
             ) from None
+
+    def check_directory(self) -> None:
+        """Raise UserError if the run's directory was deleted or renamed since training began. What
+        there is, is then saved under its name anew."""
+        if not self.parallel.is_main:
+            return
+        files = {HYPERPARAMETERS_FILE: self.hyperparameters, METRICS_FILE: self.metrics.text}
+        lost = {name: text for name, text in files.items() if not (self.path / name).exists()}
+        if not lost:
+            return
+        for name, text in lost.items():
+            with replacing_file(self.path / name) as staging:
+                staging.write_text(text, encoding="utf-8", newline="")
+        saved = ", ".join(sorted(path.name for path in self.path.iterdir()))
+        raise UserError(
+            f"{setting('out_dir')} {self.path}: was deleted or renamed during the run, with what it held; "
+            f"saved there anew: {saved}"
+        )
 
     def close(self, done: Done) -> None:
         """Say what the run did. Exits with the signal's status if it was stopped early."""
