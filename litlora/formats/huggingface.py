@@ -4,6 +4,7 @@ A folder is a `config.json` with one or many `*.safetensors` or `pytorch_model*.
 listed in an index.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -60,22 +61,28 @@ def open_folder(directory: Path) -> FullModel:
     try:
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
-            ours = _without_tied_head(ours)
+            ours, config = _tied(ours, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return FullModel(directory, file, ours, config, shards=tuple(shards)).checked()
 
 
-def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
-    """The tensors with the embedding only, which serves as the head, too. Raises CheckpointError
-    for a head that is not a copy of it."""
+def _tied(
+    ours: dict[str, Tensor | Quantized], config: ModelConfig
+) -> tuple[dict[str, Tensor | Quantized], ModelConfig]:
+    """The tensors with the embedding only, which serves as the head, too. A head that is not a copy
+    of it stays, and the config says so: transformers does not tie them either. Raises
+    CheckpointError if only one of them is in few bits, which does not tell whether they are tied."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
     if head is not None and embedding is not None and not _same(head, embedding):
-        raise CheckpointError(
-            f"the output head differs from the embedding, though {HF_CONFIG_FILE} says tie_word_embeddings"
-        )
+        if not (isinstance(head, Tensor) and isinstance(embedding, Tensor)):
+            raise CheckpointError(
+                f"the output head or the embedding is in few bits, and {HF_CONFIG_FILE} says "
+                "tie_word_embeddings; set that to false to use both as they are"
+            )
+        return ours, dataclasses.replace(config, tie_word_embeddings=False)
     rest = {name: tensor for name, tensor in ours.items() if name != HEAD}
-    return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
+    return (rest if embedding is not None or head is None else {EMBEDDING: head, **rest}), config
 
 
 def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:

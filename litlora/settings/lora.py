@@ -31,7 +31,8 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Different alphas for some layers: {target: alpha}, with the same rules."""
     variant: str = field(default="lora", metadata={"stored": "unless default"})
-    """Kind of update: lora, or one that your own code registers (docs/architecture.md)."""
+    """Kind of update: lora, dora (Liu et al. 2024: the length of each row of W trains by itself), or
+    one that your own code registers (docs/architecture.md)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules to train in full and to store with the adapter: their names, or the ends of these
     (lm_head, embed_tokens, norm)."""
