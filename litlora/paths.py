@@ -25,6 +25,8 @@ PEFT_NAMES = (
 """What a PEFT folder that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
+FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+"""What file managers leave in a directory that they have shown."""
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -63,15 +65,15 @@ def output_dir(
     named: str = "out_dir",
     replaced: bool = True,
 ) -> Path:
-    """The path, if results may be written there. Raises UserError, and changes nothing, if the
-    directory
+    """The path, if results with these `names` may be written there. Raises UserError, and changes
+    nothing, if the directory
 
-    - has content and `overwrite` is off, or content that matches none of `names` (we would not have
-      written it),
-    - is or holds one of `inputs`,
-    - is or holds the current directory, and will be `replaced` as a whole, or
+    - has content that will be replaced, and `overwrite` is off,
+    - is or holds one of `inputs`, or
     - is a file or cannot be written.
 
+    A directory that will be `replaced` as a whole must hold nothing but `names` (we would not have
+    written it), nor be or hold the current directory. Otherwise all other content stays as it is.
     `named` is the setting that the path comes from.
     """
     directory, option = Path(path), setting(named)
@@ -82,18 +84,31 @@ def output_dir(
         )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{option} {directory}: is a file; name a directory")
-    content = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
-    if foreign := [name for name in content if not any(Path(name).match(pattern) for pattern in names)]:
+    ours, others = content(directory, names)
+    if replaced and others:
         raise UserError(
-            f"{option} {directory}: holds {foreign[0]}, which litlora did not write; name another directory"
+            f"{option} {directory}: holds {others[0]}, which litlora did not write; name another directory"
         )
-    if content and not overwrite:
+    if ours and not overwrite:
         raise UserError(
-            f"{option} {directory}: already holds {content[0]}; name another directory, or replace it "
+            f"{option} {directory}: already holds {ours[0]}; name another directory, or replace it "
             f"with {setting('overwrite')}"
         )
     _check_writable(named, directory, directory.absolute())
     return directory
+
+
+def content(directory: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(what a directory holds of these `names`, everything else), sorted; what file managers leave
+    behind counts as neither."""
+    present = sorted(child.name for child in directory.iterdir()) if directory.is_dir() else []
+    present = [name for name in present if not _matches(name, FILE_MANAGERS)]
+    ours = [name for name in present if _matches(name, names)]
+    return ours, [name for name in present if name not in ours]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
 
 
 def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path], *, named: str = "output") -> Path:
