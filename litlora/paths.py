@@ -8,13 +8,17 @@ from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
+from litlora.formats.not_ours import hub_name, inner_directories, instead
 from litlora.prompts import STYLE_FILE
+from litlora.settings import REPOSITORY
 from litlora.storage.atomic import check_writable
 from litlora.tokenizer import SIDECAR_FILES
 
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
 FINAL = "final"
+CHECKPOINTS = Path("checkpoints")
+"""Where downloads go."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory that we write holds."""
 PEFT_NAMES = (
@@ -43,17 +47,63 @@ def checkpoint_dir(path: str | Path) -> Path:
     path = Path(path)
     directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
     if directory.is_file():
-        hint = ""
-        if directory.suffix == ".safetensors":
-            hint = "; LoRA files of other tools are for scripts/lora_merger.py"
+        hint = _of_file(directory)
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
+        raise CheckpointError(
+            f"{directory}: no such directory; a checkpoint directory is needed{_elsewhere(directory)}"
+        )
     if formats.detect(directory) is not None:
         return directory
+    inner = [str(place) for place in inner_directories(directory) if _is_readable_checkpoint(place)]
+    if inner:  # a run's result, which `inner_directories` names first, needs no choice
+        inner = inner[:1] if inner[0] == str(directory / FINAL) else inner
+        more = f" (or {_some(inner[1:])})" if inner[1:] else ""
+        raise CheckpointError(f"{directory}: not a checkpoint directory; did you mean {inner[0]}{more}?")
     formats.missing_part(directory)
-    hint = f"; did you mean {directory / FINAL}?" if is_checkpoint(directory / FINAL) else ""
-    raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
+    what = instead(directory, setting("data")) or f"has no {WEIGHTS_FILE} and no {HF_CONFIG_FILE}"
+    raise CheckpointError(f"{directory}: not a checkpoint directory: it {what}")
+
+
+def _of_file(file: Path) -> str:
+    """What to do with a file that was named instead of a directory."""
+    if file.suffix == ".gguf":
+        return "; a GGUF file is made from a model and is not read: use the model's Hugging Face folder"
+    if file.suffix == ".safetensors" and (file.parent / HF_CONFIG_FILE).is_file():
+        return f": {file.parent}"
+    if file.suffix == ".safetensors":
+        return "; LoRA files of other tools are for scripts/lora_merger.py"
+    return f": {file.parent}" if is_checkpoint(file.parent) else ""
+
+
+def _elsewhere(path: Path) -> str:
+    """Where the directory may be that is not at `path`."""
+    for place in (CHECKPOINTS / path, *(root / path for root in (REPOSITORY, REPOSITORY / CHECKPOINTS))):
+        if not path.is_absolute() and is_checkpoint(place):
+            return f"; did you mean {place}?"
+    if name := hub_name(path):
+        return (
+            f"; to get the model of this name from the hub: python scripts/download.py {name}, then use "
+            f"{CHECKPOINTS / name}"
+        )
+    if path.name == FINAL:
+        steps = sorted(path.parent.glob("step-*"))
+        return f"; that run is not complete, its newest checkpoint is {steps[-1]}" if steps else (
+            "; a run of finetune/lora.py or finetune/full.py writes it"
+        )
+    return ""
+
+
+def _is_readable_checkpoint(directory: Path) -> bool:
+    try:
+        return is_checkpoint(directory)
+    except OSError:  # somebody else's
+        return False
+
+
+def _some(names: list[str]) -> str:
+    """A list of names; of a long one the first six."""
+    return ", ".join(names) if len(names) <= 7 else f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def output_dir(

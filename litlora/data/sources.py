@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.other_files import refuse_other_files
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
 
@@ -35,6 +36,8 @@ class Dataset:
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
     anything that cannot be trained on."""
+    if isinstance(source, JSON):
+        refuse_other_files(Path(source.path))
     found = READERS[type(source)](source)
     if not found.conversations:
         name = getattr(source, "path", source.name)
