@@ -3,11 +3,12 @@
 python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $dir/peft
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import PEFT_WEIGHTS_FILES
@@ -66,12 +67,17 @@ def main(settings: ExportPEFT) -> None:
             f"note: {base.directory} is not a Hugging Face folder; make one with "
             "scripts/convert_lit_checkpoint.py, or name one with --base_model"
         )
+        folder = f"{base.directory}-hf"
+        convert = call("scripts/convert_lit_checkpoint.py")
+        say(f"next: {convert} --checkpoint_dir {base.directory} --out_dir {folder}")
+        base_name = folder
     if added:
         say(
             f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
-    say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

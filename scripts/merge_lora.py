@@ -10,7 +10,7 @@ checkpoint that can be trained further.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import UserError
 from litlora.inputs import check_inputs
@@ -75,7 +75,7 @@ def main(settings: MergeLoRA) -> None:
     say(f"merged: {' + '.join(_names(chains, weights))}")
     say(*(report if settings.verify else ["not verified: --verify false"]))
     say(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
-    say(f"next: python chat/base.py --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
 def _verified(plan: "Plan", config: "ModelConfig", directory: Path, unmerged: "Unmerged") -> list[str]:

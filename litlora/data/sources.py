@@ -15,6 +15,7 @@ from typing import Any
 
 from litlora.data.alpaca import alpaca_conversations, json_object
 from litlora.data.conversation import Conversation, Place
+from litlora.data.other_files import refuse_other_files
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
 from litlora.storage.untrusted import require_file
@@ -37,6 +38,8 @@ class Dataset:
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
     anything that cannot be trained on."""
+    if isinstance(source, JSON):
+        refuse_other_files(Path(source.path))
     found = READERS[type(source)](source)
     if not found.conversations:
         name = getattr(source, "path", source.name)

@@ -201,6 +201,8 @@ class Run:
         if start is None:
             if self.settings.resume:
                 self.say(f"resume: {self.path} holds no early checkpoint, so the run begins")
+            for name in self.place.outdated:
+                self.say(f"note: {self.path / name} stays; it may come from the run that this one replaces")
             return None, None
         differences = changed_settings(yaml.safe_load(self.hyperparameters), stored_settings(start))
         state = rows = None

@@ -96,7 +96,7 @@ def test_what_was_measured_at_the_start_is_not_measured_again(
     monkeypatch.setattr(precision, "FAST", float("inf"))
     run("lora", out, *words, "--resume", "auto")
     said = capsys.readouterr().out
-    assert "found by a dry run" not in said and "precision: bf16-true (as asked)" in said
+    assert "found by a dry run" not in said and "precision: bf16-true (as set)" in said
     assert same(out, expected)
 
 
