@@ -17,9 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
-
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from litlora.console import one_line, say
 from litlora.errors import UserError
@@ -27,6 +25,9 @@ from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource
 from litlora.settings.other_names import OTHER_NAMES
 from litlora.storage.untrusted import read_yaml_mapping, require_file
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 Settings = TypeVar("Settings")
 
@@ -141,7 +142,10 @@ def _data_sources() -> dict[str, type[DataSource]]:
     return {source.__name__: source for source in DataSource.__subclasses__()}
 
 
-def _make_parser(settings_class: type, words: list[str]) -> ArgumentParser:
+def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
+    # Late: most of the time until a command starts, in which Ctrl-C must not show a traceback.
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
         subclasses_enabled=[DataSource],
@@ -296,7 +300,7 @@ def _checked_config(argv: list[str]) -> tuple[str, dict[str, Any]]:
     return file, content
 
 
-def _check_nulls(types: dict[str, Any], values: Namespace, config: str) -> None:
+def _check_nulls(types: dict[str, Any], values: Any, config: str) -> None:
     """Raise UserError for a null that a setting does not take, and for a value where a group of
     settings is needed: jsonargparse lets both pass in a file."""
     for name, kind in types.items():
