@@ -81,11 +81,12 @@ def _sum_up(
     written: list[Path],
 ) -> None:
     """Say what was added to what, and where the result is."""
-    from litlora.lora import Update
+    from torch import Tensor
+
     from litlora.storage.dtypes import DTYPES, dtype_name
 
-    updates = sum(isinstance(addition.value, Update) for each in additions.values() for addition in each)
-    others = sum(map(len, additions.values())) - updates
+    others = sum(isinstance(addition.value, Tensor) for each in additions.values() for addition in each)
+    updates = sum(map(len, additions.values())) - others
     before = {tensor.dtype for tensor in model.values() if tensor.is_floating_point()}
     if converted := before - {DTYPES[settings.output_dtype]}:
         kinds = ", ".join(sorted(dtype_name(dtype) for dtype in converted))
@@ -93,7 +94,7 @@ def _sum_up(
             f"note: the model's {kinds} is written as {settings.output_dtype}; --output_dtype chooses another"
         )
     say(
-        f"merged: {updates} updates of low rank and {others} whole into "
+        f"merged: {updates} updates of layers and {others} whole into "
         f"{len(additions)} of {len(model)} tensors"
     )
     size = sum(file.stat().st_size for file in written)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.formats.lora_files import DIFF_OF, LoRAFile
+from litlora.formats.lora_content import END_OF
+from litlora.formats.lora_files import LoRAFile
 from litlora.lora import Update
+from litlora.lora.dense import DenseUpdate, fits_plain
 from litlora.lora.update import fitting
 
 COMFYUI = "diffusion_model."
-PREFIXES = (COMFYUI, "base_model.model.", "unet.", "transformer.", "model.diffusion_model.")
+PEFT_PREFIX, DECODER = "base_model.model.", "model."
+PREFIXES = (COMFYUI, PEFT_PREFIX, "unet.", "transformer.", "model.diffusion_model.")
 """Prefixes of a module's name in a LoRA file, and with some tools of a tensor's name in a model."""
 FLAT_PREFIXES = (
     "lora_unet_",
@@ -35,7 +38,7 @@ class Addition:
 
     file: Path
     key: str
-    value: Update | Tensor
+    value: Update | DenseUpdate | Tensor
     factor: float
     replaces: bool = False
     """Whether the value is a tensor T that replaces W."""
@@ -66,7 +69,7 @@ def match(
                     f"{lora.path}: {addition.key} is {here}, {name} {there} of {model[name].dtype}"
                 )
                 continue
-            twin = taken.setdefault((name, isinstance(addition.value, Update)), addition.key)
+            twin = taken.setdefault((name, isinstance(addition.value, Tensor)), addition.key)
             if twin != addition.key:
                 raise CheckpointError(
                     f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them"
@@ -83,12 +86,12 @@ def match(
 def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ...], Addition]]:
     """(a tensor's name without its end, the ends that it may have, what is added to it) of every
     entry of a file."""
-    for key, update in lora.updates.items():
+    for key, update in (lora.updates | lora.dense).items():
         yield key, (".weight", ""), Addition(lora.path, key, update, factor)
     for key, tensor in lora.diffs.items():
-        end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
-        ends = (".weight", "") if end == ".weight" else (end,)
-        yield key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)
+        diff = next(diff for diff in END_OF if key.endswith(diff))
+        ends = (".weight", "") if END_OF[diff] == ".weight" else (END_OF[diff],)
+        yield key.removesuffix(diff), ends, Addition(lora.path, key, tensor, factor)
     for key, tensor in lora.whole.items():
         yield key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)
 
@@ -107,7 +110,12 @@ class _Names:
 
     def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
         """The tensor that a key means: the first end that gives one counts, and the exact name
-        comes before one with another prefix."""
+        comes before one with another prefix. A decoder's layers may be named as in the model with
+        its head, or without it."""
+        spellings = (key, *_with_and_without_head(key))
+        return next((name for each in spellings if (name := self._find(each, ends, addition))), None)
+
+    def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
         for end in ends:
             for exact in (key.removeprefix(COMFYUI) + end, key + end):
                 if exact in self._names:
@@ -125,19 +133,30 @@ class _Names:
         return None
 
 
+def _with_and_without_head(key: str) -> list[str]:
+    """The other names of a layer `base_model.model.layers...`: PEFT names it by the model that it
+    was given, with a head or without."""
+    name = key.removeprefix(PEFT_PREFIX)
+    if name == key:
+        return []
+    return [name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
+
+
 def _stems(name: str) -> list[str]:
     """A name, and what is left of it without its prefix, and without the prefix after that."""
     shorter = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
 
-def _fits(value: Update | Tensor, tensor: Tensor) -> bool:
+def _fits(value: Update | DenseUpdate | Tensor, tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return False
-    if not isinstance(value, Update):
+    if isinstance(value, Tensor):
         return value.shape == tensor.shape
-    # A convolution of kernel 1 may have factors like those of a linear layer.
-    return value.shape == tensor.shape or (value.shape == tensor.shape[:2] and tensor[0, 0].numel() == 1)
+    if tensor.ndim < 2:
+        return False
+    shape = tuple(tensor.shape)
+    return value.fits(shape) if isinstance(value, DenseUpdate) else fits_plain(value, shape)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -162,6 +181,10 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
             if isinstance(value, Update):
                 fitting(addition.factor * value.scale, of)
                 value.add_product(exact, factor=addition.factor)
+                continue
+            if isinstance(value, DenseUpdate):
+                fitting(addition.factor * value.scale, of)
+                value.add_to(exact, tensor, addition.factor)
                 continue
             value = value.to(exact.dtype)
             change = value - tensor.to(exact.dtype) if addition.replaces else value

@@ -97,14 +97,14 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
     generator, first = torch.Generator().manual_seed(recipe.seed), loras[0]
     for other in loras[1:]:
         shared = (other.updates.keys() | other.diffs.keys()) & (first.updates.keys() | first.diffs.keys())
-        if other.parts != first.parts or not shared:
+        if not shared:
             raise CheckpointError(
                 f"{other.path}: has no layer of a name that {first.path} has; "
-                "name files of one model and one format"
+                "name files of one model whose layers are named alike"
             )
     updates, changes = _combine_all(
         [lora.path for lora in loras],
-        [lora.updates for lora in loras],
+        [lora.plain().updates for lora in loras],
         recipe,
         generator,
         form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),

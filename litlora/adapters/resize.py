@@ -75,7 +75,7 @@ def resize_file(
     """The same for a LoRA file of another tool that will be stored in `dtype`; its names, its
     format and its differences stay."""
     updates, changes = _resize_all(
-        lora.updates,
+        lora.plain().updates,
         rank=rank,
         max_error=max_error,
         generator=generator,
@@ -85,10 +85,10 @@ def resize_file(
 
 
 def factors_of(lora: LoRAFile) -> dict[str, Tensor]:
-    """Every A and B of a LoRA file, by the name that an error gives it."""
-    return {
-        f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
-    }
+    """Every A and B of a LoRA file, by the name that an error gives it. Raises CheckpointError for a
+    file that holds other updates as well."""
+    updates = lora.plain().updates
+    return {f"{name}, {part}": getattr(update, part) for name, update in updates.items() for part in "AB"}
 
 
 def _resize_all(

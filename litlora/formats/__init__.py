@@ -5,7 +5,8 @@ Torch-free.
     huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
     peft.py         PEFT adapter folders
     litgpt.py       litgpt's directories and adapters
-    lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model
+    lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model; lora_keys.py,
+                    lora_content.py and lycoris.py read them
 
 To add a format: subclass `Format` and put an instance into FORMATS. Every command then reads it.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
     from litlora.lora import Adapter, Update
+    from litlora.lora.dense import DenseUpdate
 
 WEIGHTS_FILE = "lit_model.pth"
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -54,7 +56,7 @@ class Outline:
     """What the adapter calls its base."""
     settings: dict[str, Any] | None = None
     """Its rank and the like, for people; None: they are not known."""
-    updates: "Mapping[str, Update] | None" = None
+    updates: "Mapping[str, Update | DenseUpdate] | None" = None
     """By the names in the file; None: they cannot be told apart without the base."""
     unrecognised: list[str] = field(default_factory=list)
     """Keys in the file that this version cannot interpret."""

@@ -8,14 +8,15 @@ same names.
     peft      a folder: adapter_config.json, and adapter_model.safetensors with
               base_model.model.<module>.lora_A.weight, .lora_B.weight
 
-Besides the factors a file may hold differences of whole tensors: `.diff` of a weight, `.diff_b` of
-a bias, `.diff_m` of a modulation. A PEFT folder may hold tensors that replace the base's. The
+lora_keys.py lists how else a factor may be spelled; a layer keeps its spelling. Besides the factors
+a file may hold LyCORIS's products and DoRA's magnitudes (lycoris.py), and differences of whole
+tensors: `.diff` or `.w_norm` of a weight, `.diff_b` or `.b_norm` of a bias, `.diff_m` of a
+modulation. A PEFT folder may hold tensors that replace the base's. The
 factors of a convolution are (r, in, *kernel) and (out, r, 1, ...). A module keeps the name that the
 file has for it, with its prefix: only the model tells which module that is.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,24 +28,23 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError, setting
-from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, Outline, peft, peft_weights
+from litlora.formats import (
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILES,
+    Outline,
+    peft,
+    peft_weights,
+)
+from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
 from litlora.formats.model_files import open_model
-from litlora.lora.update import Update, scale_of
+from litlora.lora.dense import DenseUpdate
+from litlora.lora.update import Update
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
-from litlora.storage.tensors import at_least_16_bits, open_tensors, write_safetensors
+from litlora.storage.tensors import open_tensors, write_safetensors
 
-PARTS = ("lora_down", "lora_up")
-"""What most tools call A and B."""
-PEFT_PARTS = ("lora_A", "lora_B")
-SPELLINGS = (PARTS, PEFT_PARTS, ("lora_A.default", "lora_B.default"), ("lora.down", "lora.up"))
-"""What a file calls A and B: one of these for each layer."""
 DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
 """What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
-DIFFS = tuple(DIFF_OF.values())
-_FACTOR = r"(.+)\.(lora_(?:down|up|[AB]|[AB]\.default)|lora\.(?:down|up))\.weight|(.+)\.lora_embedding_([AB])"
-_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-
 
 @dataclass(frozen=True)
 class LoRAFile:
@@ -66,12 +66,17 @@ class LoRAFile:
     """What the keys call A and B."""
     alpha: bool = False
     """Whether the file stores alpha; if not, its updates have scale 1."""
+    keys: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The keys of A and B, by the module's name, where they are not spelled as in `parts`."""
+    dense: dict[str, DenseUpdate] = field(default_factory=dict)
+    """Updates that are not s · B A, by the module's name."""
 
     def outline(self) -> Outline:
         """What it tells without a model."""
-        spelling = f"LoRA file ({', '.join(PEFT_PARTS if PEFT_PARTS[0] in self.parts else PARTS)})"
+        spelling = f"LoRA file ({', '.join(self._kinds())})"
+        updates = self.updates | self.dense
         settings = {
-            "ranks": sorted({update.rank for update in self.updates.values()}),
+            "ranks": sorted({update.rank for update in updates.values() if update.rank is not None}),
             "alpha": self.alpha or self.config is not None,
             "differences": len({**self.diffs, **self.whole}),
         }
@@ -81,9 +86,23 @@ class LoRAFile:
             open_tensors(self.path),
             (self.config or {}).get("base_model_name_or_path") or None,
             settings,
-            self.updates,
+            updates,
             self.unknown,
         )
+
+    def _kinds(self) -> list[str]:
+        """What its factors are called, and the kinds of updates that are not s · B A."""
+        parts = PEFT_PARTS if self.parts[0].startswith(PEFT_PARTS[0]) else PARTS
+        return [*(parts if self.updates else ()), *sorted({update.name for update in self.dense.values()})]
+
+    def plain(self) -> "LoRAFile":
+        """The file itself. Raises CheckpointError if it holds an update that is not s · B A."""
+        for module, update in self.dense.items():
+            raise CheckpointError(
+                f"{self.path}: {module} is {update.name}, which is not a product of two factors; merge it "
+                "with scripts/lora_merger.py, then extract a LoRA with scripts/lora_extractor.py"
+            )
+        return self
 
 
 # ---- reading
@@ -95,7 +114,7 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
 
     `files` are those that any other folder consists of. Tensors are memory-mapped. Raises
     CheckpointError for a broken file, half a pair, factors that do not fit each other, an alpha
-    that cannot be a scale, an empty file, DoRA, and, unless `allow_unknown`, for an unrecognised
+    that cannot be a scale, an empty file, and, unless `allow_unknown`, for an unrecognised
     key.
     """
     folder = path if path.is_dir() else path.parent if path.name in PEFT_WEIGHTS_FILES else None
@@ -103,123 +122,34 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
     config = None
     if weights is not None:
         path, files, config = weights, [weights], peft.read_config(folder)
-        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
+        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config | {"use_dora": False})
     elif path.is_dir() and not files:
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
-    content = _Content(path, config)
+    content = Content(path, config)
     for key, tensor in open_model(path, files or [path]).items():
         content.add(key, tensor)
-    return content.lora(allow_unknown=allow_unknown)
+    unknown, parts = content.checked(allow_unknown=allow_unknown), content.parts()
+    found = {module: content.update(module) for module in content.layers}
+    updates = {module: update for module, update in found.items() if isinstance(update, Update)}
+    keys = {module: content.keys_of(module) for module in updates}
+    return LoRAFile(
+        path,
+        updates,
+        content.diffs,
+        content.whole,
+        unknown,
+        config,
+        parts,
+        alpha=bool(content.alphas),
+        keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
+        dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
+    )
 
 
-@dataclass
-class _Pair:
-    """The factors of one module, as they are found."""
-
-    spelling: tuple[str, str]
-    factors: dict[str, Tensor] = field(default_factory=dict)
-    is_embedding: bool = False
-
-
-@dataclass
-class _Content:
-    """What a file or PEFT folder holds, key by key."""
-
-    file: Path
-    config: dict[str, Any] | None
-    pairs: dict[str, _Pair] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    diffs: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Sort out one tensor by its key."""
-        if factor := re.fullmatch(_FACTOR, key):
-            self._add_factor(factor, tensor)
-        elif key.endswith(".alpha"):
-            if tensor.numel() != 1 or not math.isfinite(value := tensor.item()) or value == 0:
-                raise CheckpointError(f"{self.file}: {key} must be one finite number other than 0")
-            self.alphas[key.removesuffix(".alpha")] = float(value)
-        elif key.endswith(_DORA) or ".lora_mid." in key:
-            raise CheckpointError(
-                f"{self.file}: {key} is not supported: only plain LoRA's factors, .alpha and differences are"
-            )
-        elif key.endswith(DIFFS):
-            self.diffs[key] = at_least_16_bits(tensor)
-        elif self.config is not None and not re.search(r"\.lora_|\.token_adapter\.", key):
-            if ".original_module." not in key:  # what a module was before training, which has no effect
-                name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                self.whole[name] = tensor
-        else:
-            self.unknown.append(key)
-
-    def _add_factor(self, factor: re.Match[str], tensor: Tensor) -> None:
-        is_embedding = factor[3] is not None
-        module, name = (factor[3], f"lora_{factor[4]}") if is_embedding else (factor[1], factor[2])
-        spelling = next(spelling for spelling in SPELLINGS if name in spelling)
-        pair = self.pairs.setdefault(module, _Pair(spelling))
-        if pair.spelling != spelling:
-            raise CheckpointError(
-                f"{self.file}: {module} has factors of two kinds, {pair.spelling[0]} and {spelling[0]}; "
-                "keep one"
-            )
-        pair.factors["AB"[spelling.index(name)]] = tensor
-        pair.is_embedding |= is_embedding
-
-    def lora(self, *, allow_unknown: bool) -> LoRAFile:
-        """The whole. Raises CheckpointError for what cannot be used."""
-        unknown = [*self.unknown, *(f"{module}.alpha" for module in self.alphas if module not in self.pairs)]
-        if unknown and not allow_unknown:
-            raise CheckpointError(
-                f"{self.file}: {unknown[0]}: unrecognised key; the keys of factors, .alpha, .diff, .diff_b "
-                "and .diff_m are supported"
-            )
-        updates = {module: self._update(module, pair) for module, pair in self.pairs.items()}
-        if not (updates or self.diffs or self.whole):
-            first = f"; {unknown[0]}: unrecognised key" if unknown else ""
-            raise CheckpointError(
-                f"{self.file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff{first}"
-            )
-        return LoRAFile(
-            self.file,
-            updates,
-            self.diffs,
-            self.whole,
-            unknown,
-            self.config,
-            next((pair.spelling for pair in self.pairs.values()), PARTS),
-            alpha=bool(self.alphas),
-        )
-
-    def _update(self, module: str, pair: _Pair) -> Update:
-        if pair.factors.keys() != {"A", "B"}:
-            raise CheckpointError(f"{self.file}: {module} has only one of its two factors")
-        A, B = pair.factors["A"], pair.factors["B"]
-        are_factors = A.ndim >= 2 and B.ndim in (2, A.ndim) and A.size(0) == B.size(1)
-        if not (are_factors and A.numel() and B.numel() and B[0, 0].numel() == 1) or not (
-            A.is_floating_point() and B.is_floating_point()
-        ):
-            raise CheckpointError(
-                f"{self.file}: {module}: {tuple(A.shape)} and {tuple(B.shape)} do not form an update"
-            )
-        A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
-        kind = "embedding" if pair.is_embedding else "linear"
-        if self.config is None:
-            return Update(A, B, self.alphas[module] / rank if module in self.alphas else 1.0, kind)
-        if kind == "linear" and self.config.get("fan_in_fan_out"):
-            kind = "conv1d"
-        return Update(A, B, self._peft_scale(module, rank), kind)
-
-    def _peft_scale(self, module: str, rank: int) -> float:
-        """What adapter_config.json says about a module. Raises CheckpointError for another rank."""
-        config, name = self.config, module.removeprefix(peft.PREFIX)
-        if rank != (stated := peft.by_pattern(config["rank_pattern"], name, config["r"])):
-            raise CheckpointError(f"{self.file}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {stated}")
-        alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
-        return scale_of(alpha, rank, rslora=config["use_rslora"])
+def _usual_keys(module: str, parts: tuple[str, str]) -> tuple[str, str]:
+    return f"{module}.{parts[0]}.weight", f"{module}.{parts[1]}.weight"
 
 
 # ---- writing
@@ -291,7 +221,11 @@ def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
     for module, update in lora.updates.items():
         # In a PEFT folder, the config tells the scale.
         kept = replace(update, scale=1.0) if lora.config is not None else update
-        tensors |= update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
+        written = update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
+        if module in lora.keys:
+            given = dict(zip(_usual_keys(module, lora.parts), lora.keys[module], strict=True))
+            written = {given.get(key, key): tensor for key, tensor in written.items()}
+        tensors |= written
     tensors |= {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in (lora.diffs | lora.whole).items()
