@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
-from litlora.formats import PEFT_CONFIG_FILE
+from litlora.formats import PEFT_CONFIG_FILE, WEIGHTS_FILE
 from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
 from litlora.paths import output_file
 from litlora.settings import LoRAMerger, num_bytes
@@ -28,7 +28,7 @@ def main(settings: LoRAMerger) -> None:
     source, loras = Path(settings.source_model), [Path(path) for path in settings.lora_model]
     files = model_files(source, settings.source_type, "source_model")
     lora_files = {
-        path: [path] if _is_peft(path) else model_files(path, settings.lora_type, "lora_model")
+        path: [path] if _is_adapter(path) else model_files(path, settings.lora_type, "lora_model")
         for path in loras
     }
     output = output_file(settings.output, WRITTEN_SUFFIXES[settings.output_format], [source, *loras])
@@ -69,9 +69,12 @@ def main(settings: LoRAMerger) -> None:
     _sum_up(settings, model, additions, written)
 
 
-def _is_peft(path: Path) -> bool:
-    """Whether it is a PEFT folder, which says itself what it is made of."""
-    return (path / PEFT_CONFIG_FILE).is_file()
+def _is_adapter(path: Path) -> bool:
+    """Whether it is an adapter's folder of PEFT, mlx-lm or litlora, or the file of the last, which
+    say themselves what they are made of."""
+    if path.name == WEIGHTS_FILE and path.is_file():
+        return True
+    return any((path / name).is_file() for name in (PEFT_CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _sum_up(

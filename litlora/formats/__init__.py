@@ -4,6 +4,7 @@ Torch-free.
     litlora.py      our own: lit_model.pth, full or adapter
     huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
     peft.py         PEFT adapter folders
+    mlx.py          adapter folders of mlx-lm
     litgpt.py       litgpt's directories and adapters
     lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model; lora_keys.py,
                     lora_content.py and lycoris.py read them
@@ -13,7 +14,7 @@ To add a format: subclass `Format` and put an instance into FORMATS. Every comma
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "lit_model.pth"
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MLX_WEIGHTS_FILE = "adapters.safetensors"
 LITGPT_ADAPTER_FILE = "lit_model.pth.lora"
 
 FindBase = Callable[[str, Path | None], "Chain"]
@@ -101,6 +103,25 @@ class _PEFT(Format):
         return read_lora(directory, allow_unknown=True).outline()
 
 
+class _MLX(Format):
+    name = "MLX"
+
+    def detect(self, directory: Path) -> bool:
+        return is_mlx(directory)
+
+    def open(self, directory: Path, find_base: FindBase) -> "Adapter":
+        from litlora.formats.mlx import as_peft, base_of
+        from litlora.formats.peft import adapter_of
+
+        base = find_base(*base_of(directory))
+        return adapter_of(directory / MLX_WEIGHTS_FILE, *as_peft(directory), base.config, base.base.tensors)
+
+    def outline(self, directory: Path) -> Outline:
+        from litlora.formats.lora_files import read_lora
+
+        return replace(read_lora(directory, allow_unknown=True).outline(), format=self.name)
+
+
 class _LitGPTAdapter(Format):
     name = "litgpt"
 
@@ -166,9 +187,9 @@ class _HuggingFace(Format):
         return open_folder(directory)
 
 
-FORMATS: list[Format] = [_PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
+FORMATS: list[Format] = [_MLX(), _PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
 """Every format, in order of precedence: a directory has the first that detects it."""
-NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
+NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, MLX_WEIGHTS_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
 """Files that may be named instead of the directory that holds them."""
 
 
@@ -176,6 +197,12 @@ def detect(directory: Path) -> Format | None:
     """The format of a checkpoint directory; None if it has none. Raises CheckpointError if a part
     of the format is missing."""
     return next((format for format in FORMATS if format.detect(directory)), None)
+
+
+def is_mlx(directory: Path) -> bool:
+    """Whether a directory is an adapter of mlx-lm, whose config has the name of PEFT's."""
+    has_peft = any((directory / name).is_file() for name in PEFT_WEIGHTS_FILES)
+    return not has_peft and all((directory / name).is_file() for name in (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE))
 
 
 def peft_weights(directory: Path) -> Path | None:

@@ -29,16 +29,23 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError, setting
 from litlora.formats import (
+    MLX_WEIGHTS_FILE,
     PEFT_CONFIG_FILE,
     PEFT_WEIGHTS_FILES,
+    WEIGHTS_FILE,
     Outline,
+    is_mlx,
+    litlora,
+    mlx,
     peft,
     peft_weights,
 )
 from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
 from litlora.formats.model_files import open_model
+from litlora.lora.adapter import Adapter
 from litlora.lora.dense import DenseUpdate
 from litlora.lora.update import Update
+from litlora.lora.variants import variant_named
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
 from litlora.storage.tensors import open_tensors, write_safetensors
@@ -109,18 +116,21 @@ class LoRAFile:
 
 
 def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: bool = False) -> LoRAFile:
-    """Read a LoRA file (`.safetensors`, or a torch file of tensors), a PEFT folder, or the weights'
-    file in one.
+    """Read a LoRA file (`.safetensors`, or a torch file of tensors), an adapter's folder of PEFT,
+    mlx-lm or litlora, or the weights' file in one.
 
     `files` are those that any other folder consists of. Tensors are memory-mapped. Raises
     CheckpointError for a broken file, half a pair, factors that do not fit each other, an alpha
     that cannot be a scale, an empty file, and, unless `allow_unknown`, for an unrecognised
     key.
     """
-    folder = path if path.is_dir() else path.parent if path.name in PEFT_WEIGHTS_FILES else None
-    weights = peft_weights(folder) if folder is not None else None
-    config = None
-    if weights is not None:
+    folder = path if path.is_dir() else path.parent
+    if path.name == WEIGHTS_FILE or (path.is_dir() and (path / WEIGHTS_FILE).is_file()):
+        return _own_adapter(folder)
+    config, tensors = None, None
+    if is_mlx(folder) and path in (folder, folder / MLX_WEIGHTS_FILE):
+        (tensors, config), path = mlx.as_peft(folder), folder / MLX_WEIGHTS_FILE
+    elif (path.is_dir() or path.name in PEFT_WEIGHTS_FILES) and (weights := peft_weights(folder)):
         path, files, config = weights, [weights], peft.read_config(folder)
         peft.refuse_variants(folder / PEFT_CONFIG_FILE, config | {"use_dora": False})
     elif path.is_dir() and not files:
@@ -128,7 +138,7 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
     content = Content(path, config)
-    for key, tensor in open_model(path, files or [path]).items():
+    for key, tensor in (tensors or open_model(path, files or [path])).items():
         content.add(key, tensor)
     unknown, parts = content.checked(allow_unknown=allow_unknown), content.parts()
     found = {module: content.update(module) for module in content.layers}
@@ -146,6 +156,19 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
         dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
     )
+
+
+def _own_adapter(directory: Path) -> LoRAFile:
+    """The adapter in a directory of litlora, under the names that it has there, which are those of
+    most Hugging Face models. Raises CheckpointError for a full model, and for a variant."""
+    adapter = litlora.open_directory(directory)
+    if not isinstance(adapter, Adapter):
+        raise CheckpointError(f"{directory}: is a full model, not an adapter")
+    if not variant_named(adapter.config.variant).is_plain:
+        raise CheckpointError(
+            f"{directory}: has the variant {adapter.config.variant}; merge it with scripts/merge_lora.py"
+        )
+    return LoRAFile(adapter.file, adapter.updates, whole=adapter.whole, parts=PEFT_PARTS, alpha=True)
 
 
 def _usual_keys(module: str, parts: tuple[str, str]) -> tuple[str, str]:

@@ -78,7 +78,18 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
     config = read_config(directory)
     refuse_variants(directory / CONFIG_FILE, config)
     file = peft_weights(directory)
-    pairs, whole = _sorted_out(file, open_tensors(file))
+    return adapter_of(file, open_tensors(file), config, model, base)
+
+
+def adapter_of(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    model: ModelConfig,
+    base: Mapping[str, Tensor],
+) -> Adapter:
+    """The adapter of these tensors, by PEFT's keys, that a file holds. See `read_adapter`."""
+    pairs, whole = _sorted_out(file, tensors)
     found = _Found(file, config, _Names(model, base, [*pairs, *whole]))
     for module, pair in pairs.items():
         found.add_pair(module, pair)

@@ -145,8 +145,8 @@ class LoRAMerger:
     source_type: FileType = "safetensors"
     """Type of its files."""
     lora_model: list[str]
-    """LoRA files (with the names of ComfyUI or kohya, or lora_A and lora_B) or PEFT folders.
-    Several are added up."""
+    """LoRA files (with the names of ComfyUI or kohya, or lora_A and lora_B) or folders of PEFT,
+    mlx-lm or litlora. Several are added up."""
     lora_type: FileType = "safetensors"
     """Type of the LoRA files."""
     output: str
