@@ -6,7 +6,7 @@ from pathlib import Path
 from litlora import formats
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
-from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
+from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
 from litlora.prompts import STYLE_FILE
 from litlora.storage.atomic import check_writable
@@ -23,6 +23,8 @@ PEFT_NAMES = (
     *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
 )
 """What a PEFT folder that we write holds."""
+MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
+"""What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
 

@@ -175,7 +175,7 @@ class CombineLoRA(_AdapterToAdapter):
 @dataclass(frozen=True, kw_only=True)
 class ExportPEFT:
     """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging
-    Face base."""
+    Face base, or as a folder of mlx-lm."""
 
     OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
 
@@ -183,6 +183,8 @@ class ExportPEFT:
     """The adapter: a lit_model.pth, or the directory that holds it."""
     out_dir: str
     """Directory to write."""
+    format: Literal["peft", "mlx"] = "peft"
+    """Whose folder to write."""
     checkpoint_dir: str | None = None
     """The base; default: the one the adapter was trained on."""
     base_model: str | None = None

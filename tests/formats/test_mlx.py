@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import fails, succeeds
+from conftest import fails, random_adapter, succeeds
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.describe import describe
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
+from litlora.settings import LoRAConfig
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
@@ -101,3 +102,34 @@ def test_tensors_of_other_kinds_are_refused(adapter, key):
 def test_a_broken_config_is_one_line(adapter):
     (adapter / "adapter_config.json").write_text("[1]")
     assert "adapter_config.json" in fails("scripts/inspect_checkpoint.py", adapter)
+
+
+def test_an_adapter_is_exported_with_one_rank_and_one_scale(base, tmp_path):
+    layers = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.self_attn.q_proj": 4}
+    config = LoRAConfig(
+        rank=4, alpha=8, targets=["q_proj"], rank_pattern={"model.layers.0.self_attn.q_proj": 2}
+    )
+    own = random_adapter(tmp_path / "own", base, config)
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
+    succeeds("scripts/export_peft.py", *words)
+    stated = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
+    parameters, tensors = stated["lora_parameters"], load_file(tmp_path / "mlx/adapters.safetensors")
+    assert parameters["keys"] == ["self_attn.q_proj"] and parameters["rank"] == 4
+    scale = parameters["scale"]
+    for name, rank in layers.items():
+        update = open_checkpoint(own).updates[name]
+        assert update.rank == rank and tensors[f"{name}.lora_a"].shape == (update.A.size(1), 4)
+        wanted = 8 / rank * update.B.double() @ update.A.double()
+        found = scale * (tensors[f"{name}.lora_a"].double() @ tensors[f"{name}.lora_b"].double()).T
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    merged, wanted = (merge_chain(resolve(path))[0] for path in (tmp_path / "mlx", own))
+    for name in wanted:
+        torch.testing.assert_close(merged[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_mlx_cannot_hold_is_not_exported(base, tmp_path):
+    config = LoRAConfig(rank=2, alpha=2, targets=["q_proj"], modules_to_save=["model.norm"])
+    own = random_adapter(tmp_path / "own", base, config)
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
+    assert "an MLX folder holds only LoRA of linear layers" in fails("scripts/export_peft.py", *words)
+    assert not (tmp_path / "mlx").exists()
