@@ -97,7 +97,7 @@ def _sum_up(
             f"note: the model's {kinds} is written as {settings.output_dtype}; --output_dtype chooses another"
         )
     say(
-        f"merged: {updates} updates of layers and {others} whole into "
+        f"merged: {updates} updates and {others} whole tensors into "
         f"{len(additions)} of {len(model)} tensors"
     )
     size = sum(file.stat().st_size for file in written)
