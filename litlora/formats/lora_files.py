@@ -3,6 +3,7 @@ same names.
 
     comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a
               diffusion model are prefixed with `diffusion_model.`
+    diffusers the names of one of these, and alpha in the header: see lora_header.py
     kohya     the same and <module>.alpha; a module's name is prefixed with `lora_unet_`, and its
               dots are underscores
     peft      a folder: adapter_config.json, and adapter_model.safetensors with
@@ -17,8 +18,7 @@ file has for it, with its prefix: only the model tells which module that is.
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError, setting
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, Outline, peft, peft_weights
+from litlora.formats.lora_header import ADAPTERS, Header, check_understood, read_header, written
 from litlora.formats.model_files import open_model
 from litlora.lora.update import Update, scale_of
 from litlora.settings import check_alpha
@@ -65,14 +66,25 @@ class LoRAFile:
     parts: tuple[str, str] = PARTS
     """What the keys call A and B."""
     alpha: bool = False
-    """Whether the file stores alpha; if not, its updates have scale 1."""
+    """Whether the file stores `.alpha`."""
+    header: Header = field(default_factory=Header)
+    """What a safetensors file says besides its tensors."""
+    notices: list[str] = field(default_factory=list)
+    """What whoever uses the file should be told."""
+    is_8_bit: bool = False
+    """Whether factors are stored in 8 bits; they are read, and written again, as 16."""
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the file can tell the scale of an update; if not, scales are 1."""
+        return self.alpha or bool(self.header.adapters)
 
     def outline(self) -> Outline:
         """What it tells without a model."""
         spelling = f"LoRA file ({', '.join(PEFT_PARTS if PEFT_PARTS[0] in self.parts else PARTS)})"
         settings = {
             "ranks": sorted({update.rank for update in self.updates.values()}),
-            "alpha": self.alpha or self.config is not None,
+            "alpha": self._alphas(),
             "differences": len({**self.diffs, **self.whole}),
         }
         return Outline(
@@ -83,7 +95,19 @@ class LoRAFile:
             settings,
             self.updates,
             self.unknown,
+            self.notices,
         )
+
+    def _alphas(self) -> list[float]:
+        """The values of alpha that occur; none in a file that does not tell them."""
+        if not self.keeps_scale and self.config is None:
+            return []
+        found = set()
+        for module, update in self.updates.items():
+            rslora = self.config["use_rslora"] if self.config else self.header.is_rslora(self.path, module)
+            alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+            found.add(float(f"{alpha:.9g}"))
+        return sorted(found)
 
 
 # ---- reading
@@ -108,7 +132,9 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
-    content = _Content(path, config)
+    # A PEFT folder's scale stands in its config alone.
+    header = Header() if config is not None else read_header(files or [path])
+    content = _Content(path, config, header)
     for key, tensor in open_model(path, files or [path]).items():
         content.add(key, tensor)
     return content.lora(allow_unknown=allow_unknown)
@@ -129,6 +155,7 @@ class _Content:
 
     file: Path
     config: dict[str, Any] | None
+    header: Header
     pairs: dict[str, _Pair] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     diffs: dict[str, Tensor] = field(default_factory=dict)
@@ -192,7 +219,20 @@ class _Content:
             self.config,
             next((pair.spelling for pair in self.pairs.values()), PARTS),
             alpha=bool(self.alphas),
+            header=self.header,
+            notices=self._notices(),
+            is_8_bit=any(
+                factor.itemsize == 1 for pair in self.pairs.values() for factor in pair.factors.values()
+            ),
         )
+
+    def _notices(self) -> list[str]:
+        """What the header says besides. Raises CheckpointError if that contradicts scale 1, which a
+        layer has without `.alpha`."""
+        if self.config is not None or self.header.adapters or self.alphas:
+            return []
+        ranks = {module: pair.factors["A"].size(0) for module, pair in self.pairs.items()}
+        return check_understood(self.file, self.header, ranks)
 
     def _update(self, module: str, pair: _Pair) -> Update:
         if pair.factors.keys() != {"A", "B"}:
@@ -208,10 +248,22 @@ class _Content:
         A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
         kind = "embedding" if pair.is_embedding else "linear"
         if self.config is None:
-            return Update(A, B, self.alphas[module] / rank if module in self.alphas else 1.0, kind)
+            return Update(A, B, self._scale(module, rank), kind)
         if kind == "linear" and self.config.get("fan_in_fan_out"):
             kind = "conv1d"
         return Update(A, B, self._peft_scale(module, rank), kind)
+
+    def _scale(self, module: str, rank: int) -> float:
+        """What `.alpha`, or else the header, says about a module; 1 if neither does. Raises
+        CheckpointError if they contradict each other."""
+        stored = self.alphas[module] / rank if module in self.alphas else None
+        stated = self.header.scale(self.file, module, rank)
+        if stored is not None and stated is not None and not math.isclose(stored, stated, rel_tol=1e-3):
+            raise CheckpointError(
+                f"{self.file}: {module}.alpha is {self.alphas[module]:g}, but {ADAPTERS} in the header says "
+                f"{stated * rank:g}; keep the one that is right"
+            )
+        return next((scale for scale in (stored, stated) if scale is not None), 1.0)
 
     def _peft_scale(self, module: str, rank: int) -> float:
         """What adapter_config.json says about a module. Raises CheckpointError for another rank."""
@@ -281,29 +333,33 @@ def update_tensors(
     return tensors
 
 
-def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
+def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> list[str]:
     """Write a LoRA in its own format: a safetensors file, or, if it has a config, a PEFT folder. It
-    appears whole or not at all.
+    appears whole or not at all. Returns the entries of its header that no longer hold, and are left
+    out.
 
     In an existing folder, the two files are replaced.
     """
     tensors: dict[str, Tensor] = {}
+    # In a PEFT folder the config tells the scale, and with diffusers' metadata the header does.
+    is_elsewhere = lora.config is not None or (lora.keeps_scale and not lora.alpha)
     for module, update in lora.updates.items():
-        # In a PEFT folder, the config tells the scale.
-        kept = replace(update, scale=1.0) if lora.config is not None else update
+        kept = replace(update, scale=1.0) if is_elsewhere else update
         tensors |= update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
     tensors |= {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in (lora.diffs | lora.whole).items()
     }
     if lora.config is None:
+        metadata, dropped = written(lora.path, lora.header, lora.updates)
         with replacing_file(path) as staging:
-            write_safetensors(staging, tensors)
-        return
+            write_safetensors(staging, tensors, metadata)
+        return dropped
     with replacing_file(path / PEFT_WEIGHTS_FILES[0]) as staging:
         write_safetensors(staging, {_peft_key(key, lora): tensor for key, tensor in tensors.items()})
     with replacing_file(path / PEFT_CONFIG_FILE) as staging:
         staging.write_text(json.dumps(peft_config(lora), indent=2) + "\n", encoding="utf-8")
+    return []
 
 
 def _peft_key(key: str, lora: LoRAFile) -> str:
@@ -314,12 +370,9 @@ def _peft_key(key: str, lora: LoRAFile) -> str:
 
 def peft_config(lora: LoRAFile) -> dict[str, Any]:
     """adapter_config.json for these updates; what else lora.config says stays."""
-    names = {module: module.removeprefix(peft.PREFIX) for module in lora.updates}
-    ranks = {names[module]: update.rank for module, update in lora.updates.items()}
-    alphas = {names[module]: update.scale * update.rank for module, update in lora.updates.items()}
-    rank, alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
-    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - ranks.keys()
-    if not ranks:
+    layers = {module.removeprefix(peft.PREFIX): update for module, update in lora.updates.items()}
+    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - layers.keys()
+    if not layers:
         raise CheckpointError(
             "no matrix differs, and PEFT needs at least one pair of factors; choose another "
             f"{setting('format')}"
@@ -329,25 +382,11 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
             "a tensor outside every module differs, and PEFT saves modules only; choose another "
             f"{setting('format')}"
         )
-
-    def pattern(name: str) -> str:
-        """PEFT matches a name with the end of any other, too."""
-        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
-
     has_biases = any(name.rpartition(".")[0] in lora.updates for name in lora.whole)
     stated = {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
+        **peft.stated(layers),
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if has_biases else "none",
     }
-    return {"target_modules": sorted(ranks)} | (lora.config or {}) | stated
-
-
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
+    return {"target_modules": sorted(layers)} | (lora.config or {}) | stated
