@@ -106,7 +106,8 @@ class LoRAFile:
         for module, update in self.updates.items():
             rslora = self.config["use_rslora"] if self.config else self.header.is_rslora(self.path, module)
             alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
-            found.add(float(f"{alpha:.9g}"))
+            value = float(f"{alpha:.9g}")
+            found.add(int(value) if value.is_integer() else value)
         return sorted(found)
 
 
