@@ -68,7 +68,7 @@ class Scale:
         elif self.stored.numel() == 1:
             largest = size.max()
         else:
-            largest = size.flatten(1).max(1).values
+            largest = size.reshape(len(size), -1).max(1).values
         values = torch.where(largest > 0, largest / torch.finfo(dtype).max, torch.ones_like(largest))
         stored = values.reshape(self.stored.shape).to(self.stored.dtype)
         stored = stored.clamp_min(torch.finfo(stored.dtype).tiny)
