@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from litlora.errors import CheckpointError
+from litlora.ram import is_lack_of_memory
 from litlora.storage.pickle_walk import Forbidden, Malformed
 from litlora.storage.torch_check import check_content, check_tensor, check_torch_file
 
@@ -104,6 +105,8 @@ def open_torch(file: Path) -> Any:
 
 def _broken(file: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:200]
+    if is_lack_of_memory(error):
+        return CheckpointError(f"{file}: cannot be read: not enough memory ({reason})")
     return CheckpointError(
         f"{file}: broken ({file.stat().st_size:,} bytes): {reason}; copy it or make it again"
     )
