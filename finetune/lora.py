@@ -27,6 +27,7 @@ def main(settings: FinetuneLoRA) -> None:
     lora = Method(
         prepare=lambda model: add_lora(model, settings.lora),
         trains_base=False,
+        dense=settings.lora.modules_to_save,
         content=lambda model: adapter_of(model, settings.lora),
         stores="the adapter only",
         resume="python {script} --config {config} --resume auto",

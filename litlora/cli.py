@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from litlora.console import one_line, say
 from litlora.errors import UserError
+from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource
 from litlora.storage.untrusted import read_yaml_mapping
 
@@ -44,7 +45,15 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_lack_of_memory(error):
+            reason = one_line(str(error))[:200] or "MemoryError"
+            _fail(
+                f"out of memory ({reason}): end other programs, or raise the limit that this process has "
+                "(ulimit -v, a control group)"
+            )
+        if not isinstance(error, OSError):
+            raise
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

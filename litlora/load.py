@@ -1,6 +1,7 @@
 """From a checkpoint directory to a model and its tokenizer, adapters merged in memory or live."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from litlora.lora import Adapter, attach_lora
 from litlora.lora.select import OUTPUT_HEAD
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.ram import is_lack_of_memory
 from litlora.storage.fingerprint import check_finite
 from litlora.tokenizer import Tokenizer, find_sidecars
 
@@ -40,19 +42,25 @@ def load(
     base_dir: Path | None = None,
     allow_base_mismatch: bool = False,
     device: torch.device | str = "cpu",
+    dense: Sequence[str] | None = None,
 ) -> Loaded:
     """Load a full checkpoint, an adapter or a chain; adapters are merged in memory, nothing is
     written.
 
     `live` keeps the outermost adapter as LoRALinear layers. The weights stay in the checkpoint's
-    dtype; on the CPU those without an update stay memory-mapped. Raises CheckpointError for
-    whatever is missing or does not fit.
+    dtype; on the CPU those without an update stay memory-mapped. Quantized weights are dequantised.
+    With `dense`, names or ends of names of modules, only those of these modules are, and those
+    outside the blocks: the other linear layers stay as they are stored, and frozen. Raises
+    CheckpointError for whatever is missing or does not fit.
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
     tokenizer = Tokenizer(chain.sources)
     live_adapter = top if live and isinstance(top, Adapter) else None
-    tensors, config = merge_chain(chain.inner if live_adapter else chain)
+    tensors, config = merge_chain(
+        chain.inner if live_adapter else chain,
+        as_stored=lambda name: dense is not None and _may_stay_quantized(name, dense),
+    )
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
@@ -65,6 +73,14 @@ def load(
     model = model.to(device).eval()
     check_finite(dict(model.named_parameters()), top.file)
     return Loaded(model, tokenizer, prompt_style, template, chain)
+
+
+def _may_stay_quantized(name: str, dense: Sequence[str]) -> bool:
+    """Whether a weight belongs to a block, and to none of the modules that must be dense."""
+    parts = name.split(".")
+    modules = [".".join(parts[:count]) for count in range(1, len(parts))]
+    inside = any(f".{module}".endswith(f".{target}") for module in modules for target in dense)
+    return name.startswith("model.layers.") and not inside
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> GPT:
@@ -94,6 +110,8 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
         for name in linears:
             model.get_submodule(name).load_update(adapter.updates[name])
     except (AttributeError, KeyError, RuntimeError, UserError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise CheckpointError(
             f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}"
         ) from None

@@ -15,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.norm import rms_norm
@@ -330,18 +333,27 @@ class GPT(nn.Module):
                 )
 
     @classmethod
-    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> "GPT":
-        """A model that holds these very tensors: nothing is initialised or copied.
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor | Quantized]) -> "GPT":
+        """A model that holds these very tensors: nothing is initialised or copied. A linear layer
+        with a quantized weight is frozen.
 
         A tied head is stored once, under the embedding's name. Raises CheckpointError unless names
         and shapes fit exactly.
         """
         model = cls.without_weights(config)
         model.check_fit(tensors)
+        dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        for name in tensors.keys() - dense.keys():
+            layer, _, _ = name.rpartition(".")
+            linear = model.get_submodule(layer)
+            if type(linear) is nn.Linear:
+                model.set_submodule(layer, FrozenLinear(QuantizedWeight(tensors[name]), linear.bias))
+            else:
+                dense[name] = tensors[name].tensor()
         # Detached: a Parameter among the tensors would become the model's own, and change when the
         # model's dtype or device does.
         model.load_state_dict(
-            {name: tensor.detach() for name, tensor in tensors.items()}, strict=False, assign=True
+            {name: tensor.detach() for name, tensor in dense.items()}, strict=False, assign=True
         )
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight

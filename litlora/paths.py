@@ -44,7 +44,7 @@ def checkpoint_dir(path: str | Path) -> Path:
     directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
     if directory.is_file():
         hint = ""
-        if directory.suffix == ".safetensors":
+        if directory.suffix in formats.GENERIC_SUFFIXES["safetensors"]:
             hint = "; LoRA files of other tools are for scripts/lora_merger.py"
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():

@@ -1,5 +1,6 @@
-"""How much memory the system can still provide. Torch-free."""
+"""How much memory the system can still provide, and whether it has run out. Torch-free."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def _free_in_groups(root: Path) -> Iterator[int]:
                 yield int(limit.read_text()) - int(used.read_text()) + cached
             if directory == mount:
                 break
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's, torch's or the system's says that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    marks = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in marks)
 
 
 def field_of(file: Path, name: str) -> int:

@@ -1,15 +1,14 @@
-"""Text to token ids and back, with the `tokenizers` library; special ids; decoding a stream piece
-by piece. Torch-free."""
+"""Text to token ids and back, with the `tokenizers` library in a process of its own; special ids;
+decoding a stream piece by piece. Torch-free."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from litlora.errors import CheckpointError, UserError
-from litlora.sentencepiece import read_sentencepiece
 from litlora.storage.untrusted import own_file, read_json_object
+from litlora.worker import Worker
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -34,7 +33,10 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Special tokens known to end a text, for tokenizers that come without settings. The end of a turn
 is not one of them."""
 
-_Result = TypeVar("_Result")
+MEMORY = 4 * 2**30
+"""Bytes that a tokenizer may take, with the text that it works on. Gemma's takes 0.5 GB."""
+CHUNK = 2**20
+"""Characters that are encoded at a time, if no single text has more."""
 
 
 def find_sidecars(directories: list[Path]) -> list[Path]:
@@ -64,8 +66,6 @@ class Tokenizer:
         (`find_sidecars`). Raises CheckpointError for a missing or broken file, and if no
         end-of-text token can be found.
         """
-        from tokenizers import Tokenizer as Backend
-
         directories = [directories] if isinstance(directories, Path) else directories
         files = {file.name: file for file in find_sidecars(directories)}
         settings = read_settings(files.get("tokenizer_config.json"))
@@ -73,22 +73,28 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
         self._path = path
-        if path.name == SENTENCEPIECE_FILE:
-            self._backend = read_sentencepiece(path, add_bos_token=settings.get("add_bos_token") is not False)
-        else:
-            if (size := path.stat().st_size) > LARGEST_TOKENIZER:
-                raise CheckpointError(
-                    f"{path}: has {size:,} bytes; no tokenizer has more than {LARGEST_TOKENIZER:,}"
-                )
-            with _failing(f"{path}: not a usable tokenizer file"):
-                self._backend = _quietly(lambda: Backend.from_file(str(path)))
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        if (size := path.stat().st_size) > LARGEST_TOKENIZER:
+            raise CheckpointError(
+                f"{path}: has {size:,} bytes; no tokenizer has more than {LARGEST_TOKENIZER:,}"
+            )
+        first = {
+            "file": str(path.absolute()),
+            "sentencepiece": path.name == SENTENCEPIECE_FILE,
+            "begin": settings.get("add_bos_token") is not False,
+            "memory": MEMORY,
+        }
+        program = Path(__file__).with_name("tokenizer_process.py")
+        # Each arena of glibc's reserves 64 MiB of address space, and every thread wants one.
+        self._worker, self._lock = Worker(program, first, MALLOC_ARENA_MAX="2"), threading.Lock()
+        found = self._answer(self._worker.start(), "not a usable tokenizer file", [])
+        self.vocab_size: int = found["size"]
+        """One more than the largest id, added tokens included."""
+        self._added = {number: (text, special) for number, text, special in found["added"]}
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
         self.stop_ids = frozenset([self.eos_id, *_stop_ids(files.get("generation_config.json"))])
         """Tokens that end generation."""
-        self._prefix = self._begin_of_text(settings)
+        self._prefix = self._begin_of_text(settings, *found["probes"])
         self._limit: int | None = None
 
     def fit(self, num_rows: int) -> str | None:
@@ -111,11 +117,6 @@ class Tokenizer:
             "in the embedding and cannot be used"
         )
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
         """The token ids of a text; `begin` puts the begin-of-text token first, if this tokenizer
         uses one."""
@@ -124,30 +125,33 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], *, begin: bool = False) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
         prefix = self._prefix if begin else []
-        with _failing(f"{self._path}: cannot encode this text"):
-            encoded = _quietly(lambda: self._backend.encode_batch_fast(texts, add_special_tokens=False))
-        batch = [prefix + encoding.ids for encoding in encoded]
+        batch = [
+            prefix + ids
+            for chunk in _chunks(texts)
+            for ids in self._ask("encode", chunk, "cannot encode this text")
+        ]
         if self._limit is not None:
             largest = max(map(max, filter(None, batch)), default=-1)
             if largest >= self._limit:
                 raise UserError(
                     f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
-                    f"the "
-                    f"model's embedding has {self._limit} rows; use the tokenizer that the model was trained "
-                    "with, or leave the token out"
+                    f"the model's embedding has {self._limit} rows; use the tokenizer that the model was "
+                    "trained with, or leave the token out"
                 )
         return batch
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        with _failing(f"{self._path}: cannot decode"):
-            return self._backend.decode(ids, skip_special_tokens=True)
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, sequences: list[list[int]]) -> list[str]:
+        """`decode` for several sequences."""
+        return self._ask("decode", sequences, "cannot decode")
 
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn: the first special token in `ending`, the text after an
         answer."""
-        added = self._backend.get_added_tokens_decoder()
-        return next((token for token in self.encode(ending) if token in added), None)
+        return next((token for token in self.encode(ending) if token in self._added), None)
 
     @property
     def begin_text(self) -> str:
@@ -156,21 +160,40 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """The name of a token."""
-        return self._backend.id_to_token(index)
+        return self._ask("token", index, "cannot name a token")
+
+    def _number(self, token: str) -> int | None:
+        return self._ask("number", token, "cannot look up a token")
+
+    def _ask(self, method: str, argument: Any, failure: str) -> Any:
+        """The answer of the tokenizer's process. Raises CheckpointError, with `failure`, if it
+        fails."""
+        with self._lock:
+            reply = self._worker.ask([method, argument])
+        return self._answer(reply, failure, argument if method == "encode" else [])
+
+    def _answer(self, reply: dict[str, Any] | None, failure: str, texts: list[str]) -> Any:
+        if reply is None:
+            longest = f" for a text of {max(map(len, texts)):,} characters" if texts else ""
+            raise CheckpointError(
+                f"{self._path}: {failure}: it takes too much time or memory{longest} (more than there is, "
+                f"or than {MEMORY / 2**30:.0f} GiB)"
+            )
+        if "refused" in reply:
+            raise CheckpointError(reply["refused"])
+        if "error" in reply:
+            raise CheckpointError(f"{self._path}: {failure}: {reply['error']}")
+        return reply["answer"]
 
     def _end_of_text(self, settings: dict[str, Any], path: Path) -> int:
         name = token_text(settings.get("eos_token"))
         if name is not None:
-            if (found := self._backend.token_to_id(name)) is None:
+            if (found := self._number(name)) is None:
                 raise CheckpointError(
                     f"{path}: lacks the token {name!r} that tokenizer_config.json names as eos_token"
                 )
             return found
-        special = {
-            token.content: id
-            for id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        special = {text: number for number, (text, is_special) in self._added.items() if is_special}
         known = [special[name] for name in END_OF_TEXT_NAMES if name in special]
         if len(known) != 1:
             what = "several tokens could be" if known else "no known token is"
@@ -179,17 +202,9 @@ class Tokenizer:
             )
         return known[0]
 
-    def _begin_of_text(self, settings: dict[str, Any]) -> list[int]:
+    def _begin_of_text(self, settings: dict[str, Any], plain: list[int], full: list[int]) -> list[int]:
         """The tokens that the tokenizer itself puts before a text, else those that its settings ask
-        for."""
-
-        def probes() -> tuple[list[int], list[int]]:
-            return tuple(
-                self._backend.encode("a", add_special_tokens=special).ids for special in (False, True)
-            )
-
-        with _failing(f"{self._path}: not a usable tokenizer file"):
-            plain, full = _quietly(probes)
+        for. `plain` and `full` are the same text without and with what it puts around it."""
         starts = (start for start in range(len(full)) if plain and full[start : start + len(plain)] == plain)
         # What comes after the text, mostly an end-of-text token, is not used.
         if ids := full[: next(starts, 0)]:
@@ -197,52 +212,8 @@ class Tokenizer:
         name = token_text(settings.get("bos_token"))
         if not settings.get("add_bos_token") or name is None:
             return []
-        found = self._backend.token_to_id(name)
+        found = self._number(name)
         return [] if found is None else [found]
-
-
-@contextmanager
-def _failing(what: str) -> Iterator[None]:
-    """Any failure of the `tokenizers` library as a CheckpointError that begins with `what`.
-
-    The library raises bare Exception, or panics, which raises a BaseException.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise CheckpointError(f"{what}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _quietly(call: Callable[[], _Result]) -> _Result:
-    """The result of a call into the `tokenizers` library, without what a panic prints.
-
-    A hostile file or text makes the library panic. It prints that on file descriptor 2, which
-    belongs to the whole process, before Python gets an exception. So the call runs in a thread that
-    has a file table of its own; that takes about 0.1 ms. On systems without such threads, the
-    panic's text appears on stderr beside our error. The same holds for decoding, which runs for
-    every token and panics only with a broken decoder.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1, initializer=_leave_shared_files) as thread:
-        return thread.submit(call).result()
-
-
-def _leave_shared_files() -> None:
-    """Give this thread, and threads that it starts, a file table of its own, whose descriptors 0, 1
-    and 2 are /dev/null (Linux 5.9 or later)."""
-    import ctypes
-
-    unshare = 2  # CLOSE_RANGE_UNSHARE: copy the table for this thread, then close the copies
-    try:
-        left = ctypes.CDLL(None).close_range(0, ctypes.c_uint(-1), unshare) == 0
-    except (AttributeError, OSError):  # no such function here, as on macOS
-        return
-    if left:
-        for _ in range(3):
-            os.open(os.devnull, os.O_RDWR)
 
 
 class TextStream:
@@ -274,8 +245,23 @@ class TextStream:
 
     def _texts(self) -> tuple[str, str]:
         """The text already returned, and the same with the tokens since; both from `_start` on."""
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return before, self._tokenizer.decode(self._ids[self._start :])
+        before, now = self._tokenizer.decode_batch(
+            [self._ids[self._start : self._shown], self._ids[self._start :]]
+        )
+        return before, now
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, about CHUNK characters at a time."""
+    chunk, size = [], 0
+    for text in texts:
+        if chunk and size + len(text) > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
 
 
 def _stop_ids(path: Path | None) -> list[int]:

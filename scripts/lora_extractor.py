@@ -58,11 +58,12 @@ def extract_file(settings: LoRAExtractor) -> None:
 
     from litlora.adapters.extract import as_peft, extract
     from litlora.formats.lora_files import possible_keys, result_tensors, write_lora
-    from litlora.formats.model_files import open_model, writing
+    from litlora.formats.model_files import extracted_metadata, open_model, writing
+    from litlora.formats.scaled import shapes
     from litlora.storage.atomic import replacing_directory
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
-    left_out = _check_comparable(before, after, settings.allow_mismatch)
+    left_out = _check_comparable(shapes(before), shapes(after), settings.allow_mismatch)
     plan, report = _plan(settings), Report(settings)
     found = report.told(extract(before, after, plan, left_out))
     if settings.format == "peft":
@@ -71,7 +72,8 @@ def extract_file(settings: LoRAExtractor) -> None:
             write_lora(staging, lora, plan.dtype)
         report.sum_up(output, f'PeftModel.from_pretrained(MODEL, "{output}")')
         return
-    with writing(output, settings.output_format, possible_keys(before, settings.format)) as add:
+    keys = possible_keys(shapes(before), settings.format)
+    with writing(output, settings.output_format, keys, extracted_metadata(files[0])) as add:
         for one in found:
             for key, tensor in result_tensors(one.name, one.result, settings.format, plan.dtype).items():
                 add(key, tensor)

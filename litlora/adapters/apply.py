@@ -75,11 +75,6 @@ def match(
                     f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them"
                 )
             found.setdefault(name, []).append(addition)
-    if scaled := [name for name in found if f"{name.removesuffix('.weight')}.scale_weight" in model]:
-        raise CheckpointError(
-            f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; "
-            "use the model in 16 bits"
-        )
     return found, unmatched
 
 

@@ -32,6 +32,7 @@ from litlora.adapters.resize import Change, Form, finite, plain_updates, setting
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
+from litlora.formats.lora_header import in_common
 from litlora.lora import Adapter, Update
 from litlora.storage.dtypes import dtype_name
 
@@ -107,14 +108,15 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
         [lora.plain().updates for lora in loras],
         recipe,
         generator,
-        form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),
+        form=lambda update: as_stored(update, alpha=first.keeps_scale, dtype=dtype),
     )
     diffs = _combine_diffs(loras, recipe, generator)
     for key, diff in diffs.items():
         if not torch.isfinite(diff.to(dtype)).all():
             kind = dtype_name(dtype)
             raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
-    return dataclasses.replace(first, updates=updates, diffs=diffs), changes
+    header = in_common([lora.header for lora in loras])
+    return dataclasses.replace(first, updates=updates, diffs=diffs, header=header), changes
 
 
 def _combine_diffs(loras: list[LoRAFile], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:

@@ -220,7 +220,7 @@ def _of_outline(path: Path, outline: Outline, problems: list[str]) -> Descriptio
         ]
         described |= {"layers": layers, "total": _total(layers)}
     problems = problems + _broken(outline.tensors, outline.file)
-    return described | {"notices": [], "problems": problems}
+    return described | {"notices": outline.notices, "problems": problems}
 
 
 def _size(update: Update | DenseUpdate) -> float | None:

@@ -156,11 +156,19 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     return torch.where(taken, neighbour, nearest)
 
 
-def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
+def merge_chain(
+    chain: Chain, *, as_stored: Callable[[str], bool] = lambda name: False
+) -> tuple[dict[str, Tensor | Quantized], ModelConfig]:
     """The weights that a chain stands for: every adapter merged, one after the other, in the base's
-    dtype. Tensors without an update are the base's own, still memory-mapped."""
+    dtype. Tensors without an update are the base's own, still memory-mapped; a quantized one is
+    dequantised unless its name is to stay `as_stored`."""
     plan, config = plan_merge(chain)
-    return {name: tensor.tensor() for name, tensor in plan.items()}, config
+
+    def weight(name: str, tensor: MergedTensor) -> Tensor | Quantized:
+        stays = isinstance(tensor.start, Quantized) and not tensor.links and as_stored(name)
+        return tensor.start if stays else tensor.tensor()
+
+    return {name: weight(name, tensor) for name, tensor in plan.items()}, config
 
 
 def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:

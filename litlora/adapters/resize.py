@@ -79,7 +79,7 @@ def resize_file(
         rank=rank,
         max_error=max_error,
         generator=generator,
-        form=lambda update: as_stored(update, alpha=lora.alpha, dtype=dtype),
+        form=lambda update: as_stored(update, alpha=lora.keeps_scale, dtype=dtype),
     )
     return dataclasses.replace(lora, updates=updates), changes
 

@@ -1,8 +1,9 @@
 """Training data: sources -> conversations -> examples -> batches.
 
-- `sources.py` reads a data source into conversations;
+- `sources.py` reads a data source into conversations, with `alpaca.py` for the form of its records;
 - `conversation.py` is what they have in common, whatever the file looked like;
-- `examples.py` turns conversations into token ids and the spans of them that are learned;
+- `encode.py` turns conversations into token ids, after the very ids that chat asks with;
+- `examples.py` fits them to a length, and says what had to be done;
 - `batches.py` packs or pads examples into the tensors of a training step.
 
 To add a data set, write a settings dataclass in `litlora/settings` and a reader of it in READERS in

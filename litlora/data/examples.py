@@ -3,12 +3,18 @@ the first step. Torch-free."""
 
 import random
 from array import array
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from litlora.data.conversation import Conversation, Message
+from litlora.data.conversation import Conversation
+from litlora.data.encode import Draft, Encoder
 from litlora.errors import DataError, setting
 from litlora.prompts import PromptStyle
 from litlora.tokenizer import Tokenizer
+
+CHUNK = 2 * 10**7
+"""Characters that are rendered and encoded at a time, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,45 +40,114 @@ class Examples:
 
     examples: list[Example]
     num_cut: int
-    """Examples whose answer was cut at max_seq_length."""
+    """Examples with an answer that was cut at max_seq_length."""
+    num_shortened: int
+    """Examples that lost whole turns at the end to max_seq_length."""
     num_left_out: int
-    """Examples whose prompt alone fills max_seq_length, and empty ones."""
+    """Examples whose first prompt alone fills max_seq_length, and empty ones."""
+    num_empty: int
+    """Answers without text that are learned."""
+    num_split: int
+    """Conversations that became several examples (`Encoded.drafts`)."""
+    num_apart: int
+    """Answers that were encoded apart from their prompts (`Encoded.num_apart`)."""
+
+    def notices(self, max_seq_length: int) -> list[str]:
+        """What the user must know, a line each."""
+        lines = (
+            (
+                self.num_cut,
+                f"examples are longer than {max_seq_length:,} tokens: "
+                "their answers were cut, each keeps its end-of-text",
+            ),
+            (
+                self.num_shortened,
+                f"conversations are longer than {max_seq_length:,} tokens: their last turns were left out",
+            ),
+            (
+                self.num_left_out,
+                f"examples left out: their prompts alone fill {max_seq_length:,} tokens, or they are empty",
+            ),
+            (self.num_empty, "answers are empty: only their end is learned"),
+            (
+                self.num_split,
+                "conversations became an example for each answer: "
+                "the chat template shows earlier turns otherwise than it asks for them",
+            ),
+            (
+                self.num_apart,
+                "answers share a token with their prompts in the whole text: "
+                "they were encoded apart, as chat asks",
+            ),
+        )
+        return [f"{number:,} {what}" for number, what in lines if number]
 
 
 def tokenize(
     conversations: list[Conversation], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int
 ) -> Examples:
-    """Encode every conversation. Each example ends with the end-of-text token, even where a long
+    """Encode every conversation. Each example ends with the end of an answer, even where a long
     answer is cut.
 
-    Prompt and answer are encoded separately, as chat does. Raises DataError if no example is left.
+    Raises DataError if no example is left, or for a conversation that the style has no form for.
     """
-    turns = [_turn(conversation) for conversation in conversations]
-    exchanges = [style.exchange(asked.content, asked.input, answer.content) for asked, answer in turns]
-    # A chat template writes the begin-of-text token itself, and ends a turn with its own token.
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in exchanges], begin=style.template is None)
-    answers = tokenizer.encode_batch([answer for _, answer in exchanges])
-    turn_end = tokenizer.turn_end(style.template.ending) if style.template is not None else None
-    examples, num_cut, num_left_out = [], 0, 0
-    for (_, message), prompt, answer in zip(turns, prompts, answers, strict=True):
-        end = tokenizer.eos_id
-        if turn_end is not None and turn_end in answer:
-            # What follows the last end of a turn, perhaps a newline, is not part of the answer.
-            answer, end = answer[: len(answer) - 1 - answer[::-1].index(turn_end)], turn_end
-        room = max_seq_length - len(prompt) - 1  # for the answer; its end takes one more
-        is_empty = not (prompt or answer)  # nothing predicts an end-of-text that stands alone
-        if is_empty or room < min(1, len(answer)):
-            num_left_out += 1
-            continue
-        num_cut += len(answer) > room
-        ids = array("i", [*prompt, *answer[:room], end])
-        examples.append(Example(ids, ((len(prompt), len(ids)),) if message.train else ()))
+    encoder = Encoder(tokenizer, style)
+    examples: list[Example] = []
+    counts: Counter[str] = Counter()
+    for chunk in _chunks(conversations):
+        for encoded in encoder.encode(chunk):
+            counts["split"] += len(encoded.drafts) > 1
+            counts["apart"] += encoded.num_apart
+            for draft in encoded.drafts:
+                fitting = _fitting(draft, max_seq_length)
+                if fitting is None:
+                    counts["left out"] += 1
+                    continue
+                counts["cut"] += fitting.turns[-1] not in draft.turns
+                counts["shortened"] += len(fitting.turns) < len(draft.turns)
+                learned = [turn for turn in fitting.turns if turn.learned]
+                counts["empty"] += sum(turn.is_empty for turn in learned)
+                spans = tuple((turn.start, turn.stop) for turn in learned)
+                examples.append(Example(array("i", fitting.ids), spans))
     if not examples:
         raise DataError(
             f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
             f"({setting('max_seq_length')} or the model's context); the first is {conversations[0].place}"
         )
-    return Examples(examples, num_cut, num_left_out)
+    names = ("cut", "shortened", "left out", "empty", "split", "apart")
+    return Examples(examples, *(counts[name] for name in names))
+
+
+def _chunks(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations in groups of about CHUNK characters, where each turn repeats what came before
+    it."""
+    group: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        messages = conversation.messages
+        group.append(conversation)
+        size += len(messages) * sum(len(message.content) + len(message.input) for message in messages)
+        if size >= CHUNK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _fitting(draft: Draft, max_seq_length: int) -> Draft | None:
+    """As many turns as fit; of the last one at least the first token of its answer. None if there
+    is no such turn, or nothing to learn."""
+    if len(draft.ids) <= max_seq_length:
+        # Nothing predicts an end-of-text that stands alone.
+        return draft if len(draft.ids) > 1 else None
+    for number, turn in reversed(list(enumerate(draft.turns))):
+        if turn.stop <= max_seq_length:
+            return Draft(draft.ids[: turn.stop], draft.turns[: number + 1])
+        if turn.start + 2 <= max_seq_length:  # for a token of the answer, and its end
+            ids = [*draft.ids[: max_seq_length - 1], draft.ids[turn.stop - 1]]
+            cut = turn._replace(stop=max_seq_length)
+            return Draft(ids, (*draft.turns[:number], cut))
+    return None
 
 
 def content_line(example: Example) -> str:
@@ -95,14 +170,3 @@ def split(
     chosen = set(random.Random(seed).sample(range(total), num_val))
     train = [conversation for index, conversation in enumerate(conversations) if index not in chosen]
     return train, [conversations[index] for index in sorted(chosen)]
-
-
-def _turn(conversation: Conversation) -> tuple[Message, Message]:
-    """The question and the answer of a conversation, which must have one of each."""
-    if [message.role for message in conversation.messages] != ["user", "assistant"]:
-        roles = ", ".join(message.role for message in conversation.messages) or "none"
-        raise DataError(
-            f"{conversation.place}: must have two messages, the user's and the assistant's; it has {roles}"
-        )
-    question, answer = conversation.messages
-    return question, answer

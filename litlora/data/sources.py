@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.alpaca import alpaca_conversations, json_object
+from litlora.data.conversation import Conversation, Place
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
 
@@ -57,43 +58,77 @@ def _read_alpaca(source: Alpaca) -> Dataset:
                     f"{setting('source')} sample"
                 ) from None
             return _sample(source, f"the built-in sample, not the full Alpaca data: {reason}")
-    return Dataset(_read_file(file), replace(source, source="full"))
+    return Dataset(_read_files([file], source), replace(source, source="full"))
 
 
 def _sample(source: Alpaca, notice: str) -> Dataset:
-    return Dataset(_read_file(SAMPLE_FILE), replace(source, source="sample"), notice)
+    return Dataset(_read_files([SAMPLE_FILE], source), replace(source, source="sample"), notice)
 
 
 def _read_json(source: JSON) -> Dataset:
     path = Path(source.path)
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
-    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
+    if not path.is_dir():
+        if _is_apple_double(path):
+            raise DataError(
+                f"{path}: holds what macOS stores about a file, not records; "
+                f"{setting('path')} {path.with_name(path.name[2:])} is the file itself"
+            )
+        return Dataset(_read_files([path], source), source)
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".json", ".jsonl")]
+    files = [file for file in files if not _is_apple_double(file)]
     if not files:
         raise DataError(f"{path}: holds no .json or .jsonl file")
-    return Dataset([record for file in files for record in _read_file(file)], source)
+    return Dataset(_read_files(files, source), source)
 
 
 READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {Alpaca: _read_alpaca, JSON: _read_json}
 
 
-def _read_file(file: Path) -> list[Conversation]:
-    """The records of one .json file (a list of objects) or .jsonl file (one object a line)."""
+def _read_files(files: list[Path], source: DataSource) -> list[Conversation]:
+    """The records of files: of each a JSON list of objects, or one object a line."""
+    entries = (entry for file in files for entry in _entries(file))
+    return list(alpaca_conversations(entries, source.ignore))
+
+
+def _is_apple_double(file: Path) -> bool:
+    """Whether this is `._NAME`, which macOS writes beside NAME on disks of other systems: the
+    Finder's notes, none of the content."""
+    if not file.name.startswith("._") or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4) == b"\x00\x05\x16\x07"
+
+
+def _entries(file: Path) -> Iterator[tuple[Place, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    entries = _lines(file, text) if file.suffix == ".jsonl" else _elements(file, text)
-    return [alpaca_conversation(value, place) for place, value in entries]
+    # A list is never a record, so the content decides, whatever the name ends in.
+    is_list = text.lstrip()[:1] == "["
+    has_lines = file.suffix.lower() == ".jsonl" or _begins_with_a_record(text)
+    return _lines(file, text) if has_lines and not is_list else _elements(file, text)
+
+
+def _begins_with_a_record(text: str) -> bool:
+    """Whether the first line is a JSON object, and others follow."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _elements(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
     values = _parse(text, str(file))
     if not isinstance(values, list):
         raise DataError(
-            f"{file}: must hold a JSON list of records; a file with one record a line needs the suffix .jsonl"
+            f"{file}: must hold a JSON list of records, or one record a line; "
+            f"it is one {'object' if isinstance(values, dict) else type(values).__name__}"
         )
     yield from ((Place(str(file), f"record {index}"), value) for index, value in enumerate(values))
 
@@ -108,7 +143,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=json_object)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise DataError(f"{place}: not valid JSON: {error.msg} at {at}") from None
@@ -116,31 +151,6 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: not usable JSON: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise DataError(f"{place}: not usable JSON: {error}") from None
-
-
-def alpaca_conversation(value: Any, place: Place) -> Conversation:
-    """A record of `instruction`, `input` (optional) and `output` as a conversation of two messages,
-    the second one learned."""
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: must be an object with instruction and output, not {type(value).__name__}")
-    fields = {}
-    for name in ("instruction", "input", "output"):
-        text = value.get(name)
-        if text is None and name == "input":
-            text = ""
-        if name not in value and name != "input":
-            raise DataError(f'{place}: has no "{name}"; it has {", ".join(map(repr, value)) or "nothing"}')
-        if not isinstance(text, str):
-            raise DataError(f'{place}: "{name}" must be text, not {type(text).__name__}')
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f'{place}: "{name}" holds half a character (a lone surrogate, \\ud800 to \\udfff)'
-            ) from None
-        fields[name] = text
-    question = Message("user", fields["instruction"], input=fields["input"])
-    return Conversation((question, Message("assistant", fields["output"], train=True)), place)
 
 
 def _download(url: str, file: Path) -> None:

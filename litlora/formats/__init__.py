@@ -8,6 +8,7 @@ Torch-free.
     litgpt.py       litgpt's directories and adapters
     lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model; lora_keys.py,
                     lora_content.py and lycoris.py read them
+    lora_header.py  what their headers say: alpha, training, hashes
 
 To add a format: subclass `Format` and put an instance into FORMATS. Every command then reads it.
 """
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE
-from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
+from litlora.formats.folder import GENERIC_SUFFIXES, SINGLE_FILES, is_model_folder, weight_files
 from litlora.storage.untrusted import read_yaml
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Outline:
     """By the names in the file; None: they cannot be told apart without the base."""
     unrecognised: list[str] = field(default_factory=list)
     """Keys in the file that this version cannot interpret."""
+    notices: list[str] = field(default_factory=list)
+    """What whoever uses the adapter should be told."""
 
 
 class Format(ABC):
@@ -222,7 +225,7 @@ def is_lora_file(path: Path) -> bool:
 
     Raises CheckpointError for a path with such a name that does not exist.
     """
-    named_so = path.suffix == ".safetensors" and path.name not in NAMED_FILES
+    named_so = path.suffix in GENERIC_SUFFIXES["safetensors"] and path.name not in NAMED_FILES
     if named_so and not path.exists():
         raise CheckpointError(f"{path}: no such file")
     return named_so and path.is_file()

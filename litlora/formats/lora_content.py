@@ -3,7 +3,8 @@ form. lora_keys.py says what a key means, lora_files.py what a file is."""
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, lora_keys, lycoris, peft
+from litlora.formats.lora_header import ADAPTERS, Header, check_understood
 from litlora.lora.dense import DenseUpdate
 from litlora.lora.update import Update, scale_of
 from litlora.storage.tensors import at_least_16_bits
@@ -47,6 +49,7 @@ class Content:
 
     file: Path
     config: dict[str, Any] | None
+    header: Header
     layers: dict[str, _Layer] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     diffs: dict[str, Tensor] = field(default_factory=dict)
@@ -134,45 +137,74 @@ class Content:
         keys = self.layers[module].keys
         return keys["A"], keys["B"]
 
+    @property
+    def is_8_bit(self) -> bool:
+        """Whether factors are stored in 8 bits."""
+        factors = (factor for layer in self.layers.values() for factor in layer.factors.values())
+        return any(factor.itemsize == 1 for factor in factors)
+
+    def notices(self, updates: Mapping[str, Update | DenseUpdate]) -> list[str]:
+        """What the header says besides. Raises CheckpointError if that contradicts scale 1, which a
+        layer has without `.alpha`."""
+        if self.config is not None or self.header.adapters or self.alphas:
+            return []
+        ranks = {module: update.rank for module, update in updates.items() if update.rank is not None}
+        return check_understood(self.file, self.header, ranks)
+
     def update(self, module: str) -> Update | DenseUpdate:
         """What one module's tensors add to its weight. Raises CheckpointError if they do not form an
         update."""
-        layer = self.layers[module]
-        try:
-            if layer.product:
-                if layer.factors:
-                    name = next(iter(layer.product))
-                    raise CheckpointError(f"{module}: has both LoRA's factors and {name}; keep one")
-                update = lycoris.product(module, layer.product, self.alphas.get(module))
-            elif layer.factors:
-                update = self._plain(module, layer)
-            else:
-                raise CheckpointError(f"{layer.magnitude_key}: has no factors beside it")
-            if layer.magnitude is None:
-                if self.config is not None and self.config.get("use_dora"):
-                    raise CheckpointError(f"{module} has no lora_magnitude_vector, though use_dora is set")
-                return update
-            of_outputs = "lora_magnitude" in layer.magnitude_key
-            return lycoris.decomposed(module, update, layer.magnitude, of_outputs=of_outputs)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.file}: {error}") from None
+        layer, where = self.layers[module], f"{self.file}: {module}"
+        if layer.product:
+            update = self._product(module, layer)
+        elif layer.factors:
+            update = self._plain(module, layer)
+        else:
+            raise CheckpointError(f"{self.file}: {layer.magnitude_key}: has no factors beside it")
+        if layer.magnitude is None:
+            if self.config is not None and self.config.get("use_dora"):
+                raise CheckpointError(f"{where} has no lora_magnitude_vector, though use_dora is set")
+            return update
+        of_outputs = "lora_magnitude" in layer.magnitude_key
+        return lycoris.decomposed(where, update, layer.magnitude, of_outputs=of_outputs)
+
+    def _product(self, module: str, layer: _Layer) -> DenseUpdate:
+        if layer.factors:
+            name = next(iter(layer.product))
+            raise CheckpointError(f"{self.file}: {module}: has both LoRA's factors and {name}; keep one")
+        update = lycoris.product(f"{self.file}: {module}", layer.product, self.alphas.get(module))
+        if self.config is not None or update.rank is None:
+            return update
+        return replace(update, scale=self._scale(module, update.rank))
 
     def _plain(self, module: str, layer: _Layer) -> Update:
         if not layer.factors.keys() >= {"A", "B"}:
-            raise CheckpointError(f"{module} has only one of its two factors")
+            raise CheckpointError(f"{self.file}: {module} has only one of its two factors")
         A, B, mid = (layer.factors.get(part) for part in ("A", "B", "mid"))
         if not _form_an_update(A, B, mid):
             shapes = " and ".join(str(tuple(factor.shape)) for factor in layer.factors.values())
-            raise CheckpointError(f"{module}: {shapes} do not form an update")
+            raise CheckpointError(f"{self.file}: {module}: {shapes} do not form an update")
         A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
         if mid is not None:  # Tucker's decomposition of a convolution: down, mid and up, one after another
             A = lycoris.tucker(at_least_16_bits(mid), A.flatten(1))
         kind = "embedding" if layer.is_embedding else "linear"
         if self.config is None:
-            return Update(A, B, self.alphas[module] / rank if module in self.alphas else 1.0, kind)
+            return Update(A, B, self._scale(module, rank), kind)
         if kind == "linear" and self.config.get("fan_in_fan_out"):
             kind = "conv1d"
         return Update(A, B, self._peft_scale(module, rank), kind)
+
+    def _scale(self, module: str, rank: int) -> float:
+        """What `.alpha`, or else the header, says about a module; 1 if neither does. Raises
+        CheckpointError if they contradict each other."""
+        stored = self.alphas[module] / rank if module in self.alphas else None
+        stated = self.header.scale(self.file, module, rank)
+        if stored is not None and stated is not None and not math.isclose(stored, stated, rel_tol=1e-3):
+            raise CheckpointError(
+                f"{self.file}: {module}.alpha is {self.alphas[module]:g}, but {ADAPTERS} in the header says "
+                f"{stated * rank:g}; keep the one that is right"
+            )
+        return next((scale for scale in (stored, stated) if scale is not None), 1.0)
 
     def _peft_scale(self, module: str, rank: int) -> float:
         """What adapter_config.json says about a module. Raises CheckpointError for another rank."""

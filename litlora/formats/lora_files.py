@@ -3,6 +3,7 @@ same names.
 
     comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a
               diffusion model are prefixed with `diffusion_model.`
+    diffusers the names of one of these, and alpha in the header: see lora_header.py
     kohya     the same and <module>.alpha; a module's name is prefixed with `lora_unet_`, and its
               dots are underscores
     peft      a folder: adapter_config.json, and adapter_model.safetensors with
@@ -17,9 +18,8 @@ file has for it, with its prefix: only the model tells which module that is.
 """
 
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from litlora.formats import (
     peft_weights,
 )
 from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
+from litlora.formats.lora_header import Header, read_header, written
 from litlora.formats.model_files import open_model
 from litlora.lora.adapter import Adapter
 from litlora.lora.dense import DenseUpdate
@@ -52,6 +53,7 @@ from litlora.storage.tensors import open_tensors, write_safetensors
 
 DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
 """What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
+
 
 @dataclass(frozen=True)
 class LoRAFile:
@@ -72,11 +74,22 @@ class LoRAFile:
     parts: tuple[str, str] = PARTS
     """What the keys call A and B."""
     alpha: bool = False
-    """Whether the file stores alpha; if not, its updates have scale 1."""
+    """Whether the file stores `.alpha`."""
+    header: Header = field(default_factory=Header)
+    """What a safetensors file says besides its tensors."""
+    notices: list[str] = field(default_factory=list)
+    """What whoever uses the file should be told."""
+    is_8_bit: bool = False
+    """Whether factors are stored in 8 bits; they are read, and written again, as 16."""
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)
     """The keys of A and B, by the module's name, where they are not spelled as in `parts`."""
     dense: dict[str, DenseUpdate] = field(default_factory=dict)
     """Updates that are not s · B A, by the module's name."""
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the file can tell the scale of an update; if not, scales are 1."""
+        return self.alpha or bool(self.header.adapters)
 
     def outline(self) -> Outline:
         """What it tells without a model."""
@@ -84,7 +97,7 @@ class LoRAFile:
         updates = self.updates | self.dense
         settings = {
             "ranks": sorted({update.rank for update in updates.values() if update.rank is not None}),
-            "alpha": self.alpha or self.config is not None,
+            "alpha": self._alphas(),
             "differences": len({**self.diffs, **self.whole}),
         }
         return Outline(
@@ -95,7 +108,22 @@ class LoRAFile:
             settings,
             updates,
             self.unknown,
+            self.notices,
         )
+
+    def _alphas(self) -> list[float]:
+        """The values of alpha that occur; none in a file that does not tell them."""
+        if not self.keeps_scale and self.config is None:
+            return []
+        found = set()
+        for module, update in (self.updates | self.dense).items():
+            if update.rank is None:
+                continue
+            rslora = self.config["use_rslora"] if self.config else self.header.is_rslora(self.path, module)
+            alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+            value = float(f"{alpha:.9g}")
+            found.add(int(value) if value.is_integer() else value)
+        return sorted(found)
 
     def _kinds(self) -> list[str]:
         """What its factors are called, and the kinds of updates that are not s · B A."""
@@ -137,22 +165,32 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
-    content = Content(path, config)
+    # A PEFT folder's scale stands in its config alone.
+    header = Header() if config is not None else read_header(files or [path])
+    content = Content(path, config, header)
     for key, tensor in (tensors or open_model(path, files or [path])).items():
         content.add(key, tensor)
+    return _whole(content, allow_unknown=allow_unknown)
+
+
+def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
+    """What has been read. Raises CheckpointError for what cannot be used."""
     unknown, parts = content.checked(allow_unknown=allow_unknown), content.parts()
     found = {module: content.update(module) for module in content.layers}
     updates = {module: update for module, update in found.items() if isinstance(update, Update)}
     keys = {module: content.keys_of(module) for module in updates}
     return LoRAFile(
-        path,
+        content.file,
         updates,
         content.diffs,
         content.whole,
         unknown,
-        config,
+        content.config,
         parts,
         alpha=bool(content.alphas),
+        header=content.header,
+        notices=content.notices(found),
+        is_8_bit=content.is_8_bit,
         keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
         dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
     )
@@ -234,33 +272,37 @@ def update_tensors(
     return tensors
 
 
-def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
+def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> list[str]:
     """Write a LoRA in its own format: a safetensors file, or, if it has a config, a PEFT folder. It
-    appears whole or not at all.
+    appears whole or not at all. Returns the entries of its header that no longer hold, and are left
+    out.
 
     In an existing folder, the two files are replaced.
     """
     tensors: dict[str, Tensor] = {}
+    # In a PEFT folder the config tells the scale, and with diffusers' metadata the header does.
+    is_elsewhere = lora.config is not None or (lora.keeps_scale and not lora.alpha)
     for module, update in lora.updates.items():
-        # In a PEFT folder, the config tells the scale.
-        kept = replace(update, scale=1.0) if lora.config is not None else update
-        written = update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
+        kept = replace(update, scale=1.0) if is_elsewhere else update
+        stored = update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
         if module in lora.keys:
             given = dict(zip(_usual_keys(module, lora.parts), lora.keys[module], strict=True))
-            written = {given.get(key, key): tensor for key, tensor in written.items()}
-        tensors |= written
+            stored = {given.get(key, key): tensor for key, tensor in stored.items()}
+        tensors |= stored
     tensors |= {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in (lora.diffs | lora.whole).items()
     }
     if lora.config is None:
+        metadata, dropped = written(lora.path, lora.header, lora.updates)
         with replacing_file(path) as staging:
-            write_safetensors(staging, tensors)
-        return
+            write_safetensors(staging, tensors, metadata)
+        return dropped
     with replacing_file(path / PEFT_WEIGHTS_FILES[0]) as staging:
         write_safetensors(staging, {_peft_key(key, lora): tensor for key, tensor in tensors.items()})
     with replacing_file(path / PEFT_CONFIG_FILE) as staging:
         staging.write_text(json.dumps(peft_config(lora), indent=2) + "\n", encoding="utf-8")
+    return []
 
 
 def _peft_key(key: str, lora: LoRAFile) -> str:
@@ -271,12 +313,9 @@ def _peft_key(key: str, lora: LoRAFile) -> str:
 
 def peft_config(lora: LoRAFile) -> dict[str, Any]:
     """adapter_config.json for these updates; what else lora.config says stays."""
-    names = {module: module.removeprefix(peft.PREFIX) for module in lora.updates}
-    ranks = {names[module]: update.rank for module, update in lora.updates.items()}
-    alphas = {names[module]: update.scale * update.rank for module, update in lora.updates.items()}
-    rank, alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
-    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - ranks.keys()
-    if not ranks:
+    layers = {module.removeprefix(peft.PREFIX): update for module, update in lora.updates.items()}
+    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - layers.keys()
+    if not layers:
         raise CheckpointError(
             "no matrix differs, and PEFT needs at least one pair of factors; choose another "
             f"{setting('format')}"
@@ -286,25 +325,11 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
             "a tensor outside every module differs, and PEFT saves modules only; choose another "
             f"{setting('format')}"
         )
-
-    def pattern(name: str) -> str:
-        """PEFT matches a name with the end of any other, too."""
-        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
-
     has_biases = any(name.rpartition(".")[0] in lora.updates for name in lora.whole)
     stated = {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
+        **peft.stated(layers),
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if has_biases else "none",
     }
-    return {"target_modules": sorted(ranks)} | (lora.config or {}) | stated
-
-
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
+    return {"target_modules": sorted(layers)} | (lora.config or {}) | stated

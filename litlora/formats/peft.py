@@ -9,6 +9,7 @@ update of the embedding, E + s · (B' A')^T in PEFT's file, is A = B'^T and B = 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,7 +271,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json, with PEFT's defaults for missing settings. Raises CheckpointError for a
     value that is not usable."""
     path = directory / CONFIG_FILE
-    values = read_json_object(path)
+    return checked_config(path, read_json_object(path))
+
+
+def checked_config(path: Path | str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a LoraConfig that stands at `path`, with PEFT's defaults. Raises
+    CheckpointError for a value that is not usable."""
     config = _DEFAULTS | {
         name: value for name, value in values.items() if value is not None or name not in _DEFAULTS
     }
@@ -305,7 +311,7 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and LEAST_ALPHA <= abs(value) <= 1 / LEAST_ALPHA
 
 
-def refuse_variants(path: Path, config: dict[str, Any]) -> None:
+def refuse_variants(path: Path | str, config: dict[str, Any]) -> None:
     """Raise CheckpointError for anything but plain LoRA and rsLoRA; `path` is the config's."""
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path}: peft_type {kind} is not supported; LORA is")
@@ -327,3 +333,23 @@ def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def stated(updates: Mapping[str, Update]) -> dict[str, Any]:
+    """The settings that give every module, by its name in the model, the rank and the scale of its
+    update."""
+    ranks = {name: update.rank for name, update in updates.items()}
+    alphas = {name: update.scale * update.rank for name, update in updates.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+
+    def pattern(name: str) -> str:
+        """PEFT matches a name with the end of any other, too."""
+        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
+    }

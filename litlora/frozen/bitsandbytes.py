@@ -74,6 +74,15 @@ class Quantized(LazyTensor):
     def kind(self) -> str:
         """bitsandbytes' name for the number format."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """That of the stored tensors."""
+
+    @abstractmethod
+    def _largest(self) -> Tensor:
+        """The largest magnitude in each of the parts that share a scale, in fp32."""
+
     @abstractmethod
     def _dequantised(self, first: int, last: int) -> Tensor:
         """The stored rows from `first` up to, not including, `last`, in fp32."""
@@ -95,12 +104,29 @@ class Quantized(LazyTensor):
         runs = _runs(self.stored_rows[rows])
         parts = [self._dequantised(first, last).to(self.dtype) for first, last in runs]
         result = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not all(torch.isfinite(bound) for bound in result.aminmax()):
+        self._require_finite(result)
+        return result
+
+    def write_to(self, W: Tensor) -> None:
+        """Write all values to W (out, in), of any dtype, without a check."""
+        step, row = rows_at_a_time(self.shape, torch.float32.itemsize), 0
+        for start, stop in _runs(self.stored_rows):
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                W[row : row + last - first] = self._dequantised(first, last).to(self.dtype)
+                row += last - first
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError if a value of the stored matrix is not finite, without computing
+        the values."""
+        self._require_finite(self._largest().to(self.dtype))
+
+    def _require_finite(self, values: Tensor) -> None:
+        if not all(torch.isfinite(bound) for bound in values.aminmax()):
             raise CheckpointError(
                 f"{self.file}: {self.name} holds values that are not finite (NaN or infinity); copy it or "
                 "make it again"
             )
-        return result
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.rows(rows)
@@ -133,12 +159,19 @@ class FourBit(Quantized):
     def kind(self) -> str:
         return self.table
 
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def _largest(self) -> Tensor:
+        return self.absmax[0 : len(self.absmax)].float()  # the largest entry of both tables is 1
+
     def _dequantised(self, first: int, last: int) -> Tensor:
         start, stop = first * self.columns, last * self.columns
         block, end = start // self.blocksize, -(-stop // self.blocksize)
         packed = self.packed[block * self.blocksize // 2 : end * self.blocksize // 2]
         # The two values of a byte are looked up as one entry of 8 bytes.
-        entries = _pairs(self.table).index_select(0, packed.int()).view(torch.float32)
+        entries = _pairs(self.table, packed.device).index_select(0, packed.int()).view(torch.float32)
         scales = self.absmax[block:end].float()
         whole = len(entries) // self.blocksize
         entries[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
@@ -161,7 +194,8 @@ class NestedScales:
         return len(self.entries)
 
     def __getitem__(self, blocks: slice) -> Tensor:
-        outer = self.absmax[torch.arange(blocks.start, blocks.stop) // self.blocksize]
+        numbers = torch.arange(blocks.start, blocks.stop, device=self.absmax.device)
+        outer = self.absmax[numbers // self.blocksize]
         return self.table[self.entries[blocks].int()] * outer + self.offset
 
 
@@ -178,6 +212,13 @@ class EightBit(Quantized):
     def kind(self) -> str:
         return "int8"
 
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    def _largest(self) -> Tensor:
+        return self.largest * (128 / 127)
+
     def _dequantised(self, first: int, last: int) -> Tensor:
         return (self.entries[first:last] * self.largest[first:last, None]).mul_(1 / 127)
 
@@ -190,9 +231,9 @@ def _runs(rows: range | Tensor) -> list[tuple[int, int]]:
     return [(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches]
 
 
-def _pairs(table: str) -> Tensor:
+def _pairs(table: str, device: torch.device) -> Tensor:
     """(256,): the two fp32 values of every byte, side by side, as one int64."""
-    values = torch.tensor(TABLES[table])
+    values = torch.tensor(TABLES[table], device=device)
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
 
 

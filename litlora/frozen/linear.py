@@ -41,6 +41,15 @@ LINEAR = (nn.Linear, FrozenLinear)
 """The linear layers that can have an adapter."""
 
 
+def stored_weights(model: nn.Module) -> dict[str, FrozenWeight]:
+    """The weights of a model that are not parameters, by their names."""
+    return {
+        f"{name}.weight": module.storage
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
+
+
 def frozen_weight(linear: nn.Linear | FrozenLinear) -> FrozenWeight:
     """The weight of a linear layer, seen as frozen."""
     return linear.storage if isinstance(linear, FrozenLinear) else Dense(linear.weight)

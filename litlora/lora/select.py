@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from litlora.errors import UserError, setting
-from litlora.frozen.linear import LINEAR, FrozenLinear
+from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
 from litlora.lora.update import scale_of
 from litlora.settings import PRESETS, LoRAConfig
 
@@ -34,6 +34,8 @@ def _why_not_whole(model: nn.Module, name: str, adapted: list[str]) -> str | Non
     """Why this module cannot be trained whole; None if it can."""
     if inside := [layer for layer in adapted if layer == name or layer.startswith(name + ".")]:
         return f"{inside[0]} has an adapter; leave it out of one of the two"
+    if stored_weights(model.get_submodule(name)):
+        return f"{name} holds quantized weights, which cannot be trained"
     weights = {id(parameter) for parameter in model.get_submodule(name).parameters()}
     if not weights:
         return f"{name} has no weights, so it cannot be trained by itself"

@@ -32,11 +32,6 @@ class PromptStyle:
     """For the style `template`: what renders whole conversations. Its text includes the
     begin-of-text token, if the model has one."""
 
-    def exchange(self, instruction: str, input: str, output: str) -> tuple[str, str]:
-        """(prompt, answer); the answer of a template is followed by its end of a turn."""
-        prompt = self.render(instruction, input)
-        return prompt, output if self.template is None else self.template.answer(instruction, input, output)
-
 
 def _alpaca(instruction: str, input: str) -> str:
     """The prompt of Stanford Alpaca (Taori et al. 2023), verbatim."""

@@ -3,20 +3,15 @@
 A template is a program by whoever made the model, so it runs in a process of its own (`render.py`).
 """
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from litlora.errors import CheckpointError, UserError
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.prompts.styles import TEMPLATE, PromptStyle
 from litlora.storage.untrusted import read_text
 from litlora.tokenizer import read_settings, token_text
+from litlora.worker import Worker
 
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 3, 2**30, 10**7
 """What a chat template may use for one conversation: seconds of computing, bytes of memory (its
@@ -33,15 +28,15 @@ class ChatTemplate:
         """`path` is where the source was found; `special_tokens` are what a template may name:
         bos_token, eos_token, ..."""
         self.path = path
-        self._source = source
         self._special_tokens = special_tokens
-        self._process: subprocess.Popen | None = None
+        limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
+        self._worker = Worker(Path(__file__).with_name("render.py"), {"source": source, **limits})
 
     @property
     def style(self) -> PromptStyle:
         """The template as a prompt style: an instruction and its input are one user message."""
         return PromptStyle(
-            TEMPLATE, lambda instruction, input: self.render([_user(instruction, input)]), self
+            TEMPLATE, lambda instruction, input: self.render([user_message(instruction, input)]), self
         )
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
@@ -53,10 +48,10 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        reply = self._ask(values | self._special_tokens)
+        reply = self._worker.ask(values | self._special_tokens)
         if isinstance(reply, str):
             return reply
-        kind, message = reply["error"], reply["message"]
+        kind, message = ("limits", "") if reply is None else (reply["error"], reply["message"])
         if kind == "refuses":
             raise UserError(f"{self.path}: the chat template refuses the conversation: {message}")
         what = {
@@ -68,86 +63,42 @@ class ChatTemplate:
         }
         raise CheckpointError(f"{self.path}: the chat template {what[kind]}")
 
-    def _ask(self, values: dict[str, Any]) -> Any:
-        """What the process replies. It is started by the first question, and again after one that
-        it did not survive."""
-        try:
-            if self._process is None:
-                self._process = self._start()
-            reply = _exchange(self._process, values)
-        except BaseException:  # after Ctrl-C, a late reply must not answer the next question
-            self._end()
-            raise
-        if reply is None:
-            self._end()
-            return {"error": "limits", "message": ""}
-        return reply
+    def exchange(self, messages: list[Message]) -> tuple[str, str]:
+        """The prompt that asks for the last message, which is the assistant's, and the text that
+        begins with this prompt and ends after the answer.
 
-    def _start(self) -> subprocess.Popen:
-        program = Path(__file__).with_name("render.py")
-        # Nothing else of the environment, which may hold tokens and keys.
-        known = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-X", "utf8", str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in known if name in os.environ},
-        )
-        weakref.finalize(self, _stop, process)
-        limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
-        assert _exchange(process, {"source": self._source, **limits}) == "ready", f"{program} does not run"
-        return process
-
-    def _end(self) -> None:
-        if self._process is not None:
-            _stop(self._process)
-            self._process = None
-
-    def answer(self, instruction: str, input: str, output: str) -> str:
-        """What follows the prompt when the model answers `output`, including what the template puts
-        after it.
-
-        Raises CheckpointError if the rendered conversation does not contain the answer.
+        Raises UserError if the template does not show the whole answer.
         """
-        question = _user(instruction, input)
-        prompt = self.render([question])
-        finished = self.render(
-            [question, {"role": "assistant", "content": output}], add_generation_prompt=False
-        )
-        if finished.startswith(prompt):
-            return finished[len(prompt) :]
-        # Some templates begin the answer with a thought when they ask, and leave it out afterwards.
-        shown = output.strip()
-        if not shown:
-            return self.ending
-        if (start := finished.rfind(shown)) < 0:
-            raise CheckpointError(f"{self.path}: the chat template leaves out the answer {shown[:40]!r}")
-        return output + finished[start + len(shown) :]
+        output = messages[-1]["content"]
+        prompt = self.render(messages[:-1])
+        finished = self.render(messages, add_generation_prompt=False)
+        if not finished.startswith(prompt):
+            # Some templates begin the answer with a thought when they ask, and leave it out
+            # afterwards.
+            shown = output.strip()
+            whole = not shown or finished.endswith(shown + self.ending)
+            finished = prompt + (output if shown else "") + self.ending
+        else:
+            whole = shows(finished[len(prompt) :], output)
+        if not whole:
+            raise UserError(
+                f"{self.path}: the chat template leaves out the answer {output.strip()[:40]!r}, or part "
+                "of it: take out of the answers what it leaves out, such as a thought in <think>, "
+                f"or choose {setting('prompt_style')} alpaca"
+            )
+        return prompt, finished
 
     @cached_property
     def ending(self) -> str:
-        """What the template puts after an answer."""
-        return self.answer("?", "", "ANSWER").rpartition("ANSWER")[2]
+        """What the template puts after an answer; nothing, if it does not show answers."""
+        probe = [user_message("?", ""), {"role": "assistant", "content": "ANSWER"}]
+        _, shown, after = self.render(probe, add_generation_prompt=False).rpartition("ANSWER")
+        return after if shown else ""
 
 
-def _exchange(process: subprocess.Popen, values: dict[str, Any]) -> Any:
-    """What a process replies to a line of JSON; None if the process has ended."""
-    try:
-        process.stdin.write(json.dumps(values).encode() + b"\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except BrokenPipeError:
-        return None
-    return json.loads(line) if line.endswith(b"\n") else None
-
-
-def _stop(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):  # unsent input has no reader
-            pipe.close()
+def shows(text: str, content: str) -> bool:
+    """Whether a rendered text has the content of a message, with whatever spaces and line ends."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
@@ -178,5 +129,6 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def _user(instruction: str, input: str) -> Message:
+def user_message(instruction: str, input: str) -> Message:
+    """An instruction and its input as one message."""
     return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}

@@ -1,10 +1,11 @@
 """Where the training examples come from: one dataclass a source."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from litlora.settings.checks import check_value
+from litlora.errors import setting
+from litlora.settings.checks import check, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class DataSource(ABC):
     """Fraction of the examples held out of training to measure the validation loss; 0: none."""
     split_seed: int = 42
     """Seed of the choice of the examples that are held out."""
+    ignore: tuple[str, ...] = field(default=(), metadata={"stored": "unless default"})
+    """Fields of the records to leave out. Any other field that is not known is an error."""
 
     @property
     @abstractmethod
@@ -23,6 +26,8 @@ class DataSource(ABC):
 
     def __post_init__(self) -> None:
         check_value(self, "val_fraction", 0 <= self.val_fraction < 1, "must be at least 0 and below 1")
+        needed = ", ".join(name for name in ("instruction", "output") if name in self.ignore)
+        check(not needed, f"{setting('ignore')} {needed}: a record cannot be trained on without it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,10 @@ class Alpaca(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class JSON(DataSource):
-    """Your own records with instruction, output and, optionally, input."""
+    """Your own records: instruction and output; optionally input, system and history."""
 
     path: str
-    """A .json or .jsonl file, or a directory of them."""
+    """A .json or .jsonl file, or a directory of them: a list of records, or one record a line."""
 
     @property
     def name(self) -> str:

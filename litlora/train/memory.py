@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from litlora.errors import UserError, setting
+from litlora.frozen.linear import stored_weights
 from litlora.kernels.cross_entropy import chunk_rows
-from litlora.ram import field_of, free_ram
+from litlora.ram import field_of, free_ram, is_lack_of_memory
 from litlora.settings import TrainConfig
 from litlora.train.activations import storages
 from litlora.train.objective import Objective
@@ -79,7 +80,8 @@ def generous_peak(objective: Objective, trial: Trial) -> int:
     kept them, and the logits; and once the gradients of all that trains.
     """
     config = objective.model.config
-    matrices = [parameter.shape for parameter in objective.parameters() if parameter.dim() == 2]
+    weights = (*objective.parameters(), *stored_weights(objective).values())
+    matrices = [weight.shape for weight in weights if len(weight.shape) == 2]
     wide = sum(sum(shape) for shape in matrices if config.vocab_size not in shape)
     scores = (
         sum(length**2 for length in trial.lengths) * config.num_attention_heads * config.num_hidden_layers
@@ -195,14 +197,6 @@ class DryRun:
 
 
 # ---- when it runs out
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Whether an error of torch's, or of Python's, says that memory ran out."""
-    marks = ("DefaultCPUAllocator", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        mark in str(error) for mark in marks
-    )
 
 
 @contextmanager

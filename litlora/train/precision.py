@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litlora.frozen.linear import stored_weights
 from litlora.storage.dtypes import dtype_name
 
 FAST = 1.2
@@ -78,15 +79,17 @@ def bf16_speedup(device: torch.device) -> float:
 def stored_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of most of a model's values."""
     sizes = Counter()
-    for parameter in model.parameters():
-        sizes[parameter.dtype] += parameter.numel()
+    for weight in (*model.parameters(), *stored_weights(model).values()):
+        sizes[weight.dtype] += weight.shape.numel()
     return sizes.most_common(1)[0][0]
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
     """Convert every weight to this dtype, into memory of its own if `copy`; returns how many
-    tensors that rounded."""
-    rounded = 0
+    tensors that rounded. A weight that is stored otherwise is converted at each use."""
+    rounded = sum(
+        torch.promote_types(weight.dtype, dtype) != dtype for weight in stored_weights(model).values()
+    )
     for parameter in model.parameters():
         rounded += torch.promote_types(parameter.dtype, dtype) != dtype
         parameter.data = parameter.data.to(dtype, copy=copy)

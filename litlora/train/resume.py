@@ -36,6 +36,7 @@ MAY_CHANGE = frozenset(
         # a hash of the examples instead of the place of the data,
         "data.class_path",
         "data.init_args.path",
+        "data.init_args.ignore",
         "data.init_args.source",
         "data.init_args.download_dir",
         "data.init_args.url",

@@ -4,7 +4,7 @@ parameters train, and on which objective."""
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from litlora.data.batches import padding_share
 from litlora.data.examples import split, tokenize
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
+from litlora.frozen.linear import stored_weights
 from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
@@ -55,6 +56,8 @@ class Method:
     """Marks what trains with requires_grad."""
     trains_base: bool
     """Whether the base's own weights change. They are then kept in fp32, in memory of their own."""
+    dense: Sequence[str] | None = None
+    """The modules that must not stay quantized, as they train: see `load`."""
     content: Callable[[GPT], dict[str, Tensor] | Adapter]
     """What a checkpoint stores: every weight, or an adapter."""
     objective: type[Objective] = SFT
@@ -121,13 +124,15 @@ class Run:
             base_dir=Path(base_dir) if base_dir else None,
             allow_base_mismatch=settings.allow_base_mismatch,
             device=self.parallel.device,
+            dense=self.method.dense,
         )
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
         self.style, self.style_reason = choose_style(
             settings.prompt_style, self.loaded.prompt_style, self.loaded.template, default="alpaca"
         )
-        self.stored_dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        weights = (*self.model.named_parameters(), *stored_weights(self.model).items())
+        self.stored_dtypes = {name: weight.dtype for name, weight in weights}
 
     def choose_what_trains(self) -> None:
         """Settle the precision, mark what trains, and make the objective."""
@@ -158,16 +163,8 @@ class Run:
         made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
         self.data = Data(made.examples, made_val, settings.seed)
         self._say_data()
-        if made.num_cut:
-            self.say(
-                f"data: {made.num_cut:,} examples are longer than {limit:,} tokens: "
-                "their answers were cut, each keeps its end-of-text"
-            )
-        if made.num_left_out:
-            self.say(
-                f"data: {made.num_left_out:,} examples left out: "
-                f"their prompts alone fill {limit:,} tokens, or they are empty"
-            )
+        for notice in made.notices(limit):
+            self.say(f"data: {notice}")
 
     def fit_to_memory(self) -> None:
         """Settle what depends on the memory of this machine. With that, the settings are
@@ -329,7 +326,7 @@ class Run:
     def _say_what_trains(self, num_rounded: int) -> None:
         weights, precision = list(self.model.parameters()), self.precision
         trainable = sum(p.numel() for p in weights if p.requires_grad)
-        everything = sum(p.numel() for p in weights)
+        everything = sum(w.shape.numel() for w in (*weights, *stored_weights(self.model).values()))
         frozen = everything - trainable or everything
         self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
         self.say(f"precision: {precision.name} ({precision.reason})")

@@ -684,6 +684,22 @@ def a_regular_expression_that_never_ends(directory: Path) -> None:
     )
 
 
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@attack("tokenizer", "tokenizer.json: not a usable tokenizer file: it takes too much time or memory")
+def a_normalizer_that_doubles_33_times(directory: Path) -> None:
+    _tokenizer(directory, normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 33})
+
+
+@attack("tokenizer", "tokenizer.json: cannot decode: it takes too much time or memory")
+def a_decoder_that_doubles_40_times(directory: Path) -> None:
+    double = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": "aa"}
+    decoder = json.loads((directory / "base/tokenizer.json").read_text())["decoder"]
+    steps = [decoder, {"type": "Fuse"}, *[double] * 40]
+    _tokenizer(directory, decoder={"type": "Sequence", "decoders": steps})
+
+
 @attack("tokenizer", "tokenizer.json: has 300,000,000 bytes")
 def a_file_without_end(directory: Path) -> None:
     os.truncate(directory / "base/tokenizer.json", 300_000_000)

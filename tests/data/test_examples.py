@@ -1,13 +1,13 @@
-"""Examples: prompt and answer encoded separately, the end of the text always there."""
+"""Examples: prompt, answer, and the end of the text, which is always there."""
 
 from array import array
 
 import pytest
-from conftest import SHARED
+from conftest import QUICKSTART, SHARED
 
 from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.examples import Example, content_line, split, tokenize
-from litlora.data.sources import read_dataset
+from litlora.data.sources import SAMPLE_FILE, read_dataset
 from litlora.errors import DataError
 from litlora.prompts import STYLES
 from litlora.settings import JSON
@@ -94,10 +94,46 @@ def test_a_message_that_is_not_for_training_is_not_learned(tokenizer_dir):
     assert learned.ids == unlearned.ids and unlearned.learned == ()
 
 
-def test_a_conversation_of_several_turns_is_refused_by_its_place(tokenizer_dir):
-    twice = Conversation(record().messages * 2, Place("x.json", "record 0"))
-    with pytest.raises(DataError, match="x.json, record 0: .*has user, assistant, user, assistant"):
-        tokenize([twice], Tokenizer(tokenizer_dir), STYLE, 500)
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        ("user user assistant", "has user, user, assistant"),
+        ("user assistant user", "has user, assistant, user"),
+        ("assistant", "has assistant"),
+        ("user assistant system", "has user, assistant, system"),
+        ("system", "has system"),
+        ("", "has no message"),
+        ("user " * 30, "has user, user, user, user, user, user and 24 more"),
+    ],
+)
+def test_messages_that_are_not_turns_are_refused_by_their_place(tokenizer_dir, roles, says):
+    odd = Conversation(tuple(Message(role, "x") for role in roles.split()), Place("x.json", "record 0"))
+    with pytest.raises(DataError, match=f"x.json, record 0: must have turns .* it {says}$"):
+        tokenize([odd], Tokenizer(tokenizer_dir), STYLE, 500)
+
+
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json", "sample"])
+def test_byte_level_prompts_and_answers_are_those_that_earlier_versions_encoded_apart(name, tmp_path):
+    path, file = SHARED / "data" / name, SHARED / "tokenizers/gpt_neox_20b_tokenizer.json"
+    tokenizer_dir = QUICKSTART
+    if name == "sample":
+        path = SAMPLE_FILE
+    elif not (path.is_file() and file.is_file()):
+        pytest.skip(f"{path} or {file} is not at hand")
+    else:
+        (tmp_path / "tokenizer.json").symlink_to(file)
+        tokenizer_dir = tmp_path
+    tokenizer = Tokenizer(tokenizer_dir)
+    conversations = read_dataset(JSON(path=str(path))).conversations
+    made = tokenize(conversations, tokenizer, STYLE, 100_000)
+    asked = [STYLE.render(c.messages[0].content, c.messages[0].input) for c in conversations]
+    prompts = tokenizer.encode_batch(asked, begin=True)
+    answers = tokenizer.encode_batch([c.messages[1].content for c in conversations])
+    assert [(list(e.ids), e.learned) for e in made.examples] == [
+        ([*prompt, *answer, tokenizer.eos_id], ((len(prompt), len(prompt) + len(answer) + 1),))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert made.notices(100_000) == []
 
 
 def test_the_line_of_one_span_to_the_end_is_the_one_that_stored_runs_have():

@@ -9,7 +9,7 @@ from conftest import SHARED
 
 from litlora.data.conversation import Message
 from litlora.data.sources import SAMPLE_FILE, read_dataset
-from litlora.errors import DataError
+from litlora.errors import DataError, UserError
 from litlora.settings import JSON, Alpaca
 
 RECORD = {"instruction": "Say hi.", "output": "Hi."}
@@ -35,7 +35,7 @@ def test_the_real_files_are_read_whole(name):
 
 
 def test_json_jsonl_and_directories_agree(tmp_path):
-    records = [{**RECORD, "input": f"line\u2028{n}", "extra": 1} for n in range(3)]
+    records = [{**RECORD, "input": f"line\u2028{n}", "extra": None} for n in range(3)]
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(
         "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\r\n", encoding="utf-8"
@@ -91,6 +91,91 @@ def test_missing_places_are_named(tmp_path):
 
 
 # ---- Alpaca: the full file, the download, the sample
+
+
+def test_system_and_history_are_messages(tmp_path):
+    record = {**RECORD, "system": "Be kind.", "history": [["a", "b"], ["c", ""]]}
+    empty = {**RECORD, "input": None, "system": "", "history": []}
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, (record, empty, {**empty, "history": None}))))
+    whole, *others = read(tmp_path / "x.jsonl")
+    exchange = (Message("user", "Say hi."), Message("assistant", "Hi.", train=True))
+    assert whole.messages == (
+        Message("system", "Be kind."),
+        Message("user", "a"),
+        Message("assistant", "b", train=True),
+        Message("user", "c"),
+        Message("assistant", "", train=True),
+        *exchange,
+    )
+    assert [other.messages for other in others] == [exchange] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"system": ["Be kind."]}, '"system" must be text, not list'),
+        ({"system": "\ud800"}, "lone surrogate"),
+        ({"history": "a"}, '"history" must be a list of .question, answer. pairs, not str'),
+        ({"history": [["a", "b"], ["c"]]}, "its entry 1 is a list of 1"),
+        ({"history": [{"user": "a"}]}, "its entry 0 is dict"),
+        ({"history": [["a", None]]}, '"history", entry 0 must be text, not NoneType'),
+        ({"id": 5}, r"""has a field that .*: "id"; .* not needed: ignore '\[id\]'$"""),
+        (
+            {"id": 5, "Input": "x", "no": 1, "a b": 2},
+            r"""fields .*: "id", "Input", "no", "a b"; .*: ignore '\[id, Input, "no", "a b"\]'$""",
+        ),
+        ({f"f{n}": n for n in range(30)}, r'"f4", "f5" and 24 more; .*: ignore \'\[NAME, ...\]\'$'),
+    ],
+)
+def test_a_field_that_training_would_drop_or_cannot_use_is_an_error(tmp_path, fields, says):
+    (tmp_path / "x.json").write_text(json.dumps([RECORD, {**RECORD, **fields}]))
+    with pytest.raises(DataError, match=rf"^\S*x\.json, record 1: .*{says}"):
+        read(tmp_path / "x.json")
+
+
+def test_unknown_fields_of_all_files_are_told_at_once_and_ignored_when_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([RECORD, {**RECORD, "id": 5}]))
+    (tmp_path / "b.jsonl").write_text(json.dumps({**RECORD, "system": "x", "source": "web"}))
+    with pytest.raises(DataError, match=r"a\.json, record 1: .*ignore '\[id, source\]'"):
+        read(tmp_path)
+    told = read_dataset(JSON(path=str(tmp_path), ignore=("id", "source", "system"))).conversations
+    assert [len(conversation.messages) for conversation in told] == [2, 2, 2]
+    with pytest.raises(UserError, match="ignore output: a record cannot be trained on without it"):
+        JSON(path="x", ignore=("output",))
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    twice = '{"instruction": "a", "output": "b", "output": "c"}'
+    (tmp_path / "x.json").write_text(f"[{json.dumps(RECORD)}, {twice}]")
+    with pytest.raises(DataError, match=r'x\.json, record 1: has "output" twice; keep one'):
+        read(tmp_path / "x.json")
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(RECORD)}\n{twice}\n")
+    with pytest.raises(DataError, match=r'x\.jsonl, line 2: has "output" twice'):
+        read(tmp_path / "x.jsonl")
+
+
+def test_the_content_of_a_file_decides_not_its_suffix(tmp_path):
+    lines, as_list = "\n".join([json.dumps(RECORD)] * 3) + "\n", json.dumps([RECORD] * 3, indent=1)
+    for name, content in (("a.JSONL", lines), ("b.json", lines), ("c.JSON", as_list), ("d.jsonl", as_list)):
+        (tmp_path / name).write_text(content)
+        assert len(read(tmp_path / name)) == 3, name
+    assert len(read(tmp_path)) == 12
+    (tmp_path / "one.json").write_text(json.dumps(RECORD, indent=1))
+    with pytest.raises(DataError, match="must hold a JSON list of records, or one record a line; it is"):
+        read(tmp_path / "one.json")
+    (tmp_path / "b.json").write_text(lines + "{oops}")
+    with pytest.raises(DataError, match=r"b\.json, line 4: not valid JSON"):
+        read(tmp_path / "b.json")
+
+
+def test_the_notes_of_macos_beside_a_file_are_not_data(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(RECORD))
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X" + bytes(100))
+    assert len(read(tmp_path)) == 1
+    with pytest.raises(DataError, match=r"_a\.jsonl: holds what macOS stores .* path \S*/a\.jsonl is"):
+        read(tmp_path / "._a.jsonl")
+    (tmp_path / "._b.jsonl").write_text(json.dumps(RECORD))
+    assert len(read(tmp_path)) == 2, "a name alone leaves nothing out"
 
 
 class Server:

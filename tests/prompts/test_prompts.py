@@ -266,10 +266,12 @@ def test_a_template_that_drops_the_thought_it_asks_for_still_teaches_what_chat_a
         "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant: <think>{% endif %}"
     )
-    style = ChatTemplate(source, Path("t"), {}).style
-    prompt, answer = style.exchange("Why?", "", "Because.")
-    assert prompt.endswith("<|im_start|>assistant: <think>") and answer == "Because.<|im_end|>"
-    assert style.exchange("Why?", "", "")[1] == "<|im_end|>"
+    template = ChatTemplate(source, Path("t"), {})
+    for said, answer in (("Because.", "Because.<|im_end|>"), ("", "<|im_end|>")):
+        prompt, finished = template.exchange(
+            [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}]
+        )
+        assert prompt.endswith("<|im_start|>assistant: <think>") and finished == prompt + answer
 
 
 def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint):

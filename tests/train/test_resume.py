@@ -163,12 +163,13 @@ def test_a_setting_that_matters_must_be_what_it_was(run, tmp_path, words, says):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("change", [{"output": "Other."}, {"history": [["Before?", "Then."]]}])
 def test_other_data_or_another_base_is_refused_unless_forced(
-    run, tmp_path, alpaca_file, make_checkpoint, capsys
+    run, tmp_path, alpaca_file, make_checkpoint, capsys, change
 ):
     out = run("lora", tmp_path / "out", stop_after=2)
     records = json.loads(alpaca_file.read_text())
-    alpaca_file.write_text(json.dumps([{**records[0], "output": "Other."}, *records[1:]]))
+    alpaca_file.write_text(json.dumps([{**records[0], **change}, *records[1:]]))
     with pytest.raises(
         UserError, match=r"(training|validation) data is \w{16}, and was \w{16}; .* resume_force"
     ):
@@ -194,7 +195,7 @@ def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
 
     known = {
         name
-        for data in (Alpaca(), JSON(path="x"))
+        for data in (Alpaca(), JSON(path="x", ignore=("id",)))
         for name in flat_settings(yaml.safe_load(dump(FinetuneLoRA(data=data))))
     }
     assert known >= MAY_CHANGE

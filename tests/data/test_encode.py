@@ -1,0 +1,348 @@
+"""Conversations in token ids: what transformers makes of them, and what chat asks, turn by turn."""
+
+import functools
+import json
+
+import pytest
+from conftest import TEXT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from litlora.data.alpaca import alpaca_conversations
+from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.examples import tokenize
+from litlora.errors import DataError
+from litlora.load import load
+from litlora.prompts import STYLES, load_template
+from litlora.serve.conversation import ChatSession
+from litlora.serve.engine import Engine, Sampling
+from litlora.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' }}"
+    "{% if system and loop.index0 == 1 %}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content.strip() + ' </s>' }}"
+    "{% endif %}{% endfor %}"
+)
+TIGHT = (  # no space between the mark and the answer
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+THOUGHTFUL = (  # earlier answers lose their thoughts, the last one gets one
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(["\n\n", " a", "e "])
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+@functools.cache
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    return backend
+
+
+@functools.cache
+def sentencepiece(scheme: str) -> Backend:
+    """As `tokenizers` reads a SentencePiece model: ▁ for a space, and one before the text."""
+    backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # no piece spans words
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=390, special_tokens=pieces, show_progress=False, max_token_length=8
+    )
+    backend.train_from_iterator([*TEXT, "yes no Be brief. [INST] <|user|>"], trainer)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    file = json.loads(backend.to_str())
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] in SPECIAL]
+    return Backend.from_str(json.dumps(file))
+
+
+TOKENIZERS = {
+    "byte-level": byte_level,
+    "metaspace first": lambda: sentencepiece("first"),
+    "metaspace always": lambda: sentencepiece("always"),
+}
+TEMPLATES = {"chatml": CHATML, "llama 2": LLAMA_2, "tight": TIGHT, "thoughtful": THOUGHTFUL}
+
+
+def conversation(*turns: tuple[str, str], system: str = "") -> Conversation:
+    messages = [Message("system", system)] if system else []
+    for question, answer in turns:
+        messages += [Message("user", question), Message("assistant", answer, train=True)]
+    return Conversation(tuple(messages), Place("x.json", "record 0"))
+
+
+TALK = conversation(("the quick", "yes"), ("and two?", "one two three"), ("dog", "no"), system="Be brief.")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """place("byte-level", "chatml") writes a tokenizer and its template."""
+
+    def write(kind: str, template: str | None = None):
+        TOKENIZERS[kind]().save(str(tmp_path / "tokenizer.json"))
+        settings = {
+            "eos_token": "</s>",
+            "bos_token": "<s>",
+            "unk_token": "<unk>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        if template is not None:
+            settings["chat_template"] = TEMPLATES.get(template, template)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        found = load_template({file.name: file for file in tmp_path.iterdir()})
+        return Tokenizer(tmp_path), found and found.style
+
+    write.directory = tmp_path
+    return write
+
+
+def dicts(talk: Conversation) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in talk.messages]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama 2", "tight"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_whole_conversation_has_the_ids_of_apply_chat_template(kind, template, place):
+    transformers = pytest.importorskip("transformers")
+    tokenizer, style = place(kind, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(place.directory)
+    made = tokenize([TALK], tokenizer, style, 500)
+    (example,) = made.examples
+    assert made.num_apart == made.num_split == 0
+    expected = theirs.apply_chat_template(dicts(TALK), return_dict=False)
+    assert list(example.ids) == expected[: len(example.ids)]
+    assert theirs.decode(expected[len(example.ids) :]).strip() == ""
+    end = {"chatml": "<|im_end|>"}.get(template, "</s>")
+    said = [message.content for message in TALK.messages if message.role == "assistant"]
+    assert len(example.learned) == len(said)
+    for number, ((start, stop), answer) in enumerate(zip(example.learned, said, strict=True)):
+        assert tokenizer.token(example.ids[stop - 1]) == end
+        assert tokenizer.decode(list(example.ids[start : stop - 1])).strip() == answer
+        asked = theirs.apply_chat_template(
+            dicts(TALK)[: 2 * number + 2], add_generation_prompt=True, return_dict=False
+        )
+        assert list(example.ids[:start]) == asked, "training learns what follows chat's prompt"
+
+
+def test_a_sentencepiece_answer_gets_no_space_of_its_own(place):
+    tokenizer, style = place("metaspace first", "tight")
+    (example,) = tokenize([conversation(("dog", "yes"))], tokenizer, style, 500).examples
+    ((start, stop),) = example.learned
+    pieces = [tokenizer.token(index) for index in example.ids[start:stop]]
+    assert "".join(pieces) == "yes</s>", pieces
+    (example,) = tokenize([conversation(("dog", "yes"))], tokenizer, STYLES["alpaca"], 500).examples
+    ((start, stop),) = example.learned
+    assert "".join(tokenizer.token(index) for index in example.ids[start:stop]) == "yes</s>"
+
+
+@pytest.mark.parametrize("style", ["alpaca", "plain", "chatml", "llama 2", "tight", "thoughtful"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_chat_asks_with_the_ids_after_which_the_answers_were_learned(kind, style, place, base):
+    tokenizer, template = place(kind, style if style in TEMPLATES else None)
+    talk = conversation(("the quick", "yes"), ("and two?", "one two three"), ("dog", "no"))
+    style = template or STYLES[style]
+    examples = tokenize([talk], tokenizer, style, 500).examples
+    learned = [(list(e.ids[:start]), list(e.ids[start:stop])) for e in examples for start, stop in e.learned]
+    asked = []
+
+    class Scripted(Engine):
+        context = 10_000
+
+        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+            asked.append(prompt_ids)
+            answer = learned[len(asked) - 1][1]
+            assert answer[-1] in stop_ids
+            yield from answer[:-1]
+
+    session = ChatSession(Scripted(load(base).model, tokenizer), style, Sampling(max_new_tokens=1))
+    for message in talk.messages[::2]:
+        list(session.ask(message.content))
+    assert asked == [prompt for prompt, _ in learned]
+
+
+def test_turns_that_a_template_rewrites_are_learned_one_by_one_as_they_are_asked_for(place):
+    tokenizer, style = place("byte-level", "thoughtful")
+    made = tokenize([conversation(("dog", "yes"), ("fox", "no"))], tokenizer, style, 500)
+    texts = ["".join(map(tokenizer.token, e.ids)).replace("Ċ", "\n") for e in made.examples]
+    thought = "<think>\n\n</think>\n\n"
+    first, second = "<|im_start|>user\ndog<|im_end|>\n", "<|im_start|>user\nfox<|im_end|>\n"
+    assert texts == [
+        f"{first}<|im_start|>assistant\n{thought}yes<|im_end|>",
+        f"{first}<|im_start|>assistant\nyes<|im_end|>\n{second}<|im_start|>assistant\n{thought}no<|im_end|>",
+    ]
+    assert [len(example.learned) for example in made.examples] == [1, 1]
+    assert made.num_split == 1
+    assert made.notices(500) == [
+        "1 conversations became an example for each answer: "
+        "the chat template shows earlier turns otherwise than it asks for them"
+    ]
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_is_encoded_as_chat_asks(place):
+    tokenizer, _ = place("byte-level")
+    assert len(tokenizer.encode("the")) == 1
+    made = tokenize([conversation(("th", "e"))], tokenizer, STYLES["plain"], 500)
+    (example,) = made.examples
+    assert list(example.ids) == [*tokenizer.encode("th"), *tokenizer.encode("e"), tokenizer.eos_id]
+    assert "1 answers share a token with their prompts" in made.notices(500)[0]
+
+
+def test_turns_of_a_style_without_a_template_follow_each_other(tokenizer_dir):
+    tokenizer, alpaca = Tokenizer(tokenizer_dir), STYLES["alpaca"]
+    turns = [("Count.", "one two"), ("More.", "three")]
+    (example,) = tokenize([conversation(*turns)], tokenizer, alpaca, 500).examples
+    ids, spans = [], []
+    for question, answer in turns:
+        ids += tokenizer.encode(alpaca.render(question, ""), begin=True)
+        start = len(ids)
+        ids += [*tokenizer.encode(answer), tokenizer.eos_id]
+        spans.append((start, len(ids)))
+    assert (list(example.ids), list(example.learned)) == (ids, spans)
+
+
+def test_a_message_that_is_not_for_training_stands_in_the_text_unlearned(tokenizer_dir):
+    talk = conversation(("Count.", "one"), ("More.", "two"))
+    told = [*talk.messages[:1], Message("assistant", "one"), *talk.messages[2:]]
+    tokenizer = Tokenizer(tokenizer_dir)
+    (whole,) = tokenize([talk], tokenizer, STYLES["alpaca"], 500).examples
+    told = Conversation(tuple(told), talk.place)
+    (part,) = tokenize([told], tokenizer, STYLES["alpaca"], 500).examples
+    assert part.ids == whole.ids and part.learned == whole.learned[1:]
+
+
+def test_a_long_conversation_loses_its_last_turns_and_says_so(tokenizer_dir):
+    tokenizer, plain = Tokenizer(tokenizer_dir), STYLES["plain"]
+    talk = conversation(("one?", "two"), ("three?", "four five six"), ("seven?", "eight"))
+    (whole,) = tokenize([talk], tokenizer, plain, 500).examples
+    ends = [stop for _, stop in whole.learned]
+    fits = tokenize([talk], tokenizer, plain, ends[1])
+    assert fits.examples[0].ids == whole.ids[: ends[1]] and fits.examples[0].learned == whole.learned[:2]
+    assert (fits.num_cut, fits.num_shortened, fits.num_left_out) == (0, 1, 0)
+    cut = tokenize([talk], tokenizer, plain, ends[1] - 1)
+    (example,) = cut.examples
+    assert list(example.ids) == [*whole.ids[: ends[1] - 2], tokenizer.eos_id]
+    assert example.learned == (whole.learned[0], (whole.learned[1][0], ends[1] - 1))
+    assert (cut.num_cut, cut.num_shortened) == (1, 1)
+    first = tokenize([talk], tokenizer, plain, whole.learned[1][0] + 1)
+    assert first.examples[0].learned == whole.learned[:1], "no room for a token and the end of the second"
+    assert [line.split(":")[1] for line in first.notices(9)] == [" their last turns were left out"]
+
+
+def test_empty_answers_are_counted(tokenizer_dir):
+    talks = [conversation(("a", "")), conversation(("a", "b"), ("c", " "))]
+    made = tokenize(talks, Tokenizer(tokenizer_dir), STYLES["alpaca"], 500)
+    assert made.num_empty == 2
+    assert made.notices(500) == ["2 answers are empty: only their end is learned"]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "plain"])
+def test_a_system_message_needs_a_style_that_has_one(name, tokenizer_dir):
+    with pytest.raises(
+        DataError, match=rf"x.json, record 0: has a system message.*style {name} .*ignore '\[system\]'"
+    ):
+        tokenize([TALK], Tokenizer(tokenizer_dir), STYLES[name], 500)
+
+
+THOUGHT = conversation(("dog", "<think>why</think>yes"), system="Be brief.")
+LEFT_OUT = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+OPENS_A_THOUGHT = LEFT_OUT.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+DROPS_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
+NO_ANSWER = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')")
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "says"),
+    [
+        (LEFT_OUT, THOUGHT, "leaves out the answer '<think>.*such as a thought .* prompt_style alpaca$"),
+        (OPENS_A_THOUGHT, conversation(("dog", "<think>why</think>e")), "leaves out the answer.*in <think>"),
+        (NO_ANSWER, conversation(("dog", "yes")), "leaves out the answer 'yes'.* prompt_style alpaca"),
+        (NO_SYSTEM, TALK, r"refuses the conversation: no system role; ignore '\[system\]' leaves"),
+        (DROPS_SYSTEM, TALK, r"leaves out the system message; ignore '\[system\]' leaves"),
+        (CHATML, conversation(("dog", "y" * 10_000_001)), "has 10,000,004 characters.*split the record"),
+        (CHATML.replace("m.content", "m.content * 9"), conversation(("dog", "y" * 2_000_000)), "split it"),
+    ],
+    ids=["thought", "its begin", "no answer", "no system", "drops system", "long", "long as written"],
+)
+def test_a_record_that_the_template_cannot_show_is_named_with_the_remedy(template, talk, says, place):
+    tokenizer, style = place("byte-level", template)
+    with pytest.raises(DataError, match=f"^x.json, record 0: .*{says}"):
+        tokenize([talk], tokenizer, style, 500)
+
+
+def test_the_end_of_a_short_answer_is_not_searched_for_in_the_mark(place):
+    """An answer that is also part of the template's own words, in a template that rewrites it."""
+    tokenizer, style = place("byte-level", OPENS_A_THOUGHT)
+    (example,) = tokenize([conversation(("dog", "e"))], tokenizer, style, 500).examples
+    ((start, stop),) = example.learned
+    assert list(map(tokenizer.token, example.ids[start:stop])) == ["e", "<|im_end|>"]
+
+
+def test_records_with_system_and_history_are_learned_as_what_they_mean(place):
+    record = {
+        "instruction": "dog",
+        "input": "fox",
+        "output": "no",
+        "system": "Be brief.",
+        "history": [["the quick", "yes"], ["and two?", "one two three"]],
+    }
+    (talk,) = alpaca_conversations([(Place("x.json", "record 0"), record)])
+    tokenizer, style = place("byte-level", "chatml")
+    (example,) = tokenize([talk], tokenizer, style, 500).examples
+    said = [("system", "Be brief."), ("user", "the quick"), ("assistant", "yes"), ("user", "and two?")]
+    said += [("assistant", "one two three"), ("user", "dog\n\nfox"), ("assistant", "no")]
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    assert list(example.ids) == tokenizer.encode(text.removesuffix("\n"))
+    answers = [tokenizer.decode(list(example.ids[start:stop])) for start, stop in example.learned]
+    assert answers == ["yes", "one two three", "no"]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.sampled_from(["alpaca", "plain", "chatml", "tight"]),
+    st.lists(st.tuples(texts.filter(len), texts), min_size=1, max_size=4),
+)
+def test_what_is_learned_is_what_the_assistant_said(place, style, turns):
+    """For byte-level tokenizers, whose decoding is exact."""
+    tokenizer, template = place("byte-level", style if style in TEMPLATES else None)
+    talk = conversation(*turns)
+    examples = tokenize([talk], tokenizer, template or STYLES[style], 100_000).examples
+    spans = [example.ids[start:stop] for example in examples for start, stop in example.learned]
+    assert [tokenizer.decode(list(span[:-1])) for span in spans] == [answer for _, answer in turns]
+    ends = {tokenizer.token(span[-1]) for span in spans}
+    assert ends == {"<|im_end|>" if style == "chatml" else "</s>"}

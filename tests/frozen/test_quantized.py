@@ -1,0 +1,176 @@
+"""Training on a base in 4 or 8 bits, as it is stored: the same bits as on the base that holds its
+values in 16."""
+
+import dataclasses
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import save_folder
+from quantized import quantize_folder
+from safetensors.torch import load_file, save_file
+
+from litlora.errors import CheckpointError, UserError
+from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.frozen.linear import FrozenLinear, stored_weights
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.load import load
+from litlora.lora import LoRAConfig, add_lora
+from litlora.train.activations import storages
+
+FILES = Path(__file__).parent.parent / "bitsandbytes_files"
+
+
+def matrices() -> dict[str, tuple[Quantized, torch.Tensor]]:
+    """What bitsandbytes stored, beside the values that it computes."""
+    stored, expected = load_file(FILES / "stored.safetensors"), load_file(FILES / "expected.safetensors")
+    found = find_quantized(stored, dict.fromkeys(stored, FILES / "stored.safetensors"))
+    return {name: (found[f"{name}.weight"], values) for name, values in expected.items()}
+
+
+@pytest.mark.parametrize("name", matrices())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_values(name, dtype):
+    matrix, values = matrices()[name]
+    some = torch.tensor([20, 21, 3, 4, 5, 0])
+    for part, dense in ((matrix, values), (matrix.take(some), values[some])):
+        weight, W = QuantizedWeight(part), dense.to(dtype)
+        x, dy = torch.randn(2, 3, W.size(1), dtype=dtype), torch.randn(5, W.size(0), dtype=dtype)
+        bias, total = torch.randn(W.size(0), dtype=dtype), torch.randn(5, W.size(1), dtype=dtype)
+        assert torch.equal(weight.times(x), F.linear(x, W))
+        assert torch.equal(weight.times(x, bias), F.linear(x, W, bias))
+        assert torch.equal(weight.back(dy), dy @ W)
+        assert torch.equal(weight.back(dy, total.clone()), total.addmm(dy, W))
+        assert torch.equal(weight.rows(slice(1, 4)), dense[1:4]) and weight.dtype == dense.dtype
+        assert weight.shape == dense.shape
+
+
+def test_threads_do_not_share_what_they_dequantise():
+    pairs = [(QuantizedWeight(matrix), values.float()) for matrix, values in matrices().values()]
+    x = torch.eye(max(values.size(1) for _, values in pairs))
+
+    def equal(number: int) -> bool:
+        weight, values = pairs[number % len(pairs)]
+        n = values.size(1)
+        return all(torch.equal(weight.times(x[:n, :n]), values.t()) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(equal, range(40)))
+
+
+def test_moving_and_converting_a_model_leaves_the_bits():
+    matrix, values = matrices()["nf4"]
+    linear = FrozenLinear(QuantizedWeight(matrix)).to(torch.bfloat16)
+    assert torch.equal(linear.weight, values)
+    linear.to("meta")
+    assert linear.storage.device.type == linear(torch.ones(2, 80, device="meta")).device.type == "meta"
+
+
+def test_a_scale_that_is_not_finite_is_refused_before_training():
+    for matrix, _ in matrices().values():
+        spoiled = _spoiled(matrix)
+        with pytest.raises(CheckpointError, match="values that are not finite"):
+            QuantizedWeight(spoiled)
+
+
+def _spoiled(matrix: Quantized) -> Quantized:
+    if matrix.kind == "int8":
+        return dataclasses.replace(matrix, largest=torch.full_like(matrix.largest, torch.inf))
+    if isinstance(matrix.absmax, torch.Tensor):
+        return dataclasses.replace(matrix, absmax=torch.full_like(matrix.absmax, torch.nan))
+    nested = dataclasses.replace(matrix.absmax, absmax=torch.full_like(matrix.absmax.absmax, torch.inf))
+    return dataclasses.replace(matrix, absmax=nested)
+
+
+# ---- a folder
+
+
+@pytest.fixture(params=[("llama", "nf4"), ("mixtral", "int8")], ids=lambda param: param[0])
+def folders(request, tmp_path, tokenizer_dir) -> tuple[Path, Path]:
+    """A folder in 4 or 8 bits, and one that holds the same values in bf16."""
+    family, kind = request.param
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    save_folder(family, quantized, vocab_size=400)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, quantized)
+    shutil.copytree(quantized, plain)
+    values = quantize_folder(quantized, kind, nested=kind == "nf4")
+    save_file(values, plain / "model.safetensors", {"format": "pt"})
+    return quantized, plain
+
+
+def test_layers_of_the_blocks_stay_as_they_are_stored(folders):
+    quantized, plain = (load(folder, dense=["down_proj", "layers.1.self_attn"]).model for folder in folders)
+    stored = stored_weights(quantized)
+    assert stored and not stored_weights(plain) and not stored_weights(load(folders[0]).model)
+    leaves = {name.split(".")[-2] for name in stored}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert not [name for name in stored if name.startswith("model.layers.1.self_attn")]
+    ids = torch.arange(20)[None] * 7 % 300
+    assert torch.equal(quantized(ids), plain(ids))
+
+
+WORDS = ["--lora.targets", "all-linear", "--lora.dropout", 0.1, "--train.max_steps", 4]
+WORDS += ["--prompt_style", "plain"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--precision", "32-true"],
+        ["--precision", "bf16-true"],
+        ["--precision", "bf16-mixed", "--train.checkpoint_activations", "full"],
+        ["--lora.targets", '["q_proj"]', "--lora.modules_to_save", '["layers.1.mlp", "norm"]'],
+    ],
+    ids=["fp32", "bf16", "mixed and computed again", "whole modules"],
+)
+def test_a_run_gives_the_same_bits_as_on_its_values(words, folders, run, tmp_path):
+    """The runs share a base by its fingerprint: what they store is equal, byte for byte."""
+    finals = []
+    for folder in folders:
+        out = tmp_path / f"run_{folder.name}"
+        run("lora", out, *WORDS, *words, "--checkpoint_dir", folder)
+        finals.append(torch.load(out / "final/lit_model.pth", weights_only=True)["model"])
+    assert finals[0].keys() == finals[1].keys()
+    assert all(torch.equal(tensor, finals[1][name]) for name, tensor in finals[0].items())
+    assert [tensor.dtype for tensor in finals[0].values()] == [t.dtype for t in finals[1].values()]
+
+
+def test_a_run_resumes_to_the_bit(folders, run, tmp_path):
+    words = (*WORDS, "--checkpoint_dir", folders[0])
+    run("lora", tmp_path / "whole", *words)
+    run("lora", tmp_path / "stopped", *words, stop_after=2)
+    run("lora", tmp_path / "stopped", *words, "--resume", "auto")
+    whole, stopped = (
+        torch.load(tmp_path / name / "final/lit_model.pth", weights_only=True)["model"]
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+
+
+def test_the_backward_keeps_no_more_than_on_the_values(folders):
+    quantized, plain = (load(folder, dense=[]).model for folder in folders)
+    kept = []
+    for model in (quantized, plain):
+        add_lora(model, LoRAConfig(targets="all-linear"))
+        weights, sizes = storages(model), {}
+
+        def pack(tensor, weights=weights, sizes=sizes):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.arange(40)[None]).sum()
+        kept.append(sum(sizes.values()))
+    assert kept[0] == kept[1] > 0
+
+
+def test_a_layer_in_few_bits_cannot_be_trained_whole(folders):
+    model = load(folders[0], dense=[]).model
+    with pytest.raises(UserError, match="modules_to_save.*holds quantized weights"):
+        add_lora(model, LoRAConfig(targets=["q_proj"], modules_to_save=["up_proj"]))
