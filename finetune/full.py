@@ -30,7 +30,7 @@ def main(settings: FinetuneFull) -> None:
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",
         resume="python {script} --config {config} --resume auto",
-        next="python chat/base.py --checkpoint_dir {result}",
+        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
     )
     finetune(settings, full, dataset, place)
 

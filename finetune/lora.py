@@ -31,7 +31,7 @@ def main(settings: FinetuneLoRA) -> None:
         content=lambda model: adapter_of(model, settings.lora),
         stores="the adapter only",
         resume="python {script} --config {config} --resume auto",
-        next="python chat/base.py --checkpoint_dir {result}",
+        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
     )
     finetune(settings, lora, dataset, place)
 

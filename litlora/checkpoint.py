@@ -21,10 +21,10 @@ from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
 from litlora.formats.litlora import adapter_entry, full_entry
-from litlora.frozen import bitsandbytes
 from litlora.lora import Adapter, BaseReference
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle
+from litlora.stop_tokens import name_stops
 from litlora.storage import torch_file
 from litlora.storage.atomic import replacing_directory
 from litlora.storage.blocks import LazyTensor
@@ -158,8 +158,7 @@ def resolve(
         if current.text_facts is not None:
             notices += changed_text(current.text_facts, current.directory, base.directory)
         current = base
-    if line := bitsandbytes.notice(current.directory, current.tensors):
-        notices.append(line)
+    notices += current.notices
     if stand_in is not None:
         unused = f"{setting('base_checkpoint_dir')} {base_dir}"
         raise CheckpointError(f"{path}: is not an adapter, so {unused} has no effect")
@@ -226,6 +225,8 @@ class Beside:
     """YAML text of the settings of the command that made it."""
     state: dict[str, Any] | None = None
     """What resuming the run from here needs: the content of state.pth."""
+    stops: tuple[int, ...] = ()
+    """Tokens that its generation_config.json names besides those that it has."""
 
 
 def write_full(
@@ -291,6 +292,7 @@ def _write(
         styles = [own_file(source / STYLE_FILE) for source in sources if (source / STYLE_FILE).is_file()]
         for file in (*find_sidecars(sources), *styles[:1]):
             shutil.copyfile(file, staging / file.name)
+        name_stops(staging, list(beside.stops))
         if beside.prompt_style is not None:
             text = yaml.safe_dump({"style": beside.prompt_style.name})
             (staging / STYLE_FILE).write_text(text, encoding="utf-8")

@@ -12,9 +12,10 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -24,7 +25,8 @@ from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource
-from litlora.storage.untrusted import read_yaml_mapping
+from litlora.settings.other_names import OTHER_NAMES
+from litlora.storage.untrusted import read_yaml_mapping, require_file
 
 Settings = TypeVar("Settings")
 
@@ -38,6 +40,7 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     # Importing torch creates a million objects, and looking for garbage among them every 700 took a
     # fifth of the time. The threshold is the whole process's, which is ours: it starts here.
     gc.set_threshold(500_000)
+    _open_closed_streams()
     try:
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:
@@ -60,6 +63,20 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
         raise SystemExit(130) from None
 
 
+def _open_closed_streams() -> None:
+    """Open stdin, stdout and stderr where whoever started us closed them: the next file to be opened
+    would become the stream, and get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
 def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
@@ -68,17 +85,26 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
+def call(script: str) -> str:
+    """`python chat/base.py` as it is called from the current directory, where the running command
+    was called by a path of its own."""
+    beside = os.path.normpath(os.path.join(os.path.dirname(sys.argv[0]), "..", script))
+    here = os.path.isfile(script) or not os.path.isfile(beside)
+    return f"python {script if here else shlex.quote(beside)}"
+
+
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and
     `--print_config` exit."""
-    config = _checked_config(argv)
+    config, stored = _checked_config(argv)
     types = setting_types(settings_class)
-    words = _spelled_out(settings_class, argv)
+    words = _spelled_out(settings_class, argv, stored)
     parser = _make_parser(settings_class, words)
     try:
         values = parser.parse_args(words)
         _check_nulls(types, values, config)
         values = parser.instantiate(values)
+        _check_source_nulls(values.get("data"), config)
         return settings_class(**{name: values[name] for name in types if "." not in name})
     except UserError:
         raise
@@ -103,10 +129,11 @@ def setting_types(settings_class: type, prefix: str = "") -> dict[str, Any]:
 
 def option_for(settings_class: type, name: str) -> str:
     """The option of a command that sets what a library calls `name`: rank -> --lora.rank. Of several
-    the outermost; a name that no option has stays as it is. A command's OTHER_NAMES say which of its
-    settings is meant by a name that it does not have."""
-    name = getattr(settings_class, "OTHER_NAMES", {}).get(name, name)
-    found = [path for path in setting_types(settings_class) if path.rpartition(".")[2] == name]
+    the outermost; a name that no option has stays as it is."""
+    types = setting_types(settings_class)
+    if name == BASE and ADAPTER in types:
+        return f"--{BASE}"  # every command takes it, see `_renamed`
+    found = [path for path in types if path.rpartition(".")[2] == name]
     return f"--{min(found, key=lambda path: path.count('.'))}" if found else name
 
 
@@ -143,17 +170,24 @@ def _make_parser(settings_class: type, words: list[str]) -> ArgumentParser:
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
 """What is a value although it begins like an option: argparse does not recognise -1e-3."""
 LISTS = (list[str], list[float])
+CHECKPOINT, ADAPTER, BASE = "checkpoint_dir", "lora_path", "base_checkpoint_dir"
 
 
-def _spelled_out(settings_class: type, argv: list[str]) -> list[str]:
+def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any]) -> list[str]:
     """The command line with options by their full names, lists in brackets, negative numbers
-    attached to their options, and the value that may stand alone with its option."""
+    attached to their options, a file of data with its source, and the value that may stand alone
+    with its option. `stored` is what the file of `--config` holds."""
     types = setting_types(settings_class)
     lists: dict[str, list[str]] = {}
     words: list[str] = []
-    for word, following in _by_option(argv):
+    split = [
+        (word, _full_name(settings_class, word.removeprefix("--").partition("=")[0]), following)
+        for word, following in _by_option(argv)
+    ]
+    renamed = _renamed(types, {name for _, name, _ in split}, stored)
+    for word, name, following in split:
         typed, equals, value = word.removeprefix("--").partition("=")
-        name = _full_name(settings_class, typed)
+        name = renamed.get(name, name)
         kind = types.get(name)
         if kind in LISTS and "." not in name:
             lists.setdefault(name, []).extend([value] * bool(value) + following)
@@ -161,13 +195,44 @@ def _spelled_out(settings_class: type, argv: list[str]) -> list[str]:
         if kind not in (None, bool) and not equals and not following:
             raise UserError(f"--{name}: needs a value")
         word = word.replace(typed, name, 1)
+        if kind is DataSource and _is_path(value if equals else following[0]):
+            words.append(JSON_SOURCE)
+            word = f"{DATA_PATH}={value if equals else following.pop(0)}"
         if kind is not None and not equals and following and NEGATIVE_NUMBER.match(following[0]):
             word = f"{word}={following.pop(0)}"
         stray = kind is bool and following and following[0].lower() not in ("true", "false")
         own = 1 if word and "=" not in word and not stray else 0  # of `--json X`, X is not the flag's
         words += [word] * bool(word) + following[:own]
         words += _named(settings_class, following[own:], words)
+    given = [word.partition("=")[0] for word in words]
+    if JSON_SOURCE in words and given.count(DATA_PATH) > 1:
+        raise UserError(f"{DATA_PATH}: {OPTION_DATA} names the data already; use only one")
+    if "data" in types and "data" not in stored and DATA_PATH in given and OPTION_DATA not in given:
+        words.insert([word.startswith(OPTION_DATA) for word in words].index(True), JSON_SOURCE)
     return words + [f"--{name}={_as_list(name, values, types[name])}" for name, values in lists.items()]
+
+
+def _renamed(types: Mapping[str, Any], given: set[str], stored: Mapping[str, Any]) -> dict[str, str]:
+    """What the options for an adapter and its base set in this command: an adapter alone may be
+    called by either name, beside one the base may. So one command line fits all commands."""
+    if ADAPTER in types:
+        alone = ADAPTER not in given and ADAPTER not in stored
+        return {BASE: CHECKPOINT} | ({CHECKPOINT: ADAPTER} if alone else {})
+    if ADAPTER in given and BASE in types and "train" not in types:  # training may not replace its base
+        return {ADAPTER: CHECKPOINT, CHECKPOINT: BASE}
+    return {}
+
+
+OPTION_DATA, DATA_PATH, JSON_SOURCE = "--data", "--data.path", "--data=JSON"
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
+"""How the names of data files end. The reader refuses those that it cannot read."""
+
+
+def _is_path(value: str) -> bool:
+    """Whether the value of `--data` is a file or directory, not the name of a source."""
+    if value in _data_sources() or value.startswith(("{", "[")):
+        return False
+    return Path(value).suffix.lower() in DATA_SUFFIXES or "/" in value or os.path.exists(value)
 
 
 def _by_option(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -211,10 +276,10 @@ def _as_list(name: str, values: list[str], kind: Any) -> str:
 # ---- what may be wrong
 
 
-def _checked_config(argv: list[str]) -> str:
-    """The file that `--config` names, or "". Raises UserError unless it holds settings: a run's
-    hyperparameters.yaml may be somebody else's."""
-    file = ""
+def _checked_config(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The file that `--config` names, or "", and what it holds. Raises UserError unless that is
+    settings: a run's hyperparameters.yaml may be somebody else's."""
+    file, content = "", {}
     for number, word in enumerate(argv):
         option, equals, value = word.partition("=")
         if option != "--config":
@@ -222,11 +287,13 @@ def _checked_config(argv: list[str]) -> str:
         file = value if equals else "".join(argv[number + 1 : number + 2])
         if not file or file.startswith("--"):
             raise UserError("--config: needs a file of settings, such as a run's hyperparameters.yaml")
-        if Path(file).is_file():  # else jsonargparse says so
+        if Path(file).exists():  # else jsonargparse says so
+            require_file(Path(file))
+        if Path(file).is_file():
             content = read_yaml_mapping(Path(file))
             if "\\u0000" in json.dumps(content, default=str):
                 raise UserError(f"--config {file}: holds a zero character, which no path or name has")
-    return file
+    return file, content
 
 
 def _check_nulls(types: dict[str, Any], values: Namespace, config: str) -> None:
@@ -240,6 +307,15 @@ def _check_nulls(types: dict[str, Any], values: Namespace, config: str) -> None:
             raise UserError(f"--config {config}: {name} must not be null; leave it out for its default")
         if dataclasses.is_dataclass(kind) and not isinstance(value, Namespace):
             raise UserError(f"--config {config}: {name} {value}: must be a mapping of settings to values")
+
+
+def _check_source_nulls(source: Any, config: str) -> None:
+    """The same for the settings of the data source that was chosen."""
+    for field in dataclasses.fields(source) if dataclasses.is_dataclass(source) else ():
+        if getattr(source, field.name) is None and type(None) not in get_args(field.type):
+            raise UserError(
+                f"--config {config}: data.{field.name} must not be null; leave it out for its default"
+            )
 
 
 NO_SOURCE = "no such data source"
@@ -294,6 +370,8 @@ def _explain(error: Exception, types: dict[str, Any], config: str) -> str:
         return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], types)}; see --help"
     for pattern, replacement in EXPLANATIONS:
         text = re.sub(pattern, replacement, text)
+    if found := re.search(r"no such setting as ([\w.]+)", text):
+        text += _did_you_mean(f"--{found[1]}", types)
     if NO_SOURCE in text:
         return f"{text}; there are {', '.join(sorted(_data_sources()))}"
     in_file = config and not text.startswith("--")  # a message that names no option is about a file's content
@@ -305,7 +383,13 @@ def _options(names: str) -> str:
     return ", ".join(f"--{name}" for name in names.split(", "))
 
 
-def _did_you_mean(option: str, types: dict[str, Any]) -> str:
-    known = [f"--{name}" for name in (*types, "config", "print_config", "help")]
-    close = difflib.get_close_matches(option, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""
+def _did_you_mean(option: str, types: Mapping[str, Any]) -> str:
+    """`, did you mean --train.learning_rate?` for --lr, --train.lr and --train.learnin_rate."""
+    typed = option.removeprefix("--").replace("-", "_")
+    last = typed.rpartition(".")[2]
+    known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind) or name == "data"]
+    for meant in (last, OTHER_NAMES.get(last)):
+        if found := [name for name in known if name.rpartition(".")[2] == meant]:
+            return f", did you mean --{min(found, key=lambda name: name.count('.'))}?"
+    close = difflib.get_close_matches(typed, [*known, "config", "print_config", "help"], n=1)
+    return f", did you mean --{close[0]}?" if close else ""

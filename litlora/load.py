@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from litlora.adapters.merge import merge_chain
+from litlora.adapters.merge import merge_chain, whole_of
 from litlora.checkpoint import Chain, resolve
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.lora import Adapter, attach_lora
-from litlora.lora.select import OUTPUT_HEAD
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
+from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.fingerprint import check_finite
 from litlora.tokenizer import Tokenizer, find_sidecars
 
@@ -97,14 +97,15 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
     # An embedding is looked up, not multiplied: a live update would gain nothing.
     embeddings = {name for name in adapter.updates if name.rpartition(".")[2].startswith("embed_")}
     linears = [name for name in adapter.updates if name not in embeddings]
-    touched = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.whole)}
+    whole = whole_of(adapter, model.config)
+    touched = {*adapter.updates, *(name.rpartition(".")[0] for name in whole)}
     try:
         if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & touched:
             _untie(model)
-        for name, tensor in adapter.whole.items():
+        for name, tensor in whole.items():
             _replace(model, name, tensor, like=parameters[name])
         for name in embeddings:
-            weight = parameters[f"{name}.weight"]
+            weight = model.get_parameter(f"{name}.weight")
             _replace(model, f"{name}.weight", adapter.updates[name].added_to(weight), like=weight)
         attach_lora(model, linears, adapter.config)
         for name in linears:

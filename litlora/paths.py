@@ -8,13 +8,17 @@ from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
+from litlora.formats.not_ours import hub_name, inner_directories, instead
 from litlora.prompts import STYLE_FILE
+from litlora.settings import REPOSITORY
 from litlora.storage.atomic import check_writable
 from litlora.tokenizer import SIDECAR_FILES
 
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
 FINAL = "final"
+CHECKPOINTS = Path("checkpoints")
+"""Where downloads go."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory that we write holds."""
 PEFT_NAMES = (
@@ -27,6 +31,8 @@ MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
 """What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
+FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+"""What file managers leave in a directory that they have shown."""
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -43,17 +49,63 @@ def checkpoint_dir(path: str | Path) -> Path:
     path = Path(path)
     directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
     if directory.is_file():
-        hint = ""
-        if directory.suffix in formats.GENERIC_SUFFIXES["safetensors"]:
-            hint = "; LoRA files of other tools are for scripts/lora_merger.py"
+        hint = _of_file(directory)
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; a checkpoint directory is needed")
+        raise CheckpointError(
+            f"{directory}: no such directory; a checkpoint directory is needed{_elsewhere(directory)}"
+        )
     if formats.detect(directory) is not None:
         return directory
+    inner = [str(place) for place in inner_directories(directory) if _is_readable_checkpoint(place)]
+    if inner:  # a run's result, which `inner_directories` names first, needs no choice
+        inner = inner[:1] if inner[0] == str(directory / FINAL) else inner
+        more = f" (or {_some(inner[1:])})" if inner[1:] else ""
+        raise CheckpointError(f"{directory}: not a checkpoint directory; did you mean {inner[0]}{more}?")
     formats.missing_part(directory)
-    hint = f"; did you mean {directory / FINAL}?" if is_checkpoint(directory / FINAL) else ""
-    raise CheckpointError(f"{directory}: not a checkpoint directory, it has no {WEIGHTS_FILE}{hint}")
+    what = instead(directory, setting("data")) or f"has no {WEIGHTS_FILE} and no {HF_CONFIG_FILE}"
+    raise CheckpointError(f"{directory}: not a checkpoint directory: it {what}")
+
+
+def _of_file(file: Path) -> str:
+    """What to do with a file that was named instead of a directory."""
+    if file.suffix == ".gguf":
+        return "; a GGUF file is made from a model and is not read: use the model's Hugging Face folder"
+    if file.suffix == ".safetensors" and (file.parent / HF_CONFIG_FILE).is_file():
+        return f": {file.parent}"
+    if file.suffix in formats.GENERIC_SUFFIXES["safetensors"]:
+        return "; LoRA files of other tools are for scripts/lora_merger.py"
+    return f": {file.parent}" if is_checkpoint(file.parent) else ""
+
+
+def _elsewhere(path: Path) -> str:
+    """Where the directory may be that is not at `path`."""
+    for place in (CHECKPOINTS / path, *(root / path for root in (REPOSITORY, REPOSITORY / CHECKPOINTS))):
+        if not path.is_absolute() and is_checkpoint(place):
+            return f"; did you mean {place}?"
+    if name := hub_name(path):
+        return (
+            f"; to get the model of this name from the hub: python scripts/download.py {name}, then use "
+            f"{CHECKPOINTS / name}"
+        )
+    if path.name == FINAL:
+        steps = sorted(path.parent.glob("step-*"))
+        return f"; that run is not complete, its newest checkpoint is {steps[-1]}" if steps else (
+            "; a run of finetune/lora.py or finetune/full.py writes it"
+        )
+    return ""
+
+
+def _is_readable_checkpoint(directory: Path) -> bool:
+    try:
+        return is_checkpoint(directory)
+    except OSError:  # somebody else's
+        return False
+
+
+def _some(names: list[str]) -> str:
+    """A list of names; of a long one the first six."""
+    return ", ".join(names) if len(names) <= 7 else f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def output_dir(
@@ -65,15 +117,15 @@ def output_dir(
     named: str = "out_dir",
     replaced: bool = True,
 ) -> Path:
-    """The path, if results may be written there. Raises UserError, and changes nothing, if the
-    directory
+    """The path, if results with these `names` may be written there. Raises UserError, and changes
+    nothing, if the directory
 
-    - has content and `overwrite` is off, or content that matches none of `names` (we would not have
-      written it),
-    - is or holds one of `inputs`,
-    - is or holds the current directory, and will be `replaced` as a whole, or
+    - has content that will be replaced, and `overwrite` is off,
+    - is or holds one of `inputs`, or
     - is a file or cannot be written.
 
+    A directory that will be `replaced` as a whole must hold nothing but `names` (we would not have
+    written it), nor be or hold the current directory. Otherwise all other content stays as it is.
     `named` is the setting that the path comes from.
     """
     directory, option = Path(path), setting(named)
@@ -84,18 +136,31 @@ def output_dir(
         )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{option} {directory}: is a file; name a directory")
-    content = sorted(child.name for child in directory.iterdir()) if directory.exists() else []
-    if foreign := [name for name in content if not any(Path(name).match(pattern) for pattern in names)]:
+    ours, others = content(directory, names)
+    if replaced and others:
         raise UserError(
-            f"{option} {directory}: holds {foreign[0]}, which litlora did not write; name another directory"
+            f"{option} {directory}: holds {others[0]}, which litlora did not write; name another directory"
         )
-    if content and not overwrite:
+    if ours and not overwrite:
         raise UserError(
-            f"{option} {directory}: already holds {content[0]}; name another directory, or replace it "
+            f"{option} {directory}: already holds {ours[0]}; name another directory, or replace it "
             f"with {setting('overwrite')}"
         )
     _check_writable(named, directory, directory.absolute())
     return directory
+
+
+def content(directory: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(what a directory holds of these `names`, everything else), sorted; what file managers leave
+    behind counts as neither."""
+    present = sorted(child.name for child in directory.iterdir()) if directory.is_dir() else []
+    present = [name for name in present if not _matches(name, FILE_MANAGERS)]
+    ours = [name for name in present if _matches(name, names)]
+    return ours, [name for name in present if name not in ours]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
 
 
 def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path], *, named: str = "output") -> Path:

@@ -12,10 +12,11 @@ from litlora.worker import Worker
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
+GENERATION_FILE = "generation_config.json"
 SIDECAR_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
-    "generation_config.json",
+    GENERATION_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     SENTENCEPIECE_FILE,
@@ -50,7 +51,7 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     )
     found = []
     for name in SIDECAR_FILES:
-        places = directories if name in ("generation_config.json", "config.json") else [home] if home else []
+        places = directories if name in (GENERATION_FILE, "config.json") else [home] if home else []
         found += [own_file(place / name) for place in places if (place / name).is_file()][:1]
     return found
 
@@ -60,7 +61,7 @@ class Tokenizer:
 
     def __init__(self, directories: Path | list[Path]) -> None:
         """Reads `tokenizer.json`, else a SentencePiece `tokenizer.model`; and, where present,
-        `tokenizer_config.json` and `generation_config.json`.
+        `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json`.
 
         Of several directories, those of a chain, each file comes from the first that has it
         (`find_sidecars`). Raises CheckpointError for a missing or broken file, and if no
@@ -90,9 +91,12 @@ class Tokenizer:
         self.vocab_size: int = found["size"]
         """One more than the largest id, added tokens included."""
         self._added = {number: (text, special) for number, text, special in found["added"]}
+        special = self._special_tokens(files.get("special_tokens_map.json"))
+        settings = special | {name: value for name, value in settings.items() if value is not None}
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
-        self.stop_ids = frozenset([self.eos_id, *_stop_ids(files.get("generation_config.json"))])
+        stops = [self._number(special["eos_token"])] if "eos_token" in special else []
+        self.stop_ids = frozenset([self.eos_id, *stops, *self._named_stops(files)])
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings, *found["probes"])
         self._limit: int | None = None
@@ -185,6 +189,26 @@ class Tokenizer:
             raise CheckpointError(f"{self._path}: {failure}: {reply['error']}")
         return reply["answer"]
 
+    def _special_tokens(self, path: Path | None) -> dict[str, str]:
+        """The begin and the end of a text that special_tokens_map.json names, if the tokenizer has
+        them."""
+        values = read_settings(path)
+        named = {name: token_text(values.get(name)) for name in ("bos_token", "eos_token")}
+        return {
+            name: text
+            for name, text in named.items()
+            if text is not None and self._number(text) is not None
+        }
+
+    def _named_stops(self, files: dict[str, Path]) -> list[int]:
+        """The tokens that end generation by generation_config.json; without it by config.json, as in
+        transformers. Of the latter's only special tokens, as it may hold a family's default."""
+        if GENERATION_FILE in files:
+            return _stop_ids(files[GENERATION_FILE])
+        stop = read_settings(files.get("config.json")).get("eos_token_id")
+        stops = stop if isinstance(stop, list) else [stop]
+        return [token for token in stops if type(token) is int and token in self._added]
+
     def _end_of_text(self, settings: dict[str, Any], path: Path) -> int:
         name = token_text(settings.get("eos_token"))
         if name is not None:
@@ -264,7 +288,7 @@ def _chunks(texts: list[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _stop_ids(path: Path | None) -> list[int]:
+def _stop_ids(path: Path) -> list[int]:
     """The tokens that a generation_config.json names as eos_token_id."""
     stop = read_settings(path).get("eos_token_id")
     stops = stop if isinstance(stop, list) else [] if stop is None else [stop]

@@ -8,7 +8,7 @@ python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id \\
 from pathlib import Path
 
 from litlora import formats
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
@@ -40,7 +40,7 @@ def main(settings: ConvertHF) -> None:
     result = Path(out_dir) / WEIGHTS_FILE
     size = result.stat().st_size
     say(f"result: {result} ({size:,} bytes: the full model, fingerprint {source.fingerprint})")
-    say(f"next: python finetune/lora.py --checkpoint_dir {out_dir}")
+    say(f"next: {call('finetune/lora.py')} --checkpoint_dir {out_dir}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python scripts/download.py --repo_id EleutherAI/pythia-70m
 
 from pathlib import Path
 
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.hub import check_directory, download
 from litlora.settings import Download
@@ -17,7 +17,7 @@ def main(settings: Download) -> None:
     check_directory(directory)
     download(settings.repo_id, directory, revision=settings.revision, token=settings.access_token, say=print)
     say(f"result: {directory}")
-    say(f"next: python finetune/lora.py --checkpoint_dir {directory}")
+    say(f"next: {call('finetune/lora.py')} --checkpoint_dir {directory}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $di
 python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --format mlx --out_dir $dir/mlx
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_WEIGHTS_FILES
@@ -17,6 +18,7 @@ from litlora.formats.families import FAMILIES
 from litlora.inputs import check_inputs
 from litlora.paths import MLX_NAMES, PEFT_NAMES
 from litlora.settings import ExportPEFT
+from litlora.storage.untrusted import own_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +64,7 @@ def main(settings: ExportPEFT) -> None:
         for file in find_sidecars([chain.top.directory]):
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
+        added = _name_stops(staging, chain)
     result = out_dir / PEFT_WEIGHTS_FILES[0]
     say(
         f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
@@ -72,7 +75,37 @@ def main(settings: ExportPEFT) -> None:
             f"note: {base.directory} is not a Hugging Face folder; make one with "
             "scripts/convert_lit_checkpoint.py, or name one with --base_model"
         )
-    say(f'next: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "{out_dir}")')
+        folder = f"{base.directory}-hf"
+        convert = call("scripts/convert_lit_checkpoint.py")
+        say(f"next: {convert} --checkpoint_dir {base.directory} --out_dir {folder}")
+        base_name = folder
+    if added:
+        say(
+            f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
+            f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
+        )
+    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
+
+
+def _name_stops(staging: Path, chain: "Chain") -> list[str]:
+    """Let a folder's generation_config.json name the tokens that answers end with, if the base does
+    not stop at all of them; returns those at which it does not."""
+    from litlora.stop_tokens import name_stops, named_stops, stops_of
+    from litlora.tokenizer import GENERATION_FILE, Tokenizer
+
+    base = chain.base
+    if not (stops := stops_of(chain.sources)):
+        return []
+    tokenizer = Tokenizer(chain.sources)
+    theirs = named_stops(base.directory) if base.has_hf_config else [tokenizer.eos_id]
+    added = [stop for stop in stops if stop not in theirs]
+    file = base.directory / GENERATION_FILE
+    if added and file.is_file() and not (staging / GENERATION_FILE).is_file():
+        shutil.copyfile(own_file(file), staging / GENERATION_FILE)
+    if added or (staging / GENERATION_FILE).is_file():
+        name_stops(staging, list(dict.fromkeys([*theirs, *stops])))
+    return [tokenizer.token(stop) for stop in added]
 
 
 def _write_mlx(out_dir: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ gives the target.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, write_config
-from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
+from litlora.formats.folder import WRITTEN_SUFFIXES, files_beside, model_files
 from litlora.paths import (
     CHECKPOINT_NAMES,
     PEFT_NAMES,
@@ -63,19 +63,29 @@ def extract_file(settings: LoRAExtractor) -> None:
     from litlora.storage.atomic import replacing_directory
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
-    left_out = _check_comparable(shapes(before), shapes(after), settings.allow_mismatch)
-    plan, report = _plan(settings), Report(settings)
-    found = report.told(extract(before, after, plan, left_out))
+    kinds = settings.source_type, settings.target_type
+    for path, kind, read in zip((source, target), kinds, files, strict=True):
+        for file in files_beside(path, kind, read):
+            say(f"left out: {file}: the index of the folder does not list it")
+    sizes = shapes(before), shapes(after)
+    names = _names(*sizes, settings.format)
+    others = (before.keys() | after.keys()) - names.keys()
+    left_out = _check_comparable(*sizes, settings.allow_mismatch, others)
+    _say_left_out(before, after, others)
+    plan, report = _plan(settings), Report(settings, "diffusion models" if others else "models")
+    found = report.told(extract(before, after, plan, {*left_out, *others}))
     if settings.format == "peft":
         lora = as_peft(found, after, str(source.resolve()))
         with replacing_directory(output) as staging:
             write_lora(staging, lora, plan.dtype)
         report.sum_up(output, f'PeftModel.from_pretrained(MODEL, "{output}")')
         return
-    keys = possible_keys(shapes(before), settings.format)
+    named = {names[name]: tensor for name, tensor in sizes[0].items() if name in names}
+    keys = possible_keys(named, settings.format)
     with writing(output, settings.output_format, keys, extracted_metadata(files[0])) as add:
         for one in found:
-            for key, tensor in result_tensors(one.name, one.result, settings.format, plan.dtype).items():
+            keys = result_tensors(names[one.name], one.result, settings.format, plan.dtype)
+            for key, tensor in keys.items():
                 add(key, tensor)
     kinds = (("--source-type", settings.source_type), ("--lora-type", settings.output_format))
     words = "".join(f" {option} {kind}" for option, kind in kinds if kind != "safetensors")
@@ -149,8 +159,9 @@ def _model_type(directory: Path) -> str | None:
 class Report:
     """Says what became of each tensor as soon as it is known, and at the end the totals."""
 
-    def __init__(self, settings: LoRAExtractor) -> None:
+    def __init__(self, settings: LoRAExtractor, compared: str = "models") -> None:
         self._found: list[Extracted] = []
+        self._compared = compared
         self._dtype, self._largest = settings.output_dtype, settings.error_bound
 
     def told(self, extracted: "Iterable[Extracted]") -> "Iterator[Extracted]":
@@ -165,7 +176,7 @@ class Report:
             self._found.append(one)
             yield one
         if not self._found:
-            raise CheckpointError("the two models are equal: there is nothing to extract")
+            raise CheckpointError(f"the two {self._compared} are equal: there is nothing to extract")
 
     def sum_up(self, output: Path, next_step: str) -> None:
         """Say the totals, and where the result is."""
@@ -204,14 +215,44 @@ def _plan(settings: LoRAExtractor) -> "Plan":
     )
 
 
+def _names(
+    source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", format: str
+) -> dict[str, str]:
+    """What a LoRA file calls the tensors that are extracted. PEFT's are those of a module, whose
+    names are the model's."""
+    from litlora.formats.diffusion_names import names_in_lora
+
+    shapes = {name: tuple(tensor.shape) for model in (target, source) for name, tensor in model.items()}
+    return {name: name for name in shapes} if format == "peft" else names_in_lora(shapes, format)
+
+
+def _say_left_out(
+    source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", names: Collection[str]
+) -> None:
+    """Say how much of a whole checkpoint is not of its diffusion model, and how much of that
+    differs."""
+    from litlora.adapters.extract import differs
+    from litlora.formats.diffusion_names import part_of_checkpoint
+
+    parts: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts.setdefault(part_of_checkpoint(name), []).append(name)
+    for part, inside in parts.items():
+        count = sum(differs(source.get(name), target.get(name)) for name in inside)
+        say(f"left out: {part}, not of the diffusion model: {count} of {len(inside)} tensors differ")
+
+
 def _check_comparable(
-    source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", allow_mismatch: bool
+    source: "Mapping[str, Tensor]",
+    target: "Mapping[str, Tensor]",
+    allow_mismatch: bool,
+    others: Collection[str] = (),
 ) -> "Mapping[str, str]":
     """The tensors that cannot be subtracted, and why; they are listed. Raises CheckpointError for
-    them unless `allow_mismatch`."""
+    them unless `allow_mismatch`. `others` are not extracted."""
     from litlora.adapters.extract import mismatches
 
-    left_out = mismatches(source, target)
+    left_out = {name: why for name, why in mismatches(source, target).items() if name not in others}
     found = [f"{name} ({why})" for name, why in left_out.items()]
     if found and not allow_mismatch:
         raise CheckpointError(

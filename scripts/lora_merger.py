@@ -14,7 +14,7 @@ from litlora.cli import run
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, WEIGHTS_FILE
-from litlora.formats.folder import WRITTEN_SUFFIXES, model_files
+from litlora.formats.folder import WRITTEN_SUFFIXES, files_beside, model_files
 from litlora.paths import output_file
 from litlora.settings import LoRAMerger, num_bytes
 
@@ -59,6 +59,8 @@ def main(settings: LoRAMerger) -> None:
         )
     for line in unmatched:
         say(f"left out: {line}")
+    for file in files_beside(source, settings.source_type, files):
+        say(f"left out: {file}: the index of the folder does not list it")
     merged = MergedModel(model, additions, dtype)
     metadata, dropped = carried_metadata(files, dequantised=dtype is not None)
     largest = num_bytes(settings.max_shard_size) if settings.max_shard_size else None

@@ -10,7 +10,7 @@ checkpoint that can be trained further.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import UserError
 from litlora.inputs import check_inputs
@@ -19,6 +19,7 @@ from litlora.settings import MergeLoRA
 
 if TYPE_CHECKING:
     from litlora.adapters.merge import Plan
+    from litlora.adapters.unmerged import Unmerged
     from litlora.checkpoint import Chain
     from litlora.config import ModelConfig
 
@@ -30,12 +31,19 @@ def main(settings: MergeLoRA) -> None:
 
     import torch
 
-    from litlora.adapters.merge import converted, plan_sum
-    from litlora.checkpoint import write_full
+    from litlora.adapters.merge import converted, plan_merge, plan_sum
+    from litlora.adapters.unmerged import Unmerged
+    from litlora.checkpoint import Beside, write_full
+    from litlora.stop_tokens import stops_of
+    from litlora.storage.fingerprint import check_finite
 
     chains = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
+    for adapter in {link.file: link for chain in chains for link in chain.adapters}.values():
+        check_finite(adapter.tensors, adapter.file)
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(chains)]
     plan, config = plan_sum(chains, weights)
+    tops = [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True) if weight != 0]
+    unmerged = Unmerged(*plan_merge(chains[0].inner), tops)
     notices = list(dict.fromkeys(notice for chain in chains for notice in chain.notices))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[settings.dtype]
     at_random = settings.rounding == "stochastic"
@@ -55,8 +63,11 @@ def main(settings: MergeLoRA) -> None:
         plan,
         config,
         sidecars_from=chains[0].sources,
+        beside=Beside(stops=tuple(stops_of(chains[0].sources))),
         merged_from=chains[0].top.fingerprint if as_trained else None,
-        check=(lambda written: report.extend(_verified(plan, config, written))) if settings.verify else None,
+        check=(lambda written: report.extend(_verified(plan, config, written, unmerged)))
+        if settings.verify
+        else None,
     )
     for notice in notices:
         say(f"note: {notice}")
@@ -64,10 +75,10 @@ def main(settings: MergeLoRA) -> None:
     say(f"merged: {' + '.join(_names(chains, weights))}")
     say(*(report if settings.verify else ["not verified: --verify false"]))
     say(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
-    say(f"next: python chat/base.py --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
-def _verified(plan: "Plan", config: "ModelConfig", directory: Path) -> list[str]:
+def _verified(plan: "Plan", config: "ModelConfig", directory: Path, unmerged: "Unmerged") -> list[str]:
     """What verifying a complete directory found, or why it was not verified. Raises CheckpointError
     for a merge that is not what was tested."""
     from litlora.adapters.verify import bytes_needed, probe_ids, verify
@@ -77,7 +88,7 @@ def _verified(plan: "Plan", config: "ModelConfig", directory: Path) -> list[str]
     if free is not None and need > free:
         return [f"not verified: it takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"]
     ids, notice = probe_ids([directory], config)
-    report = verify(plan, config, directory, ids)
+    report = verify(plan, config, directory, ids, unmerged)
     *lines, rounding = report.lines()
     if report.loses_much:
         rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"

@@ -8,7 +8,7 @@ is reported.
 from pathlib import Path
 
 from litlora import formats
-from litlora.cli import run
+from litlora.cli import call, run
 from litlora.console import say
 from litlora.inputs import check_inputs
 from litlora.paths import WEIGHTS_FILE, output_dir
@@ -53,7 +53,7 @@ def main(settings: ResizeLoRA) -> None:
     say(*table(changes))
     result = inputs.out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: python chat/base.py --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:

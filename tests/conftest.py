@@ -302,7 +302,7 @@ def snapshot(directory: Path) -> dict[str, object]:
         facts = path.stat()
         return (
             None
-            if path.is_dir()
+            if not path.is_file()  # a pipe cannot be read
             else (facts.st_size, facts.st_mtime_ns, path.read_bytes() if facts.st_size < 2**22 else b"")
         )
 

@@ -6,16 +6,19 @@ import re
 import sys
 
 import pytest
-from conftest import REPO, command, fails, succeeds
+from conftest import QUICKSTART, REPO, command, fails, succeeds
 
 from litlora import settings as all_settings
-from litlora.cli import option_for, parse, setting_types
+from litlora.cli import call, option_for, parse, setting_types
 from litlora.errors import UserError
 from litlora.settings import (
     JSON,
     Alpaca,
     Chat,
+    ConvertLit,
     DataSource,
+    Download,
+    ExportPEFT,
     FinetuneFull,
     FinetuneLoRA,
     InspectCheckpoint,
@@ -90,19 +93,25 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--data.help", "os.path"], "--data.help os.path: no such data source"),
         (["--data", "JSON"], "--data.path: required"),
         (["--data", "JSON", "--data.path"], "--data.path: needs a value"),
-        (["--data.path", "x"], "--data.path: Alpaca has no such setting"),
+        (["--data", "Alpaca", "--data.path", "x"], "--data.path: Alpaca has no such setting"),
+        (["--data", "x.jsonl", "--data.path", "y"], "--data.path: --data names the data already"),
         (["--data.val_fraction", "x"], "--data.val_fraction: expected float, got x"),
         (["--data.val_fraction", "1"], "--data.val_fraction 1.0: must be at least 0 and below 1"),
         (["--data.source", "some"], "--data.source: expected auto, full, sample, got some"),
         (["--lora.rnk", "4"], "did you mean --lora.rank"),
+        (["--train.lr", "1"], "--train.lr: no such option, did you mean --train.learning_rate?"),
+        (["--lora_r", "1"], "--lora_r: no such option, did you mean --lora.rank?"),
+        (["--rank=1"], "--rank=1: no such option, did you mean --lora.rank?"),
+        (["--output-dir", "x"], "--output-dir: no such option, did you mean --out_dir?"),
+        (["--lora_path", "x"], "--lora_path: no such option, did you mean --checkpoint_dir?"),
         (["--trian.epochs=4"], "did you mean --train.epochs"),
         (["--checkpoint_dir"], "--checkpoint_dir: needs a value"),
         (["--out_dir", "-x"], "--out_dir: needs a value; one that begins with - as --out_dir=VALUE"),
         (["--lora", "5"], "--lora 5: must be a mapping of settings to values"),
         (["--lora", "{rank: x}"], "--lora.rank: expected int, got x"),
-        (["--lora", "{rnk: 2}"], "no such setting as lora.rnk"),
+        (["--lora", "{rnk: 2}"], "no such setting as lora.rnk, did you mean --lora.rank?"),
         (["--lora.rank_pattern", "{a: x}"], "--lora.rank_pattern: expected int, got x"),
-        (["--lora.rank_pattern", "{(a+)+: 2}"], "--lora.rank_pattern: the pattern '(a+)+' repeats"),
+        (["--lora.rank_pattern", "{(a*)*: 2}"], "--lora.rank_pattern: the pattern '(a*)*' repeats"),
         (["--train.max_time", "x"], "--train.max_time: expected float, got x"),
         (["--print_config=what"], "--print_config=what: no such flag"),
         (["--resume", "auto", "--overwrite"], "--resume continues what --overwrite would remove"),
@@ -169,6 +178,66 @@ def test_data_sources_are_named_shortly():
         source = f"{{class_path: {path}, init_args: {{path: x}}}}"
         assert parse(FinetuneLoRA, ["--data", source]).data == JSON(path="x")
     assert parse(FinetuneFull, []).train.learning_rate < parse(FinetuneLoRA, []).train.learning_rate
+
+
+@pytest.mark.parametrize("path", ["x.jsonl", "x.JSON", "some/where", "x.csv", "./x"])
+def test_a_path_is_data_enough(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--data", path], [f"--data={path}"], ["--data.path", path], [f"--data.path={path}"]):
+        assert parse(FinetuneLoRA, words).data == JSON(path=path)
+        for more in (["--data.val_fraction", "0.5"] + words, words + ["--data.val_fraction=0.5"]):
+            assert parse(FinetuneLoRA, more).data == JSON(path=path, val_fraction=0.5)
+    (tmp_path / "records").mkdir()
+    assert parse(FinetuneLoRA, ["--data", "records"]).data == JSON(path="records")
+    (tmp_path / "JSON").mkdir()
+    assert parse(FinetuneLoRA, ["--data", "JSON", "--data.path", "x"]).data == JSON(path="x")
+    (tmp_path / "run.yaml").write_text(dump(FinetuneLoRA(data=JSON(path="old", split_seed=1))))
+    for words in (["--data.path", path], ["--data", path]):
+        again = parse(FinetuneLoRA, ["--config", "run.yaml", *words]).data
+        assert again == JSON(path=path, split_seed=1)
+
+
+def test_an_adapter_has_the_same_option_everywhere():
+    out = ["--out_dir", "o"]
+    for words in (["--lora_path", "a"], ["--checkpoint_dir", "a"], ["--checkpoint-dir=a"]):
+        assert parse(MergeLoRA, words + out) == MergeLoRA(lora_path=["a"], out_dir="o")
+        assert parse(ExportPEFT, words + out) == ExportPEFT(lora_path="a", out_dir="o")
+        assert parse(ConvertLit, words + out) == ConvertLit(checkpoint_dir="a", out_dir="o")
+        assert parse(Chat, words) == Chat(checkpoint_dir="a")
+        assert parse(InspectCheckpoint, words) == InspectCheckpoint(checkpoint_dir="a")
+    for words in (
+        ["--lora_path", "a", "--checkpoint_dir", "b"],
+        ["--checkpoint_dir", "a", "--base_checkpoint_dir", "b"],
+    ):
+        assert parse(MergeLoRA, words + out) == MergeLoRA(lora_path=["a"], checkpoint_dir="b", out_dir="o")
+        assert parse(ExportPEFT, words + out) == ExportPEFT(lora_path="a", checkpoint_dir="b", out_dir="o")
+        converted = ConvertLit(checkpoint_dir="a", base_checkpoint_dir="b", out_dir="o")
+        assert parse(ConvertLit, words + out) == converted
+        assert parse(Chat, words) == Chat(checkpoint_dir="a", base_checkpoint_dir="b")
+
+
+def test_a_stored_adapter_leaves_the_base_its_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora_path: [a]")
+    words = ["--config", str(tmp_path / "c.yaml"), "--checkpoint_dir", "b", "--out_dir", "o"]
+    assert parse(MergeLoRA, words) == MergeLoRA(lora_path=["a"], checkpoint_dir="b", out_dir="o")
+
+
+def test_a_download_needs_a_name_only():
+    assert parse(Download, ["some/model"]) == Download(repo_id="some/model")
+    assert refusal(Download, ["some/model", "other/model"]) == "other/model: one repo_id at a time"
+
+
+def test_the_default_base_and_the_next_command_are_found_from_anywhere(tmp_path, monkeypatch):
+    assert FinetuneLoRA().checkpoint_dir == "checkpoints/litlora/quickstart"
+    monkeypatch.chdir(tmp_path)
+    assert parse(FinetuneFull, []).checkpoint_dir == str(QUICKSTART)
+    monkeypatch.setattr(sys, "argv", [str(REPO / "finetune/lora.py")])
+    assert call("chat/base.py") == f"python {REPO}/chat/base.py"
+    monkeypatch.chdir(REPO / "finetune")
+    monkeypatch.setattr(sys, "argv", ["lora.py"])
+    assert call("chat/base.py") == "python ../chat/base.py"
+    monkeypatch.chdir(REPO)
+    assert call("chat/base.py") == "python chat/base.py"
 
 
 @pytest.mark.parametrize(
@@ -330,3 +399,11 @@ def test_a_config_file_that_holds_no_settings(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     said = fails("scripts/merge_lora.py", "--config", tmp_path / "c.yaml", "--lora_path", "a")
     assert "c.yaml: must hold a mapping of names to values" in said or "zero character" in said
+
+
+@pytest.mark.parametrize("name", ["split_seed", "source", "download_dir", "url"])
+def test_a_null_for_a_setting_of_a_data_source_is_refused(name, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"data: {{{name}: null}}")
+    with pytest.raises(UserError, match=f"--config {file}: data.{name} must not be null; leave it out"):
+        parse(all_settings.FinetuneLoRA, ["--config", str(file)])

@@ -719,3 +719,43 @@ def test_what_a_killed_merge_left_is_removed_by_the_next(tmp_path):
     left.write_text("half a model")
     merges(tmp_path, {"x.weight": torch.zeros(4, 4)}, "--lora-model", tmp_path / "a.safetensors")
     assert not left.exists()
+
+
+@pytest.mark.parametrize("sdxl", [False, True])
+@pytest.mark.parametrize("format", ["comfyui", "kohya"])
+def test_a_whole_checkpoint_gives_the_names_that_loaders_know(tmp_path, format, sdxl):
+    """ComfyUI maps diffusion_model.*, kohya diffusers' names for Stable Diffusion and the original
+    ones for SDXL."""
+    unet = "model.diffusion_model"
+    attention = f"{unet}.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    conv = "in_layers.2.weight"
+    source = {
+        attention: torch.zeros(16, 16),
+        f"{unet}.input_blocks.1.0.{conv}": torch.zeros(4, 4, 3, 3),
+        f"{unet}.input_blocks.2.0.{conv}": torch.zeros(4, 4, 3, 3),
+        f"{unet}.input_blocks.3.0.op.weight": torch.zeros(4, 4, 3, 3),
+        f"{unet}.input_blocks.4.0.{conv}": torch.zeros(4, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4),
+        "first_stage_model.encoder.conv_in.weight": torch.zeros(4, 4),
+    } | ({f"{unet}.label_emb.0.0.weight": torch.zeros(4, 4)} if sdxl else {})
+    kept = {name: source[name] for name in source if not name.startswith("first")}
+    target = {name: tensor + ("conv_in" not in name) for name, tensor in source.items()}
+    save_file(source, tmp_path / "source.safetensors")
+    save_file(target, tmp_path / "target.safetensors")
+    more = ["--format", format, "--min_size", 200, "--output-dtype", "fp32"]
+    said = succeeds(EXTRACT, *words(tmp_path, *more))
+    left_out = "left out: {}, not of the diffusion model: {} of 1 tensors differ"
+    assert left_out.format("cond_stage_model (text encoder)", 1) in said
+    assert left_out.format("first_stage_model (VAE)", 0) in said
+    tensors = load_file(tmp_path / "lora.safetensors")
+    module = attention.removeprefix("model.diffusion_model.").removesuffix(".weight")
+    if format == "kohya" and not sdxl:
+        module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    prefix = "diffusion_model." if format == "comfyui" else "lora_unet_"
+    module = prefix + (module if format == "comfyui" else module.replace(".", "_"))
+    assert f"{module}.lora_up.weight" in tensors
+    assert not any("model_diffusion" in key or "model.diffusion" in key or "stage" in key for key in tensors)
+    merged = merges(tmp_path, kept, "--lora-model", tmp_path / "lora.safetensors")
+    for name in kept:
+        expected = target[name] if name.startswith(unet) else source[name]
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-5)

@@ -47,7 +47,7 @@ def test_the_real_tokenizer_streams_chinese_and_emoji(tmp_path):
     file = SHARED / "tokenizers/gpt_neox_20b_tokenizer.json"
     if not file.is_file():
         pytest.skip(f"{file} is not at hand")
-    (tmp_path / "tokenizer.json").symlink_to(file)
+    (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
     tokenizer = Tokenizer(tmp_path)
     stream = TextStream(tokenizer)
     ids = tokenizer.encode(STRANGE)

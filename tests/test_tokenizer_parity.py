@@ -158,7 +158,7 @@ def test_ids_on_real_records_are_those_of_transformers(tmp_path):
     records = [SHARED / "data" / name for name in ("alpaca_en_demo.json", "alpaca_zh_demo.json")]
     if missing := [path for path in (file, *records) if not path.is_file()]:
         pytest.skip(f"{missing[0]} is not at hand")
-    (tmp_path / "tokenizer.json").symlink_to(file)
+    (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(
             {

@@ -2,39 +2,41 @@
 sum, a tensor at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from litlora.adapters.orientation import oriented
 from litlora.errors import CheckpointError
+from litlora.formats.diffusion_names import (
+    ALL,
+    COMFYUI,
+    FLAT_PREFIXES,
+    PREFIXES,
+    Part,
+    Rows,
+    other_names,
+    spelling,
+)
 from litlora.formats.lora_content import END_OF
 from litlora.formats.lora_files import LoRAFile
+from litlora.formats.peft import PREFIX as PEFT_PREFIX
 from litlora.lora import Update
-from litlora.lora.dense import DenseUpdate, fits_plain
+from litlora.lora.dense import DecomposedUpdate, DenseUpdate, fits_plain
 from litlora.lora.update import fitting
 
-COMFYUI = "diffusion_model."
-PEFT_PREFIX, DECODER = "base_model.model.", "model."
-PREFIXES = (COMFYUI, PEFT_PREFIX, "unet.", "transformer.", "model.diffusion_model.")
-"""Prefixes of a module's name in a LoRA file, and with some tools of a tensor's name in a model."""
-FLAT_PREFIXES = (
-    "lora_unet_",
-    "lora_transformer_",
-    "lora_te_",
-    "lora_te1_",
-    "lora_te2_",
-    "lora_te3_",
-    "lycoris_",
-)
-"""Prefixes of a name whose dots are underscores."""
+ENDS = (".weight", ".bias", ".modulation", "")
+"""The ends of a tensor's name that a module's name in a LoRA file lacks."""
+DECODER = "model."
 
 
 @dataclass(frozen=True)
 class Addition:
-    """What one entry of a LoRA file makes of a tensor W: W + factor · (its update, or its
-    difference, or T - W)."""
+    """What one entry of a LoRA file makes of a tensor W, or of some rows of it: W + factor · (its
+    update, or its difference, or T - W)."""
 
     file: Path
     key: str
@@ -42,6 +44,10 @@ class Addition:
     factor: float
     replaces: bool = False
     """Whether the value is a tensor T that replaces W."""
+    rows: Rows = ALL
+    """The rows of W that it is added to."""
+    of: Rows = ALL
+    """The rows of the value that are added to them."""
 
 
 def match(
@@ -57,24 +63,21 @@ def match(
     unmatched: list[str] = []
     for lora, factor in loras:
         unmatched += [f"{lora.path}: unrecognised key {key}" for key in lora.unknown]
-        taken: dict[tuple[str, bool], str] = {}
+        where: dict[str, list[Addition]] = {}
         for key, ends, addition in _entries(lora, factor):
-            name = names.find(key, ends, addition)
-            if name is None:
+            parts = names.find(key, ends, addition)
+            if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
-            if not _fits(addition.value, model[name]):
-                here, there = tuple(addition.value.shape), tuple(model[name].shape)
-                unmatched.append(
-                    f"{lora.path}: {addition.key} is {here}, {name} {there} of {model[name].dtype}"
-                )
+            if lora.config is not None:
+                addition = _oriented(addition, parts[0].tensor, model)
+            if misfit := _misfit(addition, parts, model):
+                unmatched.append(misfit)
                 continue
-            twin = taken.setdefault((name, isinstance(addition.value, Tensor)), addition.key)
-            if twin != addition.key:
-                raise CheckpointError(
-                    f"{lora.path}: {twin} and {addition.key} both update {name}; keep one of them"
-                )
-            found.setdefault(name, []).append(addition)
+            for part in parts:
+                one = replace(addition, rows=part.rows, of=part.of)
+                _check_twins(one, part.tensor, where.setdefault(part.tensor, []), model)
+                found.setdefault(part.tensor, []).append(one)
     return found, unmatched
 
 
@@ -94,38 +97,80 @@ def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ..
 class _Names:
     """A model's tensors by every name that a LoRA file may give them."""
 
-    def __init__(self, model: Iterable[str]) -> None:
+    def __init__(self, model: Mapping[str, Tensor]) -> None:
+        self._model = model
         self._names = frozenset(model)
         self._flat: dict[tuple[str, str], set[str]] = {}
         for name in self._names:
-            for end in (".weight", ".bias", ".modulation", ""):
+            for end in ENDS:
                 if name.endswith(end):
                     for stem in _stems(name.removesuffix(end)):
                         self._flat.setdefault((stem.replace(".", "_"), end), set()).add(name)
 
-    def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
-        """The tensor that a key means: the first end that gives one counts, and the exact name
-        comes before one with another prefix. A decoder's layers may be named as in the model with
-        its head, or without it."""
-        spellings = (key, *_with_and_without_head(key))
-        return next((name for each in spellings if (name := self._find(each, ends, addition))), None)
+    def find(self, key: str, ends: tuple[str, ...], addition: Addition) -> tuple[Part, ...]:
+        """The tensors, or their rows, that a key means; none if the model has no such tensor.
 
-    def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> str | None:
+        The first end that gives one counts. The exact name comes before one with another prefix,
+        and any of them before one of the other layout. A decoder's layers may be named as in the
+        model with its head, or without it.
+        """
+        spellings = (key, *_with_and_without_head(key))
+        return next((parts for each in spellings if (parts := self._find(each, ends, addition))), ())
+
+    def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> tuple[Part, ...]:
         for end in ends:
-            for exact in (key.removeprefix(COMFYUI) + end, key + end):
-                if exact in self._names:
-                    return exact
-            hits = {other + stem + end for stem in _stems(key) for other in ("", *PREFIXES)} & self._names
-            for prefix in FLAT_PREFIXES:
-                if key.startswith(prefix) and not hits:
-                    hits = self._flat.get((key.removeprefix(prefix), end), set())
+            hits = {(Part(name),) for name in self._own(key, end)} or self._other(key, end)
             if len(hits) > 1:
+                several = sorted(part.tensor for parts in hits for part in parts)
                 raise CheckpointError(
-                    f"{addition.file}: {addition.key} may mean {' or '.join(sorted(hits))}; rename it"
+                    f"{addition.file}: {addition.key} may mean {' or '.join(several)}; rename it"
                 )
             if hits:
                 return next(iter(hits))
-        return None
+        return ()
+
+    def _own(self, key: str, end: str) -> set[str]:
+        """The tensors of that name, as the model itself calls them."""
+        for exact in (key.removeprefix(COMFYUI) + end, key + end):
+            if exact in self._names:
+                return {exact}
+        hits = {other + stem + end for stem in _stems(key) for other in ("", *PREFIXES)} & self._names
+        for prefix in FLAT_PREFIXES:
+            if key.startswith(prefix) and not hits:
+                hits = self._flat.get((key.removeprefix(prefix), end), set())
+        return hits
+
+    def _other(self, key: str, end: str) -> set[tuple[Part, ...]]:
+        """What the name means in the other layout of a diffusion model, or in another spelling."""
+        read = spelling(key)
+        # Old versions of diffusers leave the number of the output projection out.
+        for name in (read.name, f"{read.name}{'_' if read.is_flat else '.'}0"):
+            if hits := self._aliases.get((read.part + name.replace(".", "_"), end), set()):
+                return hits if read.is_flat else self._dotted(read.part + name + end, hits)
+        return set()
+
+    def _dotted(self, name: str, hits: set[tuple[Part, ...]]) -> set[tuple[Part, ...]]:
+        return {self._others[name]} if name in self._others else hits
+
+    @cached_property
+    def _others(self) -> dict[str, tuple[Part, ...]]:
+        return other_names({name: tuple(tensor.shape) for name, tensor in self._model.items()})
+
+    @cached_property
+    def _aliases(self) -> dict[tuple[str, str], set[tuple[Part, ...]]]:
+        """The names of the other layout without dots and ends."""
+        found: dict[tuple[str, str], set[tuple[Part, ...]]] = {}
+        for name, parts in self._others.items():
+            for end in ENDS:
+                if name.endswith(end):
+                    found.setdefault((_flat(name.removesuffix(end)), end), set()).add(parts)
+        return found
+
+
+def _flat(name: str) -> str:
+    """A name with its part of the pipeline, its dots as underscores."""
+    part, _, rest = name.partition(".")
+    return f"{part}.{rest.replace('.', '_')}"
 
 
 def _with_and_without_head(key: str) -> list[str]:
@@ -143,15 +188,64 @@ def _stems(name: str) -> list[str]:
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
 
-def _fits(value: Update | DenseUpdate | Tensor, tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return False
+def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor]) -> Addition:
+    """What a PEFT folder adds, as the model's tensor `name` needs it."""
+    value, where = addition.value, f"{addition.file}: {addition.key}"
+    if isinstance(value, Update):
+        return replace(addition, value=oriented(value, name, model, where))
+    inner = value.update if isinstance(value, DecomposedUpdate) else None
+    if isinstance(inner, Update) and oriented(inner, name, model, where).kind != inner.kind:
+        raise CheckpointError(
+            f"{where}: DoRA on a transposed layer is not supported; merge it in the program that trained it"
+        )
+    return addition
+
+
+def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Tensor]) -> str | None:
+    """Why a value cannot be added to these rows; None if it can."""
+    tensors = [model[part.tensor] for part in parts]
+    rows = sum(
+        len(range(len(tensor))[slice(*part.rows)]) if tensor.ndim else 1
+        for tensor, part in zip(tensors, parts, strict=True)
+    )
+    shape = (rows, *tensors[0].shape[1:]) if tensors[0].ndim else ()
+    if getattr(addition.value, "axis", "out") == "in" and any(part.of != ALL for part in parts):
+        raise CheckpointError(
+            f"{addition.file}: {addition.key}: DoRA by input cannot be added to a part of its layer, and the "
+            f"model has {parts[0].tensor} apart; use a model whose layers are as the file's"
+        )
+    if all(tensor.is_floating_point() for tensor in tensors) and _fits(addition.value, shape, parts):
+        return None
+    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+    names = ", ".join(part.tensor for part in parts)
+    return (
+        f"{addition.file}: {addition.key} is {tuple(addition.value.shape)}, {names} {shape} of {dtypes}"
+    )
+
+
+def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
     if isinstance(value, Tensor):
-        return value.shape == tensor.shape
-    if tensor.ndim < 2:
+        return tuple(value.shape) == shape
+    if len(shape) < 2:
         return False
-    shape = tuple(tensor.shape)
-    return value.fits(shape) if isinstance(value, DenseUpdate) else fits_plain(value, shape)
+    if isinstance(value, DenseUpdate):
+        return value.fits(shape)
+    if value.kind != "linear" and parts != (Part(parts[0].tensor),):
+        return False  # it would be added transposed
+    return fits_plain(value, shape)
+
+
+def _check_twins(addition: Addition, name: str, before: list[Addition], model: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if another entry of the same file updates one of the same rows."""
+    numbers = range(len(model[name])) if model[name].ndim else range(1)
+    for other in before:
+        same_kind = isinstance(other.value, Tensor) == isinstance(addition.value, Tensor)
+        ours, theirs = numbers[slice(*addition.rows)], numbers[slice(*other.rows)]
+        if same_kind and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
+            raise CheckpointError(
+                f"{addition.file}: {other.key} and {addition.key} both update {name}; keep one of them"
+            )
+    before.append(addition)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -172,18 +266,7 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
     else:
         exact = tensor.to(_wide(tensor), copy=True, memory_format=torch.contiguous_format)
         for addition in additions:
-            value, of = addition.value, f"{addition.file}: {addition.key}"
-            if isinstance(value, Update):
-                fitting(addition.factor * value.scale, of)
-                value.add_product(exact, factor=addition.factor)
-                continue
-            if isinstance(value, DenseUpdate):
-                fitting(addition.factor * value.scale, of)
-                value.add_to(exact, tensor, addition.factor)
-                continue
-            value = value.to(exact.dtype)
-            change = value - tensor.to(exact.dtype) if addition.replaces else value
-            exact.add_(change, alpha=fitting(addition.factor, of))
+            _add(exact, tensor, addition)
         result = exact.to(dtype)
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
@@ -191,3 +274,22 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
             f"{name}: with {files} added it holds values that are not finite (NaN or infinity) in {dtype}"
         )
     return result
+
+
+def _add(exact: Tensor, tensor: Tensor, addition: Addition) -> None:
+    """Add to W, in fp32 or better, in place; `tensor` is W as it is stored."""
+    value, of = addition.value, f"{addition.file}: {addition.key}"
+    if exact.ndim:
+        exact, tensor = exact[slice(*addition.rows)], tensor[slice(*addition.rows)]
+    if isinstance(value, Update):
+        fitting(addition.factor * value.scale, of)
+        value.add_product(exact, slice(*addition.of), addition.factor)
+        return
+    if isinstance(value, DenseUpdate):
+        fitting(addition.factor * value.scale, of)
+        value.add_to(exact, tensor, addition.factor, slice(*addition.of).indices(value.shape[0])[0])
+        return
+    value = value.to(exact.dtype)
+    value = value[slice(*addition.of)] if value.ndim else value
+    change = value - tensor.to(exact.dtype) if addition.replaces else value
+    exact.add_(change, alpha=fitting(addition.factor, of))

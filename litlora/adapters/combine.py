@@ -20,6 +20,7 @@ multiplied into its scale.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,13 @@ import torch
 from torch import Generator, Tensor
 
 from litlora.adapters.factored import common_dtype, difference, least_rank, norm, wide
-from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge
+from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge, whole_of
 from litlora.adapters.resize import Change, Form, finite, plain_updates, settings_for, shrink
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.formats.lora_header import in_common
+from litlora.formats.lora_spelling import in_first_spelling
 from litlora.lora import Adapter, Update
 from litlora.storage.dtypes import dtype_name
 
@@ -69,6 +71,8 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
     a layer whose shapes differ and for what a mode cannot combine.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
+    base, model = plan_merge(chains[0].inner)
+    chains = [_with_whole(chain, whole_of(chain.top, model)) for chain in chains]
     adapters = [chain.top for chain in chains]
     updates, changes = _combine_all(
         [adapter.file for adapter in adapters],
@@ -77,14 +81,23 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
         generator,
     )
     configs = [adapter.config for adapter in adapters]
+    whole = _combine_whole(base, chains, recipe, generator)
+    if model.tie_word_embeddings:
+        whole |= _other_ends(base, updates, whole)
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save)
+    ends = [name for name in (EMBEDDING, HEAD) if name in whole]
+    saved |= {
+        name.removesuffix(".weight"): None
+        for name in ends
+        if not any(f".{module}." in f".{name}" for module in saved)
+    }
     same = all(config.targets == configs[0].targets for config in configs)
     like = dataclasses.replace(
         configs[0],
         rslora=all(config.rslora for config in configs),
         targets=configs[0].targets if same else list(updates),
-        modules_to_save=list(dict.fromkeys(name for config in configs for name in config.modules_to_save)),
+        modules_to_save=list(saved),
     )
-    whole = _combine_whole(chains, recipe, generator)
     return Adapter(settings_for(updates, like), updates, whole, adapters[0].base), changes
 
 
@@ -93,19 +106,21 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
     stored in `dtype`.
 
     Differences of whole tensors are combined entry by entry. Raises CheckpointError for files whose
-    layers have other names, as those might be the same layers, and for shapes that differ.
+    layers have other names, as those might be the same layers, and for shapes that differ. A layer that
+    another file spells in another way is the same layer.
     """
-    generator, first = torch.Generator().manual_seed(recipe.seed), loras[0]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    loras = _in_one_spelling([lora.plain() for lora in loras])
+    first = loras[0]
     for other in loras[1:]:
         shared = (other.updates.keys() | other.diffs.keys()) & (first.updates.keys() | first.diffs.keys())
         if not shared:
             raise CheckpointError(
-                f"{other.path}: has no layer of a name that {first.path} has; "
-                "name files of one model whose layers are named alike"
+                f"{other.path}: has no layer of a name that {first.path} has; name files of one model"
             )
     updates, changes = _combine_all(
         [lora.path for lora in loras],
-        [lora.plain().updates for lora in loras],
+        [lora.updates for lora in loras],
         recipe,
         generator,
         form=lambda update: as_stored(update, alpha=first.keeps_scale, dtype=dtype),
@@ -117,6 +132,29 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
             raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
     header = in_common([lora.header for lora in loras])
     return dataclasses.replace(first, updates=updates, diffs=diffs, header=header), changes
+
+
+def _in_one_spelling(loras: list[LoRAFile]) -> list[LoRAFile]:
+    """The files with the layers' names of the first, however each spells them."""
+    modules = [[*lora.updates, *(_module(key) for key in lora.diffs)] for lora in loras]
+    files = [(lora.path, dict.fromkeys(own)) for lora, own in zip(loras, modules, strict=True)]
+    names = in_first_spelling(files)
+    return [
+        dataclasses.replace(
+            lora,
+            updates={renamed[name]: update for name, update in lora.updates.items()},
+            diffs={
+                renamed[_module(key)] + key.removeprefix(_module(key)): diff
+                for key, diff in lora.diffs.items()
+            },
+        )
+        for lora, renamed in zip(loras, names, strict=True)
+    ]
+
+
+def _module(key: str) -> str:
+    """The module of a difference of a whole tensor."""
+    return key.rpartition(".")[0]
 
 
 def _combine_diffs(loras: list[LoRAFile], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
@@ -279,10 +317,11 @@ def factorized(
 # ---- tensors saved whole
 
 
-def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) -> dict[str, Tensor]:
+def _combine_whole(
+    base: Plan, chains: list[Chain], recipe: Recipe, generator: Generator
+) -> dict[str, Tensor]:
     """W + the combination of all W_i - W, in the dtype of the W_i. A tensor that one adapter holds,
     at weight 1, keeps its bits."""
-    base, _ = plan_merge(chains[0].inner)
     combined = {}
     for name in dict.fromkeys(name for chain in chains for name in chain.top.whole):
         weighted = zip(recipe.weights, chains, strict=True)
@@ -302,6 +341,23 @@ def _combine_whole(chains: list[Chain], recipe: Recipe, generator: Generator) ->
         dtype = common_dtype(adapter.whole[name] for _, adapter in terms)
         combined[name] = (before + combine_dense(deltas, recipe, generator)).to(dtype)
     return combined
+
+
+def _with_whole(chain: Chain, whole: dict[str, Tensor]) -> Chain:
+    """The chain, with these tensors held whole by its outermost adapter."""
+    *inner, top = chain.adapters
+    return dataclasses.replace(chain, adapters=[*inner, dataclasses.replace(top, whole=whole)])
+
+
+def _other_ends(base: Plan, updates: Mapping[str, Update], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tied weight, for the output head if the embedding is updated and held whole, or the other
+    way round: it would be taken for the one below the update, which both share (`whole_of`), though
+    another adapter may have trained it."""
+    return {
+        other: base[EMBEDDING].tensor()
+        for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING))
+        if name in whole and name.removesuffix(".weight") in updates and other not in whole
+    }
 
 
 def _check_not_adapted(name: str, chains: list[Chain], holder: Adapter, recipe: Recipe) -> None:

@@ -18,11 +18,11 @@ from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.formats import Outline
 from litlora.formats.full import FullModel
 from litlora.formats.lora_files import read_lora
-from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.dense import DenseUpdate
-from litlora.paths import checkpoint_dir
+from litlora.model import shorten
+from litlora.paths import checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import check_finite
@@ -46,7 +46,8 @@ def describe(
         found = open_checkpoint(directory, base_dir=base_dir)
     except CheckpointError as error:
         if (outline := formats.detect(directory).outline(directory)) is not None:
-            return _of_outline(directory, outline, [f"{_ALONE}: {error.with_options(option)}"])
+            problems = [f"{_ALONE}: {error.with_options(option)}"]
+            return _of_outline(directory, outline, problems, _place(directory, outline.base, base_dir))
         raise
     chain, problems = _resolve(directory, base_dir, found, option)
     config = chain.config if chain else found.config if isinstance(found, FullModel) else None
@@ -86,8 +87,7 @@ def _resolve(
 ) -> tuple[Chain | None, list[str]]:
     """The chain, if all its links can be opened, and the problems with it."""
     if isinstance(found, FullModel) and base_dir is None:
-        line = bitsandbytes.notice(directory, found.tensors)
-        return Chain(found, [], [line] if line else []), []
+        return Chain(found, [], found.notices), []
     try:
         return resolve(directory, base_dir=base_dir), []
     except BaseMismatchError as error:
@@ -192,10 +192,18 @@ def _total(layers: list[Description]) -> Description:
     return {"delta_norm": delta, "weight_norm": weight or None, "relative": share}
 
 
-def _of_outline(path: Path, outline: Outline, problems: list[str]) -> Description:
-    """An adapter whose base is not known: the names are its file's own."""
+def _place(directory: Path, name: str | None, base_dir: Path | None) -> Path | None:
+    """Where the base of an adapter is that cannot be read beside it; None if it is not there."""
+    places = [base_dir] if base_dir is not None else [Path(name), directory / name] if name else []
+    return next((place for place in places if place.is_dir() and is_checkpoint(place)), None)
+
+
+def _of_outline(
+    path: Path, outline: Outline, problems: list[str], base: Path | None = None
+) -> Description:
+    """An adapter whose base is not known, or does not fit: the names are its file's own."""
     if outline.unrecognised:
-        problems = [*problems, f"unrecognised keys: {', '.join(outline.unrecognised)}"]
+        problems = [*problems, f"unrecognised keys: {shorten(outline.unrecognised)}"]
     described = {
         "path": str(path),
         "kind": "adapter",
@@ -207,8 +215,8 @@ def _of_outline(path: Path, outline: Outline, problems: list[str]) -> Descriptio
     if outline.settings is not None:
         described["lora"] = outline.settings
     described["base"] = {
-        "path": outline.base,
-        "found": False,
+        "path": str(base) if base is not None else outline.base,
+        "found": base is not None,
         "wanted": None,
         "fingerprint": None,
         "matches": None,

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from litlora.adapters.lowrank import RankRule, distance, frobenius, truncate, truncate_exact
+from litlora.adapters.orientation import CONV1D_NAMES, has_conv1d
 from litlora.errors import CheckpointError, setting
 from litlora.formats import peft
 from litlora.formats.lora_files import PEFT_PARTS, LoRAFile
+from litlora.formats.scaled import shapes
 from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.storage.blocks import Memory, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
@@ -88,6 +90,15 @@ def mismatches(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
                 kinds = f"{_kind(before)} in the source, {_kind(after)} in the target"
                 found[name] = f"{kinds}: not real numbers, and different"
     return dict(sorted(found.items()))
+
+
+def differs(before: Tensor | None, after: Tensor | None) -> bool:
+    """Whether two models differ in a tensor, which one of them may lack."""
+    if before is None or after is None or before.shape != after.shape:
+        return True
+    if before.dtype != after.dtype:
+        before, after = before.double(), after.double()
+    return not torch.equal(before, after)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -184,6 +195,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
     """
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
+    conv1d = has_conv1d(shapes(target))
     for one in found:
         module = one.name.rpartition(".")[0]
         if not isinstance(one.result, Update):
@@ -194,6 +206,8 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
             )
         elif module.rpartition(".")[2] in EMBEDDINGS:
             updates[peft.PREFIX + module] = Update(one.result.B.T, one.result.A.T, kind="embedding")
+        elif conv1d and module.rpartition(".")[2] in CONV1D_NAMES:
+            updates[peft.PREFIX + module] = Update(one.result.B.T, one.result.A.T, kind="conv1d")
         else:
             updates[peft.PREFIX + module] = one.result
     for module in {name.rpartition(".")[0] for name in whole} - updates.keys():
@@ -204,7 +218,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
     config = {
         "base_model_name_or_path": base_name,
         "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(update.kind == "conv1d" for update in updates.values()),
         "inference_mode": True,
     }
     return LoRAFile(Path(base_name), updates, whole=whole, config=config, parts=PEFT_PARTS)

@@ -16,8 +16,8 @@ from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.adapter import names_of
-from litlora.lora.select import OUTPUT_HEAD
 from litlora.lora.update import fitting
+from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
 
@@ -199,11 +199,15 @@ def add_adapters(
 
     An adapter gives W' by an update, or as a tensor that it holds whole. An update of a tied output
     head, or of the embedding that it is tied to, unties them: the result has a head of its own, and
-    its config says so. A whole embedding of more or fewer rows changes the size of the vocabulary.
-    An adapter of weight 0 changes nothing at all. Raises CheckpointError for a layer that the base
-    lacks or whose shape differs.
+    its config says so. The weight below such an update serves both (`whole_of`). A whole embedding
+    of more or fewer rows changes the size of the vocabulary. An adapter of weight 0 changes nothing
+    at all. Raises CheckpointError for a layer that the base lacks or whose shape differs.
     """
-    adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0]
+    adapters = [
+        (dataclasses.replace(adapter, whole=whole_of(adapter, config)), weight)
+        for adapter, weight in adapters
+        if weight != 0
+    ]
     sole = len(adapters) == 1 and adapters[0][1] == 1
     num_rows = _vocabulary(config, adapters, sole=sole)
     plan, config = _untied(plan, config, [adapter for adapter, _ in adapters], num_rows)
@@ -231,6 +235,20 @@ def add_adapters(
     for name, terms in added.items():
         merged[name] = dataclasses.replace(merged[name], links=(*merged[name].links, tuple(terms)))
     return merged, config
+
+
+def whole_of(adapter: Adapter, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors that an adapter of this model puts in place of others.
+
+    Where it updates a layer and also holds its weight, that weight is the one below the update.
+    A tied embedding and output head share it, so it replaces both.
+    """
+    whole = adapter.whole
+    if config.tie_word_embeddings:
+        for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+            if name in whole and name in names_of(adapter.updates) and other not in whole:
+                whole = {**whole, other: whole[name]}
+    return whole
 
 
 def _vocabulary(config: ModelConfig, adapters: list[tuple[Adapter, float]], *, sole: bool) -> int:

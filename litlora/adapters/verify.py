@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from litlora.adapters.merge import Added, MergedTensor, Plan
+from litlora.adapters.unmerged import Unmerged
 from litlora.checkpoint import open_checkpoint
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
@@ -115,15 +116,18 @@ def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | N
 
 
 @torch.inference_mode()
-def verify(plan: Plan, config: ModelConfig, directory: Path, ids: Tensor) -> Report:
+def verify(
+    plan: Plan, config: ModelConfig, directory: Path, ids: Tensor, unmerged: Unmerged | None = None
+) -> Report:
     """Compare the checkpoint in `directory` with the plan that it was written from.
 
     Every value must be the exact sum rounded once, and the logits those of the base with live
-    adapters, up to `tolerance`. Raises CheckpointError where they are not.
+    adapters, up to `tolerance`. Raises CheckpointError where they are not. `unmerged` is what a
+    merge that unties the output head is compared with.
     """
     written = open_checkpoint(directory)
     lost, worst = _rounding_losses(plan, written.tensors)
-    models = live_model(plan, config), (GPT.from_tensors(written.config, written.tensors), {})
+    models = live_model(plan, config, unmerged), (GPT.from_tensors(written.config, written.tensors), {})
     # Side by side: threads that share one small product wait for each other, and for a long time
     # where other programs use the processor.
     with _workers(2, threads=max(1, torch.get_num_threads() // 2)) as pool:
@@ -175,13 +179,20 @@ Computed = dict[nn.Parameter, Callable[[slice], Tensor]]
 """Weights of which only some rows are in memory, when they are asked for."""
 
 
-def live_model(plan: Plan, config: ModelConfig) -> tuple[GPT, Computed]:
+def live_model(plan: Plan, config: ModelConfig, unmerged: Unmerged | None = None) -> tuple[GPT, Computed]:
     """The model before its last merge, adapters live, all other weights as exact as they can be.
+
+    Where the merge unties the output head, the head and the embedding are those of `unmerged`, and
+    not what the plan made of them.
 
     Weights that are not mapped from a file (below the last link of a chain, put in another's place,
     or stored in a few bits) may be most of the model: those of linear layers and embeddings have no
     memory of their own.
     """
+    if unmerged is not None and unmerged.is_untied_by(config):
+        model, computed = live_model({**plan, **unmerged.ends()}, config)
+        unmerged.add_live(model)
+        return model, computed
     tensors, links, parts = {}, {}, {}
     layers = dict(GPT.without_weights(config).named_modules())
     for name, tensor in plan.items():

@@ -15,8 +15,10 @@ from typing import Any
 
 from litlora.data.alpaca import alpaca_conversations, json_object
 from litlora.data.conversation import Conversation, Place
+from litlora.data.other_files import refuse_other_files
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
+from litlora.storage.untrusted import require_file
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 TIMEOUT = 30
@@ -36,6 +38,8 @@ class Dataset:
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
     anything that cannot be trained on."""
+    if isinstance(source, JSON):
+        refuse_other_files(Path(source.path))
     found = READERS[type(source)](source)
     if not found.conversations:
         name = getattr(source, "path", source.name)
@@ -103,6 +107,7 @@ def _is_apple_double(file: Path) -> bool:
 
 def _entries(file: Path) -> Iterator[tuple[Place, Any]]:
     try:
+        require_file(file)
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None

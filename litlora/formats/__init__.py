@@ -98,7 +98,8 @@ class _PEFT(Format):
         from litlora.formats.peft import base_of, read_adapter
 
         base = find_base(*base_of(directory))
-        return read_adapter(directory, base.config, base.base.tensors)
+        tensors, full = base.base.tensors, not base.adapters
+        return read_adapter(directory, base.config, tensors, base_is_full=full)
 
     def outline(self, directory: Path) -> Outline:
         from litlora.formats.lora_files import read_lora

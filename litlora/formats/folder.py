@@ -2,7 +2,7 @@
 tensors. Torch-free, so that a missing shard is reported at once."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,8 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
     """(the file that leads to the weights, {file of weights: the names that the index lists in
     it}).
 
-    Where both kinds exist, safetensors are preferred. Raises CheckpointError for a missing shard.
+    Where both kinds exist, safetensors are preferred, and a single file over shards, as in
+    transformers; `notice` says so. Raises CheckpointError for a missing shard.
     """
     name = next(iter(_names(directory)), None)
     if name is None:
@@ -53,15 +54,23 @@ def weight_files(directory: Path) -> tuple[Path, dict[Path, set[str]]]:
     return directory, shards
 
 
-def _names(directory: Path) -> Iterator[str]:
-    """The names of files that lead to the weights, in order of preference: an index, a single file,
-    a shard without an index."""
+def notice(file: Path) -> str | None:
+    """A line about a single file of weights that has shards beside it, which are not read."""
+    stem = file.name.rpartition(".")[0]
+    ignored = [name for name in _names(file.parent) if name != file.name and name.startswith(stem)]
+    if file.name not in SINGLE_FILES or not ignored:
+        return None
+    return f"{file}: is read, as transformers does, and not {ignored[0]} beside it; remove the outdated one"
+
+
+def _names(directory: Path) -> list[str]:
+    """The names of files that lead to the weights, in transformers' order of preference: a single
+    file, an index, a shard without an index."""
+    patterns = []
     for single in SINGLE_FILES:
         stem, _, suffix = single.rpartition(".")
-        patterns = (single + INDEX_SUFFIX, single, f"{stem}-*-of-*.{suffix}")
-        yield from (
-            path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file()
-        )
+        patterns += [single, single + INDEX_SUFFIX, f"{stem}-*-of-*.{suffix}"]
+    return [path.name for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file()]
 
 
 def indexed_shards(file: Path) -> dict[Path, set[str]]:
@@ -85,8 +94,10 @@ def indexed_shards(file: Path) -> dict[Path, set[str]]:
 
 
 def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str) -> list[Path]:
-    """The files of the model at `path`: itself, or all files of that kind in a folder. Opens only
-    indexes.
+    """The files of the model at `path`: itself; in a folder the files of that kind that its index
+    lists, or without an index all of them. Opens only indexes.
+
+    Raises CheckpointError for a folder with two copies of the weights.
 
     `option` is the name of the setting that gave the path, such as source_model; source_type is
     then the setting of the kind.
@@ -101,13 +112,61 @@ def model_files(path: Path, kind: Literal["safetensors", "pytorch"], option: str
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"{where}: is neither a file nor a directory")
-    if kind == "safetensors":
-        for index in sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")):
-            indexed_shards(index)  # reports a missing one
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes)
+    files = _all_files(path, kind)
     if not files:
         raise CheckpointError(f"{where}: is a directory without {kind} files ({', '.join(suffixes)})")
-    return files
+    indexes = [
+        index
+        for index in sorted(path.glob(f"*{INDEX_SUFFIX}"))
+        if Path(index.name.removesuffix(INDEX_SUFFIX)).suffix in suffixes
+    ]
+    if not indexes:
+        _check_one_copy(where, files)
+        return files
+    usual = [index for index in indexes if index.name.removesuffix(INDEX_SUFFIX) in SINGLE_FILES]
+    index, *others = usual or indexes
+    if others:
+        raise CheckpointError(f"{where}: {_two_copies(index.name, others[0].name)}")
+    shards = indexed_shards(index)
+    single = index.with_name(index.name.removesuffix(INDEX_SUFFIX))
+    if single.is_file() and single not in shards:
+        raise CheckpointError(f"{where}: {_two_copies(single.name, index.name)}")
+    return sorted(shards)
+
+
+def files_beside(path: Path, kind: Literal["safetensors", "pytorch"], files: Iterable[Path]) -> list[Path]:
+    """Files of that kind in the folder of a model that are not among `files`, which it consists
+    of, as its index does not list them."""
+    return sorted(set(_all_files(path, kind)) - set(files)) if path.is_dir() else []
+
+
+def _all_files(path: Path, kind: str) -> list[Path]:
+    suffixes = GENERIC_SUFFIXES[kind]
+    return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes)
+
+
+def _check_one_copy(where: str, files: list[Path]) -> None:
+    """Raise CheckpointError if some of these files, of a folder without an index, are by their names
+    another copy of the others: Meta's and Mistral's own, two sets of shards, or shards beside a
+    whole file."""
+    sets: dict[str, Path] = {}
+    singles: dict[str, Path] = {}
+    for file in files:
+        if file.name.startswith("consolidated"):
+            sets.setdefault("consolidated", file)
+        elif shard := re.fullmatch(r"(.+)-\d+-of-\d+", file.stem):
+            sets.setdefault(shard[1], file)
+        else:
+            singles[file.stem] = file
+    # Beside a whole set of shards, a file of another name may be a part of the model.
+    beside = [file for stem, file in singles.items() if {stem, "consolidated"} & sets.keys()]
+    copies = [*sets.values(), *beside]
+    if len(copies) > 1:
+        raise CheckpointError(f"{where}: {_two_copies(copies[0].name, copies[1].name)}")
+
+
+def _two_copies(one: str, other: str) -> str:
+    return f"{one} and {other} are two sets of weights; keep one of them in the folder"
 
 
 def _kind_hint(path: Path, suffixes: tuple[str, ...], option: str) -> str:

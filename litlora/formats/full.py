@@ -11,6 +11,8 @@ from torch import Tensor
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
+from litlora.formats.folder import notice
+from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.model import GPT
 from litlora.storage.dtypes import dtype_name
@@ -46,6 +48,12 @@ class FullModel:
     def num_bytes(self) -> int:
         """Size of the weights' files."""
         return sum(file.stat().st_size for file in self.shards or (self.file,))
+
+    @property
+    def notices(self) -> list[str]:
+        """What every command tells about these weights, a line each."""
+        lines = (bitsandbytes.notice(self.directory, self.tensors), notice(self.file))
+        return [line for line in lines if line]
 
     @property
     def has_hf_config(self) -> bool:

@@ -4,6 +4,7 @@ A folder is a `config.json` with one or many `*.safetensors` or `pytorch_model*.
 listed in an index.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
@@ -24,10 +24,11 @@ from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
+from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
-from litlora.storage.tensors import open_tensors
+from litlora.storage.tensors import open_tensors, save_safetensors
 from litlora.storage.untrusted import own_file
-from litlora.tokenizer import Tokenizer, find_sidecars, read_settings
+from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -60,22 +61,28 @@ def open_folder(directory: Path) -> FullModel:
     try:
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
-            ours = _without_tied_head(ours)
+            ours, config = _tied(ours, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return FullModel(directory, file, ours, config, shards=tuple(shards)).checked()
 
 
-def _without_tied_head(ours: dict[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
-    """The tensors with the embedding only, which serves as the head, too. Raises CheckpointError
-    for a head that is not a copy of it."""
+def _tied(
+    ours: dict[str, Tensor | Quantized], config: ModelConfig
+) -> tuple[dict[str, Tensor | Quantized], ModelConfig]:
+    """The tensors with the embedding only, which serves as the head, too. A head that is not a copy
+    of it stays, and the config says so: transformers does not tie them either. Raises
+    CheckpointError if only one of them is in few bits, which does not tell whether they are tied."""
     head, embedding = ours.get(HEAD), ours.get(EMBEDDING)
     if head is not None and embedding is not None and not _same(head, embedding):
-        raise CheckpointError(
-            f"the output head differs from the embedding, though {HF_CONFIG_FILE} says tie_word_embeddings"
-        )
+        if not (isinstance(head, Tensor) and isinstance(embedding, Tensor)):
+            raise CheckpointError(
+                f"the output head or the embedding is in few bits, and {HF_CONFIG_FILE} says "
+                "tie_word_embeddings; set that to false to use both as they are"
+            )
+        return ours, dataclasses.replace(config, tie_word_embeddings=False)
     rest = {name: tensor for name, tensor in ours.items() if name != HEAD}
-    return rest if embedding is not None or head is None else {EMBEDDING: head, **rest}
+    return (rest if embedding is not None or head is None else {EMBEDDING: head, **rest}), config
 
 
 def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:
@@ -92,7 +99,8 @@ def write_folder(
 
     The files beside the weights come from `sources`, as `find_sidecars` finds them. A config.json
     among them is used if it describes this model, except for the vocabulary's size and whether the
-    head is tied; otherwise one is written from `config`. A model without a chat template gets one
+    head is tied; otherwise one is written from `config`. Both it and the generation config name
+    every token that the model was taught to end its answers with. A model without a chat template gets one
     that asks in the prompt style of its training.
     """
     files = {file.name: file for file in find_sidecars(sources)}
@@ -107,13 +115,16 @@ def write_folder(
     original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
+    stops = stops_of(sources)
     if values is None:
-        values = {**write_config(config), "eos_token_id": tokenizer.eos_id}
+        values = {**write_config(config), "eos_token_id": None}
+    values = with_stops(values, stops)
     [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype_name(dtype)
     write_json(directory / HF_CONFIG_FILE, values)
-    if "generation_config.json" not in files:
-        write_json(directory / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
+    if GENERATION_FILE not in files:
+        write_json(directory / GENERATION_FILE, {"eos_token_id": sorted(tokenizer.stop_ids)})
+    name_stops(directory, stops)
     settings = read_settings(files.get("tokenizer_config.json"))
     if "tokenizer_class" not in settings:  # otherwise AutoTokenizer takes the architecture's class
         settings = {
@@ -176,9 +187,9 @@ def write_weights(
         file = (
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))},
+        save_safetensors(
             directory / file,
+            {name: tensor.detach().contiguous() for name, tensor in islice(stream, len(shard))},
             {"format": "pt"},
         )
         (directory / file).chmod(mode)  # safetensors makes its files unreadable for others

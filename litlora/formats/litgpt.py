@@ -22,6 +22,7 @@ from litlora.formats.full import FullModel
 from litlora.formats.layout import LAYER, QKV, Layout, Rule
 from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.lora.update import scale_of
+from litlora.model import shorten
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml
 
@@ -244,7 +245,7 @@ def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]
             lost.append(module)
     if lost:
         raise CheckpointError(
-            f"{file}: the base has no place for {', '.join(lost)}; is it the base that this adapter was "
+            f"{file}: the base has no place for {shorten(lost)}; is it the base that this adapter was "
             "trained on?"
         )
     if not updates:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.errors import CheckpointError
-from litlora.formats import peft
+from litlora.formats import peft, peft_config
 from litlora.lora.update import Update, scale_of
 from litlora.storage.tensors import read_metadata
 from litlora.storage.untrusted import MAX_JSON_BYTES, parse_json
@@ -141,8 +141,8 @@ def _checked(where: str, part: str, values: dict[str, Any]) -> dict[str, Any]:
     where = f"{where}, {part or 'without a prefix'}"
     if missing := [name for name in ("r", "lora_alpha") if values.get(name) is None]:
         raise CheckpointError(f"{where}: lacks {missing[0]}, without which the scale is not known")
-    config = peft.checked_config(where, {"peft_type": "LORA", **values})
-    peft.refuse_variants(where, config)
+    config = peft_config.checked_config(where, {"peft_type": "LORA", **values})
+    peft_config.refuse_variants(where, config)
     return config
 
 

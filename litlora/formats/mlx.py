@@ -15,6 +15,7 @@ from torch import Tensor
 from litlora.errors import CheckpointError
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE
 from litlora.formats.peft import PREFIX
+from litlora.storage.patterns import ByPattern
 from litlora.storage.tensors import open_tensors
 from litlora.storage.untrusted import read_json_object
 
@@ -51,8 +52,10 @@ def as_peft(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # mlx-lm computes x @ lora_a @ lora_b: its factors are PEFT's, transposed
         tensors[f"{PREFIX}{module}.lora_{part[-1].upper()}.weight"] = tensor.T
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": dropout}
-    config |= {"base_model_name_or_path": base_of(directory)[0] or None, "rank_pattern": {}}
-    return tensors, config | {"alpha_pattern": {}, "use_rslora": False, "ensure_weight_tying": False}
+    config |= {"base_model_name_or_path": base_of(directory)[0] or None}
+    config |= {"rank_pattern": ByPattern({}), "alpha_pattern": ByPattern({})}
+    switches = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
+    return tensors, config | dict.fromkeys(switches, False)
 
 
 def _settings(path: Path) -> tuple[float, int, float]:

@@ -6,8 +6,14 @@ here (query, key and value; gate and up), an adapter of the fused layer becomes 
 is shared, and the rows of B are divided. In the other direction the adapters of the parts are
 joined: A is stacked, B is block-diagonal and the ranks add up, unless the parts share one A. An
 update of the embedding, E + s · (B' A')^T in PEFT's file, is A = B'^T and B = A'^T here.
+
+Since transformers 5 the experts of a layer are two 3-D parameters, which PEFT adapts as such
+(`target_parameters`): the adapter of one becomes one of each expert's layers. Rows of single tokens
+and biases of B become tensors that replace the base's. An adapter of a model with other modalities
+names the language model inside it.
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,28 +30,16 @@ from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
 from litlora.formats import peft_weights
 from litlora.formats.layout import Rule
 from litlora.formats.layout import layout as layout_of
+from litlora.formats.peft_config import ALSO_READ, by_pattern, read_config, refuse_variants
+from litlora.formats.peft_keys import PREFIX as PREFIX
+from litlora.formats.peft_keys import PeftTensors, sort_out
 from litlora.lora import Adapter, Update
 from litlora.lora.update import scale_of
-from litlora.settings import LEAST_ALPHA, LoRAConfig
-from litlora.storage.tensors import at_least_16_bits, open_tensors
-from litlora.storage.untrusted import check_pattern, read_json_object
+from litlora.lora.variants import MAGNITUDE
+from litlora.model import shorten
+from litlora.settings import LoRAConfig
+from litlora.storage.tensors import open_tensors
 
-PREFIX = "base_model.model."
-
-_READ = set(
-    """
-    peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern
-    base_model_name_or_path target_modules modules_to_save init_lora_weights ensure_weight_tying
-    """.split()
-)
-_WITHOUT_EFFECT = set(
-    """
-    task_type auto_mapping peft_version revision inference_mode exclude_modules bias
-    layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config
-    corda_config lora_ga_config qalora_group_size runtime_config velora_config fan_in_fan_out
-    """.split()
-)
-"""Settings that decide what is trained or how, and leave no trace except the tensors."""
 _FAMILIES = (
     (r"(^|\.)layers\.\d+\.(attention\.|mlp\.dense_)|^gpt_neox\.|^embed_(in|out)$", "gpt_neox"),
     (r"(^|\.)h\.\d+\.(attn|mlp)\.c_|^transformer\.(wte|wpe)$|(^|\.)h\.\d+\.ln_[12]", "gpt2"),
@@ -56,10 +50,6 @@ _FAMILIES = (
 )
 """(pattern of a module's name, family) for families whose names differ from Llama's; the first
 match counts."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to initialise that also change the base's weights."""
-
-
 # ---- reading
 
 
@@ -70,16 +60,20 @@ def base_of(directory: Path) -> tuple[str, Path | None]:
     return name, next((place for place in places if place.is_dir()), None)
 
 
-def read_adapter(directory: Path, model: ModelConfig, base: Mapping[str, Tensor]) -> Adapter:
+def read_adapter(
+    directory: Path, model: ModelConfig, base: Mapping[str, Tensor], *, base_is_full: bool = True
+) -> Adapter:
     """The adapter in a PEFT folder, under our names; `model` and `base` describe its base.
 
-    Raises CheckpointError for a setting or tensor that cannot be expressed here, and for a tensor
-    that has no place in the base.
+    `base_is_full`: whether `base` has the very values that the adapter was trained on, and not those
+    of a base below further adapters. Raises CheckpointError for a setting or tensor that cannot be
+    expressed here, and for a tensor that has no place in the base.
     """
     config = read_config(directory)
-    refuse_variants(directory / CONFIG_FILE, config)
+    refuse_variants(directory / CONFIG_FILE, config, also_read=ALSO_READ)
     file = peft_weights(directory)
-    return adapter_of(file, open_tensors(file), config, model, base)
+    tensors = open_tensors(file)
+    return adapter_of(file, tensors, config, model, base, base_is_full=base_is_full)
 
 
 def adapter_of(
@@ -88,14 +82,26 @@ def adapter_of(
     config: dict[str, Any],
     model: ModelConfig,
     base: Mapping[str, Tensor],
+    *,
+    base_is_full: bool = True,
 ) -> Adapter:
     """The adapter of these tensors, by PEFT's keys, that a file holds. See `read_adapter`."""
-    pairs, whole = _sorted_out(file, tensors)
-    found = _Found(file, config, _Names(model, base, [*pairs, *whole]))
-    for module, pair in pairs.items():
-        found.add_pair(module, pair)
-    for name, tensor in whole.items():
+    stored = sort_out(file, tensors)
+    _check_settings(file.parent / CONFIG_FILE, config, stored)
+    if (stored.rows or config["lora_bias"]) and not base_is_full:
+        raise CheckpointError(
+            f"{file}: replaces rows or biases of its base, which is an adapter itself; merge the base first"
+        )
+    found = _Found(file, config, _Names(model, base, stored.modules), model, base)
+    for module, pair in stored.pairs.items():
+        if (place := experts_of(module)) is not None and config.get("target_parameters"):
+            found.add_experts(place, pair)
+        else:
+            found.add_pair(module, pair)
+    for name, tensor in stored.whole.items():
         found.add_whole(name, tensor)
+    for module, rows in stored.rows.items():
+        found.add_rows(module, rows)
     return found.adapter()
 
 
@@ -106,6 +112,8 @@ class _Found:
     file: Path
     config: dict[str, Any]
     names: "_Names"
+    model: ModelConfig
+    base: Mapping[str, Tensor]
     updates: dict[str, Update] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -113,18 +121,118 @@ class _Found:
     lost: list[str] = field(default_factory=list)
 
     def add_pair(self, module: str, pair: dict[str, Tensor]) -> None:
-        """The factors of one module of theirs."""
-        config = self.config
-        rank = by_pattern(config["rank_pattern"], module, config["r"])
-        alpha = float(by_pattern(config["alpha_pattern"], module, config["lora_alpha"]))
+        """The factors of one module of theirs, and what belongs to them."""
+        rank, alpha, scale = self._strength(module)
         A, B = _checked_pair(self.file, module, pair, rank)
         rule = self.names.rule_of(module)
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
             return
-        scale = scale_of(alpha, rank, rslora=config["use_rslora"])
-        for ours, rows in zip(rule.ours, rule.split(B), strict=True):
-            self.updates[ours], self.alphas[ours] = Update(A, rows, scale), alpha
+        magnitudes = [None] * len(rule.ours)
+        if (magnitude := pair.get("magnitude")) is not None:
+            magnitudes = rule.split(self._checked_magnitude(module, rule, magnitude, B))
+        for ours, rows, part in zip(rule.ours, rule.split(B), magnitudes, strict=True):
+            plain = Update(A, rows, scale)
+            extra = {} if part is None else {"variant": "dora", "extra": {MAGNITUDE: part}}
+            self.updates[ours], self.alphas[ours] = dataclasses.replace(plain, **extra), alpha
+        if (bias := pair.get("bias")) is not None:
+            self._add_bias(module, rule, scale * bias.to(torch.promote_types(bias.dtype, torch.float32)))
+
+    def _strength(self, module: str) -> tuple[int, float, float]:
+        """(rank, alpha, scale) of a module of theirs."""
+        rank = by_pattern(self.config["rank_pattern"], module, self.config["r"])
+        alpha = float(by_pattern(self.config["alpha_pattern"], module, self.config["lora_alpha"]))
+        return rank, alpha, scale_of(alpha, rank, rslora=self.config["use_rslora"])
+
+    def _checked_magnitude(self, module: str, rule: Rule, magnitude: Tensor, B: Tensor) -> Tensor:
+        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
+            raise CheckpointError(
+                f"{self.file}: {module}: DoRA of an embedding is not supported; merge the adapter in PEFT "
+                "(merge_and_unload) and use the merged model"
+            )
+        magnitude = magnitude.flatten()
+        if magnitude.size(0) != B.size(0) or not magnitude.is_floating_point():
+            raise CheckpointError(
+                f"{self.file}: {module}: its {MAGNITUDE} has {magnitude.size(0)} values, but B has "
+                f"{B.size(0)} rows"
+            )
+        return magnitude
+
+    def _add_bias(self, module: str, rule: Rule, added: Tensor) -> None:
+        """What the bias of B adds to the layer's own."""
+        if not all(f"{ours}.bias" in self.base for ours in rule.ours):
+            raise CheckpointError(
+                f"{self.file}: {module}: its lora_B has a bias, but the base's layer has none; only layers "
+                "with a bias can take lora_bias"
+            )
+        for ours, part in zip(rule.ours, rule.split(added), strict=True):
+            before = self.base[f"{ours}.bias"]
+            if part.shape != before.shape:
+                raise CheckpointError(
+                    f"{self.file}: {module}: the bias of lora_B is {tuple(added.shape)}, which does not fit "
+                    "the base"
+                )
+            self.whole[f"{ours}.bias"] = (before.to(part.dtype) + part).to(before.dtype)
+            self.replaced.append(ours)
+
+    def add_experts(self, place: str, pair: dict[str, Tensor]) -> None:
+        """The factors of one parameter of a layer's experts: A (E · r, in), B (out, r · E)."""
+        experts = range(self.model.num_experts or 0)
+        up = self.base.get(f"{place}.0.up_proj.weight")
+        if up is None:
+            self.lost.append(place)
+            return
+        inside, width = up.shape
+        forms = {(width, 2 * inside): "gate_up_proj", (inside, width): "down_proj"}
+        form = (pair["A"].shape[-1], pair["B"].shape[0]) if pair.keys() == {"A", "B"} else None
+        if (parameter := forms.get(form)) is None:
+            raise CheckpointError(
+                f"{self.file}: {place}: its lora_A and lora_B fit neither gate_up_proj nor down_proj of the "
+                "base's experts"
+            )
+        rank, alpha, scale = self._strength(f"{place}.{parameter}")
+        _checked_pair(self.file, f"{place}.{parameter}", pair, rank * len(experts))
+        A = pair["A"].unflatten(0, (len(experts), rank))  # (E, r, in)
+        B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)
+        leaves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        for expert in experts:
+            for leaf, rows in zip(leaves, B[:, :, expert].chunk(len(leaves)), strict=True):
+                ours = f"{place}.{expert}.{leaf}"
+                if ours in self.updates:
+                    raise CheckpointError(f"{self.file}: {place} has two updates of {parameter}")
+                self.updates[ours], self.alphas[ours] = Update(A[expert], rows.contiguous(), scale), alpha
+
+    def add_rows(self, module: str, rows: Tensor) -> None:
+        """Rows of an embedding or of the head that replace those of some tokens; where the two are
+        tied, of both."""
+        wanted = self.config.get("trainable_token_indices")
+        if isinstance(wanted, dict):
+            wanted = next((found for key, found in wanted.items() if f".{module}".endswith(f".{key}")), None)
+        [ours] = self.names.rule_of(module).ours
+        before = self.base.get(f"{ours}.weight")
+        if before is None and ours == "lm_head":
+            before = self.base.get("model.embed_tokens.weight")
+        if before is None:
+            self.lost.append(module)
+            return
+        fits = rows.ndim == 2 and rows.shape == (len(wanted or ()), before.size(1))
+        if not fits or not rows.is_floating_point() or max(wanted) >= before.size(0):
+            raise CheckpointError(
+                f"{self.file}: {module}: its rows {tuple(rows.shape)} do not fit trainable_token_indices and "
+                f"the base's {tuple(before.shape)}"
+            )
+        after = before.clone()
+        after[torch.tensor(wanted)] = rows.to(after.dtype)
+        ends = ("model.embed_tokens", "lm_head")
+        tied = self.model.tie_word_embeddings and ours in ends
+        for name in ends if tied else (ours,):
+            if f"{name}.weight" in self.whole and not torch.equal(self.whole[f"{name}.weight"], after):
+                raise CheckpointError(
+                    f"{self.file}: holds {name} both whole and as rows of tokens, or rows that differ though "
+                    "the base ties them"
+                )
+            self.whole[f"{name}.weight"] = after
+            self.replaced.append(name)
 
     def add_whole(self, name: str, tensor: Tensor) -> None:
         """A tensor that replaces one of theirs."""
@@ -141,18 +249,33 @@ class _Found:
         """The whole. Raises CheckpointError for what cannot be used."""
         if self.lost:
             raise CheckpointError(
-                f"{self.file}: the base has no place for {', '.join(self.lost)}; is it the base that this "
+                f"{self.file}: the base has no place for {shorten(self.lost)}; is it the base that this "
                 "adapter was trained on?"
             )
         if not self.updates and not self.replaced:
             raise CheckpointError(f"{self.file}: the adapter is empty")
-        ends = {"lm_head", "model.embed_tokens"}
-        if self.config["ensure_weight_tying"] and ends & {*self.updates, *self.replaced}:
-            path = self.file.parent / CONFIG_FILE
-            raise CheckpointError(
-                f"{path}: ensure_weight_tying is not supported for an embedding or output head"
-            )
+        if self.config["ensure_weight_tying"] and self.model.tie_word_embeddings:
+            self._tie()
         return Adapter(self._settings(), self.updates, self.whole, file=self.file)
+
+    def _tie(self) -> None:
+        """What the embedding has, the head has, and the other way round. Raises CheckpointError if
+        both are there and differ."""
+        embedding, head = "model.embed_tokens", "lm_head"
+        for one, other in ((embedding, head), (head, embedding)):
+            if one in self.updates and other not in self.updates:
+                self.updates[other], self.alphas[other] = self.updates[one], self.alphas[one]
+            if f"{one}.weight" in self.whole and f"{other}.weight" not in self.whole:
+                self.whole[f"{other}.weight"] = self.whole[f"{one}.weight"]
+                self.replaced.append(other)
+        updates = [self.updates[name].tensors() for name in (embedding, head) if name in self.updates]
+        whole = [{"": self.whole[f"{name}.weight"]} for name in (embedding, head) if name in self.replaced]
+        for tensors in (updates, whole):
+            if tensors and not all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0]):
+                raise CheckpointError(
+                    f"{self.file}: its embedding and its output head differ, but {CONFIG_FILE} says "
+                    "ensure_weight_tying; set it to false to use both as they are"
+                )
 
     def _settings(self) -> LoRAConfig:
         """The settings that give every layer its rank and alpha."""
@@ -164,48 +287,16 @@ class _Found:
             dropout=self.config["lora_dropout"],
             targets=list(ranks) or ["none"],
             rslora=self.config["use_rslora"],
+            variant="dora" if self.config["use_dora"] else "lora",
             rank_pattern={name: value for name, value in ranks.items() if value != rank},
             alpha_pattern={name: value for name, value in self.alphas.items() if value != alpha},
             modules_to_save=list(dict.fromkeys(self.replaced)),
         )
 
 
-def _sorted_out(
-    file: Path, stored: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """({module: {"A": ..., "B": ...}}, tensors saved whole) in a file, by PEFT's names without the
-    prefix."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    untrained: list[str] = []
-    for key, tensor in stored.items():
-        name, tensor = key.removeprefix(PREFIX), at_least_16_bits(tensor)
-        if found := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name):
-            # An embedding's factors are stored transposed: its A is our B.
-            part, value = ({"A": "B", "B": "A"}[found[3]], tensor.T) if found[2] else (found[3], tensor)
-            pairs.setdefault(found[1], {})[part] = value
-        elif ".lora_" in name or ".token_adapter." in name:
-            raise CheckpointError(
-                f"{file}: {key} is not supported: only LoRA's A and B and tensors saved whole are"
-            )
-        elif ".original_module." in name:
-            untrained.append(name)
-        else:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            if name in whole and not (whole[name].dtype == tensor.dtype and torch.equal(whole[name], tensor)):
-                raise CheckpointError(f"{file}: holds {name} twice, with different values")
-            whole[name] = tensor
-    # Beside a module that was trained whole, PEFT may store the original, which has no effect.
-    if orphans := [name for name in untrained if name.replace(".original_module.", ".") not in whole]:
-        raise CheckpointError(
-            f"{file}: {orphans[0]} is a module before training, but the trained one is missing"
-        )
-    return pairs, whole
-
-
 def _checked_pair(file: Path, module: str, pair: dict[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """A and B of one module. Raises CheckpointError if they are not the factors of an update."""
-    if pair.keys() != {"A", "B"}:
+    if not {"A", "B"} <= pair.keys() <= {"A", "B", "magnitude", "bias"}:
         raise CheckpointError(f"{file}: {module} has lora_A or lora_B, but not both")
     A, B = pair["A"], pair["B"]
     fits = A.ndim == B.ndim == 2 and A.size(0) == B.size(1) == rank and A.numel() and B.numel()
@@ -221,6 +312,7 @@ class _Names:
     """PEFT's names of modules, which are those of the Hugging Face model, and the base's own."""
 
     def __init__(self, model: ModelConfig, base: Mapping[str, Tensor], modules: list[str]) -> None:
+        modules = [_of_language_model(name) for name in modules]
         self._layout = layout_of(_family(modules), model)
         # An adapter of the decoder without its head has names without the prefix.
         self._bare = not any(name.startswith(self._layout.prefix) for name in modules)
@@ -229,12 +321,29 @@ class _Names:
 
     def rule_of(self, module: str) -> Rule:
         """Which of our modules a module of theirs consists of."""
+        module = _of_language_model(module)
         is_bare = self._bare and module != "lm_head"
         return self._layout.to_ours(self._layout.prefix + module if is_bare else module)
 
     def all_known(self, rule: Rule, leaf: str) -> bool:
         """Whether the base has this tensor for each of the rule's modules."""
         return all(f"{ours}.{leaf}" in self._known for ours in rule.ours)
+
+
+def _of_language_model(module: str) -> str:
+    """The name that a module has in the language model alone; `module` may be that of a model which
+    takes images or sound as well."""
+    for inside, alone in (("model.language_model.", "model."), ("language_model.", "")):
+        if module.startswith(inside):
+            return alone + module.removeprefix(inside)
+    return module
+
+
+def experts_of(module: str) -> str | None:
+    """`model.layers.0.mlp.experts`, if that is what a module is: the name of a layer's experts. PEFT
+    wraps one parameter of theirs in the other."""
+    name = _of_language_model(module)
+    return found[1] if (found := re.fullmatch(r"(.+\.experts)(\.base_layer)*", name)) else None
 
 
 def _family(modules: list[str]) -> str:
@@ -244,95 +353,33 @@ def _family(modules: list[str]) -> str:
     )
 
 
-_DEFAULTS: dict[str, Any] = {
-    "r": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "ensure_weight_tying": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "base_model_name_or_path": None,
-    "init_lora_weights": True,
-}
-"""PEFT's, of the settings that decide what the tensors mean."""
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "r": int,
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": bool,
-    "ensure_weight_tying": bool,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-}
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json, with PEFT's defaults for missing settings. Raises CheckpointError for a
-    value that is not usable."""
-    path = directory / CONFIG_FILE
-    return checked_config(path, read_json_object(path))
-
-
-def checked_config(path: Path | str, values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a LoraConfig that stands at `path`, with PEFT's defaults. Raises
-    CheckpointError for a value that is not usable."""
-    config = _DEFAULTS | {
-        name: value for name, value in values.items() if value is not None or name not in _DEFAULTS
-    }
-    for name, kind in _KINDS.items():
-        if not isinstance(config[name], kind) or (isinstance(config[name], bool) and kind is not bool):
-            raise CheckpointError(f"{path}: {name} is {config[name]!r}")
-    if (name := config["base_model_name_or_path"]) is not None and not isinstance(name, str):
-        raise CheckpointError(f"{path}: base_model_name_or_path is {name!r}; it must be text")
-    for name, allowed in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
-        for pattern, value in config[name].items():
-            try:
-                check_pattern(pattern)
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from None
-            if not allowed(value):
-                raise CheckpointError(f"{path}: {name}: {pattern!r} has the value {value!r}")
-    if not 0 <= config["lora_dropout"] < 1:
-        raise CheckpointError(
-            f"{path}: lora_dropout is {config['lora_dropout']!r}; it must be at least 0 and below 1"
-        )
-    for name, allowed in (("r", _is_rank), ("lora_alpha", _is_alpha)):
-        if not allowed(config[name]):
-            raise CheckpointError(f"{path}: {name} is {config[name]}, which no adapter can have")
-    return config
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and LEAST_ALPHA <= abs(value) <= 1 / LEAST_ALPHA
-
-
-def refuse_variants(path: Path | str, config: dict[str, Any]) -> None:
-    """Raise CheckpointError for anything but plain LoRA and rsLoRA; `path` is the config's."""
-    if (kind := config.get("peft_type")) != "LORA":
-        raise CheckpointError(f"{path}: peft_type {kind} is not supported; LORA is")
-    if str(how := config["init_lora_weights"]).lower().startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"{path}: init_lora_weights {how} changed the base's weights as well; save the adapter again "
-            "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
-    if odd := sorted(name for name, value in config.items() if value and name not in _READ | _WITHOUT_EFFECT):
-        raise CheckpointError(
-            f"{path}: {odd[0]} ({config[odd[0]]!r}) is not supported: only plain LoRA and rsLoRA are"
-        )
-
-
-def by_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
-    """The value for a module by PEFT's rule: a key is a regular expression for the end of the
-    module's name, and the first match counts."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> None:
+    """Raise CheckpointError where the settings and the tensors do not tell the same, and for
+    parameters that are not experts'."""
+    extras = (("use_dora", "magnitude", MAGNITUDE), ("lora_bias", "bias", "lora_B.bias"))
+    for setting, part, called in extras:
+        for module, pair in stored.pairs.items():
+            is_linear = "embed" not in module and experts_of(module) is None
+            if part in pair and not config[setting]:
+                raise CheckpointError(f"{stored.file}: {module} has {called}, but {path.name} no {setting}")
+            if config[setting] and part not in pair and (is_linear or part == "magnitude"):
+                raise CheckpointError(
+                    f"{stored.file}: {module} has no {called}, but {path.name} has {setting}"
+                )
+    tokens = config.get("trainable_token_indices") or []
+    for wanted in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(wanted, list) or not all(type(token) is int and token >= 0 for token in wanted):
+            raise CheckpointError(f"{path}: trainable_token_indices is {tokens!r}")
+    if bool(stored.rows) != bool(tokens):
+        there, absent = (CONFIG_FILE, stored.file.name) if tokens else (stored.file.name, CONFIG_FILE)
+        raise CheckpointError(f"{path.parent}: {there} has rows of single tokens, but {absent} has none")
+    parameters = config.get("target_parameters") or []
+    for name in parameters if isinstance(parameters, list) else [parameters]:
+        if str(name).rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+            raise CheckpointError(
+                f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
+                "layer's experts are"
+            )
 
 
 def stated(updates: Mapping[str, Update]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.config import ModelConfig
@@ -18,10 +17,12 @@ from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.layout import Layout, Rule
 from litlora.formats.layout import layout as layout_of
-from litlora.formats.peft import PREFIX
+from litlora.formats.peft_keys import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
-from litlora.lora.variants import variant_named
+from litlora.lora.variants import MAGNITUDE, variant_named
+from litlora.model import shorten
+from litlora.storage.tensors import save_safetensors
 
 
 def to_peft(
@@ -34,7 +35,7 @@ def to_peft(
     will call it. Raises CheckpointError for a tensor that has no place in the Hugging Face model,
     and for a variant of LoRA that we do not write as PEFT.
     """
-    if not variant_named(adapter.config.variant).is_plain:
+    if not (variant_named(adapter.config.variant).is_plain or _is_dora(adapter)):
         raise CheckpointError(
             f"a PEFT folder cannot hold the variant {adapter.config.variant}; merge the adapter and "
             "export the merged model"
@@ -52,7 +53,7 @@ def to_peft(
             left -= set(ours)
     if left:
         raise CheckpointError(
-            f"{', '.join(sorted(left))}: no place in the Hugging Face model of this architecture"
+            f"{shorten(sorted(left))}: no place in the Hugging Face model of this architecture"
         )
     config = found.config(adapter, base_name)
     if model.num_experts is not None:
@@ -77,6 +78,8 @@ class _Found:
         self.ranks[module] = rank
         self.alphas[module] = _plain(scale * (math.sqrt(rank) if adapter.config.rslora else rank))
         key = PREFIX + module
+        if _is_dora(adapter):
+            self.tensors[f"{key}.{MAGNITUDE}"] = _magnitude(rule, adapter, base)
         if rule.ours[0].rpartition(".")[2].startswith("embed_"):
             self.tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
         else:
@@ -111,6 +114,7 @@ class _Found:
             "lora_alpha": alpha,
             "lora_dropout": adapter.config.dropout,
             "use_rslora": adapter.config.rslora,
+            "use_dora": _is_dora(adapter),
             "target_modules": _targets(list(self.ranks), modules),
             "rank_pattern": {name: value for name, value in self.ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in self.alphas.items() if value != alpha},
@@ -121,16 +125,34 @@ class _Found:
         }
 
 
+def _is_dora(adapter: Adapter) -> bool:
+    return adapter.config.variant == "dora"
+
+
+def _magnitude(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> Tensor:
+    """The magnitudes of one module of theirs. A part without an update has the lengths of its rows."""
+    parts = []
+    for member in rule.ours:
+        update = adapter.updates.get(member)
+        if update is None:
+            weight = base[f"{member}.weight"]
+            weight = weight.tensor() if isinstance(weight, Quantized) else weight
+            parts.append(torch.linalg.vector_norm(weight.float(), dim=1))
+        else:
+            parts.append(update.extra[MAGNITUDE])
+    return rule.join([part.to(parts[0].dtype) for part in parts])
+
+
 def _is_uniform(config: dict[str, Any]) -> bool:
-    return not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
+    return not any(config[name] for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
 
 
 def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write the two files of a PEFT folder."""
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()},
+    save_safetensors(
         directory / PEFT_WEIGHTS_FILES[0],
-        metadata={"format": "pt"},
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        {"format": "pt"},
     )
     (directory / PEFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -151,7 +173,7 @@ def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bo
     if mlps and not uniform:
         raise CheckpointError(
             f"{sorted(mlps)[0]}: PEFT misreads an expert's adapter unless all ranks and alphas are equal, "
-            "without rsLoRA"
+            "without rsLoRA and DoRA"
         )
 
 

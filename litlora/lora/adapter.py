@@ -139,7 +139,10 @@ def _update(layer: str, found: Mapping[str, Tensor], config: LoRAConfig) -> Upda
             f"{layer}: A {tuple(A.shape)} and B {tuple(B.shape)} make no update of rank {rank}"
         )
     extra = {name: found[name] for name in variant.extra}
-    return Update(A, B, layer_scale(config, layer), variant=variant.name, extra=extra)
+    update = Update(A, B, layer_scale(config, layer), variant=variant.name, extra=extra)
+    if problem := variant.problem(update):
+        raise CheckpointError(f"{layer}: {problem}")
+    return update
 
 
 def names_of(layers: Iterable[str]) -> set[str]:

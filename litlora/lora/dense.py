@@ -40,14 +40,16 @@ class DenseUpdate(ABC):
     """The rank that it was trained with; None: it has none."""
 
     @abstractmethod
-    def change(self, before: Tensor) -> Rows:
-        """The rows of W' - W in the dtype of `before`, which is W (out, in)."""
+    def change(self, before: Tensor, first: int = 0) -> Rows:
+        """The rows of W' - W in the dtype of `before`, which is W (out, in), or its rows from
+        `first`."""
 
-    def add_to(self, total: Tensor, before: Tensor, factor: float = 1.0) -> Tensor:
+    def add_to(self, total: Tensor, before: Tensor, factor: float = 1.0, first: int = 0) -> Tensor:
         """Add factor · (W' - W) to `total`, contiguous and in fp32 or better, in place; `before` is
-        W, the weight that the update was trained on. Returns it."""
+        W, the weight that the update was trained on. Both may be some rows of it, from `first`.
+        Returns it."""
         matrix, W = total.view(len(total), -1), before.flatten(1)
-        change = self.change(W if W.dtype == total.dtype else W.to(total.dtype))
+        change = self.change(W if W.dtype == total.dtype else W.to(total.dtype), first)
         for rows in _slices(matrix):
             matrix[rows].add_(change(rows), alpha=factor)
         return total
@@ -71,8 +73,8 @@ class ProductUpdate(DenseUpdate):
     def rows(self, dtype: torch.dtype) -> Rows:
         """The rows of ΔW, (out, in)."""
 
-    def change(self, before: Tensor) -> Rows:
-        return self.rows(before.dtype)
+    def change(self, before: Tensor, first: int = 0) -> Rows:
+        return _from(first, self.rows(before.dtype), len(before))
 
     def norm(self) -> float:
         rows_of = self.rows(torch.float64)
@@ -156,14 +158,15 @@ class DecomposedUpdate(DenseUpdate):
         fits = inner.fits(shape) if isinstance(inner, DenseUpdate) else fits_plain(inner, shape)
         return fits and size == len(self.magnitude)
 
-    def change(self, before: Tensor) -> Rows:
+    def change(self, before: Tensor, first: int = 0) -> Rows:
         inner = (
-            self.update.change(before)
+            self.update.change(before, first)
             if isinstance(self.update, DenseUpdate)
-            else _product_rows(self.update, before.dtype)
+            else _from(first, _product_rows(self.update, before.dtype), len(before))
         )
         magnitude = self.magnitude.to(before.dtype)
         if self.axis == "out":
+            magnitude = magnitude[first:]
 
             def by_output(rows: slice) -> Tensor:
                 V = before[rows] + inner(rows)
@@ -195,6 +198,11 @@ def fits_plain(update: Update, shape: tuple[int, ...]) -> bool:
 def _product_rows(update: Update, dtype: torch.dtype) -> Rows:
     B, A = (matrix.to(dtype) for matrix in update.matrices)
     return lambda rows: update.scale * (B[rows] @ A)
+
+
+def _from(first: int, rows_of: Rows, count: int) -> Rows:
+    """Gives some of the `count` rows from `first`."""
+    return lambda rows: rows_of(slice(first + rows.start, first + min(rows.stop, count)))
 
 
 def _nonzero(norm: Tensor) -> Tensor:

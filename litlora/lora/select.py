@@ -1,7 +1,6 @@
 """Which layers of a model an adapter is for, and the rank, alpha and scale of each."""
 
 import re
-from typing import Any
 
 from torch import nn
 
@@ -9,9 +8,7 @@ from litlora.errors import UserError, setting
 from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
 from litlora.lora.update import scale_of
 from litlora.settings import PRESETS, LoRAConfig
-
-_SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
-OUTPUT_HEAD = "lm_head"
+from litlora.settings.targets import ByTarget, in_preset
 
 
 def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
@@ -74,11 +71,8 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 def matches(name: str, target: str) -> bool:
     """Whether a target means the layer of this name."""
-    leaf = name.rpartition(".")[2]
-    if target == "all-linear":
-        return leaf != OUTPUT_HEAD
-    if target in _SUFFIXES:
-        return leaf in _SUFFIXES[target]
+    if target in PRESETS:
+        return in_preset(name, target)
     if name == target or name.endswith("." + target):
         return True
     try:
@@ -106,7 +100,8 @@ def check_patterns(config: LoRAConfig, names: list[str]) -> None:
     """Raise UserError for a pattern of ranks or alphas that matches none of the chosen layers."""
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option)
-        if missed := [target for target in patterns if not any(matches(name, target) for name in names)]:
+        means = {target: ByTarget({target: True}) for target in patterns if target not in names}
+        if missed := [t for t, it in means.items() if not any(it.value(name, False) for name in names)]:
             raise UserError(
                 f"{setting(option)} {', '.join(missed)}: matches none of the layers "
                 f"that {setting('targets')} chooses"
@@ -115,20 +110,14 @@ def check_patterns(config: LoRAConfig, names: list[str]) -> None:
 
 def layer_rank(config: LoRAConfig, name: str) -> int:
     """The rank of the update of one layer."""
-    return _by_pattern(config.rank_pattern, name, config.rank)
+    return config.ranks.value(name, config.rank)
 
 
 def layer_alpha(config: LoRAConfig, name: str) -> float:
     """The alpha of the update of one layer."""
-    return _by_pattern(config.alpha_pattern, name, config.alpha)
+    return config.alphas.value(name, config.alpha)
 
 
 def layer_scale(config: LoRAConfig, name: str) -> float:
     """The factor in front of B A of one layer."""
     return scale_of(layer_alpha(config, name), layer_rank(config, name), rslora=config.rslora)
-
-
-def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    if name in pattern:  # an imported adapter may name every layer: no search then
-        return pattern[name]
-    return next((value for target, value in pattern.items() if matches(name, target)), default)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from litlora.lora.layer import LoRALinear
 
 
+MAGNITUDE = "lora_magnitude_vector"
+"""What DoRA's magnitude is called in a module and in a file, as in PEFT's."""
+
+
 class Variant:
     """Plain LoRA (Hu et al. 2021, arXiv:2106.09685), and what a variant of it may override."""
 
@@ -44,6 +48,10 @@ class Variant:
         nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B)
 
+    def problem(self, update: Update) -> str | None:
+        """What is wrong with the tensors that `extra` names, if they do not fit the factors."""
+        return None
+
     def change(self, update: Update, before: Tensor, rows: slice) -> Tensor:
         """These rows of W' - W, (n, in), in the dtype of `before`, the same rows of W in fp32 or
         better. Differentiable by what trains."""
@@ -65,7 +73,60 @@ class Variant:
         return F.linear(x, effective.to(x.dtype), layer.bias)
 
 
-VARIANTS: dict[str, Variant] = {"lora": Variant()}
+class DoRA(Variant):
+    """W' = m · (W + s · B A) / ‖W + s · B A‖, with a learned magnitude m and a norm for each output
+    (Liu et al. 2024, arXiv:2402.09353), as PEFT computes it.
+
+    The norm counts as a constant in the gradient (section 4.3 of the paper). At first m = ‖W‖.
+    """
+
+    name = "dora"
+    extra = (MAGNITUDE,)
+
+    def start(self, layer: "LoRALinear") -> None:
+        super().start(layer)
+        W = layer.frozen.rows()
+        norms = _norms(W.to(torch.promote_types(W.dtype, torch.float32)))
+        setattr(layer, MAGNITUDE, nn.Parameter(norms.to(layer.lora_B.dtype)))
+
+    def problem(self, update: Update) -> str | None:
+        magnitude, outputs = update.extra[MAGNITUDE], update.B.size(0)
+        if magnitude.shape == (outputs,) and magnitude.is_floating_point():
+            return None
+        return f"{MAGNITUDE} is {tuple(magnitude.shape)}; {outputs} outputs need as many magnitudes"
+
+    def change(self, update: Update, before: Tensor, rows: slice) -> Tensor:
+        added = super().change(update, before, rows)
+        gain = _gain(update, before + added.detach(), rows)[:, None]
+        return (gain - 1) * before + gain * added
+
+    def forward(self, layer: "LoRALinear", x: Tensor) -> Tensor:
+        update, W = layer.update, layer.frozen.rows()
+        exact = W.to(torch.promote_types(W.dtype, torch.float32))
+        with torch.no_grad():
+            whole = exact + Variant.change(self, update, exact, slice(None))
+        gain, W = _gain(update, whole, slice(None)), W.to(x.dtype)
+        dropped = F.dropout(x, layer.dropout, layer.training)
+        base = F.linear(dropped, W)
+        low_rank = F.linear(F.linear(dropped, update.A.to(x.dtype)), update.B.to(x.dtype))
+        y = gain * (base + update.scale * low_rank)
+        if dropped is not x and layer.training and layer.dropout > 0:
+            y = y + (F.linear(x, W) - base)  # dropout applies to what the adapter changes, not to W x
+        y = y.to(x.dtype)
+        return y if layer.bias is None else y + layer.bias.to(x.dtype)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _gain(update: Update, whole: Tensor, rows: slice) -> Tensor:
+    """m / ‖W + s · B A‖ of these rows; 0 where the row is 0."""
+    magnitude = update.extra[MAGNITUDE][rows].to(whole.dtype)
+    return magnitude / _norms(whole.detach()).clamp_min(torch.finfo(whole.dtype).tiny)
+
+
+VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": DoRA()}
 """Every variant, by the name that the setting `variant` takes and a file stores."""
 
 

@@ -93,9 +93,9 @@ def choose_style(
                 f"{setting('prompt_style')} template: the model has no chat template "
                 "(chat_template.jinja, or one in tokenizer_config.json)"
             )
-        return template, "chosen by you"
+        return template, "as set"
     if named is not None:
-        return STYLES[named], "chosen by you"
+        return STYLES[named], "as set"
     if prompt_style is not None:
         return prompt_style, "the model was trained with it"
     if template is not None:

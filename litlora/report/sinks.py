@@ -29,9 +29,13 @@ class Sink(ABC):
 class Sinks(Sink):
     """Several sinks as one: each gets every event, in order, even if another one fails."""
 
-    def __init__(self, sinks: Iterable[Sink]) -> None:
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self._sinks = list(sinks)
         self._failed: set[int] = set()  # by id: a sink need not be hashable
+
+    def add(self, *sinks: Sink) -> None:
+        """They get the events from now on."""
+        self._sinks += sinks
 
     def handle(self, event: Event) -> None:
         for sink in self._sinks:

@@ -7,6 +7,7 @@ from litlora.console import printable
 from litlora.errors import UserError
 from litlora.prompts import PromptStyle
 from litlora.serve.engine import Engine, Sampling
+from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import TextStream
 
 
@@ -18,8 +19,7 @@ class ChatSession:
         self._engine, self._style, self._sampling = engine, style, sampling
         self._tokenizer = engine.tokenizer
         self._turns: list[_Turn] = []
-        end = self._tokenizer.turn_end(style.template.ending) if style.template is not None else None
-        self._stop_ids = self._tokenizer.stop_ids | ({end} if end is not None else set())
+        self._stop_ids = self._tokenizer.stop_ids | {*taught_stops(self._tokenizer, style)}
         self._generator = sampling.generator(engine.device)
         self.notice: str | None = None
         """What the user must know about the last answer."""

@@ -10,6 +10,7 @@ chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
+other_names.py  what other programs call them
 checks.py       what a value must be
 stored.py       how files store settings
 """
@@ -28,9 +29,10 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
-from litlora.settings.finetune import QUICKSTART, Finetune, FinetuneFull, FinetuneLoRA
-from litlora.settings.lora import PRESETS, LoRAConfig
+from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA
+from litlora.settings.lora import LoRAConfig
 from litlora.settings.stored import dump, stored_values
+from litlora.settings.targets import PRESETS
 from litlora.settings.train import TrainConfig
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "LEAST_ALPHA",
     "PRESETS",
     "QUICKSTART",
+    "REPOSITORY",
     "SIZE_UNITS",
     "Alpaca",
     "Chat",

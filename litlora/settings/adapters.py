@@ -19,16 +19,14 @@ from litlora.settings.checks import (
 class MergeLoRA:
     """Merge an adapter into its base: writes a full checkpoint that can be trained further."""
 
-    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
-
     lora_path: list[str]
     """The adapter: a lit_model.pth, or the directory that holds it. Several adapters, trained on
     the same base, are added up."""
     out_dir: str
     """Directory to write."""
     checkpoint_dir: str | None = None
-    """The base; default: the one the adapter was trained on. It may itself be an adapter (a
-    chain)."""
+    """The base (--base_checkpoint_dir means it too); default: the one the adapter was trained on. It
+    may itself be an adapter (a chain). Without lora_path: the adapter."""
     weights: list[float] = field(default_factory=list)
     """The factor of each adapter, in the order of lora_path; default: 1 each."""
     strength: float = 1.0
@@ -66,8 +64,6 @@ class MergeLoRA:
 class _AdapterToAdapter:
     """What the commands share that write an adapter of another size."""
 
-    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
-
     out_dir: str
     """Directory to write."""
     rank: int | None = None
@@ -79,7 +75,8 @@ class _AdapterToAdapter:
     """The same, stated as the error: the largest fraction of the update's norm (Frobenius) that may
     be lost in a layer."""
     checkpoint_dir: str | None = None
-    """The base; default: the one the adapter was trained on."""
+    """The base (--base_checkpoint_dir means it too); default: the one the adapter was trained on.
+    Without lora_path: the adapter."""
     seed: int = 1337
     """Seed of everything random."""
     overwrite: bool = False
@@ -177,8 +174,6 @@ class ExportPEFT:
     """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging
     Face base, or as a folder of mlx-lm."""
 
-    OTHER_NAMES: ClassVar = {"base_checkpoint_dir": "checkpoint_dir"}
-
     lora_path: str
     """The adapter: a lit_model.pth, or the directory that holds it."""
     out_dir: str
@@ -186,7 +181,8 @@ class ExportPEFT:
     format: Literal["peft", "mlx"] = "peft"
     """Whose folder to write."""
     checkpoint_dir: str | None = None
-    """The base; default: the one the adapter was trained on."""
+    """The base (--base_checkpoint_dir means it too); default: the one the adapter was trained on.
+    Without lora_path: the adapter."""
     base_model: str | None = None
     """What the folder calls its base: a name on the hub or a directory; default: the base's own
     directory."""

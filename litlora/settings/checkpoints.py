@@ -1,6 +1,7 @@
 """The commands for whole checkpoints: convert, download."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from litlora.settings.checks import check_size, check_value, num_bytes
 
@@ -50,8 +51,11 @@ class Download:
     """Fetch a model from the Hugging Face hub; an interrupted download continues where it
     stopped."""
 
+    positional: ClassVar[str] = "repo_id"
+    """The setting whose option name may be left out."""
+
     repo_id: str
-    """Its name there: OWNER/NAME."""
+    """Its name there: OWNER/NAME; the option's name may be left out."""
     out_dir: str | None = None
     """Where it goes; default: checkpoints/REPO_ID."""
     revision: str = "main"

@@ -1,6 +1,7 @@
 """The fine-tuning commands."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from litlora.errors import setting
@@ -9,18 +10,29 @@ from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.train import TrainConfig
 
+REPOSITORY = Path(__file__).parent.parent.parent
+"""Where litlora is, if it was not installed as a copy of its library alone."""
 QUICKSTART = "checkpoints/litlora/quickstart"
+
+
+def quickstart() -> str:
+    """The base that comes with litlora: as seen from the current directory, or else by its full
+    path."""
+    own = REPOSITORY / QUICKSTART
+    return str(own) if own.is_dir() and not Path(QUICKSTART).is_dir() else QUICKSTART
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """What the fine-tuning commands share."""
 
-    checkpoint_dir: str = QUICKSTART
-    """The model to start from: any checkpoint directory, an adapter's too."""
+    checkpoint_dir: str = field(default_factory=quickstart)
+    """The model to start from: any checkpoint directory, an adapter's too; default: the quickstart
+    base that comes with litlora."""
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
-    """Training data: Alpaca, or JSON with --data.path FILE_OR_DIR; default: Alpaca's built-in
-    sample, without a download. --data.help NAME lists the settings of a source."""
+    """Training data: a file or directory of JSON records, or the name of a source: Alpaca, or JSON
+    with --data.path FILE_OR_DIR. Default: Alpaca's built-in sample, without a download. --data.help
+    NAME lists the settings of a source."""
     out_dir: str | None = None
     """Where the results go; default: out/METHOD/DATA."""
     overwrite: bool = False

@@ -1,12 +1,11 @@
 """The settings of LoRA."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from litlora.errors import UserError, setting
 from litlora.settings.checks import check, check_alpha, check_positive, check_value
-from litlora.storage.untrusted import check_pattern
-
-PRESETS = ("qv", "attention", "all-linear")
+from litlora.settings.targets import ByTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,8 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Different alphas for some layers: {target: alpha}, with the same rules."""
     variant: str = field(default="lora", metadata={"stored": "unless default"})
-    """Kind of update: lora, or one that your own code registers (docs/architecture.md)."""
+    """Kind of update: lora, dora (Liu et al. 2024: the length of each row of W trains by itself), or
+    one that your own code registers (docs/architecture.md)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules to train in full and to store with the adapter: their names, or the ends of these
     (lm_head, embed_tokens, norm)."""
@@ -46,13 +46,22 @@ class LoRAConfig:
             len(self.targets) > 0, f"{setting('targets')} is empty: an adapter without layers trains nothing"
         )
         # An adapter stores the patterns, and whoever reads it must be able to use them.
-        for name in ("rank_pattern", "alpha_pattern"):
-            for target in getattr(self, name):
-                try:
-                    check_pattern(target)
-                except ValueError as error:
-                    raise UserError(f"{setting(name)}: {error}") from None
+        for name, of in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
+            try:
+                getattr(self, of)
+            except ValueError as error:
+                raise UserError(f"{setting(name)}: {error}") from None
         for target, rank in self.rank_pattern.items():
             check(rank >= 1, f"{setting('rank_pattern')} {target}: {rank}: must be at least 1")
         for target, alpha in self.alpha_pattern.items():
             check_alpha(f"{setting('alpha_pattern')} {target}: {alpha}", alpha)
+
+    @cached_property
+    def ranks(self) -> ByTarget:
+        """The ranks of rank_pattern."""
+        return ByTarget(self.rank_pattern)
+
+    @cached_property
+    def alphas(self) -> ByTarget:
+        """The alphas of alpha_pattern."""
+        return ByTarget(self.alpha_pattern)

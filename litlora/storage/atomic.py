@@ -82,7 +82,9 @@ def setting_aside(paths: list[Path]) -> Iterator[Callable[[], None]]:
 
     def forget() -> None:
         for path in list(aside):
-            _remove(aside.pop(path), path)
+            old = aside.pop(path)
+            if old.exists():  # else it went with the whole directory
+                _remove(old, path)
 
     try:
         for path, old in aside.items():

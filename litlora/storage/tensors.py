@@ -2,7 +2,9 @@
 safetensors are written one tensor at a time."""
 
 import json
+import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from litlora.errors import CheckpointError
 from litlora.ram import is_lack_of_memory
 from litlora.storage.pickle_walk import Forbidden, Malformed
 from litlora.storage.torch_check import check_content, check_tensor, check_torch_file
+from litlora.storage.untrusted import require_file
 
 # ---- reading
 
@@ -51,6 +55,7 @@ def named_tensors(file: Path, content: Any) -> dict[str, Tensor]:
 def open_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError for a missing or broken one."""
     try:
+        require_file(file)
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
         for tensor in tensors.values():
@@ -84,6 +89,7 @@ def open_torch(file: Path) -> Any:
     Torch files of before 2020 are not zip archives and cannot be mapped; they are read at once.
     """
     try:
+        require_file(file)
         mapped = check_torch_file(file)
         with warnings.catch_warnings():
             # torch warns of an unusual pickle before it refuses it; our error is enough.
@@ -185,6 +191,18 @@ class SafetensorsWriter:
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self._offset, end]}
         self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         self._offset = end
+
+
+def save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as the library of the format does. A full disk raises OSError, as for any other
+    file."""
+    try:
+        save_file(dict(tensors), file, metadata=metadata)
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(file)) from None
+        raise
 
 
 def write_safetensors(

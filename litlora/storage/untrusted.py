@@ -5,8 +5,10 @@ how much is read, how deep it is nested, and which numbers and text it holds. Fi
 checked in `litlora/storage/torch_check.py`.
 """
 
+import errno
 import json
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,22 @@ HUB_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """Names of the files in the hub's cache that the links in its model folders point to."""
 
 
+def require_file(path: Path) -> None:
+    """Raise OSError for a pipe, a device or a socket: reading it could wait for ever, or never end.
+
+    A pipe that the command line itself opened, as `<(...)` in a shell or stdin, has a writer.
+    """
+    mode = path.stat().st_mode
+    opened = stat.S_ISFIFO(mode) and str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or opened):
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file", str(path))
+
+
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. Raises FileNotFoundError for a missing file, and CheckpointError for one
     that is too large or is not text."""
     try:
+        require_file(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
@@ -121,34 +135,28 @@ def _plain(value: Any) -> Any:
 
 
 def own_file(path: Path) -> Path:
-    """The path of a file that is to be copied. Raises CheckpointError if it is a link to a file of
-    another name: copying that could disclose a file that does not belong to the model.
+    """The path of a file that is to be copied. Raises CheckpointError if it is a link to anything that
+    may not belong to the model: copying that could publish a secret.
 
-    Two kinds of links are common and allowed: to a file whose name ends the same, as
-    `gpt2_tokenizer.json` for `tokenizer.json`, and into the hub's cache.
+    A link may lead to a file in the directory of its own, or into the hub's cache, as the files of a
+    downloaded model do. It must then lead to what its name says.
     """
-    if path.is_symlink():
-        target = path.resolve()
-        is_cached = target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
-        if not target.name.endswith(path.name) and not is_cached:
-            raise CheckpointError(
-                f"{path}: is a link to {target}, which has another name; replace the link by the file"
-            )
+    if not path.is_symlink():
+        return path
+    target, here = path.resolve(), path.parent.resolve()
+    in_cache = target.parent.name == "blobs" and HUB_BLOB.fullmatch(target.name)
+    in_cache = in_cache and (target.parent.parent / "snapshots").is_dir()
+    if not target.is_relative_to(here) and not in_cache:
+        raise CheckpointError(
+            f"{path}: is a link to {target}, which is outside its own directory and may not belong to the "
+            "model; replace the link by the file"
+        )
+    # The tokenizer is larger than other files, and is read in full by whoever loads it.
+    if path.suffix == ".json" and path.name != "tokenizer.json":
+        read_json_object(path)
+    elif path.suffix in (".yaml", ".jinja", ".txt"):
+        read_text(path)
     return path
-
-
-def check_pattern(pattern: Any) -> None:
-    """Raise ValueError for a pattern of layer names that could take forever: Python's regular
-    expressions have no time limit."""
-    if not isinstance(pattern, str) or len(pattern) > 1000:
-        raise ValueError(f"{str(pattern)[:60]!r} is not the name of a layer")
-    plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without escapes and character sets
-    if re.search(r"\)\s*[*+{]", plain) or len(re.findall(r"[*+{]", plain)) > 4:
-        raise ValueError(f"the pattern {pattern[:60]!r} repeats more than names of layers need")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"the pattern {pattern[:60]!r} is no regular expression ({error})") from None
 
 
 def read_json_object(path: Path, hint: str = "") -> dict[str, Any]:

@@ -73,7 +73,10 @@ class Trainer:
         has no token to learn, and UserError if the loss stays non-finite, a trainable weight takes
         no part in it, or memory runs out.
         """
-        self._start(resume)
+        if resume is not None:
+            self.restore(resume)
+        self.module.train()
+        self.sink.handle(events.Begun(self.at.step, self.total_steps))
         try:
             stopped = self._loop()
             if stopped and self.checkpoints.newest != self.checkpoints.directory(self.at.step):
@@ -83,6 +86,13 @@ class Trainer:
         finally:
             self.sink.close()
         return done
+
+    def restore(self, state: State) -> None:
+        """Continue from this state. Raises CheckpointError, and changes nothing, if it does not
+        fit."""
+        sums = state.restore(self.parallel, self.objective, self.optimizer, self.config, tuple(self.sums))
+        self.sums |= sums
+        self.at = state.at
 
     def _loop(self) -> Stop | None:
         """Every step still to be done; returns why it ended before the last one, or None."""
@@ -195,13 +205,6 @@ class Trainer:
             )
         else:
             self.sink.handle(events.Saved(self.at.step, directory))
-
-    def _start(self, resume: State | None) -> None:
-        self.module.train()
-        if resume is not None:
-            self.at = resume.at
-            self.sums |= resume.restore(self.parallel, self.objective, self.optimizer)
-        self.sink.handle(events.Begun(self.at.step, self.total_steps))
 
     def _done(self, stopped: Stop | None) -> events.Done:
         at = self.at

@@ -50,7 +50,7 @@ def decide(asked: str, stored: torch.dtype, speedup: Callable[[], float], *, tra
     train stay in fp32: bf16 loses an update below 1/256 of a weight.
     """
     if asked != "auto":
-        return Precision(asked, "as asked")
+        return Precision(asked, "as set")
     if stored != torch.bfloat16:
         fp16 = stored == torch.float16
         kept = "which fp32 holds exactly and bf16 does not" if fp16 else "which bf16 would round"

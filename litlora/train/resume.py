@@ -9,6 +9,7 @@ epoch, so two integers give the position in the data.
 import dataclasses
 import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
+from litlora.settings import TrainConfig
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml_mapping
 from litlora.train.objective import Objective
 from litlora.train.parallel import Parallel
+from litlora.train.state_check import check_optimizer_state, check_position, check_rank, check_weights
 
 FORMAT = 1
 OLD_PREFIX = "module.model."
@@ -112,10 +115,16 @@ class State:
     """Where it was read from."""
 
     def restore(
-        self, parallel: Parallel, objective: Objective, optimizer: torch.optim.Optimizer
+        self,
+        parallel: Parallel,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        sums: Iterable[str],
     ) -> dict[str, Tensor]:
         """Put weights, optimizer and generators back; returns this rank's sums since the last
-        logged line."""
+        logged line. `config` is what the optimizer was made of; `sums` are the names that sums may
+        have. Nothing is put back unless all fits."""
         trained = objective.trainable()
         if {name: p.shape for name, p in trained.items()} != {
             name: t.shape for name, t in self.weights.items()
@@ -124,30 +133,26 @@ class State:
                 f"{self.directory}: other weights train there than here; it cannot be resumed, "
                 f"not even with {setting('resume_force')}"
             )
+        try:
+            check_weights(self.weights)
+            restored = check_optimizer_state(self.optimizer, optimizer, config)
+            live = generators(parallel.device)
+            ranks = [check_rank(rank, live, sums) for rank in self.ranks]
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.directory / STATE_FILE}: does not fit this run, or is broken: {error}; "
+                "resume from another step directory"
+            ) from None
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(self.weights[name])
-        try:
-            # Copies, so that the moments do not live in the file's memory.
-            slots = {
-                index: {
-                    name: value.clone() if isinstance(value, Tensor) else value
-                    for name, value in slot.items()
-                }
-                for index, slot in self.optimizer["state"].items()
-            }
-            optimizer.load_state_dict({**self.optimizer, "state": slots})
-            if parallel.rank >= len(self.ranks):  # more devices than before, by resume_force
-                return {}
-            rank = self.ranks[parallel.rank]
-            set_generators(rank["generators"], parallel.device)
-            sums = {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
-            return {name: tensor.to(parallel.device) for name, tensor in sums.items()}
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(
-                f"{self.directory / STATE_FILE}: does not fit this run, or is broken: {said}"
-            ) from None
+        optimizer.load_state_dict(restored)
+        if parallel.rank >= len(ranks):  # more devices than before, by resume_force
+            return {}
+        rank = ranks[parallel.rank]
+        set_generators(rank["generators"], parallel.device)
+        found = {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
+        return {name: tensor.to(parallel.device) for name, tensor in found.items()}
 
 
 def capture(
@@ -209,7 +214,11 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
         type(position[name]) not in _KINDS[type(fresh[name])] for name in fresh
     ):
         raise CheckpointError(f"{file}: broken: its position is {position}")
-    if not all(isinstance(tensor, Tensor) for tensor in content["weights"].values()):
+    try:
+        check_position(position)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: broken: its position: {error}") from None
+    if not all(isinstance(x, str) and isinstance(t, Tensor) for x, t in content["weights"].items()):
         raise CheckpointError(f"{file}: broken: one of its weights is not a tensor")
     weights = {name.removeprefix(OLD_PREFIX): tensor for name, tensor in content["weights"].items()}
     state = State(Position(**position), weights, content["optimizer"], content["ranks"], directory)

@@ -31,6 +31,7 @@ from litlora.report.events import Done
 from litlora.report.metrics import Metrics
 from litlora.report.sinks import Sinks
 from litlora.settings import Finetune, TrainConfig, dump
+from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
@@ -86,6 +87,7 @@ def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDir
         done = run.train(state, rows)
         if done.stopped is None:
             run.write_result(done)
+        run.check_directory()
     # Other ranks exit with status 0: the launcher ends all processes when one has another status.
     if run.parallel.is_main:
         run.close(done)
@@ -199,6 +201,8 @@ class Run:
         if start is None:
             if self.settings.resume:
                 self.say(f"resume: {self.path} holds no early checkpoint, so the run begins")
+            for name in self.place.outdated:
+                self.say(f"note: {self.path / name} stays; it may come from the run that this one replaces")
             return None, None
         differences = changed_settings(yaml.safe_load(self.hyperparameters), stored_settings(start))
         state = rows = None
@@ -234,22 +238,24 @@ class Run:
             newest=None if state is None else state.directory,
             prunes=self.parallel.is_main,
         )
-        sinks = []
-        if self.parallel.is_main:
-            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
-                staging.write_text(self.hyperparameters, encoding="utf-8")
-            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
-            sinks = [Console(), self.metrics, *(make(self.path) for make in report.SINKS)]
+        sink = Sinks()
         trainer = Trainer(
             self.parallel,
             self.objective,
             self.data,
             self.config,
             checkpoints,
-            sink=Sinks(sinks),
+            sink=sink,
             interrupts=self.interrupts,
         )
-        return trainer.fit(state)
+        if state is not None:
+            trainer.restore(state)  # before anything is written: it may not fit
+        if self.parallel.is_main:
+            with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
+                staging.write_text(self.hyperparameters, encoding="utf-8")
+            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
+            sink.add(Console(), self.metrics, *(make(self.path) for make in report.SINKS))
+        return trainer.fit()
 
     def write_result(self, done: Done) -> None:
         """Write final/. Raises UserError if that fails; early checkpoints remain."""
@@ -260,6 +266,24 @@ class Run:
                 f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
                 f"make room, then: {self._resume_command()}"
             ) from None
+
+    def check_directory(self) -> None:
+        """Raise UserError if the run's directory was deleted or renamed since training began. What
+        there is, is then saved under its name anew."""
+        if not self.parallel.is_main:
+            return
+        files = {HYPERPARAMETERS_FILE: self.hyperparameters, METRICS_FILE: self.metrics.text}
+        lost = {name: text for name, text in files.items() if not (self.path / name).exists()}
+        if not lost:
+            return
+        for name, text in lost.items():
+            with replacing_file(self.path / name) as staging:
+                staging.write_text(text, encoding="utf-8", newline="")
+        saved = ", ".join(sorted(path.name for path in self.path.iterdir()))
+        raise UserError(
+            f"{setting('out_dir')} {self.path}: was deleted or renamed during the run, with what it held; "
+            f"saved there anew: {saved}"
+        )
 
     def close(self, done: Done) -> None:
         """Say what the run did. Exits with the signal's status if it was stopped early."""
@@ -294,7 +318,8 @@ class Run:
             if training is not None:
                 state = {**training, "facts": self.facts, "metrics": self.metrics.text}
             content, sources = self.method.content(self.model), self.loaded.chain.sources
-            beside = Beside(self.style, self.hyperparameters, state)
+            stops = taught_stops(self.loaded.tokenizer, self.style)
+            beside = Beside(self.style, self.hyperparameters, state, tuple(stops))
 
             def check(_: Path) -> None:
                 # Before the directory gets its name: a crash in between must not leave an earlier

@@ -1,7 +1,9 @@
 """A run's directory: what it holds, where a new run writes, and where a resumed one starts.
 Torch-free.
 
-It holds hyperparameters.yaml, metrics.csv, early checkpoints (step-000200/ ...) and final/.
+It holds hyperparameters.yaml, metrics.csv, early checkpoints (step-000200/ ...) and final/. A run
+replaces these names only: whatever else was put into its directory, such as a merge of its result,
+stays as it is.
 """
 
 import re
@@ -9,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litlora.errors import CheckpointError, UserError, setting
-from litlora.paths import FINAL, HYPERPARAMETERS_FILE, STATE_FILE, output_dir
+from litlora.paths import FINAL, HYPERPARAMETERS_FILE, STATE_FILE, content, is_checkpoint, output_dir
 from litlora.storage.atomic import LEFTOVERS, settle
 
 METRICS_FILE = "metrics.csv"
 RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, FINAL, "step-*", *LEFTOVERS)
 """What a fine-tuning run writes into its directory, as glob patterns."""
+_OF_EVERY_RUN = (HYPERPARAMETERS_FILE, f".{HYPERPARAMETERS_FILE}.*")
+"""What tells that a directory is a run's: its settings, or the same set aside by a run that was
+killed."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class RunDirectory:
     path: Path
     start: Path | None = None
     """The step directory to resume from; of a complete run, its result; None: a new run."""
+    outdated: tuple[str, ...] = ()
+    """Checkpoint directories that were put into the directory of an earlier run, which a new one
+    replaces: they stay, and may have been made of its result."""
 
     @property
     def complete(self) -> bool:
@@ -44,7 +52,10 @@ def run_directory(
         return _resumed_from(Path(resume), out_dir, inputs)
     path = Path(out_dir or default)
     checked = _checked(path, inputs, overwrite=overwrite or resume == "auto")
-    return RunDirectory(checked, _newest(path) if resume == "auto" else None)
+    start = _newest(path) if resume == "auto" else None
+    ours, others = content(path, RUN_NAMES)
+    outdated = tuple(name for name in others if is_checkpoint(path / name)) if ours and not start else ()
+    return RunDirectory(checked, start, outdated)
 
 
 def _resumed_from(start: Path, out_dir: str | None, inputs: list[Path]) -> RunDirectory:
@@ -83,7 +94,23 @@ def _newest(path: Path) -> Path | None:
 
 
 def _checked(path: Path, inputs: list[Path], *, overwrite: bool) -> Path:
-    return output_dir(str(path), overwrite=overwrite, names=RUN_NAMES, inputs=inputs, replaced=False)
+    """The path, if a run may write there. Raises UserError where `output_dir` does, for a checkpoint
+    directory, and for one with other content than a run and checkpoints."""
+    place = f"{setting('out_dir')} {path}"
+    if is_checkpoint(path):
+        raise UserError(f"{place}: is a checkpoint directory, not a run's; name another directory")
+    ours, others = content(path, RUN_NAMES)
+    is_run = any(Path(name).match(pattern) for name in ours for pattern in _OF_EVERY_RUN)
+    foreign = [] if is_run else [name for name in others if not is_checkpoint(path / name)]
+    if foreign:
+        raise UserError(f"{place}: holds {foreign[0]}, which litlora did not write; name another directory")
+    if ours and not overwrite:
+        go_on = "" if FINAL in ours else f", continue that run with {setting('resume')} auto,"
+        raise UserError(
+            f"{place}: already holds {ours[0]}; name another directory{go_on} or replace that run with "
+            f"{setting('overwrite')}"
+        )
+    return output_dir(str(path), overwrite=True, names=RUN_NAMES, inputs=inputs, replaced=False)
 
 
 def step_directory(run_dir: Path, step: int) -> Path:

@@ -21,11 +21,11 @@ from litlora.adapters.combine import (
     trim,
 )
 from litlora.adapters.merge import merge_chain
-from litlora.checkpoint import open_checkpoint, resolve
+from litlora.checkpoint import open_checkpoint, reference_to, resolve, write_adapter
 from litlora.errors import CheckpointError, UserError
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.load import load
-from litlora.lora import LoRAConfig
+from litlora.lora import Adapter, LoRAConfig
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.settings import CombineLoRA
 
@@ -593,9 +593,7 @@ def test_one_file_at_weight_1_stays_what_it_is(mode, alpha, tmp_path):
 def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     lora_file(tmp_path / "a.safetensors", alpha=True, seed=0)
     tensors = load_file(tmp_path / "a.safetensors")
-    save_file(
-        {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors"
-    )
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "b.safetensors")
     save_file(tensors | {"unet_norm.diff": torch.ones(5)}, tmp_path / "c.safetensors")
 
     def said(*paths, more=()) -> str:
@@ -614,6 +612,18 @@ def test_files_that_do_not_go_together_are_refused(base, tmp_path):
     assert "is a LoRA file, but not all are" in said(base)
     assert "needs no base" in said(more=("--checkpoint_dir", base))
     assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_under_two_spellings_is_combined_into_one(tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    up, down = torch.randn(2, 6, 2), torch.randn(2, 2, 6)
+    names = ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv")
+    for file, name, B, A in zip((a, b), names, up, down, strict=True):
+        save_file({f"{name}.lora_up.weight": B.clone(), f"{name}.lora_down.weight": A.clone()}, file)
+    succeeds("scripts/combine_lora.py", "--lora_path", a, b, "--out_dir", tmp_path / "out")
+    updates = read_lora(tmp_path / "out/a.safetensors").updates
+    assert [*updates] == [names[0]]
+    torch.testing.assert_close(updates[names[0]].product(), up[0] @ down[0] + up[1] @ down[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -698,3 +708,36 @@ def test_factors_of_two_dtypes_are_one_update(base, tmp_path):
         tmp_path / "out",
     ]
     succeeds("scripts/combine_lora.py", *words)
+
+
+@pytest.mark.parametrize("end", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("mode", ["linear", "cat"])
+def test_the_ends_of_a_tied_base_are_combined_apart(tmp_path, make_checkpoint, end, mode):
+    """One adapter updates an end and holds the weight below, which both ends share; the other holds
+    that end whole."""
+    base_dir = make_checkpoint("base", tie_word_embeddings=True)
+    chain = resolve(base_dir)
+    W = chain.base.tensors["model.embed_tokens.weight"]
+    below, trained = W + torch.randn_like(W), W + torch.randn_like(W)
+    update = Update(torch.randn(3, 32), torch.randn(400, 3), 0.5)
+    config = LoRAConfig(rank=3, alpha=1.5, targets=[end], modules_to_save=[end])
+    for name, updates, whole in (("one", {end: update}, below), ("other", {}, trained)):
+        reference = reference_to(chain.base, tmp_path / name)
+        adapter = Adapter(config, updates, {f"{end}.weight": whole}, reference)
+        write_adapter(tmp_path / name, adapter, chain.config, sidecars_from=[base_dir])
+    adapters = [tmp_path / "one", tmp_path / "other"]
+    succeeds(
+        "scripts/combine_lora.py",
+        *("--lora_path", *adapters, "--out_dir", tmp_path / "both"),
+        *("--mode", mode, "--weights", 0.5, 2.0),
+    )
+    shared = W.double() + 0.5 * (below.double() - W)
+    wanted = {
+        "model.embed_tokens.weight": shared,
+        "lm_head.weight": shared,
+        f"{end}.weight": shared + 2.0 * (trained.double() - W) + 0.5 * delta(update),
+    }
+    merged, model = merge_chain(resolve(tmp_path / "both"))
+    assert not model.tie_word_embeddings
+    for name, expected in wanted.items():
+        assert (merged[name].double() - expected).abs().max() < 1e-5

@@ -202,3 +202,17 @@ def test_a_stand_in_is_found_through_an_adapter_of_another_format(tmp_path, make
     base.rename(tmp_path / "moved")
     found = describe(second, base_dir=tmp_path / "moved")
     assert found["base"]["matches"] and found["base"]["path"] == str(foreign) and not found["problems"]
+
+
+def test_a_base_that_is_there_is_found_though_the_tensors_do_not_fit(tmp_path, make_checkpoint):
+    """By the adapter's own word, and by the setting."""
+    base = make_checkpoint("base", num_hidden_layers=1)
+    adapter = write_peft(tmp_path / "peft", base)
+    other = write_peft(tmp_path / "other", "somewhere/else")
+    for found in (describe(adapter), describe(other, base_dir=base)):
+        assert "the base has no place for model.layers.1.self_attn.q_proj" in found["problems"][0]
+        assert (found["base"]["path"], found["base"]["found"]) == (str(base), True)
+        assert not any("NOT FOUND" in line for line in table(found))
+    assert describe(other)["base"] == {
+        **{"path": "somewhere/else", "found": False, "wanted": None, "fingerprint": None, "matches": None}
+    }

@@ -2,6 +2,7 @@
 without a trace when undone."""
 
 import dataclasses
+import math
 import runpy
 
 import pytest
@@ -317,6 +318,18 @@ def test_settings_that_make_no_merge_are_refused(settings, message):
 def test_stochastic_rounding_of_an_fp32_base_is_refused(tmp_path, base):
     with pytest.raises(UserError, match="this base is neither"):
         merge(tmp_path / "out", write_adapter(tmp_path / "adapter", base), rounding="stochastic")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_adapter_with_a_value_that_is_not_finite_is_refused(tmp_path, base, verify):
+    """In a row of the embedding that the probe's text does not look up."""
+    adapter = write_adapter(tmp_path / "adapter", base, targets="qv", modules_to_save=["embed_tokens"])
+    content = torch.load(adapter / "lit_model.pth", weights_only=True)
+    content["model"]["model.embed_tokens.weight"][399, 3] = math.nan
+    torch.save(content, adapter / "lit_model.pth")
+    with pytest.raises(CheckpointError, match="model.embed_tokens.weight holds values that are not finite"):
+        merge(tmp_path / "merged", adapter, verify=verify)
+    assert remains(tmp_path) == ["adapter", "base"]
 
 
 def test_a_resized_vocabulary_has_no_other_strength(tmp_path, base):

@@ -9,11 +9,14 @@ import torch
 from test_checkpoint import write_adapter
 from test_merge import merge
 
+from litlora.adapters import merge as merging
 from litlora.adapters.merge import MergedTensor, converted, plan_merge, plan_sum
 from litlora.adapters.verify import bytes_needed, live_model, logits, tolerance, verify
-from litlora.checkpoint import open_checkpoint, resolve, write_full
+from litlora.checkpoint import open_checkpoint, reference_to, resolve, write_full
+from litlora.checkpoint import write_adapter as store_adapter
 from litlora.errors import CheckpointError
 from litlora.load import load
+from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.model import GPT
 
 IDS = torch.arange(30).view(1, 30)
@@ -105,6 +108,25 @@ def test_a_wrong_sum_is_seen_in_the_logits(tmp_path, adapter, monkeypatch):
     ):
         merge(tmp_path / "out", adapter)
     assert remains(tmp_path) == ["adapter", "base"]
+
+
+def test_a_mistake_in_untying_is_seen_in_the_logits(tmp_path, make_checkpoint, monkeypatch):
+    """The head keeps the base's weight, not the one that the embedding's update was trained on."""
+    base = make_checkpoint("base", tie_word_embeddings=True)
+    chain, end = resolve(base), "model.embed_tokens"
+    below = torch.randn_like(chain.base.tensors[f"{end}.weight"])
+    config = LoRAConfig(rank=3, targets=[end], modules_to_save=[end])
+    update = Update(torch.randn(3, 32), torch.randn(400, 3), config.alpha / 3)
+    adapter = Adapter(
+        config, {end: update}, {f"{end}.weight": below}, reference_to(chain.base, tmp_path / "adapter")
+    )
+    store_adapter(tmp_path / "adapter", adapter, chain.config, sidecars_from=[base])
+    for strength in (1.0, 0.5):
+        merge(tmp_path / f"out {strength}", tmp_path / "adapter", strength=strength)
+    monkeypatch.setattr(merging, "whole_of", lambda adapter, config: adapter.whole)
+    for strength in (1.0, 0.5):
+        with pytest.raises(CheckpointError, match="not kept: the merged model is not the live one"):
+            merge(tmp_path / "wrong", tmp_path / "adapter", strength=strength)
 
 
 def test_a_refused_merge_keeps_what_it_was_to_replace(tmp_path, adapter, monkeypatch):

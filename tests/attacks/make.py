@@ -447,17 +447,40 @@ def shards_without_number(directory: Path) -> None:
     torch.save({}, directory / "base/pytorch_model-1-of-99999999999.bin")
 
 
-@attack("links", "is a link to .*which has another name")
+@attack("links", "is a link to .*outside its own directory")
 def a_sidecar_that_is_a_secret(directory: Path) -> None:
     (directory / "secret.txt").write_text("a private key")
     (directory / "base/vocab.json").symlink_to(directory / "secret.txt")
 
 
-@attack("links", "is a link to .*which has another name", command=MERGE)
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
 def a_style_that_is_a_secret(directory: Path) -> None:
     (directory / "secret.yaml").write_text("style: plain")
     (directory / "adapter/prompt_style.yaml").unlink(missing_ok=True)
     (directory / "adapter/prompt_style.yaml").symlink_to(directory / "secret.yaml")
+
+
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
+def a_login_of_the_same_name(directory: Path) -> None:
+    (directory / ".docker").mkdir()
+    (directory / ".docker/config.json").write_text('{"auths": {"registry": {"auth": "c2VjcmV0"}}}')
+    (directory / "adapter/config.json").symlink_to(directory / ".docker/config.json")
+
+
+@attack("links", "is a link to .*outside its own directory", command=MERGE)
+def a_name_like_those_of_the_cache(directory: Path) -> None:
+    (directory / "private/blobs").mkdir(parents=True)
+    (directory / "private/blobs" / ("a" * 40)).write_text("{}")
+    (directory / "base/generation_config.json").symlink_to(directory / "private/blobs" / ("a" * 40))
+
+
+@attack("links", "cannot be read as JSON", command=MERGE)
+def a_blob_that_is_not_what_its_name_says(directory: Path) -> None:
+    (directory / "models--x/snapshots").mkdir(parents=True)
+    (directory / "models--x/blobs").mkdir()
+    blob = directory / "models--x/blobs" / ("a" * 40)
+    blob.write_text("a private key")
+    (directory / "base/config.json").symlink_to(blob)
 
 
 @attack("links", "not a checkpoint directory|no such directory")
@@ -608,29 +631,102 @@ def a_model_that_brings_its_code(directory: Path) -> None:
     (directory / "base/modeling_evil.py").write_text("import os; os.mkdir('pwned')")
 
 
-@attack("patterns", "repeats more than names of layers need", command=MERGE)
-def a_pattern_that_never_ends(directory: Path) -> None:
+def _stored_pattern(directory: Path, pattern: str) -> None:
     file = directory / "adapter/lit_model.pth"
     found = content(file)
-    found["litlora"]["lora"]["rank_pattern"] = {"(\\w+\\.?)+X": 3}
+    found["litlora"]["lora"]["rank_pattern"] = {pattern: 3}
     torch.save(found, file)
 
 
-@attack("patterns", "repeats more than names of layers need", command=MERGE)
-def the_same_of_peft(directory: Path) -> None:
+def peft_folder(directory: Path, patterns: dict[str, int]) -> None:
+    """Make the adapter a PEFT folder with these alphas."""
     shutil.rmtree(directory / "adapter")
     (directory / "adapter").mkdir()
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "alpha_pattern": {"(a|a|\\w)+$": 3},
-        "base_model_name_or_path": str(directory / "base"),
-    }
+    config = {"peft_type": "LORA", "r": 2, "alpha_pattern": patterns}
+    config["base_model_name_or_path"] = str(directory / "base")
     (directory / "adapter/adapter_config.json").write_text(json.dumps(config))
-    save_file(
-        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)},
-        directory / "adapter/adapter_model.safetensors",
-    )
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {f"{layer}.lora_A.weight": torch.zeros(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(pair, directory / "adapter/adapter_model.safetensors")
+
+
+def a_pattern_that_never_ends(directory: Path) -> None:
+    _stored_pattern(directory, "(\\w+\\.?)+X")
+
+
+def alternatives_that_never_end(directory: Path) -> None:
+    _stored_pattern(directory, "(|)" * 40 + "X")
+
+
+def optional_parts_that_never_end(directory: Path) -> None:
+    _stored_pattern(directory, ".?" * 40 + "X")
+
+
+def a_pattern_of_peft_that_never_ends(directory: Path) -> None:
+    peft_folder(directory, {"(a|a|\\w)+X": 3, "(.*)" * 40 + "X": 5})
+
+
+def thirty_thousand_patterns(directory: Path) -> None:
+    peft_folder(directory, {f"model.layers.{n}.self_attn.k_proj": 3 for n in range(30_000)})
+
+
+PATTERNS = [
+    a_pattern_that_never_ends,
+    alternatives_that_never_end,
+    optional_parts_that_never_end,
+    a_pattern_of_peft_that_never_ends,
+    thirty_thousand_patterns,
+]
+"""Each makes an adapter whose patterns match no layer, but take for ever with a search by trial."""
+
+
+@attack("patterns", "has a group of the kind", command=MERGE)
+def a_pattern_that_looks_around(directory: Path) -> None:
+    _stored_pattern(directory, "(?=(\\w+)+X)q_proj")
+
+
+@attack("patterns", "repeats what may be empty", command=MERGE)
+def an_empty_repetition_of_peft(directory: Path) -> None:
+    peft_folder(directory, {"(\\w*)*X": 3})
+
+
+@attack("patterns", "too many states|repeats", command=MERGE)
+def repetitions_of_repetitions(directory: Path) -> None:
+    _stored_pattern(directory, "((a{999}){999}){999}")
+
+
+@attack("patterns", "too many to match", command=MERGE)
+def more_patterns_than_memory_holds(directory: Path) -> None:
+    peft_folder(directory, {f"{n:05}" + "x{900}" : 3 for n in range(3000)})
+
+
+# ---- pipes and devices
+
+
+def _pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+@attack("pipes", "model_config.yaml: .*it is a pipe")
+def an_architecture_that_is_a_pipe(directory: Path) -> None:
+    _pipe(directory / "base/model_config.yaml")
+
+
+@attack("pipes", "model_config.yaml: .*it is a pipe, a device")
+def an_architecture_without_end(directory: Path) -> None:
+    (directory / "base/model_config.yaml").unlink()
+    (directory / "base/model_config.yaml").symlink_to("/dev/zero")
+
+
+@attack("pipes", "no such directory|not a checkpoint|missing")
+def weights_that_are_a_pipe(directory: Path) -> None:
+    _pipe(directory / WEIGHTS)
+
+
+@attack("pipes", "no such file|needs its tokenizer|no tokenizer")
+def a_tokenizer_that_is_a_pipe(directory: Path) -> None:
+    _pipe(directory / "base/tokenizer.json")
 
 
 # ---- chat templates
@@ -738,3 +834,36 @@ def _sentencepiece(directory: Path, data: bytes) -> None:
 def _tokenizer(directory: Path, **changes: Any) -> None:
     file = directory / "base/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- training states
+
+
+def a_moment_of_three_values(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["exp_avg_sq"] = torch.ones(3)
+
+
+def a_step_that_is_a_vector(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["step"] = torch.ones(4)
+
+
+def betas_that_are_text(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["betas"] = "0.9, 0.95"
+
+
+def a_generator_beyond_its_end(state: dict[str, Any]) -> None:
+    state["ranks"][0]["generators"]["numpy"][2] = 10**7
+
+
+def time_that_is_not_a_number(state: dict[str, Any]) -> None:
+    state["position"]["seconds"] = float("nan")
+
+
+STATES = [
+    a_moment_of_three_values,
+    a_step_that_is_a_vector,
+    betas_that_are_text,
+    a_generator_beyond_its_end,
+    time_that_is_not_a_number,
+]
+"""Each makes a training state, as state.pth holds it, hostile."""

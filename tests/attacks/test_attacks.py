@@ -4,6 +4,7 @@ behind. Every document here describes an attack."""
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -101,9 +102,89 @@ def test_a_training_state_that_calls_something_is_refused(tmp_path):
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.fixture(scope="module")
+def stopped_run(valid, forked, tmp_path_factory) -> Path:
+    """A directory with a base, and a run on it, `run`, that was stopped after its first step."""
+    directory = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(valid / "base", directory / "base")
+    records = [{"instruction": f"count {n}", "output": "one two " * (1 + n % 3)} for n in range(8)]
+    (directory / "data.json").write_text(json.dumps(records))
+    words = ["--checkpoint_dir", "base", "--data", "JSON", "--data.path", "data.json", "--out_dir", "run"]
+    words += ["--prompt_style", "plain", "--train.max_steps", 2, "--train.save_interval", 1]
+    done = forked.run("finetune/lora.py", *words, "--accelerator", "cpu", cwd=directory)
+    assert done["status"] == 0, done
+    shutil.rmtree(directory / "run/final")
+    return directory
+
+
+@pytest.mark.parametrize("attack", make.STATES, ids=lambda attack: attack.__name__)
+def test_a_training_state_that_does_not_fit_is_refused(attack, stopped_run, forked, tmp_path):
+    """training_state.md; tests/train/test_state_check.py tries every entry."""
+    shutil.copytree(stopped_run, tmp_path / "it")
+    file = tmp_path / "it/run/step-000001/state.pth"
+    state = torch.load(file, weights_only=True)
+    attack(state)
+    torch.save(state, file)
+    words = ["--config", "run/step-000001/hyperparameters.yaml", "--resume", "auto"]
+    line = forked.refuses("finetune/lora.py", *words, cwd=tmp_path / "it")
+    assert "step-000001/state.pth" in line, line
+
+
+@pytest.mark.parametrize("attack", make.PATTERNS, ids=lambda attack: attack.__name__)
+def test_patterns_that_never_end_end(attack, valid, forked, tmp_path):
+    """patterns.md: they match no layer, and the adapter is merged as without them."""
+    shutil.copytree(valid, tmp_path / "it")
+    attack(tmp_path / "it")
+    done = forked.run(*words(make.MERGE, tmp_path / "it"), cwd=tmp_path)
+    assert done["status"] == 0, done
+
+
+def test_links_in_the_own_directory_and_into_the_cache_are_followed(valid, forked, tmp_path):
+    """links.md: the hub's cache is laid out like this."""
+    shutil.copytree(valid, tmp_path / "it")
+    repository, base = tmp_path / "models--a--b", tmp_path / "it/base"
+    for name in ("blobs", "snapshots"):
+        (repository / name).mkdir(parents=True)
+    for number, name in enumerate(["tokenizer.json", "tokenizer_config.json"]):
+        blob = repository / "blobs" / (f"{number}" * 64)
+        (base / name).rename(blob)
+        (base / name).symlink_to(blob)
+    (base / "files").mkdir()
+    (base / "files/all.json").write_text("{}")
+    (base / "generation_config.json").symlink_to("files/all.json")
+    done = forked.run(*words(make.MERGE, tmp_path / "it"), cwd=tmp_path)
+    assert done["status"] == 0, done
+    assert not (tmp_path / "it/out/tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("setting", ["--config", "--data.path"])
+def test_settings_and_data_that_never_end_are_refused(setting, kind, valid, forked, tmp_path):
+    """pipes.md"""
+    shutil.copytree(valid, tmp_path / "it")
+    file = tmp_path / "endless.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    data = ["--data", "JSON"] if setting == "--data.path" else []
+    words = ["--checkpoint_dir", "it/base", *data, setting, file, "--out_dir", "out"]
+    line = forked.refuses("finetune/lora.py", *words, cwd=tmp_path)
+    assert re.search("endless.json: .*it is a pipe, a device or a socket", line), line
+
+
+def test_a_prompt_style_that_is_a_pipe_is_refused(valid, forked, tmp_path):
+    """pipes.md"""
+    shutil.copytree(valid, tmp_path / "it")
+    (tmp_path / "it/base/prompt_style.yaml").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "it/base/prompt_style.yaml")
+    line = forked.refuses("chat/base.py", "--checkpoint_dir", "it/base", "--prompt", "a", cwd=tmp_path)
+    assert "prompt_style.yaml: cannot be read: it is a pipe" in line
+
+
 def test_every_attack_has_a_document_and_every_document_an_attack():
     documents = {file.stem for file in HERE.glob("*.md")}
-    assert documents == make.ATTACKS.keys() | {"terminal"}
+    assert documents == make.ATTACKS.keys() | {"terminal", "training_state"}
     for file in HERE.glob("*.md"):
         text = file.read_text()
         assert "## What it tries" in text and "## What must happen" in text, file.name

@@ -65,7 +65,7 @@ def test_the_real_data_keeps_every_end(tmp_path):
     path, file = SHARED / "data/alpaca_zh_demo.json", SHARED / "tokenizers/gpt_neox_20b_tokenizer.json"
     if not (path.is_file() and file.is_file()):
         pytest.skip(f"{path} or {file} is not at hand")
-    (tmp_path / "tokenizer.json").symlink_to(file)
+    (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
     tokenizer = Tokenizer(tmp_path)
     done = tokenize(read_dataset(JSON(path=str(path))).conversations, tokenizer, STYLE, 256)
     assert len(done.examples) + done.num_left_out == 1000

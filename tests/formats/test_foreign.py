@@ -104,23 +104,32 @@ def test_a_base_that_is_not_here_is_asked_for(base, tmp_path):
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type LOHA is not supported"),
-        ({"use_dora": True}, "use_dora .True. is not supported"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"use_dora": True}, "q_proj has no lora_magnitude_vector, but adapter_config.json has use_dora"),
+        ({"lora_bias": True}, "has no lora_B.bias, but adapter_config.json has lora_bias"),
         ({"init_lora_weights": "pissa_niter_16"}, "changed the base's weights"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.gate.weight"]}, "target_parameters 'mlp.gate.weight' is not supported"),
+        ({"trainable_token_indices": [1]}, "has rows of single tokens, but .*safetensors has none"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices is"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"something_new": {"a": 1}}, "something_new"),
         ({"r": 4}, "do not form an update of rank 4"),
         ({"r": "8"}, "r is '8'"),
         ({"lora_alpha": 0}, "lora_alpha is 0, which no adapter can have"),
-        ({"rank_pattern": {"(": 3}}, "no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "does not close a group"),
     ],
 )
 def test_a_peft_setting_that_cannot_be_expressed_is_refused_by_name(changes, message, base, tmp_path):
     with pytest.raises(Exception, match=message) as caught:
         open_checkpoint(write_peft(tmp_path / "peft", base, **changes))
     assert type(caught.value).__name__ == "CheckpointError"
+
+
+def test_settings_that_change_nothing_are_no_reason_to_refuse(base, tmp_path):
+    plain = open_checkpoint(write_peft(tmp_path / "plain", base))
+    more = {"lora_dtype": "bfloat16", "lorap_lr_ratio": 16.0, "something_new": None, "use_newer": False}
+    found = open_checkpoint(write_peft(tmp_path / "more", base, **more, newer_pattern={}, newer_list=[]))
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in found.tensors.items())
+    assert found.config == plain.config
 
 
 @pytest.mark.parametrize(
@@ -133,11 +142,11 @@ def test_a_peft_setting_that_cannot_be_expressed_is_refused_by_name(changes, mes
         ),
         (
             "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
-            "lora_magnitude_vector is not supported",
+            "q_proj has lora_magnitude_vector, but adapter_config.json no use_dora",
         ),
         (
             "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-            "trainable_tokens_delta is not supported",
+            "adapter_model.safetensors has rows of single tokens, but adapter_config.json has none",
         ),
     ],
 )

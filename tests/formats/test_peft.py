@@ -3,19 +3,22 @@ settings."""
 
 import copy
 import importlib.util
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import reference_to, resolve, write_adapter, write_full
 from litlora.errors import CheckpointError
 from litlora.load import attach_adapter, build
 from litlora.lora import LoRAConfig, adapter_of, add_lora
-from litlora.settings import ExportPEFT
+from litlora.settings import ConvertLit, ExportPEFT, MergeLoRA
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -128,6 +131,65 @@ CASES |= {
 }
 
 
+DORA = {"r": 4, "lora_alpha": 10, "use_dora": True}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+CASES |= {
+    "llama-dora": ("llama", {**DORA, "target_modules": "all-linear", "lora_dropout": 0.1}),
+    "llama-dora-head-rslora": (
+        "llama_tied",
+        {**DORA, "target_modules": ["v_proj", "lm_head"], "use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    ),
+    "qwen2-dora": ("qwen2", {**DORA, "target_modules": ["q_proj", "o_proj"], "modules_to_save": ["norm"]}),
+    "gpt_neox-dora": ("gpt_neox", {**DORA, "target_modules": ["query_key_value", "dense"]}),
+    "gpt2-dora": ("gpt2", {**DORA, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "phi3-dora": ("phi3", {**DORA, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "qwen2-lora_bias": ("qwen2", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "gpt2-lora_bias": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True},
+    ),
+    "llama-tokens": ("llama", {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [7, 0, 21]}),
+    "llama-tokens-head": (
+        "llama",
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [7, 0], "lm_head": [3]},
+        },
+    ),
+    "llama_tied-tokens": (
+        "llama_tied",
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [7]},
+    ),
+    "gpt2-tokens": (
+        "gpt2",
+        {
+            "r": 4,
+            "target_modules": ["c_attn"],
+            "trainable_token_indices": {"wte": [7, 14]},
+            "fan_in_fan_out": True,
+        },
+    ),
+    "mixtral-experts": (
+        "mixtral",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
+    ),
+}
+CASES |= {
+    f"llama_tied-tying-{name}": (
+        "llama_tied",
+        {"r": 4, "target_modules": targets, "modules_to_save": saved, "ensure_weight_tying": True},
+    )
+    for name, targets, saved in (
+        ("embedding_saved", ["q_proj"], ["embed_tokens"]),
+        ("head_saved", ["q_proj"], ["lm_head"]),
+        ("embedding_adapted", ["q_proj", "embed_tokens"], None),
+        ("head_adapted", ["q_proj", "lm_head"], None),
+        ("neither", ["o_proj"], None),
+    )
+}
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Callable[[str], tuple[Any, Path]]:
     """name -> a random model of transformers, and its folder."""
@@ -179,12 +241,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return getattr(result, "logits", result)
 
 
+def script(name: str) -> Any:
+    """A command of scripts/, without a process of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def export(adapter: Path, out_dir: Path, **settings: Any) -> None:
-    """scripts/export_peft.py, without a process of its own."""
-    spec = importlib.util.spec_from_file_location("export_peft", ROOT / "scripts/export_peft.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
+    script("export_peft").main(ExportPEFT(lora_path=str(adapter), out_dir=str(out_dir), **settings))
 
 
 def save(model: Any, directory: Path, base_dir: Path) -> Path:
@@ -312,10 +378,126 @@ def test_an_adapter_may_resize_the_vocabulary(name, bases, tmp_path):
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
 
 
-def test_a_tie_that_only_peft_keeps_is_refused(bases, tmp_path):
-    base, base_dir = bases("llama_tied")
-    model = theirs(
-        base, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+ENDS = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "embedding, head whole": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    "head, embedding whole": {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+    "embedding whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("num_rows", [97, 104])
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_tied_model_is_untied_as_peft_computes_it(ends, num_rows, bases, tmp_path):
+    """The layer that has no update keeps the weight below that of the other. PEFT, the merge that
+    our command verifies, and its export to transformers compute the same."""
+    base, _ = bases("llama_tied")
+    base_dir, resized = tmp_path / "base", copy.deepcopy(base)
+    base.save_pretrained(base_dir)
+    if num_rows != 97:
+        resized.resize_token_embeddings(num_rows, mean_resizing=False)
+    else:  # the adapter stores what the embedding was trained with, changed or not
+        resized.get_input_embeddings().weight.data[90:] += 1 if "whole" not in ends else 0
+    model = theirs(resized, r=4, lora_alpha=10, **ENDS[ends])
+    wanted = logits(model)
+    adapter = save(model, tmp_path / "peft", base_dir)
+    small_tokenizer(base_dir)
+    merged_dir, hf = tmp_path / "merged", tmp_path / "hf"
+    script("merge_lora").main(MergeLoRA(lora_path=[str(adapter)], out_dir=str(merged_dir)))
+    merged = ours(merged_dir)
+    assert not merged.config.tie_word_embeddings and merged.config.vocab_size == num_rows
+    assert (logits(merged) - wanted).abs().max() < 1e-5
+    script("convert_lit_checkpoint").main(ConvertLit(checkpoint_dir=str(merged_dir), out_dir=str(hf)))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    assert not exported.config.tie_word_embeddings
+    assert (logits(exported) - wanted).abs().max() < 1e-5
+    if num_rows == 97:
+        assert (logits(ours(adapter, live=True)) - wanted).abs().max() < 1e-5
+    # An adapter of the untied merge finds a base of its own size and head.
+    second = make_own(tmp_path / "second", merged_dir, LoRAConfig(rank=3, targets=["q_proj", "lm_head"]))
+    assert (logits(ours(tmp_path / "second")) - logits(second.eval())).abs().max() < 1e-5
+
+
+def small_tokenizer(directory: Path) -> None:
+    """A tokenizer of two words for a base of tests."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a"))
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_experts_that_peft_adapts_as_parameters_are_read(parameters, bases, tmp_path):
+    base, base_dir = bases("qwen2_moe")
+    settings = {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {".*down_proj": 2}}
+    model = theirs(base, r=4, lora_alpha=10, target_parameters=parameters, **settings)
+    directory = save(model, tmp_path / "peft", base_dir)
+    wanted = logits(model)
+    assert (wanted - logits(base)).abs().max() > 0.001
+    assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
+    assert (logits(ours(directory, live=True)) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "head"),
+    [("model.language_model.", "lm_head"), ("language_model.model.", "language_model.lm_head")],
+)
+def test_an_adapter_of_the_language_model_in_another_model_is_read(wrapped, head, bases, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    base, base_dir = bases("llama")
+    config = transformers.LlavaConfig(text_config=MODELS["llama"](), vision_config=vision)
+    whole = transformers.LlavaForConditionalGeneration(config).eval()
+    whole.model.language_model.load_state_dict(base.model.state_dict())
+    whole.lm_head.load_state_dict(base.lm_head.state_dict())
+    targets = r"model\.language_model\..*(q|down)_proj|lm_head"
+    alphas = {"language_model.*q_proj": 3}
+    model = theirs(whole, r=4, lora_alpha=10, target_modules=targets, alpha_pattern=alphas)
+    directory = save(model, tmp_path / "peft", base_dir)
+    rename(
+        directory,
+        lambda key: key.replace("model.language_model.", wrapped).replace("model.lm_head", f"model.{head}"),
     )
-    with pytest.raises(CheckpointError, match="ensure_weight_tying is not supported"):
-        resolve(save(model, tmp_path / "peft", base_dir))
+    wanted = logits(model)
+    assert (wanted - logits(base)).abs().max() > 0.01
+    assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
+    export(directory, tmp_path / "again")  # of the language model alone
+    assert (logits(theirs(base, tmp_path / "again")) - wanted).abs().max() < 1e-5
+
+
+def rename(directory: Path, change: Callable[[str], str]) -> None:
+    """Give the tensors of a PEFT folder other keys."""
+    file = directory / "adapter_model.safetensors"
+    save_file({change(key): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("adapter", ["default", "my_task-2"])
+def test_keys_may_hold_the_adapters_name(adapter, bases, tmp_path):
+    base, base_dir = bases("llama")
+    model = theirs(base, **DORA, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    directory = save(model, tmp_path / "peft", base_dir)
+    wanted = logits(model)
+
+    def named(key: str) -> str:
+        key = re.sub(r"(lora_[AB])", rf"\1.{adapter}", key).replace("vector", f"vector.{adapter}.weight")
+        return key.replace("lm_head.", f"lm_head.modules_to_save.{adapter}.")
+
+    rename(directory, named)
+    assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
+    rename(directory, lambda key: key.replace(adapter, "other") if "layers.1" in key else key)
+    with pytest.raises(CheckpointError, match=f"holds several adapters .*{adapter}.*other"):
+        resolve(directory)
+
+
+def test_a_head_that_is_not_the_embedding_is_used_whatever_the_config_says(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(MODELS["llama"]()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    wanted = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (logits(ours(tmp_path)) - wanted).abs().max() < 1e-5
+    assert not ours(tmp_path).config.tie_word_embeddings

@@ -114,6 +114,7 @@ def test_layers_of_the_blocks_stay_as_they_are_stored(folders):
 
 
 WORDS = ["--lora.targets", "all-linear", "--lora.dropout", 0.1, "--train.max_steps", 4]
+WHOLE = ["--lora.targets", '["q_proj"]', "--lora.modules_to_save", '["layers.1.mlp", "norm"]']
 WORDS += ["--prompt_style", "plain"]
 
 
@@ -123,7 +124,7 @@ WORDS += ["--prompt_style", "plain"]
         ["--precision", "32-true"],
         ["--precision", "bf16-true"],
         ["--precision", "bf16-mixed", "--train.checkpoint_activations", "full"],
-        ["--lora.targets", '["q_proj"]', "--lora.modules_to_save", '["layers.1.mlp", "norm"]'],
+        [*WHOLE, "--precision", "32-true"],
     ],
     ids=["fp32", "bf16", "mixed and computed again", "whole modules"],
 )
@@ -140,7 +141,8 @@ def test_a_run_gives_the_same_bits_as_on_its_values(words, folders, run, tmp_pat
 
 
 def test_a_run_resumes_to_the_bit(folders, run, tmp_path):
-    words = (*WORDS, "--checkpoint_dir", folders[0])
+    # What auto measures may differ between two runs on a busy machine.
+    words = (*WORDS, "--precision", "32-true", "--checkpoint_dir", folders[0])
     run("lora", tmp_path / "whole", *words)
     run("lora", tmp_path / "stopped", *words, stop_after=2)
     run("lora", tmp_path / "stopped", *words, "--resume", "auto")

@@ -3,6 +3,7 @@ run goes on from it."""
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,3 +313,38 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(BrokenPipeError):
         Sinks([Console()]).handle(Note("a line"))
+
+
+# ---- the directory of a run goes away
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+@pytest.mark.parametrize("anew", [False, True], ids=["a new run", "over an earlier one"])
+def test_a_directory_that_goes_away_in_mid_run_is_said_and_what_there_is_is_saved(run, tmp_path, how, anew):
+    short = ["--train.max_steps", 5]
+    expected, out = run("lora", tmp_path / "expected", *short), tmp_path / "out"
+    if anew:
+        run("lora", out, "--train.max_steps", 1)
+
+    def go_away():
+        shutil.rmtree(out) if how == "deleted" else out.rename(tmp_path / "elsewhere")
+
+    says = r"out_dir .*out: was deleted or renamed .*: final, hyperparameters.yaml, metrics.csv$"
+    with pytest.raises(UserError, match=says):
+        run("lora", out, *short, *["--overwrite"] * anew, at=(3, go_away))
+    assert same(out, expected)
+    assert metrics(out) == metrics(expected)
+    assert (out / "hyperparameters.yaml").is_file()
+
+
+def test_a_stopped_run_whose_directory_went_away_can_be_resumed(run, tmp_path):
+    expected, out = run("lora", tmp_path / "expected"), tmp_path / "out"
+
+    def go_away_and_stop():
+        shutil.rmtree(out)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(UserError, match="saved there anew: hyperparameters.yaml, metrics.csv, step-000003"):
+        run("lora", out, at=(3, go_away_and_stop))
+    run("lora", out, "--resume", "auto")
+    assert same(out, expected)

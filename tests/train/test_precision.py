@@ -128,7 +128,7 @@ def test_what_was_trained_is_what_chat_merges(
     untrained = validation_loss(base, alpaca_file, torch.float32)
     tune("lora", base, alpaca_file, tmp_path / "out", precision=precision, train={"learning_rate": 3e-2})
     printed = capsys.readouterr().out
-    assert f"precision: {precision} (as asked)" in printed
+    assert f"precision: {precision} (as set)" in printed
     rounds = stored == torch.float32 and precision == "bf16-true"
     assert ("rounds 21 of the base's tensors" in printed) == rounds
     live = float(re.search(r"validation loss ([\d.]+)\n", printed)[1])

@@ -96,7 +96,7 @@ def test_what_was_measured_at_the_start_is_not_measured_again(
     monkeypatch.setattr(precision, "FAST", float("inf"))
     run("lora", out, *words, "--resume", "auto")
     said = capsys.readouterr().out
-    assert "found by a dry run" not in said and "precision: bf16-true (as asked)" in said
+    assert "found by a dry run" not in said and "precision: bf16-true (as set)" in said
     assert same(out, expected)
 
 
@@ -288,9 +288,9 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
             lambda file, content: torch.save(
                 {**content, "optimizer": {"state": {}, "param_groups": []}}, file
             ),
-            "or is broken: ValueError",
+            "or is broken: the optimizer must have 1 groups",
         ),
-        (lambda file, content: torch.save({**content, "ranks": [3]}, file), "or is broken: TypeError"),
+        (lambda file, content: torch.save({**content, "ranks": [3]}, file), "or is broken: a rank lacks"),
         (lambda file, content: torch.save({**content, "weights": {}}, file), "other weights train there"),
     ],
 )

@@ -1,0 +1,39 @@
+"""What settings call a layer: a preset, a name or the end of one, a pattern. Torch-free."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from litlora.storage.patterns import Patterns
+
+PRESETS = ("qv", "attention", "all-linear")
+OUTPUT_HEAD = "lm_head"
+_SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+
+def in_preset(name: str, preset: str) -> bool:
+    """Whether a preset means the layer of this name."""
+    leaf = name.rpartition(".")[2]
+    return leaf != OUTPUT_HEAD if preset == "all-linear" else leaf in _SUFFIXES[preset]
+
+
+class ByTarget:
+    """Values for some layers: {target: value}; the first target that means a layer counts, but its
+    full name before all others."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError for a pattern that cannot be matched in bounded time."""
+        self._values = values
+        self._numbers = {target: number for number, target in enumerate(values)}
+        self._presets = [target for target in PRESETS if target in values]
+        self._patterns = Patterns([target for target in values if target not in PRESETS], ends=False)
+
+    def value(self, name: str, default: Any) -> Any:
+        """The value for the layer of this name."""
+        if name in self._values:  # an imported adapter may name every layer: no search then
+            return self._values[name]
+        meant = [preset for preset in self._presets if in_preset(name, preset)]
+        ends = (name[place + 1 :] for place, character in enumerate(name) if character == ".")
+        meant += [end for end in ends if end in self._values and end not in PRESETS]
+        if (pattern := self._patterns.first(name)) is not None:
+            meant.append(pattern)
+        return self._values[min(meant, key=self._numbers.__getitem__)] if meant else default
