@@ -162,7 +162,8 @@ class Content:
         else:
             raise CheckpointError(f"{self.file}: {layer.magnitude_key}: has no factors beside it")
         if layer.magnitude is None:
-            if self.config is not None and self.config.get("use_dora"):
+            stated = self.config["use_dora"] if self.config else self.header.uses_dora(self.file, module)
+            if stated:
                 raise CheckpointError(f"{where} has no lora_magnitude_vector, though use_dora is set")
             return update
         of_outputs = "lora_magnitude" in layer.magnitude_key

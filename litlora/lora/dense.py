@@ -166,7 +166,7 @@ class DecomposedUpdate(DenseUpdate):
         )
         magnitude = self.magnitude.to(before.dtype)
         if self.axis == "out":
-            magnitude = magnitude[first:]
+            magnitude = magnitude[first : first + len(before)]
 
             def by_output(rows: slice) -> Tensor:
                 V = before[rows] + inner(rows)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora_tools import COMBINE, EXTRACT, INSPECT, MERGE, RESIZE, fails, succeeds
 
+from litlora.errors import CheckpointError
 from litlora.formats.lora_files import read_lora
 
 FILES = REPO / "tests/diffusers_files"
@@ -54,6 +55,31 @@ def test_the_issues_example_is_added_four_times(tmp_path):
     torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-4)
     described = json.loads(succeeds(INSPECT, tmp_path / "lora.safetensors", "--json"))
     assert described["layers"][0]["scale"] == 4 and described["lora"]["alpha"] == [64]
+
+
+@pytest.mark.parametrize("kind", ["hada_w1", "dora"])
+def test_the_headers_scale_counts_for_products_and_dora_too(tmp_path, kind):
+    A, B, W = torch.randn(4, 10), torch.randn(8, 4), torch.randn(8, 10)
+    C, D, m = torch.randn(4, 10), torch.randn(8, 4), torch.rand(8)
+    lora = {"b.q.hada_w1_a": B, "b.q.hada_w1_b": A, "b.q.hada_w2_a": D, "b.q.hada_w2_b": C}
+    V = W + 3 * (B @ A) * (D @ C)
+    if kind == "dora":
+        lora = {"b.q.lora_A.weight": A, "b.q.lora_B.weight": B, "b.q.lora_magnitude_vector": m}
+        V = W + 3 * B @ A
+    wanted = m[:, None] * V / V.norm(dim=1, keepdim=True) if kind == "dora" else V
+    lora = {f"transformer.{name}": tensor for name, tensor in lora.items()}
+    stated = {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.use_dora": kind == "dora"}
+    save_file(lora, tmp_path / "lora.safetensors", {ADAPTERS: json.dumps(stated)})
+    result = merged(tmp_path, {"b.q.weight": W}, tmp_path / "lora.safetensors")["b.q.weight"]
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_that_only_the_header_tells_of_is_refused(tmp_path):
+    stated = {"transformer.r": 16, "transformer.lora_alpha": 16, "transformer.use_dora": True}
+    file = tmp_path / "lora.safetensors"
+    save_file(factors("transformer.b.q"), file, {ADAPTERS: json.dumps(stated)})
+    with pytest.raises(CheckpointError, match="b.q has no lora_magnitude_vector, though use_dora is set"):
+        read_lora(file)
 
 
 @pytest.mark.parametrize("name", ["plain", "rslora", "patterns"])
