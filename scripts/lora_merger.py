@@ -6,6 +6,7 @@
         --weights 0.7 0.3 --output merged.safetensors
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ def main(settings: LoRAMerger) -> None:
         raise CheckpointError(
             f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?"
         )
+    _check_ties(source, model, additions)
     for line in unmatched:
         say(f"left out: {line}")
     for file in files_beside(source, settings.source_type, files):
@@ -79,6 +81,19 @@ def main(settings: LoRAMerger) -> None:
     if settings.output_format == "pytorch" and (lost := [name for name in metadata if name != "format"]):
         say(f"note: left out, as torch files have no header: {shorten(lost)}")
     _sum_up(settings, model, additions, written)
+
+
+def _check_ties(source: Path, names: "Mapping[str, Tensor]", changed: "Mapping[str, list[Addition]]") -> None:
+    """Raise CheckpointError for an embedding that changes while the model's output head has no
+    tensor of its own: whoever loads the result would give the head the change, too."""
+    heads = ("lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight")
+    is_embedding = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
+    embedding = next(filter(is_embedding.fullmatch, changed), None)
+    if embedding is not None and not any(name.endswith(heads) for name in names):
+        raise CheckpointError(
+            f"{source}: {embedding} changes, and an output head tied to it would change with it, which the "
+            "adapter did not learn; scripts/merge_lora.py unties them"
+        )
 
 
 def _is_adapter(path: Path) -> bool:

@@ -759,3 +759,18 @@ def test_a_whole_checkpoint_gives_the_names_that_loaders_know(tmp_path, format, 
     for name in kept:
         expected = target[name] if name.startswith(unet) else source[name]
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-5)
+
+
+def test_an_embedding_whose_head_is_tied_to_it_is_left_to_merge_lora(tmp_path):
+    """Whoever loads the result would tie a head to the changed embedding; PEFT's head keeps the
+    base's."""
+    model = {"model.embed_tokens.weight": torch.randn(12, 8), "model.layers.0.mlp.weight": torch.randn(8, 8)}
+    save_file(model, tmp_path / "model.safetensors")
+    module = "model.embed_tokens"
+    lora = {f"{module}.lora_down.weight": torch.randn(2, 8), f"{module}.lora_up.weight": torch.randn(12, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    words = ["--source-model", tmp_path / "model.safetensors", "--lora-model", tmp_path / "lora.safetensors"]
+    words += ["--output", tmp_path / "out.safetensors"]
+    assert "scripts/merge_lora.py unties them" in fails("scripts/lora_merger.py", *words)
+    save_file({**model, "lm_head.weight": torch.randn(12, 8)}, tmp_path / "model.safetensors")
+    succeeds("scripts/lora_merger.py", *words)

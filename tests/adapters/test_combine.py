@@ -2,7 +2,6 @@
 adapter stays what it is."""
 
 import dataclasses
-import json
 import math
 
 import pytest
