@@ -480,8 +480,12 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
         "base_model_name_or_path": str(base),
     }
     (dora / "adapter_config.json").write_text(json.dumps(settings))
-    (dora / "adapter_model.safetensors").write_bytes(b"")
-    assert "use_dora (True) is not supported" in fails(*words, adapters[0], dora)
+    rows, columns = load(base).model.state_dict()["model.layers.0.self_attn.q_proj.weight"].shape
+    factors = {"lora_A.weight": torch.ones(8, columns), "lora_B.weight": torch.ones(rows, 8)}
+    factors["lora_magnitude_vector"] = torch.ones(rows)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj."
+    save_file({prefix + name: t for name, t in factors.items()}, dora / "adapter_model.safetensors")
+    assert "has the variant dora, whose updates are not a product" in fails(*words, adapters[0], dora)
     assert not (tmp_path / "out").exists()
 
 
