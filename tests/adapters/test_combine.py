@@ -471,7 +471,7 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
         *words, adapters[0], "--out_dir", adapters[0], "--overwrite"
     )
     dora = random_adapter(tmp_path / "dora", base, LoRAConfig(rank=2, targets="qv", variant="dora"))
-    assert "dora" in fails(*words, adapters[0], dora)
+    assert "has the variant dora, whose updates are not a product" in fails(*words, adapters[0], dora)
     assert not (tmp_path / "out").exists()
 
 
