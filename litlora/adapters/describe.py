@@ -327,4 +327,7 @@ def _row(name: str, layer: Description) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        pairs = [f"{name}: {each}" for name, each in value.items()]
+        return f"{{{shorten(pairs, most=8)}}}"
+    return shorten(list(map(str, value)), most=8) if isinstance(value, list) else str(value)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICKSTART, fails, succeeds, tiny_config
+from conftest import QUICKSTART, fails, random_adapter, succeeds, tiny_config
 from foreign import LITGPT, write_peft
 from safetensors.torch import save_file
 from test_checkpoint import write_adapter
@@ -17,6 +17,7 @@ from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import Update
+from litlora.lora import LoRAConfig
 
 
 def test_the_norm_of_an_update_needs_no_update():
@@ -216,3 +217,13 @@ def test_a_base_that_is_there_is_found_though_the_tensors_do_not_fit(tmp_path, m
     assert describe(other)["base"] == {
         **{"path": "somewhere/else", "found": False, "wanted": None, "fingerprint": None, "matches": None}
     }
+
+
+def test_the_table_shortens_long_lists(tmp_path, base):
+    found = describe(random_adapter(tmp_path / "an_adapter", base, LoRAConfig(rank=2)))
+    found["lora"] |= {
+        "targets": [f"layers.{n}.q_proj" for n in range(30)],
+        "rank_pattern": {f"layers.{n}": 3 for n in range(9)},
+    }
+    (line,) = (line for line in table(found) if line.startswith("lora "))
+    assert "layers.7.q_proj and 22 more" in line and "layers.7: 3 and 1 more}" in line
