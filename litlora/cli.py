@@ -5,6 +5,19 @@ calls the function. Heavy imports belong inside the function, so that `--help` a
 once.
 """
 
+import sys
+
+
+def _interrupted_early(kind, *error) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, *error)
+
+
+# Before all other imports, which take most of the time until `run` can catch Ctrl-C.
+sys.excepthook = _interrupted_early
+
 import dataclasses
 import difflib
 import gc
@@ -13,7 +26,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -303,6 +315,8 @@ def _checked_config(argv: list[str]) -> tuple[str, dict[str, Any]]:
 def _check_nulls(types: dict[str, Any], values: Any, config: str) -> None:
     """Raise UserError for a null that a setting does not take, and for a value where a group of
     settings is needed: jsonargparse lets both pass in a file."""
+    from jsonargparse import Namespace
+
     for name, kind in types.items():
         if name.startswith("data."):  # where a source's own settings stand depends on the source
             continue

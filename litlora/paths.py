@@ -6,7 +6,7 @@ from pathlib import Path
 from litlora import formats
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
-from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
+from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
 from litlora.formats.not_ours import hub_name, inner_directories, instead
 from litlora.prompts import STYLE_FILE
@@ -27,6 +27,8 @@ PEFT_NAMES = (
     *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
 )
 """What a PEFT folder that we write holds."""
+MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
+"""What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
 FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
@@ -71,7 +73,7 @@ def _of_file(file: Path) -> str:
         return "; a GGUF file is made from a model and is not read: use the model's Hugging Face folder"
     if file.suffix == ".safetensors" and (file.parent / HF_CONFIG_FILE).is_file():
         return f": {file.parent}"
-    if file.suffix == ".safetensors":
+    if file.suffix in formats.GENERIC_SUFFIXES["safetensors"]:
         return "; LoRA files of other tools are for scripts/lora_merger.py"
     return f": {file.parent}" if is_checkpoint(file.parent) else ""
 

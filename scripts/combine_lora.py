@@ -95,6 +95,7 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     from litlora.adapters.factored import common_dtype
     from litlora.adapters.resize import factors_of
     from litlora.formats.lora_files import read_lora, write_lora
+    from litlora.model import shorten
     from litlora.storage.dtypes import dtype_name
     from litlora.storage.fingerprint import check_finite
 
@@ -109,10 +110,16 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
     dtype = common_dtype(tensor for found in tensors for tensor in found.values())
     combined, changes = combine_files(loras, _recipe(settings), dtype)
     result = out_dir / files[0].name
-    write_lora(result, combined, dtype)
+    dropped = write_lora(result, combined, dtype)
+    for notice in (notice for lora in loras for notice in lora.notices):
+        say(f"note: {notice}")
+    if dropped:
+        say(f"note: left out of the header, as it no longer holds: {shorten(dropped)}")
     _say_how(settings, changes, files)
     kind = dtype_name(dtype)
-    say(f"result: {result} ({result.stat().st_size:,} bytes, in {kind} as the files are)")
+    is_8_bit = any(lora.is_8_bit for lora in loras)
+    why = ", which holds what the files have in 8 bits" if is_8_bit else " as the files are"
+    say(f"result: {result} ({result.stat().st_size:,} bytes, in {kind}{why})")
 
 
 def _recipe(settings: CombineLoRA) -> "Recipe":

@@ -1,24 +1,28 @@
-"""Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+"""Write an adapter as a PEFT folder (adapter_config.json and adapter_model.safetensors), or as one
+of mlx-lm.
 
 python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --out_dir $dir/peft
+python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --format mlx --out_dir $dir/mlx
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litlora.cli import call, run
 from litlora.console import say
 from litlora.errors import CheckpointError, UserError
-from litlora.formats import PEFT_WEIGHTS_FILES
+from litlora.formats import MLX_WEIGHTS_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.families import FAMILIES
 from litlora.inputs import check_inputs
-from litlora.paths import PEFT_NAMES
+from litlora.paths import MLX_NAMES, PEFT_NAMES
 from litlora.settings import ExportPEFT
 from litlora.storage.untrusted import own_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
 
@@ -33,10 +37,11 @@ def main(settings: ExportPEFT) -> None:
         settings.checkpoint_dir,
         settings.out_dir,
         overwrite=settings.overwrite,
-        names=PEFT_NAMES,
+        names=PEFT_NAMES if settings.format == "peft" else MLX_NAMES,
     )
     out_dir = inputs.out_dir
 
+    from litlora.formats.mlx_export import to_mlx
     from litlora.formats.peft_export import to_peft, write_peft
     from litlora.storage.atomic import replacing_directory
     from litlora.storage.fingerprint import check_finite
@@ -51,6 +56,9 @@ def main(settings: ExportPEFT) -> None:
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
     tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
+    if settings.format == "mlx":
+        _write_mlx(out_dir, *to_mlx(tensors, config, chain.config.num_hidden_layers))
+        return
     with replacing_directory(out_dir) as staging:
         write_peft(staging, tensors, config)
         for file in find_sidecars([chain.top.directory]):
@@ -98,6 +106,19 @@ def _name_stops(staging: Path, chain: "Chain") -> list[str]:
     if added or (staging / GENERATION_FILE).is_file():
         name_stops(staging, list(dict.fromkeys([*theirs, *stops])))
     return [tokenizer.token(stop) for stop in added]
+
+
+def _write_mlx(out_dir: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:
+    """The two files of mlx-lm, which takes the tokenizer from the base."""
+    from litlora.formats.mlx_export import write_mlx
+    from litlora.storage.atomic import replacing_directory
+
+    with replacing_directory(out_dir) as staging:
+        write_mlx(staging, tensors, config)
+    result, parameters = out_dir / MLX_WEIGHTS_FILE, config["lora_parameters"]
+    said = f"rank {parameters['rank']}, scale {parameters['scale']:g}, {', '.join(parameters['keys'])}"
+    say(f"result: {result} ({result.stat().st_size:,} bytes: {said})")
+    say(f"next: mlx_lm.generate --model {config['model']} --adapter-path {out_dir}")
 
 
 def _check_single(chain: "Chain") -> None:

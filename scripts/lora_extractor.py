@@ -58,7 +58,8 @@ def extract_file(settings: LoRAExtractor) -> None:
 
     from litlora.adapters.extract import as_peft, extract
     from litlora.formats.lora_files import possible_keys, result_tensors, write_lora
-    from litlora.formats.model_files import open_model, writing
+    from litlora.formats.model_files import extracted_metadata, open_model, writing
+    from litlora.formats.scaled import shapes
     from litlora.storage.atomic import replacing_directory
 
     before, after = open_model(source, files[0]), open_model(target, files[1])
@@ -66,9 +67,10 @@ def extract_file(settings: LoRAExtractor) -> None:
     for path, kind, read in zip((source, target), kinds, files, strict=True):
         for file in files_beside(path, kind, read):
             say(f"left out: {file}: the index of the folder does not list it")
-    names = _names(before, after, settings.format)
+    sizes = shapes(before), shapes(after)
+    names = _names(*sizes, settings.format)
     others = (before.keys() | after.keys()) - names.keys()
-    left_out = _check_comparable(before, after, settings.allow_mismatch, others)
+    left_out = _check_comparable(*sizes, settings.allow_mismatch, others)
     _say_left_out(before, after, others)
     plan, report = _plan(settings), Report(settings, "diffusion models" if others else "models")
     found = report.told(extract(before, after, plan, {*left_out, *others}))
@@ -78,8 +80,9 @@ def extract_file(settings: LoRAExtractor) -> None:
             write_lora(staging, lora, plan.dtype)
         report.sum_up(output, f'PeftModel.from_pretrained(MODEL, "{output}")')
         return
-    named = {names[name]: tensor for name, tensor in before.items() if name in names}
-    with writing(output, settings.output_format, possible_keys(named, settings.format)) as add:
+    named = {names[name]: tensor for name, tensor in sizes[0].items() if name in names}
+    keys = possible_keys(named, settings.format)
+    with writing(output, settings.output_format, keys, extracted_metadata(files[0])) as add:
         for one in found:
             keys = result_tensors(names[one.name], one.result, settings.format, plan.dtype)
             for key, tensor in keys.items():

@@ -69,6 +69,8 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
     from litlora.adapters.factored import common_dtype
     from litlora.adapters.resize import factors_of, resize_file, table
     from litlora.formats.lora_files import read_lora, write_lora
+    from litlora.model import shorten
+    from litlora.storage.dtypes import dtype_name
     from litlora.storage.fingerprint import check_finite
 
     lora = read_lora(file)
@@ -80,7 +82,13 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
         lora, dtype, rank=settings.rank, max_error=settings.error_bound, generator=generator
     )
     result = out_dir / file.name
-    write_lora(result, resized, dtype)
+    dropped = write_lora(result, resized, dtype)
+    for notice in lora.notices:
+        say(f"note: {notice}")
+    if lora.is_8_bit:
+        say(f"note: factors in 8 bits are written as {dtype_name(dtype)}, which holds the result")
+    if dropped:
+        say(f"note: left out of the header, as it no longer holds: {shorten(dropped)}")
     if lora.diffs:
         say(f"note: {', '.join(lora.diffs)}: kept unchanged")
     say(*table(changes))

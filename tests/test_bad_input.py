@@ -196,7 +196,7 @@ LORA = [("rank", value) for value in (None, "2", 0, -1, 2.0, 3, 10**30)] + [
     ("alpha", value) for value in (None, "x", 16, 0.0, float("nan"), [])
 ]
 LORA += [("targets", value) for value in ([], 5)] + [("dropout", value) for value in (1.0, -1, "x")]
-LORA += [("rank_pattern", value) for value in (5, [1], {1: 2}, {"q_proj": 0}, {"(a+)+": 2})] + [
+LORA += [("rank_pattern", value) for value in (5, [1], {1: 2}, {"q_proj": 0}, {"(?=a)": 2})] + [
     ("modules_to_save", 5)
 ]
 META = [("format", value) for value in (None, 2, "1", [])] + [

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -407,3 +408,24 @@ def test_a_null_for_a_setting_of_a_data_source_is_refused(name, tmp_path):
     file.write_text(f"data: {{{name}: null}}")
     with pytest.raises(UserError, match=f"--config {file}: data.{name} must not be null; leave it out"):
         parse(all_settings.FinetuneLoRA, ["--config", str(file)])
+
+
+INTERRUPTED = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "litlora.settings":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["finetune/lora.py", "scripts/merge_lora.py"])
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(script):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(REPO / script)], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == -2 and done.stderr == "\ninterrupted\n"

@@ -19,10 +19,18 @@ from litlora.checkpoint import open_checkpoint, resolve, write_full
 from litlora.cli import option_for, parse
 from litlora.errors import UserError
 from litlora.load import load
-from litlora.settings import LoRAExtractor, LoRAMerger
+from litlora.settings import CombineLoRA, InspectCheckpoint, LoRAExtractor, LoRAMerger, ResizeLoRA
 
 EXTRACT, MERGE = "scripts/lora_extractor.py", "scripts/lora_merger.py"
-SETTINGS = {EXTRACT: LoRAExtractor, MERGE: LoRAMerger}
+RESIZE, COMBINE = "scripts/resize_lora.py", "scripts/combine_lora.py"
+INSPECT = "scripts/inspect_checkpoint.py"
+SETTINGS = {
+    EXTRACT: LoRAExtractor,
+    MERGE: LoRAMerger,
+    RESIZE: ResizeLoRA,
+    COMBINE: CombineLoRA,
+    INSPECT: InspectCheckpoint,
+}
 SHAPES = {
     "blocks.0.attn.weight": (96, 80),
     "blocks.0.attn.bias": (96,),
@@ -523,20 +531,10 @@ def test_two_files_and_a_pair_and_a_difference_of_one_underscored_name(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_a_base_in_8_bits_is_added_to_in_fp32_unless_it_has_scales(tmp_path, kind):
+def test_a_base_in_8_bits_without_scales_is_added_to_in_fp32(tmp_path, kind):
     kohya(tmp_path / "a.safetensors", "diffusion_model.x", 0.25)
     source = {"x.weight": torch.full((4, 4), 1.5).to(kind)}
     assert (merges(tmp_path, source, "--lora-model", tmp_path / "a.safetensors")["x.weight"] == 1.75).all()
-    save_file({**source, "x.scale_weight": torch.ones(1)}, tmp_path / "source.safetensors")
-    words = [
-        "--source-model",
-        tmp_path / "source.safetensors",
-        "--lora-model",
-        tmp_path / "a.safetensors",
-        "--output",
-        tmp_path / "out",
-    ]
-    assert "stored as 8 bits and a scale" in fails(MERGE, *words)
 
 
 def test_the_very_name_comes_before_one_with_a_prefix(tmp_path):
@@ -761,3 +759,18 @@ def test_a_whole_checkpoint_gives_the_names_that_loaders_know(tmp_path, format, 
     for name in kept:
         expected = target[name] if name.startswith(unet) else source[name]
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-5)
+
+
+def test_an_embedding_whose_head_is_tied_to_it_is_left_to_merge_lora(tmp_path):
+    """Whoever loads the result would tie a head to the changed embedding; PEFT's head keeps the
+    base's."""
+    model = {"model.embed_tokens.weight": torch.randn(12, 8), "model.layers.0.mlp.weight": torch.randn(8, 8)}
+    save_file(model, tmp_path / "model.safetensors")
+    module = "model.embed_tokens"
+    lora = {f"{module}.lora_down.weight": torch.randn(2, 8), f"{module}.lora_up.weight": torch.randn(12, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    words = ["--source-model", tmp_path / "model.safetensors", "--lora-model", tmp_path / "lora.safetensors"]
+    words += ["--output", tmp_path / "out.safetensors"]
+    assert "scripts/merge_lora.py unties them" in fails("scripts/lora_merger.py", *words)
+    save_file({**model, "lm_head.weight": torch.randn(12, 8)}, tmp_path / "model.safetensors")
+    succeeds("scripts/lora_merger.py", *words)

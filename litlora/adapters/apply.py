@@ -21,12 +21,16 @@ from litlora.formats.diffusion_names import (
     other_names,
     spelling,
 )
-from litlora.formats.lora_files import DIFF_OF, LoRAFile
+from litlora.formats.lora_content import END_OF
+from litlora.formats.lora_files import LoRAFile
+from litlora.formats.peft import PREFIX as PEFT_PREFIX
 from litlora.lora import Update
+from litlora.lora.dense import DecomposedUpdate, DenseUpdate, fits_plain
 from litlora.lora.update import fitting
 
 ENDS = (".weight", ".bias", ".modulation", "")
 """The ends of a tensor's name that a module's name in a LoRA file lacks."""
+DECODER = "model."
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Addition:
 
     file: Path
     key: str
-    value: Update | Tensor
+    value: Update | DenseUpdate | Tensor
     factor: float
     replaces: bool = False
     """Whether the value is a tensor T that replaces W."""
@@ -65,9 +69,8 @@ def match(
             if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
-            if lora.config is not None and isinstance(addition.value, Update):
-                update = oriented(addition.value, parts[0].tensor, model, f"{lora.path}: {addition.key}")
-                addition = replace(addition, value=update)
+            if lora.config is not None:
+                addition = _oriented(addition, parts[0].tensor, model)
             if misfit := _misfit(addition, parts, model):
                 unmatched.append(misfit)
                 continue
@@ -75,23 +78,18 @@ def match(
                 one = replace(addition, rows=part.rows, of=part.of)
                 _check_twins(one, part.tensor, where.setdefault(part.tensor, []), model)
                 found.setdefault(part.tensor, []).append(one)
-    if scaled := [name for name in found if f"{name.removesuffix('.weight')}.scale_weight" in model]:
-        raise CheckpointError(
-            f"{scaled[0]}: is stored as 8 bits and a scale, to which nothing can be added; "
-            "use the model in 16 bits"
-        )
     return found, unmatched
 
 
 def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ...], Addition]]:
     """(a tensor's name without its end, the ends that it may have, what is added to it) of every
     entry of a file."""
-    for key, update in lora.updates.items():
+    for key, update in (lora.updates | lora.dense).items():
         yield key, (".weight", ""), Addition(lora.path, key, update, factor)
     for key, tensor in lora.diffs.items():
-        end = next(name for name, diff in DIFF_OF.items() if key.endswith(diff))
-        ends = (".weight", "") if end == ".weight" else (end,)
-        yield key.removesuffix(DIFF_OF[end]), ends, Addition(lora.path, key, tensor, factor)
+        diff = next(diff for diff in END_OF if key.endswith(diff))
+        ends = (".weight", "") if END_OF[diff] == ".weight" else (END_OF[diff],)
+        yield key.removesuffix(diff), ends, Addition(lora.path, key, tensor, factor)
     for key, tensor in lora.whole.items():
         yield key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)
 
@@ -113,8 +111,13 @@ class _Names:
         """The tensors, or their rows, that a key means; none if the model has no such tensor.
 
         The first end that gives one counts. The exact name comes before one with another prefix,
-        and any of them before one of the other layout.
+        and any of them before one of the other layout. A decoder's layers may be named as in the
+        model with its head, or without it.
         """
+        spellings = (key, *_with_and_without_head(key))
+        return next((parts for each in spellings if (parts := self._find(each, ends, addition))), ())
+
+    def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> tuple[Part, ...]:
         for end in ends:
             hits = {(Part(name),) for name in self._own(key, end)} or self._other(key, end)
             if len(hits) > 1:
@@ -170,10 +173,32 @@ def _flat(name: str) -> str:
     return f"{part}.{rest.replace('.', '_')}"
 
 
+def _with_and_without_head(key: str) -> list[str]:
+    """The other names of a layer `base_model.model.layers...`: PEFT names it by the model that it
+    was given, with a head or without."""
+    name = key.removeprefix(PEFT_PREFIX)
+    if name == key:
+        return []
+    return [name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
+
+
 def _stems(name: str) -> list[str]:
     """A name, and what is left of it without its prefix, and without the prefix after that."""
     shorter = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
+
+
+def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor]) -> Addition:
+    """What a PEFT folder adds, as the model's tensor `name` needs it."""
+    value, where = addition.value, f"{addition.file}: {addition.key}"
+    if isinstance(value, Update):
+        return replace(addition, value=oriented(value, name, model, where))
+    inner = value.update if isinstance(value, DecomposedUpdate) else None
+    if isinstance(inner, Update) and oriented(inner, name, model, where).kind != inner.kind:
+        raise CheckpointError(
+            f"{where}: DoRA on a transposed layer is not supported; merge it in the program that trained it"
+        )
+    return addition
 
 
 def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Tensor]) -> str | None:
@@ -184,6 +209,11 @@ def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Ten
         for tensor, part in zip(tensors, parts, strict=True)
     )
     shape = (rows, *tensors[0].shape[1:]) if tensors[0].ndim else ()
+    if getattr(addition.value, "axis", "out") == "in" and any(part.of != ALL for part in parts):
+        raise CheckpointError(
+            f"{addition.file}: {addition.key}: DoRA by input cannot be added to a part of its layer, and the "
+            f"model has {parts[0].tensor} apart; use a model whose layers are as the file's"
+        )
     if all(tensor.is_floating_point() for tensor in tensors) and _fits(addition.value, shape, parts):
         return None
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
@@ -193,20 +223,23 @@ def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Ten
     )
 
 
-def _fits(value: Update | Tensor, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
-    if not isinstance(value, Update):
+def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
+    if isinstance(value, Tensor):
         return tuple(value.shape) == shape
+    if len(shape) < 2:
+        return False
+    if isinstance(value, DenseUpdate):
+        return value.fits(shape)
     if value.kind != "linear" and parts != (Part(parts[0].tensor),):
         return False  # it would be added transposed
-    # A convolution of kernel 1 may have factors like those of a linear layer.
-    return value.shape == shape or (value.shape == shape[:2] and all(size == 1 for size in shape[2:]))
+    return fits_plain(value, shape)
 
 
 def _check_twins(addition: Addition, name: str, before: list[Addition], model: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if another entry of the same file updates one of the same rows."""
     numbers = range(len(model[name])) if model[name].ndim else range(1)
     for other in before:
-        same_kind = isinstance(other.value, Update) == isinstance(addition.value, Update)
+        same_kind = isinstance(other.value, Tensor) == isinstance(addition.value, Tensor)
         ours, theirs = numbers[slice(*addition.rows)], numbers[slice(*other.rows)]
         if same_kind and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
             raise CheckpointError(
@@ -251,6 +284,10 @@ def _add(exact: Tensor, tensor: Tensor, addition: Addition) -> None:
     if isinstance(value, Update):
         fitting(addition.factor * value.scale, of)
         value.add_product(exact, slice(*addition.of), addition.factor)
+        return
+    if isinstance(value, DenseUpdate):
+        fitting(addition.factor * value.scale, of)
+        value.add_to(exact, tensor, addition.factor, slice(*addition.of).indices(value.shape[0])[0])
         return
     value = value.to(exact.dtype)
     value = value[slice(*addition.of)] if value.ndim else value

@@ -33,6 +33,7 @@ from litlora.adapters.resize import Change, Form, finite, plain_updates, setting
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
+from litlora.formats.lora_header import in_common
 from litlora.formats.lora_spelling import in_first_spelling
 from litlora.lora import Adapter, Update
 from litlora.storage.dtypes import dtype_name
@@ -109,7 +110,7 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
     another file spells in another way is the same layer.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    loras = _in_one_spelling(loras)
+    loras = _in_one_spelling([lora.plain() for lora in loras])
     first = loras[0]
     for other in loras[1:]:
         shared = (other.updates.keys() | other.diffs.keys()) & (first.updates.keys() | first.diffs.keys())
@@ -122,14 +123,15 @@ def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> 
         [lora.updates for lora in loras],
         recipe,
         generator,
-        form=lambda update: as_stored(update, alpha=first.alpha, dtype=dtype),
+        form=lambda update: as_stored(update, alpha=first.keeps_scale, dtype=dtype),
     )
     diffs = _combine_diffs(loras, recipe, generator)
     for key, diff in diffs.items():
         if not torch.isfinite(diff.to(dtype)).all():
             kind = dtype_name(dtype)
             raise CheckpointError(f"{key}: the result has values beyond what {kind} can hold")
-    return dataclasses.replace(first, updates=updates, diffs=diffs), changes
+    header = in_common([lora.header for lora in loras])
+    return dataclasses.replace(first, updates=updates, diffs=diffs, header=header), changes
 
 
 def _in_one_spelling(loras: list[LoRAFile]) -> list[LoRAFile]:

@@ -19,7 +19,8 @@ from litlora.formats import Outline
 from litlora.formats.full import FullModel
 from litlora.formats.lora_files import read_lora
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.lora import Adapter
+from litlora.lora import Adapter, Update
+from litlora.lora.dense import DenseUpdate
 from litlora.model import shorten
 from litlora.paths import checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE
@@ -222,12 +223,17 @@ def _of_outline(
     }
     if outline.updates is not None:
         layers = [
-            _layer(name, update.shape, norm(update), None, update.rank, update.scale)
+            _layer(name, update.shape, _size(update), None, update.rank, update.scale)
             for name, update in outline.updates.items()
         ]
         described |= {"layers": layers, "total": _total(layers)}
     problems = problems + _broken(outline.tensors, outline.file)
-    return described | {"notices": [], "problems": problems}
+    return described | {"notices": outline.notices, "problems": problems}
+
+
+def _size(update: Update | DenseUpdate) -> float | None:
+    """‖ΔW‖; None if only the base tells."""
+    return update.norm() if isinstance(update, DenseUpdate) else norm(update)
 
 
 # ---- facts

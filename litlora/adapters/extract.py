@@ -14,6 +14,7 @@ from litlora.adapters.orientation import CONV1D_NAMES, has_conv1d
 from litlora.errors import CheckpointError, setting
 from litlora.formats import peft
 from litlora.formats.lora_files import PEFT_PARTS, LoRAFile
+from litlora.formats.scaled import shapes
 from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.storage.blocks import Memory, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
@@ -194,7 +195,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
     """
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
-    conv1d = has_conv1d(target)
+    conv1d = has_conv1d(shapes(target))
     for one in found:
         module = one.name.rpartition(".")[0]
         if not isinstance(one.result, Update):
@@ -212,7 +213,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
     for module in {name.rpartition(".")[0] for name in whole} - updates.keys():
         inside = module.removeprefix(peft.PREFIX)
         whole |= {
-            peft.PREFIX + name: tensor for name, tensor in target.items() if name.rpartition(".")[0] == inside
+            peft.PREFIX + name: target[name] for name in target if name.rpartition(".")[0] == inside
         }
     config = {
         "base_model_name_or_path": base_name,

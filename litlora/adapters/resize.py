@@ -75,20 +75,20 @@ def resize_file(
     """The same for a LoRA file of another tool that will be stored in `dtype`; its names, its
     format and its differences stay."""
     updates, changes = _resize_all(
-        lora.updates,
+        lora.plain().updates,
         rank=rank,
         max_error=max_error,
         generator=generator,
-        form=lambda update: as_stored(update, alpha=lora.alpha, dtype=dtype),
+        form=lambda update: as_stored(update, alpha=lora.keeps_scale, dtype=dtype),
     )
     return dataclasses.replace(lora, updates=updates), changes
 
 
 def factors_of(lora: LoRAFile) -> dict[str, Tensor]:
-    """Every A and B of a LoRA file, by the name that an error gives it."""
-    return {
-        f"{name}, {part}": getattr(update, part) for name, update in lora.updates.items() for part in "AB"
-    }
+    """Every A and B of a LoRA file, by the name that an error gives it. Raises CheckpointError for a
+    file that holds other updates as well."""
+    updates = lora.plain().updates
+    return {f"{name}, {part}": getattr(update, part) for name, update in updates.items() for part in "AB"}
 
 
 def _resize_all(

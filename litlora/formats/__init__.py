@@ -4,22 +4,25 @@ Torch-free.
     litlora.py      our own: lit_model.pth, full or adapter
     huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
     peft.py         PEFT adapter folders
+    mlx.py          adapter folders of mlx-lm
     litgpt.py       litgpt's directories and adapters
-    lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model
+    lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model; lora_keys.py,
+                    lora_content.py and lycoris.py read them
+    lora_header.py  what their headers say: alpha, training, hashes
 
 To add a format: subclass `Format` and put an instance into FORMATS. Every command then reads it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE
-from litlora.formats.folder import SINGLE_FILES, is_model_folder, weight_files
+from litlora.formats.folder import GENERIC_SUFFIXES, SINGLE_FILES, is_model_folder, weight_files
 from litlora.storage.untrusted import read_yaml
 
 if TYPE_CHECKING:
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
     from litlora.lora import Adapter, Update
+    from litlora.lora.dense import DenseUpdate
 
 WEIGHTS_FILE = "lit_model.pth"
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MLX_WEIGHTS_FILE = "adapters.safetensors"
 LITGPT_ADAPTER_FILE = "lit_model.pth.lora"
 
 FindBase = Callable[[str, Path | None], "Chain"]
@@ -54,10 +59,12 @@ class Outline:
     """What the adapter calls its base."""
     settings: dict[str, Any] | None = None
     """Its rank and the like, for people; None: they are not known."""
-    updates: "Mapping[str, Update] | None" = None
+    updates: "Mapping[str, Update | DenseUpdate] | None" = None
     """By the names in the file; None: they cannot be told apart without the base."""
     unrecognised: list[str] = field(default_factory=list)
     """Keys in the file that this version cannot interpret."""
+    notices: list[str] = field(default_factory=list)
+    """What whoever uses the adapter should be told."""
 
 
 class Format(ABC):
@@ -98,6 +105,25 @@ class _PEFT(Format):
         from litlora.formats.lora_files import read_lora
 
         return read_lora(directory, allow_unknown=True).outline()
+
+
+class _MLX(Format):
+    name = "MLX"
+
+    def detect(self, directory: Path) -> bool:
+        return is_mlx(directory)
+
+    def open(self, directory: Path, find_base: FindBase) -> "Adapter":
+        from litlora.formats.mlx import as_peft, base_of
+        from litlora.formats.peft import adapter_of
+
+        base = find_base(*base_of(directory))
+        return adapter_of(directory / MLX_WEIGHTS_FILE, *as_peft(directory), base.config, base.base.tensors)
+
+    def outline(self, directory: Path) -> Outline:
+        from litlora.formats.lora_files import read_lora
+
+        return replace(read_lora(directory, allow_unknown=True).outline(), format=self.name)
 
 
 class _LitGPTAdapter(Format):
@@ -165,9 +191,9 @@ class _HuggingFace(Format):
         return open_folder(directory)
 
 
-FORMATS: list[Format] = [_PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
+FORMATS: list[Format] = [_MLX(), _PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
 """Every format, in order of precedence: a directory has the first that detects it."""
-NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
+NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, MLX_WEIGHTS_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
 """Files that may be named instead of the directory that holds them."""
 
 
@@ -175,6 +201,12 @@ def detect(directory: Path) -> Format | None:
     """The format of a checkpoint directory; None if it has none. Raises CheckpointError if a part
     of the format is missing."""
     return next((format for format in FORMATS if format.detect(directory)), None)
+
+
+def is_mlx(directory: Path) -> bool:
+    """Whether a directory is an adapter of mlx-lm, whose config has the name of PEFT's."""
+    has_peft = any((directory / name).is_file() for name in PEFT_WEIGHTS_FILES)
+    return not has_peft and all((directory / name).is_file() for name in (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE))
 
 
 def peft_weights(directory: Path) -> Path | None:
@@ -194,7 +226,7 @@ def is_lora_file(path: Path) -> bool:
 
     Raises CheckpointError for a path with such a name that does not exist.
     """
-    named_so = path.suffix == ".safetensors" and path.name not in NAMED_FILES
+    named_so = path.suffix in GENERIC_SUFFIXES["safetensors"] and path.name not in NAMED_FILES
     if named_so and not path.exists():
         raise CheckpointError(f"{path}: no such file")
     return named_so and path.is_file()

@@ -12,9 +12,9 @@ from litlora.storage.untrusted import read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
-GENERIC_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth", ".bin", ".ckpt")}
+GENERIC_SUFFIXES = {"safetensors": (".safetensors", ".sft"), "pytorch": (".pt", ".pth", ".bin", ".ckpt")}
 """The suffixes of files of tensors that are read."""
-WRITTEN_SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pt", ".pth")}
+WRITTEN_SUFFIXES = {"safetensors": (".safetensors", ".sft"), "pytorch": (".pt", ".pth")}
 """The suffixes of files of tensors that are written."""
 
 

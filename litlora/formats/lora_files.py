@@ -3,22 +3,23 @@ same names.
 
     comfyui   <module>.lora_down.weight (r, in), .lora_up.weight (out, r); the modules of a
               diffusion model are prefixed with `diffusion_model.`
+    diffusers the names of one of these, and alpha in the header: see lora_header.py
     kohya     the same and <module>.alpha; a module's name is prefixed with `lora_unet_`, and its
               dots are underscores
     peft      a folder: adapter_config.json, and adapter_model.safetensors with
               base_model.model.<module>.lora_A.weight, .lora_B.weight
 
-Besides the factors a file may hold differences of whole tensors: `.diff` of a weight, `.diff_b` of
-a bias, `.diff_m` of a modulation. A PEFT folder may hold tensors that replace the base's. The
+lora_keys.py lists how else a factor may be spelled; a layer keeps its spelling. Besides the factors
+a file may hold LyCORIS's products and DoRA's magnitudes (lycoris.py), and differences of whole
+tensors: `.diff` or `.w_norm` of a weight, `.diff_b` or `.b_norm` of a bias, `.diff_m` of a
+modulation. A PEFT folder may hold tensors that replace the base's. The
 factors of a convolution are (r, in, *kernel) and (out, r, 1, ...). A module keeps the name that the
 file has for it, with its prefix: only the model tells which module that is.
 """
 
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,31 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError, setting
-from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, Outline, peft, peft_weights
+from litlora.formats import (
+    MLX_WEIGHTS_FILE,
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILES,
+    WEIGHTS_FILE,
+    Outline,
+    is_mlx,
+    litlora,
+    mlx,
+    peft,
+    peft_weights,
+)
+from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
+from litlora.formats.lora_header import Header, read_header, written
 from litlora.formats.model_files import open_model
-from litlora.lora.update import Update, scale_of
+from litlora.lora.adapter import Adapter
+from litlora.lora.dense import DenseUpdate
+from litlora.lora.update import Update
+from litlora.lora.variants import variant_named
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
-from litlora.storage.tensors import at_least_16_bits, open_tensors, write_safetensors
+from litlora.storage.tensors import open_tensors, write_safetensors
 
-PARTS = ("lora_down", "lora_up")
-"""What most tools call A and B."""
-PEFT_PARTS = ("lora_A", "lora_B")
-SPELLINGS = (PARTS, PEFT_PARTS, ("lora_A.default", "lora_B.default"), ("lora.down", "lora.up"))
-"""What a file calls A and B: one of these for each layer."""
 DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
 """What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
-DIFFS = tuple(DIFF_OF.values())
-_FACTOR = r"(.+)\.(lora_(?:down|up|[AB]|[AB]\.default)|lora\.(?:down|up))\.weight|(.+)\.lora_embedding_([AB])"
-_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,30 @@ class LoRAFile:
     parts: tuple[str, str] = PARTS
     """What the keys call A and B."""
     alpha: bool = False
-    """Whether the file stores alpha; if not, its updates have scale 1."""
+    """Whether the file stores `.alpha`."""
+    header: Header = field(default_factory=Header)
+    """What a safetensors file says besides its tensors."""
+    notices: list[str] = field(default_factory=list)
+    """What whoever uses the file should be told."""
+    is_8_bit: bool = False
+    """Whether factors are stored in 8 bits; they are read, and written again, as 16."""
+    keys: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The keys of A and B, by the module's name, where they are not spelled as in `parts`."""
+    dense: dict[str, DenseUpdate] = field(default_factory=dict)
+    """Updates that are not s · B A, by the module's name."""
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether the file can tell the scale of an update; if not, scales are 1."""
+        return self.alpha or bool(self.header.adapters)
 
     def outline(self) -> Outline:
         """What it tells without a model."""
-        spelling = f"LoRA file ({', '.join(PEFT_PARTS if PEFT_PARTS[0] in self.parts else PARTS)})"
+        spelling = f"LoRA file ({', '.join(self._kinds())})"
+        updates = self.updates | self.dense
         settings = {
-            "ranks": sorted({update.rank for update in self.updates.values()}),
-            "alpha": self.alpha or self.config is not None,
+            "ranks": sorted({update.rank for update in updates.values() if update.rank is not None}),
+            "alpha": self._alphas(),
             "differences": len({**self.diffs, **self.whole}),
         }
         return Outline(
@@ -81,145 +106,111 @@ class LoRAFile:
             open_tensors(self.path),
             (self.config or {}).get("base_model_name_or_path") or None,
             settings,
-            self.updates,
+            updates,
             self.unknown,
+            self.notices,
         )
+
+    def _alphas(self) -> list[float]:
+        """The values of alpha that occur; none in a file that does not tell them."""
+        if not self.keeps_scale and self.config is None:
+            return []
+        found = set()
+        for module, update in (self.updates | self.dense).items():
+            if update.rank is None:
+                continue
+            rslora = self.config["use_rslora"] if self.config else self.header.is_rslora(self.path, module)
+            alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+            value = float(f"{alpha:.9g}")
+            found.add(int(value) if value.is_integer() else value)
+        return sorted(found)
+
+    def _kinds(self) -> list[str]:
+        """What its factors are called, and the kinds of updates that are not s · B A."""
+        parts = PEFT_PARTS if self.parts[0].startswith(PEFT_PARTS[0]) else PARTS
+        return [*(parts if self.updates else ()), *sorted({update.name for update in self.dense.values()})]
+
+    def plain(self) -> "LoRAFile":
+        """The file itself. Raises CheckpointError if it holds an update that is not s · B A."""
+        for module, update in self.dense.items():
+            raise CheckpointError(
+                f"{self.path}: {module} is {update.name}, which is not a product of two factors; merge it "
+                "with scripts/lora_merger.py, then extract a LoRA with scripts/lora_extractor.py"
+            )
+        return self
 
 
 # ---- reading
 
 
 def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: bool = False) -> LoRAFile:
-    """Read a LoRA file (`.safetensors`, or a torch file of tensors), a PEFT folder, or the weights'
-    file in one.
+    """Read a LoRA file (`.safetensors`, or a torch file of tensors), an adapter's folder of PEFT,
+    mlx-lm or litlora, or the weights' file in one.
 
     `files` are those that any other folder consists of. Tensors are memory-mapped. Raises
     CheckpointError for a broken file, half a pair, factors that do not fit each other, an alpha
-    that cannot be a scale, an empty file, DoRA, and, unless `allow_unknown`, for an unrecognised
+    that cannot be a scale, an empty file, and, unless `allow_unknown`, for an unrecognised
     key.
     """
-    folder = path if path.is_dir() else path.parent if path.name in PEFT_WEIGHTS_FILES else None
-    weights = peft_weights(folder) if folder is not None else None
-    config = None
-    if weights is not None:
+    folder = path if path.is_dir() else path.parent
+    if path.name == WEIGHTS_FILE or (path.is_dir() and (path / WEIGHTS_FILE).is_file()):
+        return _own_adapter(folder)
+    config, tensors = None, None
+    if is_mlx(folder) and path in (folder, folder / MLX_WEIGHTS_FILE):
+        (tensors, config), path = mlx.as_peft(folder), folder / MLX_WEIGHTS_FILE
+    elif (path.is_dir() or path.name in PEFT_WEIGHTS_FILES) and (weights := peft_weights(folder)):
         path, files, config = weights, [weights], peft.read_config(folder)
-        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
+        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config | {"use_dora": False})
     elif path.is_dir() and not files:
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
         )
-    content = _Content(path, config)
-    for key, tensor in open_model(path, files or [path]).items():
+    # A PEFT folder's scale stands in its config alone.
+    header = Header() if config is not None else read_header(files or [path])
+    content = Content(path, config, header)
+    for key, tensor in (tensors or open_model(path, files or [path])).items():
         content.add(key, tensor)
-    return content.lora(allow_unknown=allow_unknown)
+    return _whole(content, allow_unknown=allow_unknown)
 
 
-@dataclass
-class _Pair:
-    """The factors of one module, as they are found."""
+def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
+    """What has been read. Raises CheckpointError for what cannot be used."""
+    unknown, parts = content.checked(allow_unknown=allow_unknown), content.parts()
+    found = {module: content.update(module) for module in content.layers}
+    updates = {module: update for module, update in found.items() if isinstance(update, Update)}
+    keys = {module: content.keys_of(module) for module in updates}
+    return LoRAFile(
+        content.file,
+        updates,
+        content.diffs,
+        content.whole,
+        unknown,
+        content.config,
+        parts,
+        alpha=bool(content.alphas),
+        header=content.header,
+        notices=content.notices(found),
+        is_8_bit=content.is_8_bit,
+        keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
+        dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
+    )
 
-    spelling: tuple[str, str]
-    factors: dict[str, Tensor] = field(default_factory=dict)
-    is_embedding: bool = False
 
-
-@dataclass
-class _Content:
-    """What a file or PEFT folder holds, key by key."""
-
-    file: Path
-    config: dict[str, Any] | None
-    pairs: dict[str, _Pair] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    diffs: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Sort out one tensor by its key."""
-        if factor := re.fullmatch(_FACTOR, key):
-            self._add_factor(factor, tensor)
-        elif key.endswith(".alpha"):
-            if tensor.numel() != 1 or not math.isfinite(value := tensor.item()) or value == 0:
-                raise CheckpointError(f"{self.file}: {key} must be one finite number other than 0")
-            self.alphas[key.removesuffix(".alpha")] = float(value)
-        elif key.endswith(_DORA) or ".lora_mid." in key:
-            raise CheckpointError(
-                f"{self.file}: {key} is not supported: only plain LoRA's factors, .alpha and differences are"
-            )
-        elif key.endswith(DIFFS):
-            self.diffs[key] = at_least_16_bits(tensor)
-        elif self.config is not None and not re.search(r"\.lora_|\.token_adapter\.", key):
-            if ".original_module." not in key:  # what a module was before training, which has no effect
-                name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                self.whole[name] = tensor
-        else:
-            self.unknown.append(key)
-
-    def _add_factor(self, factor: re.Match[str], tensor: Tensor) -> None:
-        is_embedding = factor[3] is not None
-        module, name = (factor[3], f"lora_{factor[4]}") if is_embedding else (factor[1], factor[2])
-        spelling = next(spelling for spelling in SPELLINGS if name in spelling)
-        pair = self.pairs.setdefault(module, _Pair(spelling))
-        if pair.spelling != spelling:
-            raise CheckpointError(
-                f"{self.file}: {module} has factors of two kinds, {pair.spelling[0]} and {spelling[0]}; "
-                "keep one"
-            )
-        pair.factors["AB"[spelling.index(name)]] = tensor
-        pair.is_embedding |= is_embedding
-
-    def lora(self, *, allow_unknown: bool) -> LoRAFile:
-        """The whole. Raises CheckpointError for what cannot be used."""
-        unknown = [*self.unknown, *(f"{module}.alpha" for module in self.alphas if module not in self.pairs)]
-        if unknown and not allow_unknown:
-            raise CheckpointError(
-                f"{self.file}: {unknown[0]}: unrecognised key; the keys of factors, .alpha, .diff, .diff_b "
-                "and .diff_m are supported"
-            )
-        updates = {module: self._update(module, pair) for module, pair in self.pairs.items()}
-        if not (updates or self.diffs or self.whole):
-            first = f"; {unknown[0]}: unrecognised key" if unknown else ""
-            raise CheckpointError(
-                f"{self.file}: holds no LoRA: no lora_down and lora_up, no lora_A and lora_B, no .diff{first}"
-            )
-        return LoRAFile(
-            self.file,
-            updates,
-            self.diffs,
-            self.whole,
-            unknown,
-            self.config,
-            next((pair.spelling for pair in self.pairs.values()), PARTS),
-            alpha=bool(self.alphas),
+def _own_adapter(directory: Path) -> LoRAFile:
+    """The adapter in a directory of litlora, under the names that it has there, which are those of
+    most Hugging Face models. Raises CheckpointError for a full model, and for a variant."""
+    adapter = litlora.open_directory(directory)
+    if not isinstance(adapter, Adapter):
+        raise CheckpointError(f"{directory}: is a full model, not an adapter")
+    if not variant_named(adapter.config.variant).is_plain:
+        raise CheckpointError(
+            f"{directory}: has the variant {adapter.config.variant}; merge it with scripts/merge_lora.py"
         )
+    return LoRAFile(adapter.file, adapter.updates, whole=adapter.whole, parts=PEFT_PARTS, alpha=True)
 
-    def _update(self, module: str, pair: _Pair) -> Update:
-        if pair.factors.keys() != {"A", "B"}:
-            raise CheckpointError(f"{self.file}: {module} has only one of its two factors")
-        A, B = pair.factors["A"], pair.factors["B"]
-        are_factors = A.ndim >= 2 and B.ndim in (2, A.ndim) and A.size(0) == B.size(1)
-        if not (are_factors and A.numel() and B.numel() and B[0, 0].numel() == 1) or not (
-            A.is_floating_point() and B.is_floating_point()
-        ):
-            raise CheckpointError(
-                f"{self.file}: {module}: {tuple(A.shape)} and {tuple(B.shape)} do not form an update"
-            )
-        A, B, rank = at_least_16_bits(A), at_least_16_bits(B), A.size(0)
-        kind = "embedding" if pair.is_embedding else "linear"
-        if self.config is None:
-            return Update(A, B, self.alphas[module] / rank if module in self.alphas else 1.0, kind)
-        if kind == "linear" and self.config.get("fan_in_fan_out"):
-            kind = "conv1d"
-        return Update(A, B, self._peft_scale(module, rank), kind)
 
-    def _peft_scale(self, module: str, rank: int) -> float:
-        """What adapter_config.json says about a module. Raises CheckpointError for another rank."""
-        config, name = self.config, module.removeprefix(peft.PREFIX)
-        if rank != (stated := peft.by_pattern(config["rank_pattern"], name, config["r"])):
-            raise CheckpointError(f"{self.file}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {stated}")
-        alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
-        return scale_of(alpha, rank, rslora=config["use_rslora"])
+def _usual_keys(module: str, parts: tuple[str, str]) -> tuple[str, str]:
+    return f"{module}.{parts[0]}.weight", f"{module}.{parts[1]}.weight"
 
 
 # ---- writing
@@ -281,29 +272,37 @@ def update_tensors(
     return tensors
 
 
-def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> None:
+def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> list[str]:
     """Write a LoRA in its own format: a safetensors file, or, if it has a config, a PEFT folder. It
-    appears whole or not at all.
+    appears whole or not at all. Returns the entries of its header that no longer hold, and are left
+    out.
 
     In an existing folder, the two files are replaced.
     """
     tensors: dict[str, Tensor] = {}
+    # In a PEFT folder the config tells the scale, and with diffusers' metadata the header does.
+    is_elsewhere = lora.config is not None or (lora.keeps_scale and not lora.alpha)
     for module, update in lora.updates.items():
-        # In a PEFT folder, the config tells the scale.
-        kept = replace(update, scale=1.0) if lora.config is not None else update
-        tensors |= update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
+        kept = replace(update, scale=1.0) if is_elsewhere else update
+        stored = update_tensors(module, kept, lora.parts, alpha=lora.alpha, dtype=dtype)
+        if module in lora.keys:
+            given = dict(zip(_usual_keys(module, lora.parts), lora.keys[module], strict=True))
+            stored = {given.get(key, key): tensor for key, tensor in stored.items()}
+        tensors |= stored
     tensors |= {
         key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in (lora.diffs | lora.whole).items()
     }
     if lora.config is None:
+        metadata, dropped = written(lora.path, lora.header, lora.updates)
         with replacing_file(path) as staging:
-            write_safetensors(staging, tensors)
-        return
+            write_safetensors(staging, tensors, metadata)
+        return dropped
     with replacing_file(path / PEFT_WEIGHTS_FILES[0]) as staging:
         write_safetensors(staging, {_peft_key(key, lora): tensor for key, tensor in tensors.items()})
     with replacing_file(path / PEFT_CONFIG_FILE) as staging:
         staging.write_text(json.dumps(peft_config(lora), indent=2) + "\n", encoding="utf-8")
+    return []
 
 
 def _peft_key(key: str, lora: LoRAFile) -> str:
@@ -314,12 +313,9 @@ def _peft_key(key: str, lora: LoRAFile) -> str:
 
 def peft_config(lora: LoRAFile) -> dict[str, Any]:
     """adapter_config.json for these updates; what else lora.config says stays."""
-    names = {module: module.removeprefix(peft.PREFIX) for module in lora.updates}
-    ranks = {names[module]: update.rank for module, update in lora.updates.items()}
-    alphas = {names[module]: update.scale * update.rank for module, update in lora.updates.items()}
-    rank, alpha = _commonest(ranks.values(), 1), _commonest(alphas.values(), 1)
-    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - ranks.keys()
-    if not ranks:
+    layers = {module.removeprefix(peft.PREFIX): update for module, update in lora.updates.items()}
+    saved = {name.removeprefix(peft.PREFIX).rpartition(".")[0] for name in lora.whole} - layers.keys()
+    if not layers:
         raise CheckpointError(
             "no matrix differs, and PEFT needs at least one pair of factors; choose another "
             f"{setting('format')}"
@@ -329,25 +325,11 @@ def peft_config(lora: LoRAFile) -> dict[str, Any]:
             "a tensor outside every module differs, and PEFT saves modules only; choose another "
             f"{setting('format')}"
         )
-
-    def pattern(name: str) -> str:
-        """PEFT matches a name with the end of any other, too."""
-        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
-
     has_biases = any(name.rpartition(".")[0] in lora.updates for name in lora.whole)
     stated = {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
+        **peft.stated(layers),
         "modules_to_save": sorted(saved) or None,
         "bias": "lora_only" if has_biases else "none",
     }
-    return {"target_modules": sorted(ranks)} | (lora.config or {}) | stated
-
-
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
+    return {"target_modules": sorted(layers)} | (lora.config or {}) | stated

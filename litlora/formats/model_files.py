@@ -12,9 +12,18 @@ from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.folder import INDEX_SUFFIX, indexed_shards
+from litlora.formats.lora_header import HASHES
+from litlora.formats.scaled import QUANTIZATION_METADATA, with_scales
 from litlora.storage.atomic import replacing_file
 from litlora.storage.dtypes import dtype_name
-from litlora.storage.tensors import SafetensorsWriter, named_tensors, open_safetensors, open_torch
+from litlora.storage.tensors import (
+    SAFETENSORS_SUFFIXES,
+    SafetensorsWriter,
+    named_tensors,
+    open_safetensors,
+    open_torch,
+    read_metadata,
+)
 from litlora.storage.torch_file import TorchFile, Written
 
 FileKind = Literal["safetensors", "pytorch"]
@@ -27,12 +36,19 @@ READABLE = {
 }
 """The dtypes that a model's tensors may have."""
 
+ARCHITECTURE = "modelspec.architecture"
+_OF_THE_ARCHITECTURE = (
+    *(ARCHITECTURE, "modelspec.sai_model_spec", "modelspec.implementation", "modelspec.prediction_type"),
+    *("modelspec.resolution", "ss_base_model_version", "ss_v2"),
+)
+
 # ---- reading
 
 
-def open_model(path: Path, files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of the model at `path`, which consists of these files. Raises CheckpointError for
-    a tensor with different values in two files."""
+def open_model(path: Path, files: list[Path]) -> Mapping[str, Tensor]:
+    """The tensors of the model at `path`, which consists of these files; one in 8 bits with a scale
+    is multiplied by it when it is read. Raises CheckpointError for a tensor with different values
+    in two files."""
     tensors: dict[str, Tensor] = {}
     where: dict[str, Path] = {}
     for file in files:
@@ -50,11 +66,35 @@ def open_model(path: Path, files: list[Path]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no tensors")
     if path.is_dir():
         _check_indexes(files, tensors)
-    return tensors
+    return with_scales(tensors, where)
+
+
+def carried_metadata(files: Iterable[Path], *, dequantised: bool) -> tuple[dict[str, str], list[str]]:
+    """(what the headers of a model's files say that still holds with updates added, the entries that
+    do not: hashes, what two files tell differently, and, if it is `dequantised`, how it was stored
+    in 8 bits)."""
+    kept: dict[str, str] = {}
+    dropped: dict[str, None] = {}
+    stale = (*HASHES, QUANTIZATION_METADATA) if dequantised else HASHES
+    for file in files:
+        for name, value in read_metadata(file).items():
+            if name in stale or kept.setdefault(name, value) != value:
+                dropped[name] = None
+    return {name: value for name, value in kept.items() if name not in dropped}, list(dropped)
+
+
+def extracted_metadata(files: Iterable[Path]) -> dict[str, str]:
+    """What the headers of a model's files say that holds for a LoRA on it, too: which model it is.
+    The model specification calls the architecture of a LoRA MODEL/lora."""
+    kept, _ = carried_metadata(files, dequantised=True)
+    found = {name: value for name, value in kept.items() if name in _OF_THE_ARCHITECTURE}
+    if architecture := found.get(ARCHITECTURE):
+        found[ARCHITECTURE] = f"{architecture.removesuffix('/lora')}/lora"
+    return found
 
 
 def _open(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
+    if file.suffix in SAFETENSORS_SUFFIXES:
         return open_safetensors(file)
     content = open_torch(file)
     while isinstance(content, dict):
@@ -83,10 +123,12 @@ def _check_indexes(files: list[Path], tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def writing(file: Path, kind: FileKind, names: Iterable[str]) -> Iterator[Callable[[str, Tensor], None]]:
+def writing(
+    file: Path, kind: FileKind, names: Iterable[str], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
     """A function that adds a tensor to a new file. The file gets its name when the block succeeds.
 
-    `names` are all that may be added.
+    `names` are all that may be added; `metadata` goes into the header of a safetensors file.
     """
     written: dict[str, Written | None] = {}
 
@@ -99,7 +141,7 @@ def writing(file: Path, kind: FileKind, names: Iterable[str]) -> Iterator[Callab
 
     with ExitStack() as stack:
         staging = stack.enter_context(replacing_file(file))
-        new = SafetensorsWriter(staging, names) if kind == "safetensors" else TorchFile(staging)
+        new = SafetensorsWriter(staging, names, metadata) if kind == "safetensors" else TorchFile(staging)
         writer = stack.enter_context(new)
         yield add
         if kind == "pytorch":
@@ -114,6 +156,7 @@ def write_model(
     largest: int | None = None,
     *,
     inputs: Iterable[Path] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write tensors, one in memory at a time, as one file, or as shards with an index.
 
@@ -133,7 +176,7 @@ def write_model(
             text = json.dumps({"metadata": total, "weight_map": listed}, indent=2) + "\n"
             unfinished.enter_context(replacing_file(index)).write_text(text, encoding="utf-8")
         for file, names in zip(files, shards, strict=True):
-            add = unfinished.enter_context(writing(file, kind, names))
+            add = unfinished.enter_context(writing(file, kind, names, metadata))
             for name in names:
                 add(name, tensor_of(name))
     return made

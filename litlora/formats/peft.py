@@ -15,6 +15,7 @@ names the language model inside it.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +72,22 @@ def read_adapter(
     config = read_config(directory)
     refuse_variants(directory / CONFIG_FILE, config, also_read=ALSO_READ)
     file = peft_weights(directory)
-    stored = sort_out(file, open_tensors(file))
-    _check_settings(directory / CONFIG_FILE, config, stored)
+    tensors = open_tensors(file)
+    return adapter_of(file, tensors, config, model, base, base_is_full=base_is_full)
+
+
+def adapter_of(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    model: ModelConfig,
+    base: Mapping[str, Tensor],
+    *,
+    base_is_full: bool = True,
+) -> Adapter:
+    """The adapter of these tensors, by PEFT's keys, that a file holds. See `read_adapter`."""
+    stored = sort_out(file, tensors)
+    _check_settings(file.parent / CONFIG_FILE, config, stored)
     if (stored.rows or config["lora_bias"]) and not base_is_full:
         raise CheckpointError(
             f"{file}: replaces rows or biases of its base, which is an adapter itself; merge the base first"
@@ -365,3 +380,23 @@ def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> 
                 f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
                 "layer's experts are"
             )
+
+
+def stated(updates: Mapping[str, Update]) -> dict[str, Any]:
+    """The settings that give every module, by its name in the model, the rank and the scale of its
+    update."""
+    ranks = {name: update.rank for name, update in updates.items()}
+    alphas = {name: update.scale * update.rank for name, update in updates.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+
+    def pattern(name: str) -> str:
+        """PEFT matches a name with the end of any other, too."""
+        return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in ranks) else name
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern(name): value for name, value in alphas.items() if value != alpha},
+    }

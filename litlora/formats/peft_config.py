@@ -67,7 +67,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json, with PEFT's defaults for missing settings. Raises CheckpointError for a
     value that is not usable."""
     path = directory / CONFIG_FILE
-    values = read_json_object(path)
+    return checked_config(path, read_json_object(path))
+
+
+def checked_config(path: Path | str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a LoraConfig that stands at `path`, with PEFT's defaults. Raises
+    CheckpointError for a value that is not usable."""
     config = _DEFAULTS | {
         name: value for name, value in values.items() if value is not None or name not in _DEFAULTS
     }
@@ -102,7 +107,9 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and LEAST_ALPHA <= abs(value) <= 1 / LEAST_ALPHA
 
 
-def refuse_variants(path: Path, config: dict[str, Any], also_read: frozenset[str] = frozenset()) -> None:
+def refuse_variants(
+    path: Path | str, config: dict[str, Any], also_read: frozenset[str] = frozenset()
+) -> None:
     """Raise CheckpointError for anything but plain LoRA and rsLoRA, and the settings in `also_read`;
     `path` is the config's."""
     if (kind := config.get("peft_type")) != "LORA":
@@ -119,5 +126,5 @@ def refuse_variants(path: Path, config: dict[str, Any], also_read: frozenset[str
 
 
 def by_pattern(pattern: ByPattern, module: str, default: Any) -> Any:
-    """The value for a module, of a pattern that `read_config` returned."""
+    """The value for a module, of a pattern that `checked_config` returned."""
     return pattern.value(module, default)

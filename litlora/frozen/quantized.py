@@ -37,17 +37,16 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.no_grad():  # the values are gone before a backward could read them
-            return F.linear(x, self._values(x.dtype), bias)
+            return F.linear(x, self.values(x.dtype), bias)
 
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        W = self._values(dy.dtype)
+        W = self.values(dy.dtype)
         return dy @ W if into is None else into.addmm_(dy, W)
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         return self.matrix.rows(rows)
 
-    @torch.compiler.disable
-    def _values(self, dtype: torch.dtype) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         """W in this dtype, valid until this thread asks for another one."""
         W = _scratch(self.shape, dtype, self.device)
         self.matrix.write_to(W)

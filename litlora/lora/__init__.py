@@ -7,6 +7,7 @@ unwrap_lora(model)           plain layers again, with plain names: merged if mer
 
 layer.py     LoRALinear, and the functions above
 update.py    one layer's update, and the formula
+dense.py     updates of other tools that are not s · B A
 variants.py  what A and B mean, and what belongs to them
 adapter.py   the updates of all layers, with their settings and the base they are for
 select.py    which layers, and the rank and alpha of each

@@ -172,12 +172,14 @@ class CombineLoRA(_AdapterToAdapter):
 @dataclass(frozen=True, kw_only=True)
 class ExportPEFT:
     """Write an adapter as a PEFT folder, which PeftModel.from_pretrained loads onto the Hugging
-    Face base."""
+    Face base, or as a folder of mlx-lm."""
 
     lora_path: str
     """The adapter: a lit_model.pth, or the directory that holds it."""
     out_dir: str
     """Directory to write."""
+    format: Literal["peft", "mlx"] = "peft"
+    """Whose folder to write."""
     checkpoint_dir: str | None = None
     """The base (--base_checkpoint_dir means it too); default: the one the adapter was trained on.
     Without lora_path: the adapter."""

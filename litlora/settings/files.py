@@ -16,6 +16,7 @@ from litlora.settings.checks import (
 
 FileType = Literal["safetensors", "pytorch"]
 OutputDtype = Literal["float32", "fp32", "float16", "fp16", "bfloat16", "bf16"]
+MergedDtype = Literal["float32", "fp32", "float16", "fp16", "bfloat16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,8 @@ class LoRAMerger:
     source_type: FileType = "safetensors"
     """Type of its files."""
     lora_model: list[str]
-    """LoRA files (with the names of ComfyUI or kohya, or lora_A and lora_B) or PEFT folders.
-    Several are added up."""
+    """LoRA files (with the names of ComfyUI or kohya, or lora_A and lora_B) or folders of PEFT,
+    mlx-lm or litlora. Several are added up."""
     lora_type: FileType = "safetensors"
     """Type of the LoRA files."""
     output: str
@@ -156,8 +157,9 @@ class LoRAMerger:
     """Type of the file to write."""
     alpha: float = 1.0
     """Strength: a factor of all LoRAs, on top of the alpha that a file itself holds."""
-    output_dtype: OutputDtype = "bf16"
-    """Number format of the result; integers keep theirs."""
+    output_dtype: MergedDtype = "bf16"
+    """Number format of the result; integers keep theirs. fp8: every tensor as the model stores it,
+    which must have weights in 8 bits; those that change get new scales, if they have scales."""
     weights: list[float] = field(default_factory=list)
     """A factor for each LoRA, in their order; default: 1 each."""
     max_shard_size: str | None = None

@@ -30,9 +30,13 @@ _BROKEN_SAFETENSORS = (
 """What safetensors raises for a broken file."""
 
 
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+"""What the names of safetensors files end in; the short form is common among ComfyUI's files."""
+
+
 def open_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, or of a torch file that holds a dict of them."""
-    if file.suffix == ".safetensors":
+    """The tensors of a safetensors file, or of a torch file that holds a dict of them."""
+    if file.suffix in SAFETENSORS_SUFFIXES:
         return open_safetensors(file)
     return named_tensors(file, open_torch(file))
 
@@ -57,6 +61,22 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         for tensor in tensors.values():
             check_tensor(tensor)
         return tensors
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except _BROKEN_SAFETENSORS as error:
+        raise _broken(file, error) from None
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; nothing for a torch file.
+
+    Raises CheckpointError for a broken file.
+    """
+    if file.suffix not in SAFETENSORS_SUFFIXES:
+        return {}
+    try:
+        with safe_open(file, "pt") as content:
+            return dict(sorted((content.metadata() or {}).items()))  # the library's order is random
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     except _BROKEN_SAFETENSORS as error:
@@ -138,14 +158,16 @@ class SafetensorsWriter:
     tensors with larger items must be added first.
     """
 
-    def __init__(self, file: Path, names: Iterable[str]) -> None:
-        self._room = -(-sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) // 8) * 8 + 64
+    def __init__(self, file: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names)
+        more = len(json.dumps(metadata)) if metadata else 0
+        self._room = -(-(room + more) // 8) * 8 + 64
         if self._room > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{file}: the names of its tensors need {self._room:,} bytes; the format allows "
-                f"{MAX_HEADER_BYTES:,}"
+                f"{file}: the names of its tensors and its metadata need {self._room:,} bytes; the format "
+                f"allows {MAX_HEADER_BYTES:,}"
             )
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._file = file.open("wb")
         self._file.seek(8 + self._room)
         self._offset = 0
@@ -183,8 +205,10 @@ def save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[s
         raise
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as a safetensors file, those with larger items first."""
-    with SafetensorsWriter(file, tensors) as writer:
+    with SafetensorsWriter(file, tensors, metadata) as writer:
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
             writer.add(name, tensor)

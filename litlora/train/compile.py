@@ -4,6 +4,8 @@ kind."""
 import torch
 
 from litlora.errors import UserError, setting
+from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import packed_attention
 from litlora.model import GPT
 from litlora.train.activations import computed_again
@@ -29,8 +31,11 @@ def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
     computes it again. Names stay the same.
 
     Attention over a pack is not compiled: its loop over the lengths would be compiled anew for every
-    pack.
+    pack. Nor is dequantising, whose memory is shared by all layers.
     """
+    for weight in stored_weights(model).values():
+        if isinstance(weight, QuantizedWeight):
+            weight.values = torch.compiler.disable(weight.values)
     attention = torch.compiler.disable(packed_attention)
     for block in model.model.layers:
         block.self_attn.packed_attention = attention

@@ -156,6 +156,53 @@ def test_a_fused_update_on_separate_projections(tmp_path, prefix):
         torch.testing.assert_close(together, up @ down)
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused-model", "separate-model"])
+def test_a_product_on_other_rows_is_added_whole(tmp_path, kind, fused):
+    """LoHa, LoKr or DoRA of a layer whose rows the model stores among others, or apart."""
+    separate = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    qkv = "double_blocks.0.img_attn.qkv"
+    rows = WIDTH if fused else 3 * WIDTH
+    layer = "transformer.transformer_blocks.0.attn.to_k" if fused else f"diffusion_model.{qkv}"
+    W = noise(3 * WIDTH, WIDTH)
+    inside = slice(WIDTH, 2 * WIDTH) if fused else slice(None)
+    (b1, a1), (b2, a2) = pair(rows), pair(rows)
+    w1, w2 = noise(rows // 4, 2), noise(4, WIDTH // 2)
+    m, V = torch.rand(rows, 1), W[inside] + b1 @ a1
+    lora, wanted = {
+        "loha": ({"hada_w1_a": b1, "hada_w1_b": a1, "hada_w2_a": b2, "hada_w2_b": a2}, (b1 @ a1) * (b2 @ a2)),
+        "lokr": ({"lokr_w1": w1, "lokr_w2": w2}, torch.kron(w1, w2)),
+        "dora": (
+            {"lora_A.weight": a1, "lora_B.weight": b1, "dora_scale": m},
+            m * V / V.norm(dim=1, keepdim=True) - W[inside],
+        ),
+    }[kind]
+    file = tmp_path / "product.safetensors"
+    save_file({f"{layer}.{name}": tensor.contiguous() for name, tensor in lora.items()}, file)
+    model = {f"{qkv}.weight": W}
+    if not fused:
+        model = {f"{name}.weight": part for name, part in zip(separate, W.chunk(3), strict=True)}
+        model |= zeros({"single_transformer_blocks.0.attn.to_q": (WIDTH, WIDTH)})
+    additions, unmatched = match([(read_lora(file), 1.0)], model)
+    assert not unmatched
+    names = list(model)[: 1 if fused else 3]
+    found = [added(name, model[name], additions[name], torch.float32) for name in names]
+    expected = W.clone()
+    expected[inside] += wanted
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_dora_by_input_is_not_added_to_a_part_of_its_layer(tmp_path):
+    qkv, (up, down) = "diffusion_model.double_blocks.0.img_attn.qkv", pair(3 * WIDTH)
+    file = tmp_path / "dora.safetensors"
+    tensors = {"lora_A.weight": down, "lora_B.weight": up, "dora_scale": torch.rand(1, WIDTH)}
+    save_file({f"{qkv}.{name}": tensor for name, tensor in tensors.items()}, file)
+    model = zeros({f"transformer_blocks.0.attn.to_{part}": (WIDTH, WIDTH) for part in "qkv"})
+    model |= zeros({"single_transformer_blocks.0.attn.to_q": (WIDTH, WIDTH)})
+    with pytest.raises(CheckpointError, match="DoRA by input cannot be added to a part of its layer"):
+        match([(read_lora(file), 1.0)], model)
+
+
 def test_a_whole_and_a_part_of_the_same_rows_are_refused(tmp_path):
     model = zeros({"double_blocks.0.img_attn.qkv": (3 * WIDTH, WIDTH), "single_blocks.0.linear1": (56, 8)})
     lora = {"transformer.transformer_blocks.0.attn.to_q": pair(WIDTH)}

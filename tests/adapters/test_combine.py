@@ -2,7 +2,6 @@
 adapter stays what it is."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -471,17 +470,8 @@ def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
     assert f"holds {adapters[0]}, which is read" in fails(
         *words, adapters[0], "--out_dir", adapters[0], "--overwrite"
     )
-    dora = tmp_path / "dora"
-    dora.mkdir()
-    settings = {
-        "peft_type": "LORA",
-        "target_modules": ["q_proj"],
-        "use_dora": True,
-        "base_model_name_or_path": str(base),
-    }
-    (dora / "adapter_config.json").write_text(json.dumps(settings))
-    (dora / "adapter_model.safetensors").write_bytes(b"")
-    assert "use_dora (True) is not supported" in fails(*words, adapters[0], dora)
+    dora = random_adapter(tmp_path / "dora", base, LoRAConfig(rank=2, targets="qv", variant="dora"))
+    assert "has the variant dora, whose updates are not a product" in fails(*words, adapters[0], dora)
     assert not (tmp_path / "out").exists()
 
 

@@ -122,6 +122,7 @@ def test_a_peft_adapter_with_and_without_its_base(tmp_path, make_checkpoint):
     alone = describe(adapter)
     assert "only what its own files tell" in alone["problems"][0] and not alone["base"]["found"]
     assert alone["total"]["delta_norm"] == pytest.approx(found["total"]["delta_norm"], rel=1e-6)
+    assert alone["lora"]["alpha"] == [4] and any("alpha 4" in line for line in table(alone))
     assert describe(adapter, base_dir=tmp_path / "moved")["total"] == found["total"]
 
 

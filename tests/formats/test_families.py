@@ -2,6 +2,7 @@
 both directions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,7 @@ def llama(**changes):
 
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,31 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
             llama(architectures=["MambaForCausalLM"], model_type="mamba"),
             "MambaForCausalLM.* needs state-space layers",
         ),
+        (llama(**NEW, kv_lora_rank=512), "it needs multi-head latent attention"),
+        (llama(**NEW, is_encoder_decoder=True), "it needs an encoder"),
+        (llama(**NEW, layer_types=["mamba", "conv"]), "it needs state-space layers, short convolutions"),
+        (llama(**NEW, layer_types=[["mamba"], None]), "it needs layers of type"),
+        (llama(**NEW, n_routed_experts=64), r"mixture of experts \(64 experts\)"),
+        (llama(**NEW, residual_multiplier=0.22), r"it needs residual_multiplier \(0.22\)"),
+        (llama(**NEW, residual_multiplier=1.0, alibi=True), "it needs ALiBi positions;"),
+        (llama(**NEW, hidden_act="relu2"), "it needs the activation 'relu2'"),
+        (llama(**NEW, add_attention_sink=True), "it needs attention sinks"),
+        (llama(**NEW, quantization_config={"quant_method": "fp8"}), "it needs weights quantized by 'fp8'"),
+        (llama(**NEW, auto_map={"AutoConfig": "x.Y"}), "it needs its own remote code"),
+        (llama(**NEW), "it needs a reader of its settings"),
+        (
+            llama(**NEW, vision_config={"depth": 2}, text_config={"model_type": "qwen3"}),
+            "an image encoder; a folder of its language model alone is covered .Qwen3ForCausalLM",
+        ),
+        (llama(**NEW, audio_config={"depth": 2}, text_config={"model_type": ["a"]}), "an audio encoder, and"),
+        (llama(**NEW, vision_config=7, text_config=[]), "it needs an image encoder;"),
         (llama(architectures=["Brandnew"], model_type="brandnew"), "'Brandnew'.* is not covered"),
-        (llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (
+            llama(architectures=["LlamaForSequenceClassification"]),
+            "LlamaForSequenceClassification.* of the family llama only LlamaForCausalLM is covered",
+        ),
         (llama(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3"), "an image encoder"),
-        (llama(architectures=None, model_type=None), "is not covered"),
+        (llama(architectures=None, model_type=None), "is not covered: config.json names no model_type"),
         (llama(rope_scaling={"rope_type": "magic", "factor": 2.0}), "'magic' is not implemented"),
         (
             llama(rope_scaling={"type": "default", "mrope_section": [16, 24, 24]}),
@@ -208,6 +231,48 @@ def test_what_is_not_covered_is_refused_by_name(values, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_config(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(caught.value)
+
+
+WHAT_IS_MISSING = {
+    "gemma3": "an image encoder; .* alone is covered .Gemma3ForCausalLM, model_type gemma3_text",
+    "qwen3_5": "an image encoder, and its language model needs linear attention",
+    "qwen3_next": "linear attention .gated delta rule. and gated attention",
+    "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
+    "glm4": "interleaved rotary embeddings",
+    "mistral3": "an image encoder; .* alone is covered .MistralForCausalLM, model_type mistral",
+    "cohere2": "interleaved rotary embeddings, a layer norm without bias and a logit scale",
+    "granite": "multipliers of embeddings, residuals, attention scores and logits",
+    "lfm2": "short convolutions",
+}
+
+
+def test_every_architecture_of_transformers_is_read_or_refused_with_what_is_missing():
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    named = [
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items(),
+    ]
+    reasons = {}
+    for kind, architecture in named:
+        try:
+            values = CONFIG_MAPPING[kind]().to_dict()
+        except Exception:  # transformers gives this class no defaults that it accepts
+            values = {"model_type": kind}
+        try:
+            read = read_config({**values, "architectures": [architecture]})[0]
+        except CheckpointError as error:
+            reasons[kind] = str(error)
+            refused = rf"architecture '{architecture}' \(model_type '.+'\) is not covered: it needs \w.*; "
+            assert re.match(refused, reasons[kind]) and "\n" not in reasons[kind], kind
+            assert kind not in COVERED, reasons[kind]
+        else:
+            assert read in COVERED
+    for kind, what in WHAT_IS_MISSING.items():
+        assert re.search(f"it needs {what}", reasons[kind]), reasons[kind]
+    unknown = [kind for kind, reason in reasons.items() if "do not tell" in reason]
+    assert len(unknown) < 0.15 * len(reasons), unknown
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "\x00", "[" * 100_000])

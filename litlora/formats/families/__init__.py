@@ -12,7 +12,8 @@ from typing import Any
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families.hf_config import HFConfig, standard_settings
-from litlora.formats.families.table import FAMILIES, MISSING
+from litlora.formats.families.missing import why_not_covered
+from litlora.formats.families.table import FAMILIES
 from litlora.storage.untrusted import read_json_object
 
 __all__ = ["FAMILIES", "HF_CONFIG_FILE", "adapt_config", "load_config", "read_config", "write_config"]
@@ -22,12 +23,13 @@ HF_CONFIG_FILE = "config.json"
 
 def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of a config.json. Raises CheckpointError for an architecture or a
-    setting that is not covered, naming it."""
+    setting that is not covered, naming it, with what is missing."""
     kind, architectures = values.get("model_type"), values.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
     covered = isinstance(kind, str) and kind in FAMILIES
     if not covered or (named is not None and named != FAMILIES[kind].architecture):
-        raise _not_covered(kind, named)
+        why = why_not_covered(kind, named, values)
+        raise CheckpointError(f"architecture {named or kind!r} (model_type {kind!r}) is not covered: {why}")
     _check_quantization(values.get("quantization_config"))
     source = HFConfig(values)
     try:
@@ -37,14 +39,6 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         # values of unexpected types
         raise CheckpointError(f"not a usable configuration: {error}") from None
-
-
-def _not_covered(kind: Any, named: str | None) -> CheckpointError:
-    needs = f": it needs {MISSING[named]}" if named in MISSING else ""
-    covered = ", ".join(family.architecture for family in FAMILIES.values())
-    return CheckpointError(
-        f"architecture {named or kind!r} (model_type {kind!r}) is not covered{needs}; covered: {covered}"
-    )
 
 
 def _check_quantization(settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""The families that are covered, and what others would need. Torch-free."""
+"""The families that are covered. Torch-free."""
 
 from litlora.formats.families import gemma, gpt, llama, qwen
 from litlora.formats.families.hf_config import Family
@@ -36,34 +36,3 @@ FAMILIES = {
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
 it."""
-
-MISSING = {
-    "BaichuanForCausalLM": "its own remote code",
-    "BloomForCausalLM": "ALiBi positions and a norm behind the embedding",
-    "ChatGLMModel": "its own remote code",
-    "Cohere2ForCausalLM": "interleaved rotary embeddings and a logit scale",
-    "CohereForCausalLM": "interleaved rotary embeddings and a logit scale",
-    "DeepseekV2ForCausalLM": "multi-head latent attention",
-    "DeepseekV3ForCausalLM": "multi-head latent attention",
-    "GPTBigCodeForCausalLM": "its fused multi-query layout",
-    "GPTJForCausalLM": "interleaved rotary embeddings",
-    "Gemma3ForConditionalGeneration": "an image encoder (the text-only Gemma3ForCausalLM is covered)",
-    "Gemma3nForConditionalGeneration": "image and audio encoders",
-    "GptOssForCausalLM": "attention sinks",
-    "GraniteForCausalLM": "its multipliers of embedding, residual, attention and logits",
-    "JambaForCausalLM": "state-space layers",
-    "Llama4ForConditionalGeneration": "an image encoder and chunked attention",
-    "MambaForCausalLM": "state-space layers",
-    "Mamba2ForCausalLM": "state-space layers",
-    "MPTForCausalLM": "ALiBi positions",
-    "MptForCausalLM": "ALiBi positions",
-    "OPTForCausalLM": "learned positions with an offset",
-    "Phi3SmallForCausalLM": "block-sparse attention",
-    "Phi3VForCausalLM": "an image encoder",
-    "PhimoeForCausalLM": "its router",
-    "Qwen2VLForConditionalGeneration": "an image encoder",
-    "Qwen2_5_VLForConditionalGeneration": "an image encoder",
-    "Qwen3NextForCausalLM": "linear attention",
-    "RWForCausalLM": "its own remote code (the later FalconForCausalLM is covered)",
-}
-"""What popular architectures that are not covered would need."""

@@ -1,0 +1,231 @@
+"""What an architecture that is not covered needs: from a table of families, or from what its
+config.json says. Torch-free."""
+
+from typing import Any
+
+from litlora.formats.families.hf_config import ACTIVATIONS
+from litlora.formats.families.table import FAMILIES
+
+_LATENT = "multi-head latent attention"
+_STATE_SPACE = "state-space layers"
+_INTERLEAVED = "interleaved rotary embeddings"
+_MULTIPLIERS = "multipliers of embeddings, residuals, attention scores and logits"
+_COHERE = "interleaved rotary embeddings, a layer norm without bias and a logit scale"
+_DELTA = "linear attention (gated delta rule) and gated attention"
+_CODE = "its own remote code, which is never run"
+_GEMMA4 = "norms of the values, layers with different head sizes, and in some models per-layer embeddings"
+_GRID = "rotary embeddings over time, height and width"
+_ROUTER = "a sigmoid router with a correction bias"
+_BERT = "an encoder's layer with norms after the residual sums"
+_TOKENS = "image tokens, which its language model reads and writes"
+
+NEEDS = {
+    "apertus": "the activation xIELU",
+    "arcee": "the activation relu2",
+    "baichuan": _CODE,
+    "bamba": _STATE_SPACE,
+    "bert-generation": _BERT,
+    "biogpt": "learned positions with an offset",
+    "bitnet": "ternary weights, and norms inside attention and MLP",
+    "bloom": "ALiBi positions and a norm after the embedding",
+    "chameleon": _TOKENS,
+    "chatglm": _CODE,
+    "codegen": "interleaved rotary embeddings and fused weights in four parts",
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "cohere2_moe": f"{_COHERE}, and its experts",
+    "ctrl": "sinusoidal positions",
+    "cwm": "a reader of its settings (Llama's layers, most of them with a sliding window)",
+    "dbrx": "a layer norm without bias, and its fused experts",
+    "deepseek_v2": f"{_LATENT}, and experts with a router of their own",
+    "deepseek_v3": f"{_LATENT}, and experts with {_ROUTER}",
+    "diffllama": "differential attention",
+    "dots1": f"experts with {_ROUTER}",
+    "emu3": _TOKENS,
+    "ernie4_5": _INTERLEAVED,
+    "ernie4_5_moe": f"{_INTERLEAVED} and a router with a correction bias",
+    "exaone4": "a reader of its settings (OLMo 2's norms; rotary embeddings only in layers with a window)",
+    "falcon_h1": f"{_STATE_SPACE} beside attention, and multipliers",
+    "falcon_mamba": _STATE_SPACE,
+    "flex_olmo": "a reader of its settings (OLMo 2's layers with experts)",
+    "fuyu": "image patches as tokens",
+    "gemma3": "an image encoder",
+    "gemma3n": "image and audio encoders",
+    "gemma3n_text": "AltUp, LAuReL and per-layer embeddings",
+    "gemma4": "image and audio encoders",
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": "image and audio encoders",
+    "gemma4_unified_text": _GEMMA4,
+    "glm": _INTERLEAVED,
+    "glm4": _INTERLEAVED,
+    "glm4_moe": f"experts with {_ROUTER}",
+    "glm4v_moe_text": f"{_GRID}, and experts with {_ROUTER}",
+    "glm4v_text": f"interleaved {_GRID}",
+    "gpt_bigcode": "its fused multi-query layout",
+    "gpt_neo": "local attention, and attention scores without scaling",
+    "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU, released in MXFP4",
+    "gptj": _INTERLEAVED,
+    "granite": _MULTIPLIERS,
+    "granite_swa": f"attention sinks and {_MULTIPLIERS}",
+    "granitemoe": f"{_MULTIPLIERS}, and its fused experts",
+    "granitemoehybrid": f"{_MULTIPLIERS}, and in most models state-space layers",
+    "granitemoeshared": f"{_MULTIPLIERS}, and its fused experts",
+    "helium": _INTERLEAVED,
+    "hunyuan_v1_dense": "norms of queries and keys after the rotation",
+    "hunyuan_v1_moe": "norms of queries and keys after the rotation, and its router",
+    "hyperclovax": _MULTIPLIERS,
+    "internlm3": "a reader of its settings (Llama's layers)",
+    "iquestcoder": "a reader of its settings (Llama's layers)",
+    "jamba": _STATE_SPACE,
+    "jetmoe": "a mixture of experts in attention",
+    "lfm2": "short convolutions in place of attention in most layers",
+    "lfm2_moe": f"short convolutions in place of attention in most layers, and experts with {_ROUTER}",
+    "llama4_text": "chunked attention, interleaved rotary embeddings and a sigmoid router",
+    "mamba": _STATE_SPACE,
+    "mamba2": _STATE_SPACE,
+    "minimax": "linear attention (lightning attention)",
+    "minimax_m2": f"experts with {_ROUTER}",
+    "ministral": "a reader of its settings (Mistral's layers, some of them with a sliding window)",
+    "ministral3": "a scale of the queries that grows with the position (llama_4_scaling_beta)",
+    "mllama_text_model": "layers with cross-attention to the image",
+    "modernbert-decoder": "a layer norm without bias, and a norm after the embedding",
+    "mpt": "ALiBi positions",
+    "nanochat": "RMS norms without weights and the activation relu2",
+    "nemotron": "a layer norm that adds one to its weights, and the activation relu2",
+    "olmo3": "a reader of its settings (OLMo 2's layers, most of them with a sliding window)",
+    "olmoe": "a reader of its settings (experts with norms of all queries and keys)",
+    "openai-gpt": "norms after the residual sums",
+    "opt": "learned positions with an offset",
+    "persimmon": "the activation relu2",
+    "phi3_v": "an image encoder",
+    "phi3small": "block-sparse attention",
+    "phi4_multimodal": "image and audio encoders",
+    "phimoe": "its router (sparsemixer) and layer norms with experts",
+    "qwen2_5_omni_text": _GRID,
+    "qwen2_5_vl_text": _GRID,
+    "qwen2_vl_text": _GRID,
+    "qwen3_5_moe_text": f"{_DELTA}, and {_GRID}",
+    "qwen3_5_text": f"{_DELTA}, and {_GRID}",
+    "qwen3_next": _DELTA,
+    "qwen3_omni_moe_text": f"{_GRID}, and a reader of its experts",
+    "qwen3_vl_moe_text": f"{_GRID}, and a reader of its experts",
+    "qwen3_vl_text": _GRID,
+    "recurrent_gemma": "recurrent layers (RG-LRU)",
+    "reformer": "hashed attention and reversible layers",
+    "RefinedWeb": f"{_CODE} (the later FalconForCausalLM is covered)",
+    "RefinedWebModel": f"{_CODE} (the later FalconForCausalLM is covered)",
+    "rwkv": "recurrent layers (RWKV)",
+    "seed_oss": "a reader of its settings (Llama's layers with biases of queries, keys and values)",
+    "starcoder2": "a reader of its settings (layer norms, and a plain MLP with biases)",
+    "vaultgemma": "a reader of its settings (Gemma 2's layers without the norms after attention and MLP)",
+    "xglm": "sinusoidal positions",
+    "xlm": _BERT,
+    "xlnet": "permutation language modelling with relative positions",
+    "xlstm": "recurrent layers (xLSTM)",
+    "zamba": _STATE_SPACE,
+    "zamba2": _STATE_SPACE,
+}
+"""By `model_type`: what the one GPT of this project lacks, or what nobody has written yet."""
+
+_PARTS = {
+    "vision_config": "an image encoder",
+    "mm_vision_tower": "an image encoder",
+    "audio_config": "an audio encoder",
+    "qformer_config": "a query transformer",
+    "vq_config": "an image tokenizer",
+}
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+_KINDS_OF_LAYERS = {
+    "linear_attention": "linear attention",
+    "mamba": _STATE_SPACE,
+    "mamba2": _STATE_SPACE,
+    "conv": "short convolutions",
+    "chunked_attention": "chunked attention",
+    "recurrent": "recurrent layers",
+}
+_SIGNS = {
+    "kv_lora_rank": _LATENT,
+    "index_topk": "sparse attention with an indexer",
+    "linear_conv_kernel_dim": "linear attention",
+    "mamba_d_state": _STATE_SPACE,
+    "ssm_state_size": _STATE_SPACE,
+    "conv_L_cache": "short convolutions",
+    "attention_chunk_size": "chunked attention",
+    "alibi": "ALiBi positions",
+    "hidden_size_per_layer_input": "per-layer embeddings",
+    "type_vocab_size": "token-type embeddings",
+    "is_encoder_decoder": "an encoder",
+    "encoder_layers": "an encoder",
+}
+"""A setting that is neither absent, null, 0 nor false -> what it asks for."""
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+_SCALES = ("logits_scaling", "logit_scale", "scale_emb", "scale_depth")
+
+
+def why_not_covered(kind: Any, named: str | None, values: dict[str, Any]) -> str:
+    """What the architecture of a config.json needs, and what would work instead."""
+    if isinstance(kind, str) and kind in FAMILIES:
+        return f"of the family {kind} only {FAMILIES[kind].architecture} is covered"
+    if not isinstance(kind, str):
+        return f"config.json names no model_type; {_covered()}"
+    found = next((name for name in _TEXT_PARTS if isinstance(values.get(name), dict)), None)
+    parts = list(dict.fromkeys(what for name, what in _PARTS.items() if values.get(name)))
+    if found is None and not parts:
+        return f"it needs {_lacks(kind, values)}; {_covered()}"
+    needs = " and ".join(parts) or NEEDS.get(kind) or "parts beside its language model"
+    text = values[found] if found else {}
+    text_kind = text.get("model_type") or f"{kind}_text"
+    if isinstance(text_kind, str) and text_kind in FAMILIES:
+        alone = f"{FAMILIES[text_kind].architecture}, model_type {text_kind}"
+        return f"it needs {needs}; a folder of its language model alone is covered ({alone})"
+    if not found and not (isinstance(text_kind, str) and text_kind in NEEDS):
+        return f"it needs {needs}; {_covered()}"
+    return f"it needs {needs}, and its language model needs {_lacks(text_kind, text)}; {_covered()}"
+
+
+def _covered() -> str:
+    names = [family.architecture for family in FAMILIES.values()]
+    return f"covered: {', '.join(names[:6])} and {len(names) - 6} more, which README.md lists"
+
+
+def _lacks(kind: Any, values: dict[str, Any]) -> str:
+    """What a language model needs: the table's words, or the signs in its settings."""
+    if isinstance(kind, str) and kind in NEEDS:
+        return NEEDS[kind]
+    return ", ".join(_signs(values)) or "a reader of its settings, which do not tell how its layers differ"
+
+
+def _signs(values: dict[str, Any]) -> list[str]:
+    found = [what for name, what in _SIGNS.items() if values.get(name)]
+    found += _layer_kinds(values.get("layer_types"))
+    for name, value in values.items():
+        scales = name in _SCALES or (name.endswith("_multiplier") and "ffn" not in name)
+        if scales and isinstance(value, int | float) and value != 1:
+            found.append(f"{name} ({value})")
+        if "sink" in name and value:
+            found.append("attention sinks")
+    experts = next((values[name] for name in _EXPERTS if isinstance(values.get(name), int)), 0)
+    if experts > 1:
+        found.append(f"a reader of its mixture of experts ({experts} experts)")
+    if values.get("position_embedding_type") == "alibi":
+        found.append("ALiBi positions")
+    activation = values.get("hidden_act")
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        found.append(f"the activation {activation!r}")
+    if values.get("auto_map"):
+        found.append(_CODE)
+    quantization = values.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in (None, "bitsandbytes"):
+        found.append(f"weights quantized by {method!r}")
+    return list(dict.fromkeys(found))
+
+
+def _layer_kinds(kinds: Any) -> list[str]:
+    """What the entries of `layer_types` ask for, six at most."""
+    if not isinstance(kinds, list):
+        return []
+    others = dict.fromkeys(
+        str(kind) for kind in kinds if kind not in ("full_attention", "sliding_attention", "attention")
+    )
+    return [_KINDS_OF_LAYERS.get(kind, f"layers of type {kind[:40]!r}") for kind in list(others)[:6]]

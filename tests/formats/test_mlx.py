@@ -1,0 +1,135 @@
+"""Adapters of mlx-lm are used in place: W + scale · (lora_a lora_b)^T."""
+
+import json
+
+import pytest
+import torch
+from conftest import fails, random_adapter, succeeds
+from safetensors.torch import load_file, save_file
+
+from litlora.adapters.describe import describe
+from litlora.adapters.merge import merge_chain
+from litlora.checkpoint import open_checkpoint, resolve
+from litlora.errors import CheckpointError
+from litlora.settings import LoRAConfig
+
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+
+
+@pytest.fixture
+def adapter(tmp_path, base):
+    """The directory of an adapter as mlx-lm writes it."""
+    directory = tmp_path / "mlx"
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in LAYERS:
+        out, size = open_checkpoint(base).tensors[f"{name}.weight"].shape
+        tensors[f"{name}.lora_a"] = torch.randn(size, 4, generator=generator)
+        tensors[f"{name}.lora_b"] = torch.randn(4, out, generator=generator)
+    save_file(tensors, directory / "adapters.safetensors")
+    config = {"model": str(base), "fine_tune_type": "lora", "num_layers": 2}
+    config["lora_parameters"] = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def expected(base, adapter) -> dict[str, torch.Tensor]:
+    tensors, found = load_file(adapter / "adapters.safetensors"), {}
+    for name, W in open_checkpoint(base).tensors.items():
+        layer = name.removesuffix(".weight")
+        found[name] = W.double()
+        if layer in LAYERS:
+            found[name] += 20 * (tensors[f"{layer}.lora_a"].double() @ tensors[f"{layer}.lora_b"].double()).T
+    return found
+
+
+@pytest.mark.parametrize("file", ["", "adapters.safetensors"])
+def test_it_is_merged_into_the_base_that_it_names(base, adapter, tmp_path, file):
+    succeeds("scripts/merge_lora.py", "--lora_path", adapter / file, "--out_dir", tmp_path / "out")
+    merged = open_checkpoint(tmp_path / "out").tensors
+    for name, wanted in expected(base, adapter).items():
+        torch.testing.assert_close(merged[name].double(), wanted, rtol=1e-5, atol=1e-4)
+    assert merge_chain(resolve(adapter))[0].keys() == merged.keys()
+
+
+def test_it_is_merged_into_a_models_files(base, adapter, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).tensors.items()}
+    save_file(tensors, tmp_path / "base.safetensors")
+    words = ["--source-model", tmp_path / "base.safetensors", "--lora-model", adapter]
+    succeeds("scripts/lora_merger.py", *words, "--output", tmp_path / "out", "--output_dtype", "fp32")
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, wanted in expected(base, adapter).items():
+        torch.testing.assert_close(merged[name].double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_inspect_shows_it_with_and_without_its_base(base, adapter):
+    shown = describe(adapter)
+    assert shown["format"] == "MLX" and [layer["scale"] for layer in shown["layers"]] == [20.0, 20.0]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"model": "nobody/nothing"}))
+    shown = describe(adapter)
+    assert shown["format"] == "MLX" and shown["base"]["path"] == "nobody/nothing"
+    assert [layer["scale"] for layer in shown["layers"]] == [20.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fine_tune_type": "dora"}, "fine_tune_type 'dora' is not supported, lora is; fuse it"),
+        ({"lora_parameters": None}, "lacks lora_parameters"),
+        ({"lora_parameters": {"rank": 4, "scale": 2.0, "alpha": 8}}, "states alpha"),
+        ({"lora_parameters": {"rank": 4, "scale": 0}}, "scale is 0"),
+        ({"lora_parameters": {"rank": 8, "scale": 2.0}}, "says rank 8"),
+    ],
+    ids=str,
+)
+def test_what_would_mean_something_else_is_refused(adapter, changes, says):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(adapter)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.lora_a", "model.layers.0.mlp.up_proj.m", "x.weight"])
+def test_tensors_of_other_kinds_are_refused(adapter, key):
+    tensors = load_file(adapter / "adapters.safetensors")
+    save_file(tensors | {key: torch.ones(4, 4)}, adapter / "adapters.safetensors")
+    with pytest.raises(CheckpointError, match=f"{key}: only .* supported"):
+        open_checkpoint(adapter)
+
+
+def test_a_broken_config_is_one_line(adapter):
+    (adapter / "adapter_config.json").write_text("[1]")
+    assert "adapter_config.json" in fails("scripts/inspect_checkpoint.py", adapter)
+
+
+def test_an_adapter_is_exported_with_one_rank_and_one_scale(base, tmp_path):
+    layers = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.self_attn.q_proj": 4}
+    config = LoRAConfig(
+        rank=4, alpha=8, targets=["q_proj"], rank_pattern={"model.layers.0.self_attn.q_proj": 2}
+    )
+    own = random_adapter(tmp_path / "own", base, config)
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
+    succeeds("scripts/export_peft.py", *words)
+    stated = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
+    parameters, tensors = stated["lora_parameters"], load_file(tmp_path / "mlx/adapters.safetensors")
+    assert parameters["keys"] == ["self_attn.q_proj"] and parameters["rank"] == 4
+    scale = parameters["scale"]
+    for name, rank in layers.items():
+        update = open_checkpoint(own).updates[name]
+        assert update.rank == rank and tensors[f"{name}.lora_a"].shape == (update.A.size(1), 4)
+        wanted = 8 / rank * update.B.double() @ update.A.double()
+        found = scale * (tensors[f"{name}.lora_a"].double() @ tensors[f"{name}.lora_b"].double()).T
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    merged, wanted = (merge_chain(resolve(path))[0] for path in (tmp_path / "mlx", own))
+    for name in wanted:
+        torch.testing.assert_close(merged[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_mlx_cannot_hold_is_not_exported(base, tmp_path):
+    config = LoRAConfig(rank=2, alpha=2, targets=["q_proj"], modules_to_save=["model.norm"])
+    own = random_adapter(tmp_path / "own", base, config)
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
+    assert "an MLX folder holds only LoRA of linear layers" in fails("scripts/export_peft.py", *words)
+    assert not (tmp_path / "mlx").exists()
