@@ -4,6 +4,7 @@ python chat/base.py --checkpoint_dir $dir/final
 python chat/base.py --checkpoint_dir $dir/final --prompt "What is the capital of France?"
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,26 +52,52 @@ def main(settings: Chat) -> None:
             print(piece, end="", flush=True)
         print()
         return
+    more = ", /help lists more" if sys.stdin.isatty() else ""
     say(
         f"{directory} | prompt style {style.name} ({reason}) | "
-        "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D ends"
+        f"Ctrl-C stops an answer, /clear forgets the conversation{more}, Ctrl-D ends"
     )
     talk(session)
 
 
+HELP = """\
+/help           this list
+/clear, /reset  forget the conversation
+/exit, /quit    end the chat, as Ctrl-D does
+Ctrl-C          stop an answer
+A question whose first word begins with / needs a space before it."""
+
+COMMAND = re.compile(r"/[^\s/]*([^\S\n].*)?")
+"""A line that begins as a command does; a path such as /etc/hosts does not."""
+
+
 def talk(session: "ChatSession") -> None:
     """Answer questions from the terminal until its end of input."""
+    from litlora.serve.terminal import question_reader
+
+    read = question_reader()
     while True:
         try:
-            question = input(">>> ").strip()
+            typed = read()
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D ends)")
             continue
-        if question == "/clear":
+        question = typed.strip()
+        if question in ("/exit", "/quit"):
+            return
+        if question in ("/clear", "/reset"):
             session.clear()
+        elif question == "/help":
+            print(HELP)
+        elif COMMAND.fullmatch(typed.rstrip()):
+            word = one_line(question.split()[0])
+            say(
+                f"error: {word}: no such command; /help lists them, a space before it makes it a question",
+                file=sys.stderr,
+            )
         elif question:
             answer(session, question)
 

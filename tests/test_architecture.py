@@ -16,7 +16,8 @@ ENTRIES = sorted(file for folder in ("finetune", "chat", "scripts") for file in 
 WITHOUT_TORCH = [
     *("cli", "console", "errors", "hub", "inputs", "paths", "prompts", "ram", "settings", "text_facts"),
     *("config", "data.examples", "data.sources", "formats", "formats.families", "formats.folder"),
-    *("storage.atomic", "storage.untrusted", "stop_tokens", "tokenizer", "train.run_directory"),
+    *("serve.terminal", "storage.atomic", "storage.untrusted", "stop_tokens", "tokenizer"),
+    "train.run_directory",
 ]
 LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_MODULE = 60, 7, 450
 

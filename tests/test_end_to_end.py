@@ -218,9 +218,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
         [sys.executable, str(REPO / "chat/base.py"), "--checkpoint_dir", str(endless),
          "--max_new_tokens", "90000", "--temperature", "0.05", "--seed", "0"],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=REPO,
+        env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1"},
     )  # fmt: skip
     os.close(terminal)
-    seen = ""
+    seen, editing, edited = "", "\x1b[?2004h", "\x1b[?2004l"  # the line editor begins, ends
 
     def wait_for(text, count=1):
         nonlocal seen
@@ -231,15 +232,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
                 seen += os.read(main, 4096).decode(errors="replace")
 
     try:
-        wait_for(">>> ")
-        os.write(main, b"Tell me a very long story.\n")
-        wait_for("story.\r\n")
+        wait_for(editing)
+        os.write(main, b"Tell me a very long story.\r")
+        wait_for(edited)
         length = len(seen)
         while len(seen) < length + 20:
             wait_for("", len(seen) + 2)  # at least one more character
         chat.send_signal(signal.SIGINT)
         wait_for("(stopped)")
-        wait_for(">>> ", 2)
+        wait_for(editing, 2)
         for _ in range(
             60
         ):  # one that comes between the prompt and the reading is only seen with the next key
@@ -248,7 +249,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_checkpoint):
                 seen += os.read(main, 4096).decode(errors="replace")
             if "(Ctrl-D ends)" in seen:
                 break
-        wait_for(">>> ", 3)
+        wait_for(editing, 3)
         os.write(main, b"\x04")
         assert chat.wait(30) == 0
     finally:

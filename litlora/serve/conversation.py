@@ -33,8 +33,11 @@ class ChatSession:
         half-way.
 
         The oldest turns are dropped when the context is full; `notice` says so. Raises UserError,
-        and remembers nothing, if the question alone fills the context.
+        and remembers nothing, if the question alone fills the context or is not text.
         """
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            # What Python makes of a byte that is not UTF-8; the tokenizer would blame its own file.
+            raise UserError("the question is not UTF-8 text; send it as UTF-8")
         alone = self._prompt([], question)
         prompt = self._fitting_prompt(question, len(alone))
         answer: list[int] = []

@@ -113,3 +113,12 @@ def test_a_strange_style_file_is_named(tmp_path):
 def test_the_default_generator_differs_each_time(talk_to_model):
     first, second = ("".join(talk_to_model(max_new_tokens=20).ask("one")) for _ in range(2))
     assert first != second
+
+
+def test_a_question_that_is_not_text_is_refused_and_not_remembered(talk):
+    start, prompts = talk
+    session = start()
+    with pytest.raises(UserError, match="^the question is not UTF-8 text; send it as UTF-8$"):
+        next(session.ask(b"caf\xe9".decode(errors="surrogateescape")))
+    "".join(session.ask("first?"))
+    assert prompts == ["first?"]

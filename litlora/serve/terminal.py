@@ -1,0 +1,31 @@
+"""Questions from whoever sits at the terminal, or from a pipe. Torch-free."""
+
+import sys
+from collections.abc import Callable
+
+PROMPT = ">>> "
+
+
+def question_reader() -> Callable[[], str]:
+    """A function that returns the next question from stdin. It raises EOFError at the end, and
+    KeyboardInterrupt on Ctrl-C.
+
+    At a terminal, lines can be edited and called back, and a paste of any length and any number of
+    lines is one question; the history lasts as long as the chat. Elsewhere each line is a question.
+    A byte that is not text becomes a surrogate, which `ChatSession.ask` refuses by question.
+    """
+    if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
+        return _line_editor()
+    sys.stdin.reconfigure(errors="surrogateescape")  # the default depends on the locale
+    return lambda: input(PROMPT)
+
+
+def _line_editor() -> Callable[[], str]:
+    # The kernel's own line input cuts lines of more than 4,095 bytes and knows no keys.
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+    from prompt_toolkit.output import create_output
+
+    # With the answers in a pipe, the line that is edited still has to be seen.
+    session = PromptSession(history=InMemoryHistory(), output=create_output(always_prefer_tty=True))
+    return lambda: session.prompt(PROMPT)
