@@ -91,7 +91,7 @@ def talk(session: "ChatSession") -> None:
         if question in ("/clear", "/reset"):
             session.clear()
         elif question == "/help":
-            print(HELP)
+            say(*HELP.splitlines())
         elif COMMAND.fullmatch(typed.rstrip()):
             word = one_line(question.split()[0])
             say(

@@ -43,6 +43,7 @@ def test_the_values_are_those_of_bitsandbytes():
         assert torch.equal(torch.cat(list(matrix.take(some).blocks())), values[some])
 
 
+@pytest.mark.slow
 def test_whatever_bitsandbytes_writes_is_read_as_it_reads_it():
     pytest.importorskip("bitsandbytes")
     spec = importlib.util.spec_from_file_location("bitsandbytes_make", FILES / "make.py")

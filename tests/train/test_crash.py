@@ -28,6 +28,7 @@ from litlora.storage.atomic import (
 from litlora.train.run_directory import step_directories
 
 
+@pytest.mark.slow
 def test_no_kill_ever_loses_a_run():
     """A real run, killed 50 times, half of them in the middle of a save; see the script for what is
     checked after each."""

@@ -129,6 +129,7 @@ def test_under_nohup_a_hangup_is_ignored():
     assert (done.returncode, done.stdout, done.stderr) == (0, "still here\n", "")
 
 
+@pytest.mark.slow
 def test_two_devices_stop_together_and_resume_to_the_same_result(tmp_path):
     """Only the first process is signalled; every rank's generators come back, or dropout would
     differ."""
