@@ -7,7 +7,6 @@ what `described` says. The others are [name of a method of `Backend`, argument].
 {"answer": value}; or {"error": text}, where {"refused": text} is a message of our own.
 """
 
-import contextlib
 import json
 import os
 import resource
@@ -16,14 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent))  # where litlora is, if it is not installed
+from tokenizers import Tokenizer
 
-from tokenizers import Tokenizer  # noqa: E402
-
-from litlora.errors import CheckpointError  # noqa: E402
-from litlora.sentencepiece import read_sentencepiece  # noqa: E402
+from litlora.errors import CheckpointError
+from litlora.sentencepiece import read_sentencepiece
+from litlora.worker import limit
 
 SECONDS = 5
+"""Of computing, for any question; long ones get more."""
 
 
 class Backend:
@@ -65,14 +64,6 @@ def load(asked: dict[str, Any]) -> Backend:
     if asked["sentencepiece"]:
         return Backend(read_sentencepiece(path, add_bos_token=asked["begin"]))
     return Backend(Tokenizer.from_file(str(path)))
-
-
-def limit(kind: int, amount: int) -> None:
-    """Lower a limit of the operating system; one that is lower already stays."""
-    _, most = resource.getrlimit(kind)
-    amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
-    with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
-        resource.setrlimit(kind, (amount, most))
 
 
 def allow(size: int) -> None:

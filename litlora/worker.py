@@ -32,6 +32,9 @@ class Worker:
         survive."""
         self.stop()
         known = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        # Where litlora is, if it is not installed; last, so that it hides nothing.
+        paths = [known.get("PYTHONPATH"), str(Path(__file__).parent.parent)]
+        known["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         process = subprocess.Popen(
             [sys.executable, "-P", "-X", "utf8", str(self._program)],
             stdin=subprocess.PIPE,
@@ -69,6 +72,17 @@ class Worker:
             return json.loads(line)
         self.stop()
         return None
+
+
+def limit(kind: int, amount: int) -> None:
+    """For a worker's program: lower a limit of the operating system, one of `resource`'s; one that
+    is lower already stays."""
+    import resource
+
+    _, most = resource.getrlimit(kind)
+    amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
+    with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
+        resource.setrlimit(kind, (amount, most))
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -1,7 +1,7 @@
 """The process in which a chat template runs: it can compute, within limits of time and memory, and
 do nothing else.
 
-    python -P litlora/prompts/render.py < requests > replies
+    PYTHONPATH=. python -P litlora/prompts/render.py < requests > replies
 
 A chat template is a program by whoever made the model. jinja2's sandbox keeps it away from Python's
 internals, but lets it loop and multiply text without end, and nothing inside its own process can be
@@ -10,11 +10,9 @@ and forbids to open a file, to write one and to start a process.
 
 Both sides send one JSON value a line. The first request has the template's source and the limits;
 the reply "ready" says that the limits are in force. Each further request has the values that the
-template is given; the reply is its text, or {"error": kind, "message": text}. This file imports
-nothing of litlora.
+template is given; the reply is its text, or {"error": kind, "message": text}.
 """
 
-import contextlib
 import json
 import resource
 import signal
@@ -27,6 +25,8 @@ from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from litlora.worker import limit
 
 
 class Generation(Extension):
@@ -109,14 +109,6 @@ def answer(source: str, values: dict[str, Any], longest: int, compiled: list[Any
         return {"error": "limits", "message": ""}
     except Exception as error:  # a template is a program and can raise any error
         return {"error": "fails", "message": f"{type(error).__name__}: {error}"[:500]}
-
-
-def limit(kind: int, amount: int) -> None:
-    """Lower a limit of the operating system; one that is lower already stays."""
-    _, most = resource.getrlimit(kind)
-    amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
-    with contextlib.suppress(ValueError, OSError):  # macOS does not limit the address space
-        resource.setrlimit(kind, (amount, most))
 
 
 def main() -> None:
