@@ -90,8 +90,10 @@ def _elsewhere(path: Path) -> str:
         )
     if path.name == FINAL:
         steps = sorted(path.parent.glob("step-*"))
-        return f"; that run is not complete, its newest checkpoint is {steps[-1]}" if steps else (
-            "; a run of finetune/lora.py or finetune/full.py writes it"
+        return (
+            f"; that run is not complete, its newest checkpoint is {steps[-1]}"
+            if steps
+            else ("; a run of finetune/lora.py or finetune/full.py writes it")
         )
     return ""
 

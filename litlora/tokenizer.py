@@ -195,9 +195,7 @@ class Tokenizer:
         values = read_settings(path)
         named = {name: token_text(values.get(name)) for name in ("bos_token", "eos_token")}
         return {
-            name: text
-            for name, text in named.items()
-            if text is not None and self._number(text) is not None
+            name: text for name, text in named.items() if text is not None and self._number(text) is not None
         }
 
     def _named_stops(self, files: dict[str, Path]) -> list[int]:

@@ -215,9 +215,7 @@ def _plan(settings: LoRAExtractor) -> "Plan":
     )
 
 
-def _names(
-    source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", format: str
-) -> dict[str, str]:
+def _names(source: "Mapping[str, Tensor]", target: "Mapping[str, Tensor]", format: str) -> dict[str, str]:
     """What a LoRA file calls the tensors that are extracted. PEFT's are those of a module, whose
     names are the model's."""
     from litlora.formats.diffusion_names import names_in_lora

@@ -129,10 +129,7 @@ def _sum_up(
             f"note: the model's {kinds} is written as {settings.output_dtype}{without}; "
             "--output_dtype chooses another"
         )
-    say(
-        f"merged: {updates} updates and {others} whole tensors into "
-        f"{len(additions)} of {len(model)} tensors"
-    )
+    say(f"merged: {updates} updates and {others} whole tensors into {len(additions)} of {len(model)} tensors")
     size = sum(file.stat().st_size for file in written)
     say(f"result: {written[0]} ({size:,} bytes in {len(written)} file(s))")
 

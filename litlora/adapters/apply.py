@@ -218,9 +218,7 @@ def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Ten
         return None
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
     names = ", ".join(part.tensor for part in parts)
-    return (
-        f"{addition.file}: {addition.key} is {tuple(addition.value.shape)}, {names} {shape} of {dtypes}"
-    )
+    return f"{addition.file}: {addition.key} is {tuple(addition.value.shape)}, {names} {shape} of {dtypes}"
 
 
 def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:

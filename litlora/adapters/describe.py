@@ -198,9 +198,7 @@ def _place(directory: Path, name: str | None, base_dir: Path | None) -> Path | N
     return next((place for place in places if place.is_dir() and is_checkpoint(place)), None)
 
 
-def _of_outline(
-    path: Path, outline: Outline, problems: list[str], base: Path | None = None
-) -> Description:
+def _of_outline(path: Path, outline: Outline, problems: list[str], base: Path | None = None) -> Description:
     """An adapter whose base is not known, or does not fit: the names are its file's own."""
     if outline.unrecognised:
         problems = [*problems, f"unrecognised keys: {shorten(outline.unrecognised)}"]

@@ -212,9 +212,7 @@ def as_peft(found: Iterable[Extracted], target: Mapping[str, Tensor], base_name:
             updates[peft.PREFIX + module] = one.result
     for module in {name.rpartition(".")[0] for name in whole} - updates.keys():
         inside = module.removeprefix(peft.PREFIX)
-        whole |= {
-            peft.PREFIX + name: target[name] for name in target if name.rpartition(".")[0] == inside
-        }
+        whole |= {peft.PREFIX + name: target[name] for name in target if name.rpartition(".")[0] == inside}
     config = {
         "base_model_name_or_path": base_name,
         "lora_dropout": 0.0,

@@ -1,6 +1,8 @@
 """Training data: sources -> conversations -> examples -> batches.
 
-- `sources.py` reads a data source into conversations, with `alpaca.py` for the form of its records;
+- `sources.py` reads a data source into conversations;
+- `files.py` finds its files, and the records in them;
+- `records/` has one file for each form of records;
 - `conversation.py` is what they have in common, whatever the file looked like;
 - `encode.py` turns conversations into token ids, after the very ids that chat asks with;
 - `examples.py` fits them to a length, and says what had to be done;

@@ -1,7 +1,7 @@
 """Conversations: what every data source is read into. Torch-free."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
@@ -20,13 +20,16 @@ class Message:
     """One message of a conversation."""
 
     role: str
-    """"system", "user" or "assistant"."""
+    """"system", "user", "assistant" or "tool"; or "text", a document that stands alone."""
     content: str
     input: str = ""
     """Alpaca's second field, the text that an instruction is about. It is not part of the content,
     as the style `alpaca` shows it under its own heading."""
     train: bool = False
     """Whether training learns to write this message."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What else a chat template is given of the message, as in OpenAI's form: tool_calls,
+    tool_call_id, name, reasoning_content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +38,5 @@ class Conversation:
 
     messages: tuple[Message, ...]
     place: Place
+    tools: tuple[dict[str, Any], ...] = ()
+    """The functions that the assistant may call, as JSON schemas in OpenAI's form."""

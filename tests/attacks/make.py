@@ -697,7 +697,7 @@ def repetitions_of_repetitions(directory: Path) -> None:
 
 @attack("patterns", "too many to match", command=MERGE)
 def more_patterns_than_memory_holds(directory: Path) -> None:
-    peft_folder(directory, {f"{n:05}" + "x{900}" : 3 for n in range(3000)})
+    peft_folder(directory, {f"{n:05}" + "x{900}": 3 for n in range(3000)})
 
 
 # ---- pipes and devices

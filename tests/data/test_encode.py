@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from litlora.data.alpaca import alpaca_conversations
 from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.examples import tokenize
+from litlora.data.records import RecordReader
 from litlora.errors import DataError
 from litlora.load import load
 from litlora.prompts import STYLES, load_template
@@ -316,7 +316,7 @@ def test_records_with_system_and_history_are_learned_as_what_they_mean(place):
         "system": "Be brief.",
         "history": [["the quick", "yes"], ["and two?", "one two three"]],
     }
-    (talk,) = alpaca_conversations([(Place("x.json", "record 0"), record)])
+    (talk,) = RecordReader("alpaca").read([(Place("x.json", "record 0"), record)])
     tokenizer, style = place("byte-level", "chatml")
     (example,) = tokenize([talk], tokenizer, style, 500).examples
     said = [("system", "Be brief."), ("user", "the quick"), ("assistant", "yes"), ("user", "and two?")]

@@ -100,9 +100,7 @@ def main() -> None:
             assert torch.equal(made[key], tensor), key
         found[name] = {
             "diffusers": shapes,
-            "original": {
-                key: [len(original[key]), *shapes[parts[0][0]][1:]] for key, parts in maps.items()
-            },
+            "original": {key: [len(original[key]), *shapes[parts[0][0]][1:]] for key, parts in maps.items()},
             "maps": maps,
         }
     text = json.dumps(found, separators=(",", ":")).encode()

@@ -174,9 +174,7 @@ def test_the_model_gets_a_paste_as_one_question(start):
     sampling = Sampling(max_new_tokens=6, temperature=0)
     session = ChatSession(Engine(loaded.model, loaded.tokenizer), STYLES["plain"], sampling)
     answer = "".join(session.ask(question))
-    chat = start(
-        "chat/base.py", "--checkpoint_dir", QUICKSTART, "--temperature", 0, "--max_new_tokens", 6
-    )
+    chat = start("chat/base.py", "--checkpoint_dir", QUICKSTART, "--temperature", 0, "--max_new_tokens", 6)
     chat.send(b"caf\xe9\r")
     chat.expect("(the question is not UTF-8 text; send it as UTF-8)")
     chat.expect(">>>")
