@@ -5,6 +5,7 @@ The docstring under a field is its `--help` text. A command takes one dataclass.
 lora.py         LoRAConfig
 data.py         where the training examples come from: DataSource, Alpaca, JSON
 train.py        TrainConfig, the training loop
+preference.py   PreferenceConfig, preference tuning
 finetune.py     the fine-tuning commands
 chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
@@ -31,6 +32,7 @@ from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA, ShowData
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.preference import PreferenceConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.train import TrainConfig
@@ -60,6 +62,7 @@ __all__ = [
     "LoRAMerger",
     "MergeLoRA",
     "OutputDtype",
+    "PreferenceConfig",
     "ResizeLoRA",
     "ShowData",
     "TrainConfig",
