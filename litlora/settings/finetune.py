@@ -103,6 +103,13 @@ class FinetuneFull(Finetune):
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.train.loraplus_lr_ratio == 1,
+            f"{setting('loraplus_lr_ratio')} has no effect on full fine-tuning, which has no adapter",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShowData(FinetuneLoRA):
@@ -117,10 +124,3 @@ class ShowData(FinetuneLoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_value(self, "examples", self.examples >= 0, "must be at least 0")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self.train.loraplus_lr_ratio == 1,
-            f"{setting('loraplus_lr_ratio')} has no effect on full fine-tuning, which has no adapter",
-        )
