@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Backend:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self._marks = {number for number, token in added.items() if not token.normalized}
 
     def described(self) -> dict[str, Any]:
         """The number of ids, the added tokens, and the ids of "a" without and with what the
@@ -48,6 +51,41 @@ class Backend:
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def encode_cut(self, asked: list[tuple[str, list[int]]]) -> list[tuple[list[int], list[Any]]]:
+        """Texts with places in them, in order: the ids of each text, and for each place the number
+        of ids that begin before it, with what `_up_to` says."""
+        texts = [text for text, _ in asked]
+        found = []
+        for (text, places), encoding in zip(
+            asked, self._tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
+        ):
+            ids, begins = encoding.ids, [begin for begin, _ in encoding.offsets]
+            marks = [number for number, token in enumerate(ids) if token in self._marks]
+            numbers = [bisect_left(begins, place) for place in places]
+            cuts = [
+                (number, *self._up_to(text[:place], ids, number, begins, marks))
+                if place < len(text)
+                else (len(ids), None, None)
+                for place, number in zip(places, numbers, strict=True)
+            ]
+            found.append((ids, cuts))
+        return found
+
+    def _up_to(
+        self, text: str, ids: list[int], number: int, begins: list[int], marks: list[int]
+    ) -> tuple[int, list[int]] | tuple[None, None]:
+        """What a text, which is the begin of a longer one, has as ids instead of the first `number`
+        of that one: so many of these, and others; (None, None) if it has these.
+
+        The library takes a text apart at its added tokens before anything else. So only what
+        follows the last one depends on where the text ends.
+        """
+        last = bisect_left(marks, number) - 1
+        kept = marks[last] if last >= 0 else 0
+        alone = text[begins[kept] :] if last >= 0 else text
+        end = self._tokenizer.encode(alone, add_special_tokens=False).ids
+        return (None, None) if end == ids[kept:number] else (kept, end)
 
     def decode(self, sequences: list[list[int]]) -> list[str]:
         return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]

@@ -285,14 +285,13 @@ NO_ANSWER = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')
     ("template", "talk", "says"),
     [
         (LEFT_OUT, THOUGHT, "leaves out the answer '<think>.*such as a thought .* prompt_style alpaca$"),
-        (OPENS_A_THOUGHT, conversation(("dog", "<think>why</think>e")), "leaves out the answer.*in <think>"),
         (NO_ANSWER, conversation(("dog", "yes")), "leaves out the answer 'yes'.* prompt_style alpaca"),
         (NO_SYSTEM, TALK, r"refuses the conversation: no system role; ignore '\[system\]' leaves"),
         (DROPS_SYSTEM, TALK, r"leaves out the system message; ignore '\[system\]' leaves"),
         (CHATML, conversation(("dog", "y" * 10_000_001)), "has 10,000,004 characters.*split the record"),
         (CHATML.replace("m.content", "m.content * 9"), conversation(("dog", "y" * 2_000_000)), "split it"),
     ],
-    ids=["thought", "its begin", "no answer", "no system", "drops system", "long", "long as written"],
+    ids=["thought", "no answer", "no system", "drops system", "long", "long as written"],
 )
 def test_a_record_that_the_template_cannot_show_is_named_with_the_remedy(template, talk, says, place):
     tokenizer, style = place("byte-level", template)
@@ -306,6 +305,15 @@ def test_the_end_of_a_short_answer_is_not_searched_for_in_the_mark(place):
     (example,) = tokenize([conversation(("dog", "e"))], tokenizer, style, 500).examples
     ((start, stop),) = example.learned
     assert list(map(tokenizer.token, example.ids[start:stop])) == ["e", "<|im_end|>"]
+
+
+def test_a_thought_that_the_prompt_begins_is_learned_from_there(place):
+    tokenizer, style = place("byte-level", OPENS_A_THOUGHT)
+    (example,) = tokenize([conversation(("dog", "<think>\nwhy</think>e"))], tokenizer, style, 500).examples
+    ((start, stop),) = example.learned
+    asked = style.template.render([{"role": "user", "content": "dog"}])
+    assert asked.endswith("<think>\n") and list(example.ids[:start]) == tokenizer.encode(asked)
+    assert list(example.ids[start:stop]) == tokenizer.encode("why</think>e<|im_end|>")
 
 
 def test_records_with_system_and_history_are_learned_as_what_they_mean(place):
