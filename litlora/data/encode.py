@@ -63,7 +63,6 @@ class Encoder:
         self._tokenizer, self._style = tokenizer, style
         template = style.template
         self._ends = TurnEnds(None, None) if template is None else template.turn_ends(tokenizer)
-        self._end_names = [tokenizer.token(end) for end in {*self._ends} - {None}]
         self._begins_anew = template is None
         self._now = time.time()  # a template that writes the time must not change from text to text
 
@@ -85,7 +84,7 @@ class Encoder:
     def _passages(self, conversation: Conversation) -> list[Passage]:
         """The texts of a conversation."""
         if self._style.template is not None and not is_document(conversation):
-            return _of_template(self._style.template, conversation, self._end_names, self._now)
+            return _of_template(self._style.template, conversation, self._ends, self._now)
         return _of_style(self._style, conversation)
 
     def _encoded(
@@ -116,12 +115,10 @@ class Encoder:
         """Token ids with an answer, from `start` on, up to its end. `after` is what comes next in
         the text, if it goes on to the next turn."""
         answer = ids[start:]
-        end = self._ends.text
-        if message.more.get("tool_calls") and self._ends.call is not None:
-            end = self._ends.call
-        if end is not None and end in answer:
+        end = self._ends.of(message.more)
+        if end is not None and end.id in answer:
             # What follows the last end of a turn, perhaps a newline, is not part of the answer.
-            return ids[: len(ids) - answer[::-1].index(end)]
+            return ids[: len(ids) - answer[::-1].index(end.id)]
         # Some templates end a turn only with the mark of the next one, at which generation stops.
         return [*ids, *(after if {*after} & self._tokenizer.stop_ids else [self._tokenizer.eos_id])]
 
@@ -150,7 +147,7 @@ def _up_to(cut: Cut, ids: list[int]) -> list[int]:
 
 
 def _of_template(
-    template: ChatTemplate, conversation: Conversation, ends: list[str], now: float
+    template: ChatTemplate, conversation: Conversation, ends: TurnEnds, now: float
 ) -> list[Passage]:
     messages = conversation.messages
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -174,7 +171,7 @@ def _of_template(
         raise DataError(f"{conversation.place}: {error.args[0]}{helps}") from None
 
 
-def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: list[str]) -> str:
+def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: TurnEnds) -> str:
     """What helps, as the end of a message."""
     if size > LONG_RECORD:
         return f"; it has {size:,} characters: split it, or remove it"

@@ -51,6 +51,8 @@ class Examples:
     """Conversations that became several examples (`Encoded.drafts`)."""
     num_apart: int
     """Answers that were encoded apart from their prompts (`Encoded.num_apart`)."""
+    num_trailing: int
+    """Conversations that go on after their last learned answer (`Encoded.num_trailing`)."""
 
     def notices(self, max_seq_length: int) -> list[str]:
         """What the user must know, a line each."""
@@ -79,6 +81,11 @@ class Examples:
                 "answers share a token with their prompts in the whole text: "
                 "they were encoded apart, as chat asks",
             ),
+            (
+                self.num_trailing,
+                "conversations go on after the last answer that is learned: "
+                "what follows it teaches nothing and was left out",
+            ),
         )
         return [f"{number:,} {what}" for number, what in lines if number]
 
@@ -98,6 +105,7 @@ def tokenize(
         for encoded in encoder.encode(chunk):
             counts["split"] += len(encoded.drafts) > 1
             counts["apart"] += encoded.num_apart
+            counts["trailing"] += encoded.num_trailing > 0
             for draft in encoded.drafts:
                 fitting = _fitting(draft, max_seq_length)
                 if fitting is None:
@@ -114,7 +122,7 @@ def tokenize(
             f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
             f"({setting('max_seq_length')} or the model's context); the first is {conversations[0].place}"
         )
-    names = ("cut", "shortened", "left out", "empty", "split", "apart")
+    names = ("cut", "shortened", "left out", "empty", "split", "apart", "trailing")
     return Examples(examples, *(counts[name] for name in names))
 
 

@@ -5,13 +5,12 @@ A turn is learned after the prompt that asks for it, which is the text that chat
 text ends is known by writing the conversation's beginnings, never by looking for words in it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from litlora.errors import UserError, setting
 from litlora.prompts.shown import CANARY, Asked, answer_left_out, check_context, check_shape, check_turn
-from litlora.prompts.template import ChatTemplate, Wanted, template_message, thought_of
+from litlora.prompts.template import ChatTemplate, TurnEnds, Wanted, template_message, thought_of
 
 
 class TurnText(NamedTuple):
@@ -35,9 +34,9 @@ class Passage:
     turns: list[TurnText] = field(default_factory=list)
 
 
-def passages(template: ChatTemplate, asked: Asked, ends: Sequence[str]) -> list[Passage]:
+def passages(template: ChatTemplate, asked: Asked, ends: TurnEnds) -> list[Passage]:
     """The texts in which the turns are learned: one; or several, where the template shows an
-    earlier turn otherwise than it asks for it. `ends` are the names of the tokens that end turns.
+    earlier turn otherwise than it asks for it.
 
     Raises UserError, or CheckpointError, for what the template refuses or does not show.
     """
@@ -57,7 +56,8 @@ def passages(template: ChatTemplate, asked: Asked, ends: Sequence[str]) -> list[
     for number, index in enumerate(asked.turns):
         (with_last, prompt), (shared, finished) = texts[2 * number : 2 * number + 2]
         check_context(template, asked, range(since, index), prompt, with_last)
-        follows = not is_rewritten and _goes_on(found[-1], with_last, ends)
+        end = ends.of(asked.messages[since - 1])  # of the turn before
+        follows = not is_rewritten and _goes_on(found[-1], with_last, "" if end is None else end.name)
         if is_rewritten := shared < len(prompt):
             finished = _as_asked(template, asked, index, prompt, finished)
         check_turn(template, asked, index, finished[len(prompt) :])
@@ -75,15 +75,17 @@ def _can_ask(template: ChatTemplate, asked: Asked) -> bool:
     return True
 
 
-def _goes_on(passage: Passage, shared: int, ends: Sequence[str]) -> bool:
+def _goes_on(passage: Passage, shared: int, end: str) -> bool:
     """Whether a text can go on to the next turn, whose prompt has the first `shared` characters in
     common with it, and its last turn keeps its end."""
     last = passage.turns[-1]
-    answer, rest = passage.text[last.start : shared], passage.text[shared:]
-    lost = any(end in passage.text[max(0, shared + 1 - len(end)) :] for end in ends)
-    has_end = any(end in answer for end in ends) and not lost
-    if shared < last.start or (rest and not has_end):
+    rest = passage.text[shared:]
+    if shared < last.start:
         return False
+    if rest:
+        where = passage.text.rfind(end, last.start) if end else -1
+        if where < 0 or where + len(end) > shared:
+            return False
     passage.turns[-1] = last._replace(stop=shared, rest=rest)
     return True
 
@@ -99,8 +101,13 @@ def _as_asked(template: ChatTemplate, asked: Asked, index: int, prompt: str, fin
     head = finished.removesuffix(shown + ending)
     if not (is_plain and head != finished and prompt.startswith(head)):
         begin, opening = _where_it_answers(template, asked, index, prompt, finished)
-        if not (opening and is_plain):
+        if begin is not None and not (is_plain and opening):
             return prompt + finished[begin:]
+        if not is_plain:
+            raise UserError(
+                f"{template.path}: the chat template shows message {index} otherwise than it asks for it, "
+                f"after {prompt[-30:]!r}; choose another {setting('prompt_style')}, or leave the record out"
+            )
         mark = opening.strip()
         if mark and content.lstrip().startswith(mark):  # the content has the thought that was begun
             return prompt + content.lstrip()[len(mark) :].lstrip("\n") + ending
@@ -111,23 +118,21 @@ def _as_asked(template: ChatTemplate, asked: Asked, index: int, prompt: str, fin
 
 def _where_it_answers(
     template: ChatTemplate, asked: Asked, index: int, prompt: str, finished: str
-) -> tuple[int, str]:
+) -> tuple[int | None, str]:
     """Where in the finished text the answer begins, and what the prompt has beyond that, such as
-    the begin of a thought."""
+    the begin of a thought; None if that cannot be said."""
     canary = template_message("assistant", CANARY)
     wanted = [Wanted(index, [], False), Wanted(index, [canary], False)]
     (_, before), (_, with_canary) = asked.texts(template, wanted)
     head, is_shown, _ = with_canary.partition(CANARY)
     asking = prompt.removeprefix(before)  # what add_generation_prompt adds
-    if is_shown and asking and prompt.startswith(before):
-        if asking in head:
-            begin, number = head.rfind(asking) + len(asking), len(asking)
-        else:
-            begin = len(head)
-            number = next(n for n in range(len(asking), -1, -1) if head.endswith(asking[:n]))
-        if number and finished[:begin] == head[:begin]:
-            return begin, asking[number:]
-    raise UserError(
-        f"{template.path}: the chat template shows message {index}, of the assistant, otherwise than it asks "
-        f"for it, after {prompt[-30:]!r}; choose another {setting('prompt_style')}, or leave the record out"
-    )
+    if not is_shown or not prompt.startswith(before):
+        return None, ""
+    number = next(n for n in range(len(asking), -1, -1) if asking[:n] in head)
+    begin = head.rfind(asking[:number]) + number
+    opening = asking[number:]
+    is_there = number and finished[:begin] == head[:begin]
+    # What it asks with beyond that, it leaves out; or it writes the same with other spaces.
+    if is_there and (begin == len(head) or not opening.strip()):
+        return begin, opening
+    return None, opening

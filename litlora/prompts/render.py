@@ -32,7 +32,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from litlora.worker import limit
+from litlora.worker import limit, shared_length
 
 
 class Generation(Extension):
@@ -141,20 +141,6 @@ class Renderer:
                 return {"error": "limits", "message": ""}
             before = text
         return found
-
-
-def shared_length(first: str, second: str) -> int:
-    """How many characters two texts have in common before they differ."""
-    if second.startswith(first):
-        return len(first)
-    least, most = 0, min(len(first), len(second))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if first[least:middle] == second[least:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from litlora.errors import CheckpointError, UserError
 from litlora.prompts.styles import TEMPLATE, PromptStyle
 from litlora.storage.untrusted import read_text
 from litlora.tokenizer import Tokenizer, read_settings, token_text
-from litlora.worker import Worker
+from litlora.worker import Worker, shared_length
 
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 3, 2**30, 10**7
 """What a chat template may use for one conversation: seconds of computing, bytes of memory (its
@@ -29,13 +28,24 @@ Message = dict[str, Any]
 """A message as a chat template gets it: {"role": text, "content": text, ...}, in OpenAI's form."""
 
 
-class TurnEnds(NamedTuple):
-    """The tokens that end the assistant's turns."""
+class TurnEnd(NamedTuple):
+    """A token that ends the assistant's turns."""
 
-    text: int | None
+    id: int
+    name: str
+
+
+class TurnEnds(NamedTuple):
+    """The tokens that end the assistant's turns, and at which generation must stop."""
+
+    text: TurnEnd | None
     """After an answer. None: the template puts no token there, and the end-of-text token does."""
-    call: int | None
-    """After the calls of tools; None if the template shows none."""
+    call: TurnEnd | None
+    """After calls of tools."""
+
+    def of(self, message: Message) -> TurnEnd | None:
+        """That of a message."""
+        return self.call if message.get("tool_calls") else self.text
 
 
 class Wanted(NamedTuple):
@@ -101,7 +111,7 @@ class ChatTemplate:
         kind, message = ("limits", "") if reply is None else (reply["error"], reply["message"])
         if kind == "limits" and len(wanted) > 1:  # the limits are those of a single text
             texts = [self._asked(asked, [one])[0][1] for one in wanted]
-            shared = [len(commonprefix(pair)) for pair in zip(["", *texts], texts, strict=False)]
+            shared = [shared_length(*pair) for pair in zip(["", *texts], texts, strict=False)]
             return [(number, text[number:]) for number, text in zip(shared, texts, strict=True)]
         if kind == "refuses":
             raise UserError(f"{self.path}: the chat template refuses the conversation: {message}")
@@ -127,15 +137,17 @@ class ChatTemplate:
         return set()
 
     def turn_ends(self, tokenizer: Tokenizer) -> TurnEnds:
-        """The tokens at which generation must stop, as they are what the assistant's turns end
-        with."""
+        """How the template ends the assistant's turns."""
         text = tokenizer.turn_end(self.ending)
         between, after = self._around_calls
         inside = {*tokenizer.added_tokens(between)}
         ends = [token for token in tokenizer.added_tokens(after) if token not in inside]
         # A mark that closes the calls may come before the end of the turn.
         known = [token for token in ends if token == text] or [e for e in ends if e in tokenizer.stop_ids]
-        return TurnEnds(text, (known or ends or [None])[0])
+        call = text if not after else (known or ends or [None])[0]
+        return TurnEnds(
+            *(None if token is None else TurnEnd(token, tokenizer.token(token)) for token in (text, call))
+        )
 
     @cached_property
     def _around_calls(self) -> tuple[str, str]:
