@@ -10,6 +10,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from litlora.data.conversation import Conversation, Message
@@ -17,7 +18,7 @@ from litlora.errors import DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
 from litlora.prompts.exchange import Passage, TurnText, passages
 from litlora.prompts.shown import Asked
-from litlora.prompts.template import TEMPLATE_TEXT, TurnEnds, template_message
+from litlora.prompts.template import TEMPLATE_TEXT, Refusal, TurnEnds, template_message
 from litlora.tokenizer import Cut, Tokenizer
 
 LONG_RECORD = 10**6
@@ -152,7 +153,8 @@ def _of_template(
     messages = conversation.messages
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
-        raise DataError(f"{conversation.place}: the assistant says nothing in it; {_roles(conversation)}")
+        roles = _some([message.role for message in messages])
+        raise DataError(f"{conversation.place}: the assistant says nothing in it; it has {roles}")
     turns = [index for index in answers if messages[index].train] or answers[-1:]
     size = sum(len(message.content) + len(message.input) for message in messages)
     beside = [message.more for message in messages if message.more]
@@ -167,11 +169,11 @@ def _of_template(
     try:
         return passages(template, asked, ends)
     except UserError as error:
-        helps = _remedy(template, size, asked, ends)
+        helps = _remedy(template, size, asked, ends, error)
         raise DataError(f"{conversation.place}: {error.args[0]}{helps}") from None
 
 
-def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: TurnEnds) -> str:
+def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: TurnEnds, error: UserError) -> str:
     """What helps, as the end of a message."""
     if size > LONG_RECORD:
         return f"; it has {size:,} characters: split it, or remove it"
@@ -181,6 +183,11 @@ def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: TurnEnds) -> 
         with suppress(UserError):
             passages(template, without, ends)
             return f"; {setting('ignore')} '[system]' leaves out the system message"
+    if isinstance(error, Refusal):
+        for number, (role, following) in enumerate(pairwise(roles)):
+            if role == following != "tool":
+                return f"; messages {number} and {number + 1} are both of the {role}: join them"
+        return f"; the roles are {_some(roles)}"
     return ""
 
 
@@ -197,7 +204,7 @@ def _of_style(style: PromptStyle, conversation: Conversation) -> list[Passage]:
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise DataError(
             f"{conversation.place}: must have turns of user and assistant, after at most one system message; "
-            f"{_roles(conversation)}"
+            f"it has {_some([m.role for m in messages])}"
         )
     _check_place_for(style, conversation)
     found = []
@@ -226,7 +233,7 @@ def _check_place_for(style: PromptStyle, conversation: Conversation) -> None:
         )
 
 
-def _roles(conversation: Conversation) -> str:
-    roles = [message.role for message in conversation.messages]
+def _some(roles: list[str]) -> str:
+    """Roles, for an error."""
     more = f" and {len(roles) - 6} more" if len(roles) > 6 else ""
-    return f"it has {', '.join(roles[:6]) or 'no message'}{more}"
+    return f"{', '.join(roles[:6]) or 'no message'}{more}"

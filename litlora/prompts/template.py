@@ -28,6 +28,10 @@ Message = dict[str, Any]
 """A message as a chat template gets it: {"role": text, "content": text, ...}, in OpenAI's form."""
 
 
+class Refusal(UserError):
+    """A chat template refuses a conversation."""
+
+
 class TurnEnd(NamedTuple):
     """A token that ends the assistant's turns."""
 
@@ -114,7 +118,7 @@ class ChatTemplate:
             shared = [shared_length(*pair) for pair in zip(["", *texts], texts, strict=False)]
             return [(number, text[number:]) for number, text in zip(shared, texts, strict=True)]
         if kind == "refuses":
-            raise UserError(f"{self.path}: the chat template refuses the conversation: {message}")
+            raise Refusal(f"{self.path}: the chat template refuses the conversation: {message}")
         what = {
             "broken": f"is broken {message}",
             "forbidden": f"does what is forbidden: {message}",
