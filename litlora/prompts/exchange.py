@@ -44,8 +44,10 @@ def passages(template: ChatTemplate, asked: Asked, ends: TurnEnds) -> list[Passa
     try:
         texts = list(asked.texts(template, wanted))
     except UserError:
-        if asked.turns[0] > 0 or not _can_ask(template, asked):
+        if asked.turns[0] > 0:
             raise
+        # Whatever is wrong with the conversation itself is said first.
+        list(asked.texts(template, [Wanted(len(asked.messages), [], False)]))
         raise UserError(
             f"{template.path}: the chat template cannot ask for an assistant's message that begins a "
             "conversation: put a user's message before it, or mark it with train: false"
@@ -67,12 +69,6 @@ def passages(template: ChatTemplate, asked: Asked, ends: TurnEnds) -> list[Passa
         found[-1].turns.append(TurnText(index, len(prompt), len(finished)))
         since = index + 1
     return found
-
-
-def _can_ask(template: ChatTemplate, asked: Asked) -> bool:
-    """Whether the template takes the conversation as a whole."""
-    list(asked.texts(template, [Wanted(len(asked.messages), [], False)]))
-    return True
 
 
 def _goes_on(passage: Passage, shared: int, end: str) -> bool:

@@ -157,7 +157,7 @@ def _left_out(template: ChatTemplate, what: str, index: int) -> str:
             ": put it into the content as <think>...</think>, take it out, or " + other,
         ),
         "call": (f"a tool call of message {index}, or part of it", f": {other}, or take the call out"),
-        "name": (f"the name in message {index}", f": take the name out, or {other}"),
+        "name": (f"the name in message {index}", f": take it out, or {other}"),
     }.get(what, (f"message {index}, of the role {what!r}", f": rename the role, or {other}"))
     return f"{template.path}: the chat template leaves out {named}{remedy}"
 
