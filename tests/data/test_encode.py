@@ -480,7 +480,7 @@ thought = said("assistant", "fox", train=True, reasoning_content="why")
             CHATML,
             [said("user", "dog", name="Ada"), fox],
             [],
-            "leaves out the name in message 0: take the name out",
+            "leaves out the name in message 0: take it out",
         ),
         (HALF, [said("user", "the quick fox"), fox], [], "leaves out message 0, of the user"),
         (
