@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litlora.errors import UserError, setting
-from litlora.prompts.template import THOUGHTS, ChatTemplate, Message, Wanted, thought_of
+from litlora.prompts.template import THOUGHTS, ChatTemplate, Message, Wanted, shows, squeezed, thought_of
 
 CANARY = "xqzxjq"
 """A word that no template has by itself."""
@@ -32,17 +32,17 @@ class Asked:
 
 def check_turn(template: ChatTemplate, asked: Asked, index: int, answer: str) -> None:
     """Raises UserError if a finished turn, from its prompt on, lacks something of its message."""
-    message, squeezed = asked.messages[index], _squeezed(answer)
+    message, shown = asked.messages[index], squeezed(answer)
     content = message["content"]
     # The prompt may have the mark with which a thought in the content begins.
     begun = content.partition("<think>")[2] or content
-    if _squeezed(content) not in squeezed and _squeezed(begun) not in squeezed:
+    if squeezed(content) not in shown and squeezed(begun) not in shown:
         raise UserError(answer_left_out(template, content))
-    if _squeezed(thought_of(message) or "") not in squeezed:
+    if squeezed(thought_of(message) or "") not in shown:
         raise UserError(_left_out(template, "thought", index))
     for call in message.get("tool_calls") or ():
         for text in _leaves(call.get("function", call)):
-            if not any(_squeezed(spelling) in squeezed for spelling in _spellings(text)):
+            if not any(squeezed(spelling) in shown for spelling in _spellings(text)):
                 raise UserError(_left_out(template, "call", index))
 
 
@@ -56,7 +56,7 @@ def check_context(
     on purpose; and the results of tools, which some write in a form of their own."""
     for index in indices:
         role, content = asked.messages[index]["role"], asked.messages[index]["content"]
-        if role in ("assistant", "tool") or _squeezed(content) in _squeezed(prompt[shared:]):
+        if role in ("assistant", "tool") or shows(prompt[shared:], content):
             continue
         # A template may take a word out of its place: "/no_think" of a system message.
         if not all(word in prompt for word in content.split()):
@@ -160,11 +160,6 @@ def _left_out(template: ChatTemplate, what: str, index: int) -> str:
         "name": (f"the name in message {index}", f": take it out, or {other}"),
     }.get(what, (f"message {index}, of the role {what!r}", f": rename the role, or {other}"))
     return f"{template.path}: the chat template leaves out {named}{remedy}"
-
-
-def _squeezed(text: str) -> str:
-    """A text without spaces and line ends, of which templates take some and add others."""
-    return "".join(text.split())
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -184,6 +184,16 @@ class ChatTemplate:
         return {"tools": tools, "documents": None, **self._special_tokens}
 
 
+def squeezed(text: str) -> str:
+    """A text without spaces and line ends, of which templates take some and add others."""
+    return "".join(text.split())
+
+
+def shows(text: str, content: str) -> bool:
+    """Whether a rendered text has the content of a message, with whatever spaces and line ends."""
+    return squeezed(content) in squeezed(text)
+
+
 def load_template(files: dict[str, Path]) -> ChatTemplate | None:
     """The chat template among a model's files (by name): `chat_template.jinja`, else the one in
     `tokenizer_config.json` or `chat_template.json`."""
