@@ -40,6 +40,22 @@ class Draft:
 
     ids: list[int]
     turns: tuple[Turn, ...]
+    is_document: bool = False
+    """Whether it is a text that stands alone, which can be learned in pieces."""
+
+    def pieces(self, length: int) -> list["Draft"]:
+        """Itself; or a document that has more ids, in pieces of at most so many. Each begins with
+        the last id of the one before, so that all ids are learned, once."""
+        if not self.is_document or len(self.ids) <= length or length < 2:
+            return [self]
+        (turn,) = self.turns
+        found = []
+        for begin in range(0, len(self.ids) - 1, length - 1):
+            ids = self.ids[begin : begin + length]
+            found.append(
+                replace(self, ids=ids, turns=(turn._replace(start=min(turn.start, 1), stop=len(ids)),))
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class Encoder:
                 finished = self._ended(finished, len(prompt), message, after)
                 is_empty = not message.content.strip() and not message.more
                 new = Turn(len(prompt), len(finished), message.train, is_empty)
-                self._add(drafts, Draft(finished, (new,)))
+                self._add(drafts, Draft(finished, (new,), is_document(conversation)))
         learned = [draft for draft in drafts if any(turn.learned for turn in draft.turns)]
         return Encoded(learned or drafts[-1:], num_apart, len(messages) - 1 - last)
 
@@ -127,7 +143,9 @@ class Encoder:
         """Join the next turn to the one before, if its prompt begins with it."""
         before = drafts[-1] if drafts else Draft([], ())
         (turn,) = new.turns
-        if self._begins_anew:  # such a style asks each question after the end of the last
+        if new.is_document:
+            drafts.append(new)
+        elif self._begins_anew:  # such a style asks each question after the end of the last
             shift = len(before.ids)
             turn = turn._replace(start=turn.start + shift, stop=turn.stop + shift)
             drafts[:] = [Draft(before.ids + new.ids, (*before.turns, turn))]

@@ -394,6 +394,20 @@ def test_a_document_begins_with_the_begin_of_text(place):
     assert example.learned_spans() == [(1, len(example.ids))]
 
 
+def test_a_long_document_is_learned_in_pieces_and_each_token_once(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    document = Conversation((Message("text", "one two three " * 20, train=True),), Place("x.txt", "record 0"))
+    (whole,) = tokenize([document], tokenizer, STYLES["plain"], 1000).examples
+    for length in (2, 7, len(whole.ids) - 1):
+        made = tokenize([document], tokenizer, STYLES["plain"], length)
+        assert made.notices(length) == [
+            f"1 documents are longer than {length} tokens: they are learned in pieces"
+        ]
+        learned = [id for e in made.examples for start, stop in e.learned_spans() for id in e.ids[start:stop]]
+        assert learned == list(whole.ids[1:]) and max(len(e.ids) for e in made.examples) == length
+    assert tokenize([document], tokenizer, STYLES["plain"], len(whole.ids)).examples == [whole]
+
+
 @pytest.mark.parametrize("style", ["alpaca", "chatml"])
 def test_messages_after_the_last_learned_answer_are_left_out_and_counted(style, place):
     tokenizer, template = place("byte-level", style if style in TEMPLATES else None)
