@@ -5,15 +5,19 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from conftest import succeeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litlora.data.conversation import Message, Place
+from litlora.data.examples import tokenize
 from litlora.data.records import FORMS, RecordReader, choose_form
 from litlora.data.records.fields import read_record
 from litlora.data.sources import read_dataset
 from litlora.errors import DataError, UserError
+from litlora.prompts import STYLES
 from litlora.settings import JSON
+from litlora.tokenizer import Tokenizer
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -552,3 +556,23 @@ def test_a_reader_can_be_sent_to_another_process():
     sent = pickle.loads(pickle.dumps(reader))
     record = [(place, {"q": "a", "completion": "b", "id": 1})]
     assert sent == reader and list(sent.read(record)) == list(reader.read(record))
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt_completion"])
+def test_the_same_talk_in_another_form_is_the_same_example(form, tmp_path, tokenizer_dir):
+    as_alpaca = {"instruction": "Hi?", "output": "Hi."}
+    examples = []
+    for record in (as_alpaca, SAMPLES[form]):
+        conversations = read_dataset(JSON(path=write(tmp_path / "x.jsonl", record))).conversations
+        examples.append(tokenize(conversations, Tokenizer(tokenizer_dir), STYLES["alpaca"], 512).examples)
+    assert examples[0] == examples[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["alpaca", "messages", "sharegpt", "prompt_completion"])
+def test_every_form_reaches_training(form, tmp_path):
+    path = write(tmp_path / "my.jsonl", *[SAMPLES[form]] * 8)
+    words = ["--data", path, "--out_dir", tmp_path / "out", "--train.max_steps", "1"]
+    printed = succeeds("finetune/lora.py", *words).stdout
+    assert f"data: the records are of the form {form}" in printed
+    assert "format:" not in (tmp_path / "out/hyperparameters.yaml").read_text(), "what is detected is not set"
