@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from litlora.data.conversation import Conversation
-from litlora.data.files import Entry, data_files, entries
+from litlora.data.files import Entry, data_files, entries, in_lines
 from litlora.data.records import RecordReader
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
+LARGE = 16 * 2**20
+"""Bytes of files above which their records stay on the disk: see `data/cache.py`."""
 TIMEOUT = 30
 """Seconds without an answer after which a download is given up."""
 
@@ -36,6 +38,10 @@ class Records:
         for file in self.files:
             yield from entries(file)
 
+    def in_lines(self) -> bool:
+        """Whether every file has one record a line, so that they can be read in pieces."""
+        return all(map(in_lines, self.files))
+
     def __iter__(self) -> Iterator[Conversation]:
         return self.reader.read(self.entries())
 
@@ -44,10 +50,13 @@ class Records:
 class Dataset:
     """What a source holds, and the source as it was resolved."""
 
-    conversations: list[Conversation]
+    conversations: list[Conversation] | Records
+    """In memory, or large data as it stands in its files: it is never in memory as a whole."""
     source: DataSource
     notice: str | None = None
     """What the user must know about where the conversations come from."""
+    validation: list[Conversation] | Records | None = None
+    """Of the source's own, instead of some of the conversations."""
 
 
 def read_dataset(source: DataSource) -> Dataset:
@@ -89,8 +98,10 @@ def _read_json(source: JSON) -> Dataset:
 READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {Alpaca: _read_alpaca, JSON: _read_json}
 
 
-def _read_files(files: list[Path], source: DataSource) -> list[Conversation]:
-    return list(Records(tuple(files), RecordReader("alpaca", source.ignore)))
+def _read_files(files: list[Path], source: DataSource) -> list[Conversation] | Records:
+    records = Records(tuple(files), RecordReader("alpaca", source.ignore))
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return records if source.cache and size > LARGE else list(records)
 
 
 def _download(url: str, file: Path) -> None:

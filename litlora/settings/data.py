@@ -18,6 +18,12 @@ class DataSource(ABC):
     """Seed of the choice of the examples that are held out."""
     ignore: tuple[str, ...] = field(default=(), metadata={"stored": "unless default"})
     """Fields of the records to leave out. Any other field that is not known is an error."""
+    cache: bool = field(default=True, metadata={"stored": "unless default"})
+    """Data above 16 MB is tokenised once, into files that later runs find again. false: keep it in
+    memory, and tokenise it in every run."""
+    cache_dir: str | None = field(default=None, metadata={"stored": "unless default"})
+    """Where these files are kept; what no run has used for 30 days is removed. Default:
+    litlora/data in XDG_CACHE_HOME, or in ~/.cache."""
 
     @property
     @abstractmethod

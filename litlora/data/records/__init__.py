@@ -25,9 +25,12 @@ class RecordReader:
     ignore: tuple[str, ...] = ()
     """Fields that are left out."""
 
-    def read(self, entries: Iterable[Entry]) -> Iterator[Conversation]:
+    def read(
+        self, entries: Iterable[Entry], skipped: list[DataError] | None = None
+    ) -> Iterator[Conversation]:
         """One conversation a record. Raises DataError at the end for fields that are neither used
-        nor in `ignore`, all of them together."""
+        nor in `ignore`, all of them together. The errors of records that are left out are added to
+        `skipped`."""
         form = FORMS[self.form]
         unknown: dict[str, Place] = {}
         for place, value in entries:
