@@ -1,5 +1,6 @@
 """Plan: which examples make up which micro-batch of which step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,9 @@ class Plan:
     def steps_per_epoch(self) -> int:
         config, examples = self.config, len(self.lengths)
         if config.packing:
-            return -(-examples // config.global_batch_size)
+            return math.ceil(examples / config.global_batch_size)
         per_step = config.global_batch_size // config.micro_batch_size
-        return -(-(-(-examples // config.micro_batch_size)) // per_step)
+        return math.ceil(math.ceil(examples / config.micro_batch_size) / per_step)
 
     def epoch(self, number: int) -> Sequence[Step]:
         """The steps of an epoch. The first begins with one of the longest examples, so that a lack
