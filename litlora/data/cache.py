@@ -60,12 +60,8 @@ class DataCache:
     def key(self, records: Records, setup: Setup) -> str:
         """A hash of all that the examples depend on."""
         facts = {
-            "files": [[_suffixes(file), self._content(file)] for file in records.files],
-            "records": [
-                repr(getattr(records, field.name))
-                for field in dataclasses.fields(records)
-                if field.name != "files"
-            ],
+            "files": [[_suffixes(file), self._content(file)] for file in _files(records)],
+            "records": [_chosen_by(part) for part in records.parts],
             "tokenizer": setup.tokenizer.fingerprint,
             "style": [setup.style_name, setup.template.fingerprint if setup.template else None],
             "max_seq_length": setup.max_seq_length,
@@ -122,8 +118,8 @@ class DataCache:
 
     def _make(self, key: str, records: Records, setup: Setup) -> Store:
         started, directory = time.monotonic(), self.place / key
-        before = [_facts_of(file) for file in records.files]
-        num_bytes = sum(file.stat().st_size for file in records.files)
+        before = [_facts_of(file) for file in _files(records)]
+        num_bytes = sum(file.stat().st_size for file in _files(records))
         self._say(
             f"data: tokenising {num_bytes / 1e6:,.0f} MB, once, in {num_processes(num_bytes)} processes; "
             f"the result stays in {directory}"
@@ -132,9 +128,9 @@ class DataCache:
             self._remove_unused()
             with replacing_directory(directory) as staging:
                 written = self._write(staging, records, setup, num_bytes)
-                if [_facts_of(file) for file in records.files] != before:
+                if [_facts_of(file) for file in _files(records)] != before:
                     raise DataError(
-                        f"{records.files[0]}: the data was changed while it was read; start again"
+                        f"{_files(records)[0]}: the data was changed while it was read; start again"
                     )
         self._say(f"data: {written:,} records tokenised in {duration(time.monotonic() - started)}")
         return Store(directory)
@@ -149,7 +145,7 @@ class DataCache:
                     writer.add(part)
                     progress.add(size, part.num_conversations)
                 if not writer.num_conversations:
-                    raise DataError(f"{records.files[0]}: holds no records; there is nothing to train on")
+                    raise DataError(f"{_files(records)[0]}: holds no records; there is nothing to train on")
                 writer.finish()
                 return writer.num_conversations
         finally:
@@ -215,6 +211,16 @@ def _facts_of(file: Path) -> tuple[int, ...]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _files(records: Records) -> list[Path]:
+    return [file for part in records.parts for file in part.files]
+
+
+def _chosen_by(part: Records) -> list[str]:
+    """What says which records of the files are taken, and how they are read."""
+    names = [field.name for field in dataclasses.fields(part) if field.name not in ("files", "survey")]
+    return [f"{name}={getattr(part, name)!r}" for name in names] + [str(len(part.files))]
 
 
 def _suffixes(file: Path) -> str:

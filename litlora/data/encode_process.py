@@ -2,8 +2,8 @@
 `data/parallel.py`, which asks. Torch-free.
 
 The first question is {"setup": a pickled `Setup`}; its answer is "ready". Each of the others is a
-piece of the data: {"file": path, "start": byte, "stop": byte, "line": number of its first line} of
-a file of JSON lines, or {"entries": pickled entries}. The reply is {"part": a pickled `Part`}; or
+piece of the data: {"reader": a pickled `RecordReader`} with {"file": path, "start": byte, "stop":
+byte, "line": number of its first line} of a file of JSON lines, or {"entries": pickled entries}. The reply is {"part": a pickled `Part`}; or
 {"refused": [class of the error, message]}, or {"failed": a traceback} for a mistake of our own.
 Everything pickled comes from the process that asks, and is in base64.
 """
@@ -24,6 +24,7 @@ from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
 from litlora.data.parts import Part, Setup
+from litlora.data.records import RecordReader
 from litlora.errors import DataError, UserError
 
 CHARACTERS = 2**21
@@ -38,7 +39,8 @@ def main() -> None:
     reply({"ready": True})
     for line in sys.stdin:
         try:
-            part = made(setup, encoder, entries(json.loads(line)))
+            question = json.loads(line)
+            part = made(setup, encoder, _unpickled(question["reader"]), entries(question))
             reply({"part": base64.b64encode(pickle.dumps(part)).decode()})
         except UserError as error:
             reply({"refused": [type(error).__name__, error.args[0]]})
@@ -60,10 +62,10 @@ def entries(question: dict[str, Any]) -> Iterator[Entry]:
     return line_entries(file, content, question["start"], question["line"])
 
 
-def made(setup: Setup, encoder: Encoder, records: Iterator[Entry]) -> Part:
+def made(setup: Setup, encoder: Encoder, reader: RecordReader, records: Iterator[Entry]) -> Part:
     """The examples of these records."""
     skipped: list[DataError] = []
-    conversations = list(setup.reader.read(records, skipped))
+    conversations = list(reader.read(records, skipped))
     examples, (sizes, lengths, numbers, events) = bytearray(), (array("i") for _ in range(4))
     number = 0
     for chunk in chunks(conversations, CHARACTERS):

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -43,19 +44,12 @@ class Piece:
 
 def pieces(records: Records) -> Iterator[Piece]:
     """The data in pieces. Files of JSON lines are cut between lines, unparsed."""
-    if records.in_lines():
-        for file in records.files:
-            yield from _line_pieces(file)
-        return
-    group, size = [], 0
-    for place, value in records.entries():
-        group.append((place, value))
-        size += _characters(value)
-        if size >= PIECE:
-            yield _entries_piece(group, size)
-            group, size = [], 0
-    if group:
-        yield _entries_piece(group, size)
+    for part in records.parts:
+        reader = _pickled(part.reader)
+        found = map(_line_pieces, part.files) if part.in_lines() else [_entry_pieces(part)]
+        for piece in chain.from_iterable(found):
+            piece.question["reader"] = reader
+            yield piece
 
 
 def encoded(records: Records, setup: Setup, num_bytes: int) -> Iterator[tuple[int, Part]]:
@@ -168,8 +162,16 @@ def _line_pieces(file: Path) -> Iterator[Piece]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _entries_piece(entries: list[Any], size: int) -> Piece:
-    return Piece({"entries": _pickled(entries)}, size)
+def _entry_pieces(records: Records) -> Iterator[Piece]:
+    group, size = [], 0
+    for entry in records.entries():
+        group.append(entry)
+        size += _characters(entry[1])
+        if size >= PIECE:
+            yield Piece({"entries": _pickled(group)}, size)
+            group, size = [], 0
+    if group:
+        yield Piece({"entries": _pickled(group)}, size)
 
 
 def _characters(value: Any) -> int:

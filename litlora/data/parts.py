@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from litlora.data.records import RecordReader
 from litlora.prompts import STYLES, ChatTemplate, PromptStyle
 from litlora.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How records become examples. It can be sent to another process."""
+    """How conversations become examples. It can be sent to another process."""
 
-    reader: RecordReader
     tokenizer: Tokenizer
     style_name: str
     template: ChatTemplate | None

@@ -38,6 +38,11 @@ class Records:
         for file in self.files:
             yield from entries(file)
 
+    @property
+    def parts(self) -> tuple["Records", ...]:
+        """The records of each source, with a reader of their own."""
+        return (self,)
+
     def in_lines(self) -> bool:
         """Whether every file has one record a line, so that they can be read in pieces."""
         return all(map(in_lines, self.files))

@@ -40,13 +40,13 @@ class Preparation:
         data = dataset.conversations
         if dataset.validation is not None:
             return self._all(data), self._all(dataset.validation)
-        if isinstance(data, Records):
+        if not isinstance(data, list):
             return self._stored(data).split(fraction, seed, self._limit)
         train, val = split(data, fraction, seed)
         return self._all(train), self._all(val) if val else None
 
     def _all(self, data: list[Conversation] | Records) -> Examples:
-        if isinstance(data, Records):
+        if not isinstance(data, list):
             return self._stored(data).split(0, 0, self._limit)[0]
         return tokenize(data, self._tokenizer, self._style, self._limit)
 
@@ -54,7 +54,7 @@ class Preparation:
         """The records in the cache. One process makes it, however long that takes: the others wait
         for its lock, as no exchange between processes may wait for hours."""
         style, parallel = self._style, self._parallel
-        setup = Setup(records.reader, self._tokenizer, style.name, style.template, self._limit)
+        setup = Setup(self._tokenizer, style.name, style.template, self._limit)
         place = self._source.cache_dir
         cache = DataCache(Path(place).expanduser() if place else default_place(), self._say)
         if parallel.world_size == 1:

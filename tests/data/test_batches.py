@@ -16,14 +16,16 @@ from litlora.tokenizer import Tokenizer
 
 
 def plan(lengths, *, micro=4, per_step=4, pack_tokens=None, num_ranks=1, seed=0, longest_first=True):
-    return plan_epoch(
-        lengths,
-        global_batch_size=micro * per_step,
-        micro_batch_size=micro,
-        pack_tokens=pack_tokens,
-        num_ranks=num_ranks,
-        seed=seed,
-        longest_first=longest_first,
+    return list(
+        plan_epoch(
+            lengths,
+            global_batch_size=micro * per_step,
+            micro_batch_size=micro,
+            pack_tokens=pack_tokens,
+            num_ranks=num_ranks,
+            seed=seed,
+            longest_first=longest_first,
+        )
     )
 
 
