@@ -166,6 +166,23 @@ class Tokenizer:
         """`decode` for several sequences."""
         return self._ask("decode", sequences, "cannot decode")
 
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text that each token adds; of special and other added tokens their names. A character
+        that is spread over several tokens is the last one's."""
+        pieces: list[str] = []
+        stream = TextStream(self)
+        for token in ids:
+            if token in self._added:
+                if pieces:
+                    pieces[-1] += stream.finish()  # of a character that never ends
+                pieces.append(self._added[token][0])
+                stream = TextStream(self)
+            else:
+                pieces.append(stream.push(token))
+        if pieces:
+            pieces[-1] += stream.finish()
+        return pieces
+
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn: the first special token in `ending`, the text after an
         answer."""

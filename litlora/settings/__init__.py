@@ -29,7 +29,7 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
-from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA
+from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA, ShowData
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
@@ -61,6 +61,7 @@ __all__ = [
     "MergeLoRA",
     "OutputDtype",
     "ResizeLoRA",
+    "ShowData",
     "TrainConfig",
     "check",
     "check_alpha",

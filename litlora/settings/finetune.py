@@ -102,3 +102,18 @@ class FinetuneFull(Finetune):
     """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowData(FinetuneLoRA):
+    """Show what fine-tuning would learn from: examples token by token, and figures on all of them.
+    Takes the options of finetune/lora.py; those that do not concern data have no effect."""
+
+    examples: int = 3
+    """How many records are shown token by token, from the first on."""
+    json: bool = False
+    """Print everything as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value(self, "examples", self.examples >= 0, "must be at least 0")
