@@ -3,9 +3,10 @@
 
 The first question is {"setup": a pickled `Setup`}; its answer is "ready". Each of the others is a
 piece of the data: {"reader": a pickled `RecordReader`} with {"file": path, "start": byte, "stop":
-byte, "line": number of its first line} of a file of JSON lines, or {"entries": pickled entries}. The reply is {"part": a pickled `Part`}; or
-{"refused": [class of the error, message]}, or {"failed": a traceback} for a mistake of our own.
-Everything pickled comes from the process that asks, and is in base64.
+byte, "line": number of its first line} of a file of JSON lines, or {"entries": pickled entries}.
+The reply is {"part": a pickled `Part`}; or {"refused": [class of the error, message]}, or {"failed":
+a traceback} for a mistake of our own. Everything pickled comes from the process that asks, and is
+in base64.
 """
 
 import base64

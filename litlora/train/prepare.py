@@ -28,8 +28,8 @@ class Preparation:
         tokenizer: Tokenizer,
         style: PromptStyle,
         max_seq_length: int,
-        parallel: Parallel,
         say: Callable[[str], None],
+        parallel: Parallel | None = None,
     ) -> None:
         self._source, self._tokenizer, self._style = source, tokenizer, style
         self._limit, self._parallel, self._say = max_seq_length, parallel, say
@@ -57,7 +57,7 @@ class Preparation:
         setup = Setup(self._tokenizer, style.name, style.template, self._limit)
         place = self._source.cache_dir
         cache = DataCache(Path(place).expanduser() if place else default_place(), self._say)
-        if parallel.world_size == 1:
+        if parallel is None or parallel.world_size == 1:
             store = cache.get(cache.key(records, setup), records, setup)
         else:
             store = self._made_by_one(cache, records, setup)

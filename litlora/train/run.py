@@ -164,7 +164,7 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        prepare = Preparation(settings.data, tokenizer, self.style, limit, self.parallel, self.say)
+        prepare = Preparation(settings.data, tokenizer, self.style, limit, self.say, self.parallel)
         made, made_val = prepare.examples(self.dataset)
         self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
         self._say_data()
