@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, tune
+from conftest import REPO, command, succeeds, tune
 
 from litlora.data import cache as caching
 from litlora.data import parallel
@@ -447,3 +447,37 @@ def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch):
         "data: 100% tokenised, 10 of 10 MB, 1,010 records",
     ]
     assert np.array_equal([line.endswith(" left") for line in said], [True, True])
+
+
+TWO_DEVICES = """
+import importlib.util
+
+from litlora import cli
+from litlora.data import sources
+from litlora.settings import FinetuneLoRA
+
+sources.LARGE = 0
+spec = importlib.util.spec_from_file_location("command", {script!r})
+command = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(command)
+cli.run(command.main, FinetuneLoRA)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_devices_one_tokenises_and_both_learn_or_fail_together(base, tmp_path):
+    file, script = tmp_path / "data.jsonl", tmp_path / "two.py"
+    written(file, records())
+    script.write_text(TWO_DEVICES.format(script=str(REPO / "finetune/lora.py")))
+    words = ["--checkpoint_dir", base, "--data", file, "--devices", 2, "--accelerator", "cpu"]
+    words += ["--prompt_style", "plain", "--train.max_steps", 2, "--precision", "32-true"]
+    on_disk = [script, *words, "--data.cache_dir", tmp_path / "cache", "--out_dir", tmp_path / "disk"]
+    done = succeeds(*on_disk)
+    assert done.stdout.count("data: tokenising") == 1
+    succeeds("finetune/lora.py", *words, "--out_dir", tmp_path / "memory")
+    same = [(tmp_path / name / "final/lit_model.pth").read_bytes() for name in ("memory", "disk")]
+    assert same[0] == same[1]
+    written(file, [*records(), {"instruction": "x"}])
+    failed = command(*on_disk, "--overwrite")
+    assert failed.returncode == 2 and failed.stderr.count("error: ") == 1
+    assert 'data.jsonl, line 121: has no "output"' in failed.stderr.splitlines()[-1]
