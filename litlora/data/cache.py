@@ -144,6 +144,8 @@ class DataCache:
                 for size, part in parts:
                     writer.add(part)
                     progress.add(size, part.num_conversations)
+                if writer.skipped and not writer.num_conversations:
+                    raise DataError(f"{writer.skipped[0]}; and no other record can be trained on")
                 if not writer.num_conversations:
                     raise DataError(f"{_files(records)[0]}: holds no records; there is nothing to train on")
                 writer.finish()

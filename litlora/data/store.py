@@ -26,6 +26,7 @@ import numpy as np
 
 from litlora.data.examples import EVENTS, Example, Examples, drawn, no_example_left
 from litlora.data.parts import Part
+from litlora.data.sources import NAMED
 from litlora.errors import DataError
 from litlora.storage.atomic import replacing_file
 
@@ -33,8 +34,6 @@ HEADER = "header.json"
 PARTS = ("examples", "offsets", "lengths", "conversations", "events")
 BLOCK = 2**12
 """Examples whose offsets are read at a time."""
-NAMED = 3
-"""How many of the records that were left out are kept, for the message about them."""
 
 
 class Broken(Exception):
@@ -50,7 +49,7 @@ class StoreWriter:
             name: self._stack.enter_context((directory / f"{name}.bin").open("wb")) for name in PARTS
         }
         self._offset = self.num_conversations = self.num_skipped = 0
-        self._first, self._skipped = "", []
+        self._first, self.skipped = "", []
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -77,7 +76,7 @@ class StoreWriter:
         self.num_conversations += part.num_conversations
         self._first = self._first or part.first
         self.num_skipped += len(part.skipped)
-        self._skipped += part.skipped[: NAMED - len(self._skipped)]
+        self.skipped += part.skipped[: NAMED - len(self.skipped)]
 
     def finish(self) -> None:
         """Write the header: only now it is a store."""
@@ -87,7 +86,7 @@ class StoreWriter:
             "num_conversations": self.num_conversations,
             "first": self._first,
             "num_skipped": self.num_skipped,
-            "skipped": self._skipped,
+            "skipped": self.skipped,
             "sizes": {name: (self._directory / f"{name}.bin").stat().st_size for name in PARTS},
         }
         text = json.dumps({**header, "hash": _header_hash(header)})

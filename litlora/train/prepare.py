@@ -10,7 +10,7 @@ from litlora.data.cache import DataCache, default_place
 from litlora.data.conversation import Conversation
 from litlora.data.examples import Examples, split, tokenize
 from litlora.data.parts import Setup
-from litlora.data.sources import Dataset, Records
+from litlora.data.sources import Dataset, Records, skipped_notice
 from litlora.data.store import Store
 from litlora.errors import UserError
 from litlora.prompts import PromptStyle
@@ -62,8 +62,7 @@ class Preparation:
         else:
             store = self._made_by_one(cache, records, setup)
         if store.num_skipped:
-            more = "" if store.num_skipped <= len(store.skipped) else ", ..."
-            self._say(f"data: {store.num_skipped:,} records left out: {'; '.join(store.skipped)}{more}")
+            self._say(f"data: {skipped_notice(store.num_skipped, store.skipped)}")
         return store
 
     def _made_by_one(self, cache: DataCache, records: Records, setup: Setup) -> Store:

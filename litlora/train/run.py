@@ -373,6 +373,8 @@ class Run:
             self.say(f"note: {notice}")
         if self.dataset.notice:
             self.say(f"data: {self.dataset.notice}")
+        for notice in self.dataset.notices:
+            self.say(f"data: {notice}")
         self.say(f"prompt style: {self.style.name} ({self.style_reason})")
 
     def _say_data(self) -> None:

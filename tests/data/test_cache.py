@@ -420,7 +420,7 @@ def test_records_that_are_left_out_are_counted(tokenizer, tmp_path, said, monkey
     prepare = Preparation(source, tokenizer, STYLES["alpaca"], LIMIT, said.append)
     made, _ = prepare.examples(Dataset(data, source))
     assert list(made.examples) == tokenize(list(data), tokenizer, STYLES["alpaca"], LIMIT).examples
-    assert said[-1] == "data: 5 records left out: line 1; line 5; line 9, ..."
+    assert said[-1] == "data: 5 records were left out: line 1 | line 5 | line 9 | and 2 more"
 
 
 def test_the_number_of_processes_is_bounded(monkeypatch):
