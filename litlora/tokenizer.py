@@ -3,9 +3,10 @@ decoding a stream piece by piece. Torch-free."""
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from litlora.errors import CheckpointError, UserError
 from litlora.storage.untrusted import own_file, read_json_object
@@ -148,15 +149,33 @@ class Tokenizer:
             for chunk in _chunks(texts)
             for ids in self._ask("encode", chunk, "cannot encode this text")
         ]
-        if self._limit is not None:
-            largest = max(map(max, filter(None, batch)), default=-1)
-            if largest >= self._limit:
-                raise UserError(
-                    f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
-                    f"the model's embedding has {self._limit} rows; use the tokenizer that the model was "
-                    "trained with, or leave the token out"
-                )
+        self._check(batch)
         return batch
+
+    def encode_cut(self, texts: list[tuple[str, list[int]]]) -> list[tuple[list[int], list["Cut"]]]:
+        """The ids of texts, and where some places of each, in order, are in them."""
+        entries = iter(texts)
+        batch = [
+            (ids, [Cut(*cut) for cut in cuts])
+            for chunk in _chunks([text for text, _ in texts])
+            for ids, cuts in self._ask(
+                "encode_cut", [*islice(entries, len(chunk))], "cannot encode this text"
+            )
+        ]
+        self._check(ids for ids, _ in batch)
+        return batch
+
+    def _check(self, batch: Iterable[list[int]]) -> None:
+        """Raises UserError for an id that has no row in the embedding."""
+        if self._limit is None:
+            return
+        largest = max(map(max, filter(None, batch)), default=-1)
+        if largest >= self._limit:
+            raise UserError(
+                f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
+                f"the model's embedding has {self._limit} rows; use the tokenizer that the model was "
+                "trained with, or leave the token out"
+            )
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -186,7 +205,16 @@ class Tokenizer:
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn: the first special token in `ending`, the text after an
         answer."""
-        return next((token for token in self.encode(ending) if token in self._added), None)
+        return next(iter(self.added_tokens(ending)), None)
+
+    def added_tokens(self, text: str) -> list[int]:
+        """The added tokens, special ones among them, that a text has, in order."""
+        return [token for token in self.encode(text) if token in self._added]
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What comes before a text; empty if this tokenizer puts nothing there."""
+        return [*self._prefix]
 
     @property
     def begin_text(self) -> str:
@@ -205,7 +233,8 @@ class Tokenizer:
         fails."""
         with self._lock:
             reply = self._worker.ask([method, argument])
-        return self._answer(reply, failure, argument if method == "encode" else [])
+        texts = [text for text, _ in argument] if method == "encode_cut" else argument
+        return self._answer(reply, failure, texts if method.startswith("encode") else [])
 
     def _answer(self, reply: dict[str, Any] | None, failure: str, texts: list[str]) -> Any:
         if reply is None:
@@ -267,6 +296,18 @@ class Tokenizer:
             return []
         found = self._number(name)
         return [] if found is None else [found]
+
+
+class Cut(NamedTuple):
+    """A place in a text, in its ids."""
+
+    number: int
+    """How many of the ids begin before the place."""
+    kept: int | None
+    """None: these ids are what the text up to the place has by itself. Else its ids are the first
+    `kept` of them,"""
+    others: list[int] | None
+    """and these."""
 
 
 class TextStream:

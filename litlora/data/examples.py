@@ -51,6 +51,10 @@ class Examples:
     """Conversations that became several examples (`Encoded.drafts`)."""
     num_apart: int
     """Answers that were encoded apart from their prompts (`Encoded.num_apart`)."""
+    num_trailing: int
+    """Conversations that go on after their last learned answer (`Encoded.num_trailing`)."""
+    num_in_pieces: int
+    """Documents that became several examples, as they are longer than max_seq_length."""
 
     def notices(self, max_seq_length: int) -> list[str]:
         """What the user must know, a line each."""
@@ -79,11 +83,20 @@ class Examples:
                 "answers share a token with their prompts in the whole text: "
                 "they were encoded apart, as chat asks",
             ),
+            (
+                self.num_trailing,
+                "conversations go on after the last answer that is learned: "
+                "what follows it teaches nothing and was left out",
+            ),
+            (
+                self.num_in_pieces,
+                f"documents are longer than {max_seq_length:,} tokens: they are learned in pieces",
+            ),
         )
         return [f"{number:,} {what}" for number, what in lines if number]
 
 
-EVENTS = ("cut", "shortened", "left out", "empty", "split", "apart")
+EVENTS = ("cut", "shortened", "left out", "empty", "split", "apart", "trailing", "pieces")
 """What is counted of a conversation, in the order of the numbers in `Examples`."""
 
 
@@ -111,7 +124,10 @@ def examples_of(encoded: Encoded, max_seq_length: int, counts: Counter[str]) -> 
     examples = []
     counts["split"] += len(encoded.drafts) > 1
     counts["apart"] += encoded.num_apart
-    for draft in encoded.drafts:
+    counts["trailing"] += encoded.num_trailing > 0
+    drafts = [piece for draft in encoded.drafts for piece in draft.pieces(max_seq_length)]
+    counts["pieces"] += len(drafts) > len(encoded.drafts)
+    for draft in drafts:
         fitting = _fitting(draft, max_seq_length)
         if fitting is None:
             counts["left out"] += 1

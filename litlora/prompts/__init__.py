@@ -2,6 +2,8 @@
 
 - `styles.py`: the prompt styles, and which of them to use;
 - `template.py`: a model's own chat template as a style;
+- `exchange.py`: the texts in which the answers of a conversation are learned;
+- `shown.py`: proof that a chat template leaves nothing out;
 - `render.py`: the process in which a chat template runs.
 """
 

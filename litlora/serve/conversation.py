@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from litlora.console import printable
 from litlora.errors import UserError
 from litlora.prompts import PromptStyle
+from litlora.prompts.template import template_message
 from litlora.serve.engine import Engine, Sampling
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import TextStream
@@ -86,9 +87,9 @@ class ChatSession:
             return [token for turn in past for token in turn.ids] + asked
         messages = []
         for turn in past:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer})
-        messages.append({"role": "user", "content": question})
+            messages.append(template_message("user", turn.question))
+            messages.append(template_message("assistant", turn.answer))
+        messages.append(template_message("user", question))
         return self._tokenizer.encode(self._style.template.render(messages))
 
 
