@@ -1,6 +1,7 @@
 """Text to token ids and back, with the `tokenizers` library in a process of its own; special ids;
 decoding a stream piece by piece. Torch-free."""
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -101,6 +102,19 @@ class Tokenizer:
         """Tokens that end generation."""
         self._prefix = self._begin_of_text(settings, *found["probes"])
         self._limit: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In another Python process, the same tokenizer with a process of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the ids of a text depend on."""
+        facts = (self.vocab_size, sorted(self._added.items()), self.eos_id, self._prefix, self._limit)
+        return hashlib.sha256(self._path.read_bytes() + repr(facts).encode()).hexdigest()
 
     def fit(self, num_rows: int) -> str | None:
         """Check against an embedding of `num_rows`. Returns a notice if some tokens have no row in

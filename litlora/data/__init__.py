@@ -7,6 +7,8 @@
 - `conversation.py` is what they have in common, whatever the file looked like;
 - `encode.py` turns conversations into token ids, after the very ids that chat asks with;
 - `examples.py` fits them to a length, and says what had to be done;
+- `store.py` keeps examples on the disk, for data larger than memory; `cache.py` finds them again;
+- `parallel.py` makes them, in the processes of `encode_process.py`; `parts.py` is what passes between;
 - `batches.py` packs or pads examples into the tensors of a training step.
 
 To add a well-known data set, write a few lines in `litlora/settings/known_sets.py`. To add another

@@ -77,9 +77,29 @@ def _elements(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
     yield from ((Place(str(file), f"record {index}"), value) for index, value in enumerate(values))
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[Place, Any]]:
+def in_lines(file: Path) -> bool:
+    """Whether the file has one record a line, by its name and how it begins: then it can be read
+    in pieces, with `line_entries`."""
+    if file.suffix.lower() != ".jsonl" or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        start = opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return bool(start) and not start.startswith(b"[")
+
+
+def line_entries(file: Path, content: bytes, start: int, first: int) -> Iterator[Entry]:
+    """The records of a piece of such a file: whole lines, from the byte `start` on; `first` is the
+    number of the first of them."""
+    try:
+        text = content.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {start + error.start})") from None
+    return _lines(file, text.replace("\r\n", "\n").replace("\r", "\n"), first)
+
+
+def _lines(file: Path, text: str, first: int = 1) -> Iterator[tuple[Place, Any]]:
     # not splitlines(): U+2028 may stand inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=first):
         if line.strip():
             place = Place(str(file), f"line {number}")
             yield place, _parse(line, str(place))

@@ -7,7 +7,7 @@ function from these settings to a `Dataset`.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import Any
 from litlora import console
 from litlora.data.conversation import Conversation
 from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
-from litlora.data.files import Entry, data_files, entries
+from litlora.data.files import Entry, data_files, entries, in_lines
 from litlora.data.records import RecordReader, choose_form
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource, KnownSet
 
+NAMED = 3
+"""How many of the records that are left out are named."""
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
+LARGE = 16 * 2**20
+"""Bytes of files above which their records stay on the disk: see `data/cache.py`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Records:
         for file in self.files:
             yield from entries(file)
 
+    @property
+    def parts(self) -> tuple["Records", ...]:
+        """The records of each source, with a reader of their own."""
+        return (self,)
+
+    def in_lines(self) -> bool:
+        """Whether every file has one record a line, so that they can be read in pieces."""
+        return all(map(in_lines, self.files))
+
     def __iter__(self) -> Iterator[Conversation]:
         return self.read()
 
@@ -48,12 +61,15 @@ class Records:
 class Dataset:
     """What a source holds, and the source as it was resolved."""
 
-    conversations: list[Conversation]
+    conversations: list[Conversation] | Records
+    """In memory, or large data as it stands in its files: it is never in memory as a whole."""
     source: DataSource
     notice: str | None = None
     """What the user must know about where the conversations come from."""
     notices: tuple[str, ...] = ()
     """What else is said when training begins: the form of the records, and what was left out."""
+    validation: list[Conversation] | Records | None = None
+    """Of the source's own, instead of some of the conversations."""
 
 
 def read_dataset(source: DataSource) -> Dataset:
@@ -160,18 +176,21 @@ def _read_files(files: list[Path], source: DataSource, form: str | None = None) 
     if form is None:
         return Dataset([], source)
     reader = RecordReader(form, source.ignore, source.columns, source.on_bad, source.learn, source.system)
+    records = Records(tuple(files), reader)
+    notices = () if known else (f"the records are of the form {form}",)
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if source.cache and size > LARGE:  # what is left out is known when it has been read
+        return Dataset(records, source, notices=notices)
     skipped: list[DataError] = []
-    conversations = list(Records(tuple(files), reader).read(skipped))
+    conversations = list(records.read(skipped))
     if skipped and not conversations:
         raise DataError(f"{skipped[0].args[0]}; and no other record can be trained on")
-    notices = [] if known else [f"the records are of the form {form}"]
     if skipped:
-        notices.append(skipped_notice(skipped))
-    return Dataset(conversations, source, notices=tuple(notices))
+        notices = (*notices, skipped_notice(len(skipped), map(str, skipped[:NAMED])))
+    return Dataset(conversations, source, notices=notices)
 
 
-def skipped_notice(skipped: list[DataError]) -> str:
-    """How many records were left out, with the first three places and reasons."""
-    number = len(skipped)
-    reasons = [str(error) for error in skipped[:3]] + [f"and {number - 3:,} more"] * (number > 3)
+def skipped_notice(number: int, first: Iterable[str]) -> str:
+    """How many records were left out, with the places and reasons of the first NAMED."""
+    reasons = [*first] + [f"and {number - NAMED:,} more"] * (number > NAMED)
     return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"

@@ -3,6 +3,7 @@
 A template is a program by whoever made the model, so it runs in a process of its own (`render.py`).
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -68,7 +69,7 @@ class ChatTemplate:
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
         """`path` is where the source was found; `special_tokens` are what a template may name:
         bos_token, eos_token, ..."""
-        self.path = path
+        self.path, self._source = path, source
         self._special_tokens = special_tokens
         limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
         self._worker = Worker(Path(__file__).with_name("render.py"), {"source": source, **limits})
@@ -81,6 +82,12 @@ class ChatTemplate:
             lambda instruction, input: self.render([template_message("user", instruction, input)]),
             self,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that its texts depend on, but the day."""
+        facts = json.dumps([self._source, self._special_tokens], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def render(
         self, messages: list[Message], *, tools: Any = None, add_generation_prompt: bool = True

@@ -37,6 +37,12 @@ class DataSource(ABC):
     "train": false or "weight": 0 never is."""
     system: str | None = field(default=None, metadata=UNLESS_DEFAULT)
     """The system message of records that have none."""
+    cache: bool = field(default=True, metadata=UNLESS_DEFAULT)
+    """Data above 16 MB is tokenised once, into files that later runs find again. false: keep it in
+    memory, and tokenise it in every run."""
+    cache_dir: str | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Where these files are kept; what no run has used for 30 days is removed. Default:
+    litlora/data in XDG_CACHE_HOME, or in ~/.cache."""
 
     @property
     @abstractmethod

@@ -3,14 +3,17 @@ them."""
 
 import hashlib
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
+from litlora.console import say
 from litlora.data.batches import num_supervised, padding_share
 from litlora.data.conversation import Conversation
-from litlora.data.examples import Example, split, tokenize
+from litlora.data.examples import Example, tokenize
 from litlora.data.sources import Dataset
 from litlora.errors import DataError
 from litlora.load import TextSide
@@ -18,6 +21,7 @@ from litlora.prompts import PromptStyle, choose_style
 from litlora.settings import ShowData, TrainConfig
 from litlora.tokenizer import Tokenizer
 from litlora.train.plan import Plan, pack_tokens
+from litlora.train.prepare import Preparation
 
 Description = dict[str, Any]
 """As JSON holds it."""
@@ -122,15 +126,15 @@ def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) 
     style, reason = choose_style(settings.prompt_style, text.prompt_style, text.template, default="alpaca")
     limit = min(settings.train.max_seq_length, context)
     reading = Reading(text.tokenizer, style, limit, settings.train.mask_prompt)
-    train, val = split(dataset.conversations, settings.data.val_fraction, settings.data.split_seed)
-    made = tokenize(train, text.tokenizer, style, limit)
-    made_val = tokenize(val, text.tokenizer, style, limit).examples if val else []
+    told = partial(say, file=sys.stderr)
+    prepare = Preparation(settings.data, text.tokenizer, style, limit, told)
+    made, made_val = prepare.examples(dataset)
     return {
         "prompt_style": style.name,
         "prompt_style_reason": reason,
         "conversations": first_conversations(dataset.conversations, settings.examples, reading),
         "train": figures(made.examples, settings.train.mask_prompt),
-        "val": figures(made_val, settings.train.mask_prompt) if made_val else None,
+        "val": figures(made_val.examples, settings.train.mask_prompt) if made_val else None,
         "notices": ([dataset.notice] if dataset.notice else []) + made.notices(limit),
         "steps": steps(made.examples, settings.train, settings.seed),
     }
