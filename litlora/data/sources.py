@@ -8,56 +8,32 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from litlora.data.conversation import Conversation
-from litlora.data.files import Entry, data_files, entries
+from litlora.data.dataset import Dataset, Mixture, Records, settled
+from litlora.data.files import find_files
 from litlora.data.records import RecordReader
 from litlora.errors import DataError, setting
-from litlora.settings import JSON, Alpaca, DataSource
+from litlora.settings import JSON, Alpaca, DataSource, Files, Mix
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 TIMEOUT = 30
 """Seconds without an answer after which a download is given up."""
 
 
-@dataclass(frozen=True)
-class Records:
-    """The records of some files. Each iteration reads them anew, as conversations."""
-
-    files: tuple[Path, ...]
-    reader: RecordReader
-
-    def entries(self) -> Iterator[Entry]:
-        """The records as the files have them."""
-        for file in self.files:
-            yield from entries(file)
-
-    def __iter__(self) -> Iterator[Conversation]:
-        return self.reader.read(self.entries())
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a source holds, and the source as it was resolved."""
-
-    conversations: list[Conversation]
-    source: DataSource
-    notice: str | None = None
-    """What the user must know about where the conversations come from."""
-
-
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
-    anything that cannot be trained on."""
+    anything that cannot be trained on; of a stream, when it is read."""
     found = READERS[type(source)](source)
-    if not found.conversations:
-        name = getattr(source, "path", source.name)
-        raise DataError(f"{name}: holds no records; there is nothing to train on")
-    return found
+    validation = None
+    if source.val_path is not None:
+        own = READERS[Files](source.of_files(source.val_path))
+        validation = own.conversations
+        found = replace(found, notices=(*found.notices, *own.notices))
+    return settled(found, validation)
 
 
 def _read_alpaca(source: Alpaca) -> Dataset:
@@ -75,22 +51,40 @@ def _read_alpaca(source: Alpaca) -> Dataset:
                     f"{setting('source')} sample"
                 ) from None
             return _sample(source, f"the built-in sample, not the full Alpaca data: {reason}")
-    return Dataset(_read_files([file], source), replace(source, source="full"))
+    return _read_files([file], replace(source, source="full"))
 
 
 def _sample(source: Alpaca, notice: str) -> Dataset:
-    return Dataset(_read_files([SAMPLE_FILE], source), replace(source, source="sample"), notice)
+    return replace(_read_files([SAMPLE_FILE], replace(source, source="sample")), notice=notice)
 
 
-def _read_json(source: JSON) -> Dataset:
-    return Dataset(_read_files(data_files(Path(source.path)), source), source)
+def _read_paths(source: Files) -> Dataset:
+    found = find_files(source.path)
+    return replace(_read_files(found.files, source), notices=found.notices)
 
 
-READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {Alpaca: _read_alpaca, JSON: _read_json}
+def _read_mix(source: Mix) -> Dataset:
+    found = [READERS[type(part)](part) for part in source.parts()]
+    records = tuple(records for part in found for records in part.conversations.parts)
+    return Dataset(
+        Mixture(records),
+        source,
+        notice="; ".join(part.notice for part in found if part.notice) or None,
+        notices=tuple(notice for part in found for notice in part.notices),
+    )
 
 
-def _read_files(files: list[Path], source: DataSource) -> list[Conversation]:
-    return list(Records(tuple(files), RecordReader("alpaca", source.ignore)))
+READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {
+    Alpaca: _read_alpaca,
+    Files: _read_paths,
+    JSON: _read_paths,
+    Mix: _read_mix,
+}
+"""Each gives a Dataset of `Records`, which are not read yet."""
+
+
+def _read_files(files: Sequence[Path], source: DataSource) -> Dataset:
+    return Dataset(Records(tuple(files), RecordReader("alpaca", source.ignore)), source)
 
 
 def _download(url: str, file: Path) -> None:

@@ -3,7 +3,7 @@
 The docstring under a field is its `--help` text. A command takes one dataclass.
 
 lora.py         LoRAConfig
-data.py         where the training examples come from: DataSource, Alpaca, JSON
+data.py         where the training examples come from: DataSource, Alpaca, Files, Mix
 train.py        TrainConfig, the training loop
 finetune.py     the fine-tuning commands
 chat.py         chat
@@ -27,7 +27,7 @@ from litlora.settings.checks import (
     check_size,
     num_bytes,
 )
-from litlora.settings.data import JSON, Alpaca, DataSource
+from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA
 from litlora.settings.lora import LoRAConfig
@@ -51,6 +51,7 @@ __all__ = [
     "Download",
     "ExportPEFT",
     "FileType",
+    "Files",
     "Finetune",
     "FinetuneFull",
     "FinetuneLoRA",
@@ -59,9 +60,12 @@ __all__ = [
     "LoRAExtractor",
     "LoRAMerger",
     "MergeLoRA",
+    "Mix",
+    "MixedSource",
     "OutputDtype",
     "ResizeLoRA",
     "TrainConfig",
+    "all_sources",
     "check",
     "check_alpha",
     "check_seed",

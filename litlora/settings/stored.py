@@ -24,7 +24,9 @@ def dump(settings: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses to mappings; a data source also says which one it is."""
+    """Dataclasses to mappings, in lists too; a data source also says which one it is."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     if not is_dataclass(value):
         return value
     values = {name: _plain(entry) for name, entry in stored_values(value).items()}

@@ -160,9 +160,11 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        train, val = split(self.dataset.conversations, settings.data.val_fraction, settings.data.split_seed)
+        train, val = list(self.dataset.conversations), self.dataset.validation
+        if val is None:
+            train, val = split(train, settings.data.val_fraction, settings.data.split_seed)
         made = tokenize(train, tokenizer, self.style, limit)
-        made_val = tokenize(val, tokenizer, self.style, limit).examples if val else []
+        made_val = tokenize(list(val), tokenizer, self.style, limit).examples if val else []
         self.data = Data(made.examples, made_val, settings.seed)
         self._say_data()
         for notice in made.notices(limit):
@@ -370,6 +372,8 @@ class Run:
             self.say(f"note: {notice}")
         if self.dataset.notice:
             self.say(f"data: {self.dataset.notice}")
+        for notice in self.dataset.notices:
+            self.say(f"data: {notice}")
         self.say(f"prompt style: {self.style.name} ({self.style_reason})")
 
     def _say_data(self) -> None:
