@@ -56,7 +56,14 @@ class Records:
         return itertools.islice(self._taken(broken), self.most)
 
     def __iter__(self) -> Iterator[Conversation]:
-        return self.reader.read(self.entries())
+        return self.read()
+
+    def read(self, skipped: list[DataError] | None = None) -> Iterator[Conversation]:
+        """The conversations. A bad record, or a broken line, is raised, or added to `skipped`, as the
+        reader says."""
+        skipped = [] if skipped is None else skipped
+        broken = skipped.append if self.reader.on_bad == "skip" else None
+        return self.reader.read(self.entries(broken), skipped)
 
     def _taken(self, broken: Callable[[DataError], None] | None) -> Iterator[Entry]:
         seen = Survey() if self.survey is None else Survey(self.survey.ignore)
@@ -86,7 +93,11 @@ class Mixture:
     parts: tuple[Records, ...]
 
     def __iter__(self) -> Iterator[Conversation]:
-        return itertools.chain.from_iterable(self.parts)
+        return self.read()
+
+    def read(self, skipped: list[DataError] | None = None) -> Iterator[Conversation]:
+        """The conversations, as `Records.read` gives them."""
+        return itertools.chain.from_iterable(part.read(skipped) for part in self.parts)
 
 
 Conversations = list[Conversation] | Records | Mixture
@@ -132,7 +143,12 @@ def settled(found: Dataset, validation: Records | None) -> Dataset:
         parts = (replace(parts[0], most=source.max_examples),)
     conversations, val = _joined(parts), _joined(val_parts) if val_parts else None
     if is_small:
-        conversations, val = list(conversations), None if val is None else list(val)
+        skipped: list[DataError] = []
+        conversations = list(conversations.read(skipped))
+        val = None if val is None else list(val.read(skipped))
+        if skipped and not conversations:
+            raise DataError(f"{skipped[0].args[0]}; and no other record can be trained on")
+        notices = (*notices, *([skipped_notice(skipped)] if skipped else []))
     _check_any(conversations, getattr(source, "path", source.name), "train")
     if val is not None:
         _check_any(val, source.val_path or source.name, "validate")
@@ -213,6 +229,13 @@ def _held(records: Records) -> Records:
 
 def _bytes(records: Records) -> int:
     return sum(map(bytes_in_memory, records.files))
+
+
+def skipped_notice(skipped: list[DataError]) -> str:
+    """How many records were left out, with the first three places and reasons."""
+    number = len(skipped)
+    reasons = [str(error) for error in skipped[:3]] + [f"and {number - 3:,} more"] * (number > 3)
+    return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"
 
 
 def _check_any(conversations: Conversations, name: str, use: str) -> None:

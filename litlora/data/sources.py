@@ -6,22 +6,22 @@ function from these settings to a `Dataset`.
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from litlora import console
 from litlora.data.dataset import Dataset, Mixture, Records, settled
-from litlora.data.files import find_files
-from litlora.data.records import RecordReader
+from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
+from litlora.data.files import entries, find_files
+from litlora.data.records import RecordReader, choose_form
 from litlora.errors import DataError, setting
-from litlora.settings import JSON, Alpaca, DataSource, Files, Mix
+from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
-TIMEOUT = 30
-"""Seconds without an answer after which a download is given up."""
 
 
 def read_dataset(source: DataSource) -> Dataset:
@@ -42,25 +42,78 @@ def _read_alpaca(source: Alpaca) -> Dataset:
         return _sample(source, "the built-in sample")
     if not file.is_file():
         try:
-            _download(source.url, file)
+            _download_list(source.url, file)
         except OSError as error:
-            reason = f"{source.url} could not be downloaded ({_reason(error)})"
+            why = f"{source.url} could not be downloaded ({reason(error)})"
             if source.source == "full":
                 raise DataError(
-                    f"{reason}; put the file at {file}, or train on the built-in sample with "
+                    f"{why}; put the file at {file}, or train on the built-in sample with "
                     f"{setting('source')} sample"
                 ) from None
-            return _sample(source, f"the built-in sample, not the full Alpaca data: {reason}")
-    return _read_files([file], replace(source, source="full"))
+            return _sample(source, f"the built-in sample, not the full Alpaca data: {why}")
+    return _read_files([file], replace(source, source="full"), form="alpaca")
+
+
+def _download_list(url: str, file: Path) -> None:
+    """Fetch a JSON list into `file`, which appears complete or not at all. Raises OSError."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    made = [folder for folder in file.parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        download(url, partial, console.say)
+        if not isinstance(json.loads(partial.read_bytes()), list):
+            raise OSError("the answer is not a JSON list")
+        os.replace(partial, file)
+    except ValueError as error:
+        raise OSError(str(error)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _read_known(source: KnownSet) -> Dataset:
+    directory = Path(source.data_dir or f"data/{source.name}")
+    addresses = source.urls or source.ADDRESSES
+    missing = [address for address in addresses if not _found(address, directory)]
+    if missing:
+        try:
+            download_all(missing, directory, console.say)
+        except OSError as error:
+            raise DataError(_not_downloaded(error, missing[0], directory)) from None
+    found = [file for address in addresses for file in _found(address, directory)]
+    files = [file for path in found for file in find_files(str(path)).files]
+    columns, ignore = {**source.COLUMNS, **source.columns}, (*source.UNUSED, *source.ignore)
+    read = _read_files(files, replace(source, columns=columns, ignore=ignore), form=source.FORM)
+    return replace(read, source=source)
+
+
+def _found(address: str, directory: Path) -> list[Path]:
+    return sorted(directory.glob(file_name(address)))
+
+
+def _not_downloaded(error: OSError, address: str, directory: Path) -> str:
+    if needs_login(error):
+        page = address.removeprefix(HUB).rpartition("/")[0]
+        return (
+            f"{address}: its terms must be accepted first, on the hub's page of {page}; then log in with "
+            f"`hf auth login`, or give a token as HF_TOKEN"
+        )
+    return (
+        f"{address}: could not be downloaded ({reason(error)}); put its files into {directory}, or name "
+        f"other places with {setting('urls')}"
+    )
 
 
 def _sample(source: Alpaca, notice: str) -> Dataset:
-    return replace(_read_files([SAMPLE_FILE], replace(source, source="sample")), notice=notice)
+    return replace(_read_files([SAMPLE_FILE], replace(source, source="sample"), form="alpaca"), notice=notice)
 
 
 def _read_paths(source: Files) -> Dataset:
     found = find_files(source.path)
-    return replace(_read_files(found.files, source), notices=found.notices)
+    read = _read_files(found.files, source)
+    return replace(read, notices=(*found.notices, *read.notices))
 
 
 def _read_mix(source: Mix) -> Dataset:
@@ -79,33 +132,24 @@ READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {
     Files: _read_paths,
     JSON: _read_paths,
     Mix: _read_mix,
+    **dict.fromkeys(KnownSet.__subclasses__(), _read_known),
 }
 """Each gives a Dataset of `Records`, which are not read yet."""
 
 
-def _read_files(files: Sequence[Path], source: DataSource) -> Dataset:
-    return Dataset(Records(tuple(files), RecordReader("alpaca", source.ignore)), source)
-
-
-def _download(url: str, file: Path) -> None:
-    """Fetch a JSON list into `file`, which appears complete or not at all. Raises OSError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            content = response.read()
-        if not isinstance(json.loads(content), list):
-            raise OSError("the answer is not a JSON list")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    except ValueError as error:  # a malformed address, or an answer that is not JSON
-        raise OSError(str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP status {error.code}"
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(getattr(cause, "strerror", None) or cause)
+def _read_files(files: Sequence[Path], source: DataSource, form: str | None = None) -> Dataset:
+    """The records of the files, in the form that is set, else in the given one, else in the one that
+    they show."""
+    skip = (lambda error: None) if source.on_bad == "skip" else None
+    every = (entry for file in files for entry in entries(file, broken=skip))
+    held = None
+    if not all(map(Path.is_file, files)):  # a pipe can be read only once
+        held = every = tuple(every)
+    known = source.format or form
+    looked_at = islice(every, None if source.shuffle else source.max_examples)
+    form = choose_form(looked_at, known, source.columns, source.ignore)
+    if form is None:
+        form, files = "alpaca", ()  # no records at all, as `settled` says
+    reader = RecordReader(form, source.ignore, source.columns, source.on_bad, source.learn, source.system)
+    notices = () if known or not files else (f"the records are of the form {form}",)
+    return Dataset(Records(tuple(files), reader, held=held), source, notices=notices)

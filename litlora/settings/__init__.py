@@ -4,6 +4,7 @@ The docstring under a field is its `--help` text. A command takes one dataclass.
 
 lora.py         LoRAConfig
 data.py         where the training examples come from: DataSource, Alpaca, Files, Mix
+known_sets.py   well-known data sets, by name
 train.py        TrainConfig, the training loop
 finetune.py     the fine-tuning commands
 chat.py         chat
@@ -30,24 +31,40 @@ from litlora.settings.checks import (
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA
+from litlora.settings.known_sets import (
+    FLAN,
+    LIMA,
+    AlpacaGPT4,
+    Deita,
+    Dolly,
+    KnownSet,
+    LongForm,
+    OpenHermes,
+    UltraChat,
+)
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.train import TrainConfig
 
 __all__ = [
+    "FLAN",
     "JSON",
     "LEAST_ALPHA",
+    "LIMA",
     "PRESETS",
     "QUICKSTART",
     "REPOSITORY",
     "SIZE_UNITS",
     "Alpaca",
+    "AlpacaGPT4",
     "Chat",
     "CombineLoRA",
     "ConvertHF",
     "ConvertLit",
     "DataSource",
+    "Deita",
+    "Dolly",
     "Download",
     "ExportPEFT",
     "FileType",
@@ -56,15 +73,19 @@ __all__ = [
     "FinetuneFull",
     "FinetuneLoRA",
     "InspectCheckpoint",
+    "KnownSet",
     "LoRAConfig",
     "LoRAExtractor",
     "LoRAMerger",
+    "LongForm",
     "MergeLoRA",
     "Mix",
     "MixedSource",
+    "OpenHermes",
     "OutputDtype",
     "ResizeLoRA",
     "TrainConfig",
+    "UltraChat",
     "all_sources",
     "check",
     "check_alpha",

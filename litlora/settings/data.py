@@ -1,12 +1,13 @@
 """Where the training examples come from: one dataclass a source."""
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from litlora.errors import setting
 from litlora.settings.checks import check, check_positive, check_value
 
+RecordFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference"]
 UNLESS_DEFAULT = {"stored": "unless default"}
 OF_THE_WHOLE = (
     *("val_fraction", "split_seed", "val_path"),
@@ -26,7 +27,24 @@ class DataSource(ABC):
     """Seed of the choice of the examples that are held out; also of those that max_examples takes
     of shuffled records and of a mixture."""
     ignore: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
-    """Fields of the records to leave out. Any other field that is not known is an error."""
+    """Fields of the records to leave out; those of messages as messages.NAME. Any other field that
+    is not known is an error."""
+    format: RecordFormat | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """The form of the records; default: what the first of them show. alpaca: instruction, input,
+    output. messages: OpenAI's, with tools. sharegpt: conversations of from and value.
+    prompt_completion: each as text or messages. text: plain documents, all learned. preference:
+    chosen and rejected, which no command learns yet."""
+    columns: dict[str, str] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
+    """What the records call the fields of their form, where that is another name: {prompt: question,
+    completion: answer}."""
+    on_bad: Literal["error", "skip"] = field(default="error", metadata=UNLESS_DEFAULT)
+    """What becomes of a record that cannot be trained on: error ends the run before it begins; skip
+    leaves the record out, and says so."""
+    learn: Literal["all", "last"] = field(default="all", metadata=UNLESS_DEFAULT)
+    """Which answers of a conversation are learned: all of them, or the last alone. A message with
+    "train": false or "weight": 0 never is."""
+    system: str | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """The system message of records that have none."""
     val_path: str | None = field(default=None, metadata=UNLESS_DEFAULT)
     """Validation data of your own: a path as for training data. No example is then held out."""
     max_examples: int | None = field(default=None, metadata=UNLESS_DEFAULT)
@@ -45,8 +63,6 @@ class DataSource(ABC):
 
     def __post_init__(self) -> None:
         check_value(self, "val_fraction", 0 <= self.val_fraction < 1, "must be at least 0 and below 1")
-        needed = ", ".join(name for name in ("instruction", "output") if name in self.ignore)
-        check(not needed, f"{setting('ignore')} {needed}: a record cannot be trained on without it")
         check_positive(self, "max_examples")
         check(
             not self.shuffle or self.max_examples is not None,
@@ -66,11 +82,11 @@ class DataSource(ABC):
 
     def of_records(self) -> dict[str, Any]:
         """The settings that say how records are read, as far as they were set."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(DataSource)}
+        values = {field.name: (getattr(self, field.name), default(field)) for field in fields(DataSource)}
         return {
             name: value
-            for name, (value, default) in values.items()
-            if name not in OF_THE_WHOLE and value != default
+            for name, (value, usual) in values.items()
+            if name not in OF_THE_WHOLE and value != usual
         }
 
 
@@ -94,7 +110,7 @@ class Alpaca(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Files(DataSource):
-    """Your own records, in files: JSON, CSV, Parquet or Arrow."""
+    """Your own records, in files of JSON, CSV, Parquet or Arrow, in one of the forms that format names."""
 
     path: str
     """A file (.json, .jsonl, .ndjson, .csv or .tsv, each also .gz or .zst; .parquet, .arrow), a
@@ -128,6 +144,12 @@ class MixedSource:
     chosen by split_seed."""
     ignore: tuple[str, ...] | None = field(default=None, metadata=UNLESS_DEFAULT)
     """As for every source, where this one differs from the mixture."""
+    format: RecordFormat | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Likewise."""
+    columns: dict[str, str] | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Likewise."""
+    system: str | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Likewise."""
 
     def __post_init__(self) -> None:
         entry = f"{setting('sources')} {self.path or self.source or '{}'}"
@@ -151,7 +173,8 @@ class Mix(DataSource):
 
     sources: list[MixedSource]
     """[{path: a.jsonl, weight: 2}, {source: Alpaca, weight: 0.1}]; weight is how many times the
-    records of a source are taken in an epoch (default 1). They may differ in ignore."""
+    records of a source are taken in an epoch (default 1). They may differ in format,
+    columns, ignore and system."""
 
     @property
     def name(self) -> str:
@@ -187,6 +210,11 @@ def _by_name() -> dict[str, type[DataSource]]:
 
 
 def all_sources(kind: type[DataSource] = DataSource) -> list[type[DataSource]]:
-    """Every class of data sources."""
+    """Every class of data sources that can be named."""
     found = [each for inner in kind.__subclasses__() for each in (inner, *all_sources(inner))]
-    return list(dict.fromkeys(found))
+    return [each for each in dict.fromkeys(found) if "IS_FAMILY" not in vars(each)]
+
+
+def default(field: Field) -> Any:
+    """The default of a setting."""
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from litlora.settings.data import DataSource
+from litlora.settings.data import DataSource, default
 
 
 def stored_values(settings: Any) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def stored_values(settings: Any) -> dict[str, Any]:
     return {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
-        if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != field.default
+        if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != default(field)
     }
 
 

@@ -23,6 +23,11 @@ def asked(conversations) -> list[str]:
     return [conversation.messages[0].content for conversation in conversations]
 
 
+def said(found) -> tuple[str, ...]:
+    """What is said but for the form of the records."""
+    return tuple(notice for notice in found.notices if "are of the form" not in notice)
+
+
 def numbered(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{number}" for number in range(count)]
 
@@ -34,11 +39,11 @@ def test_validation_data_of_its_own(tmp_path):
     train, val = write(tmp_path / "a.jsonl", "a", "b", "c"), write(tmp_path / "v.jsonl", "c", "d", "c")
     found = read_dataset(JSON(path=train, val_path=val))
     assert (asked(found.conversations), asked(found.validation)) == (["a", "b", "c"], ["c", "d", "c"])
-    [notice] = found.notices
+    [notice] = said(found)
     assert notice.startswith("2 of 3 validation records are in the training data too, so that the valid")
     found = read_dataset(JSON(path=train, val_path=val, drop_duplicates=True))
     assert (asked(found.conversations), asked(found.validation)) == (["a", "b"], ["c", "d", "c"])
-    assert found.notices == ("1 records that are validation data are left out",)
+    assert said(found) == ("1 records that are validation data are left out",)
     assert read_dataset(JSON(path=train)).validation is None
 
 
@@ -46,7 +51,7 @@ def test_validation_data_is_read_with_the_same_settings(tmp_path):
     train = write(tmp_path / "a.jsonl", "a", id="1")
     val = write(tmp_path / "v.jsonl", "a", id="2")
     found = read_dataset(JSON(path=train, val_path=val, ignore=("id",)))
-    assert "1 of 1 validation records" in found.notices[0], "what is ignored makes no difference"
+    assert "1 of 1 validation records" in said(found)[0], "what is ignored makes no difference"
     with pytest.raises(DataError, match="nowhere: no such file"):
         read_dataset(JSON(path=train, val_path="nowhere", ignore=("id",)))
     (tmp_path / "v.jsonl").write_text("")
@@ -68,7 +73,7 @@ def test_records_in_another_kind_of_file_are_the_same(tmp_path):
     pa.parquet.write_table(pa.table(rows), tmp_path / "v.parquet")
     found = read_dataset(JSON(path=train, val_path=str(tmp_path / "v.parquet")))
     assert asked(found.validation) == ["a", "z"]
-    assert found.notices[0].startswith("1 of 2 validation records are in the training data too")
+    assert said(found)[0].startswith("1 of 2 validation records are in the training data too")
 
 
 # ---- repeats, and how many records
@@ -78,14 +83,14 @@ def test_repeats_are_counted_and_left_out_when_asked(tmp_path):
     path = write(tmp_path / "a.jsonl", "a", "b", "a", "c", "b", "a")
     found = read_dataset(JSON(path=path))
     assert asked(found.conversations) == ["a", "b", "a", "c", "b", "a"]
-    assert found.notices == (
+    assert said(found) == (
         f"3 of 6 records repeat others exactly; the first: {path}, line 3, as {path}, line 1 "
         "(drop_duplicates leaves them out)",
     )
     found = read_dataset(JSON(path=path, drop_duplicates=True))
     assert asked(found.conversations) == ["a", "b", "c"]
-    assert found.notices == ("3 records that repeat others exactly are left out",)
-    assert read_dataset(JSON(path=write(tmp_path / "b.jsonl", "a", "b"))).notices == ()
+    assert said(found) == ("3 records that repeat others exactly are left out",)
+    assert said(read_dataset(JSON(path=write(tmp_path / "b.jsonl", "a", "b")))) == ()
 
 
 def test_the_order_of_fields_makes_no_record_another_one(tmp_path):
@@ -93,7 +98,7 @@ def test_the_order_of_fields_makes_no_record_another_one(tmp_path):
         '{"instruction": "a", "output": "b"}\n{"output": "b", "input": null,  "instruction": "a"}\n'
         '{"instruction": "a", "output": "b", "input": ""}'
     )
-    [notice] = read_dataset(JSON(path=str(tmp_path / "a.jsonl"))).notices
+    [notice] = said(read_dataset(JSON(path=str(tmp_path / "a.jsonl"))))
     assert notice.startswith("1 of 3 records repeat others")
 
 
@@ -106,7 +111,7 @@ def test_max_examples_takes_the_first_ones_or_any(tmp_path):
     assert some == asked(read_dataset(JSON(path=path, max_examples=5, shuffle=True)).conversations)
     other = read_dataset(JSON(path=path, max_examples=5, shuffle=True, split_seed=1))
     assert asked(other.conversations) != some
-    assert other.notices == ("5 of 20 records, chosen by the seed 1",)
+    assert said(other) == ("5 of 20 records, chosen by the seed 1",)
     with pytest.raises(UserError, match="shuffle: chooses the records that max_examples takes, and has no"):
         JSON(path=path, shuffle=True)
 
@@ -143,7 +148,7 @@ def test_a_weight_is_how_often_records_are_taken(pair):
     of_b = [counts[name] for name in numbered("b", 40)]
     assert Counter(of_a) == {2: 15, 3: 5} and Counter(of_b) == {1: 20, 0: 20}
     assert found.validation is None
-    assert found.notices == (
+    assert said(found) == (
         f"{pair[0]}: 45 examples of 20 records to train on, 0 to validate",
         f"{pair[1]}: 20 examples of 40 records to train on, 0 to validate",
     )
@@ -168,7 +173,7 @@ def test_a_mixture_has_validation_data_and_a_size_of_its_own(pair, tmp_path):
     assert asked(found.validation) == ["v", "a1"] and len(found.conversations) == 40
     share = sum(name[0] == "a" for name in asked(found.conversations))
     assert 10 <= share <= 30, "taken from all of them"
-    assert found.notices[-1].startswith("1 of 2 validation records are in the training data too")
+    assert said(found)[-1].startswith("1 of 2 validation records are in the training data too")
 
 
 def test_sources_of_a_mixture_differ_in_how_they_are_read(pair, tmp_path):
@@ -210,7 +215,7 @@ def test_much_data_is_a_stream(much, tmp_path):
 
 def test_repeats_in_a_stream_are_known_once_it_was_read(much):
     found = read_dataset(JSON(path=much))
-    assert found.notices == () == found.late_notices()
+    assert said(found) == () == found.late_notices()
     assert sum(1 for _ in found.conversations) == 40
     assert found.late_notices()[0].startswith("1 of 40 records repeat others exactly; the first: ")
     found = read_dataset(JSON(path=much, drop_duplicates=True))
@@ -232,3 +237,45 @@ def test_the_first_bad_record_of_much_data_is_told_at_once(much, tmp_path):
     path.write_text('{"instruction": 5, "output": "b"}\n' + Path(much).read_text())
     with pytest.raises(DataError, match=r'line 1: "instruction" must be text, not int'):
         read_dataset(JSON(path=str(path)))
+
+
+# ---- records in several forms, and bad ones
+
+
+def test_a_broken_line_is_left_out_like_a_bad_record(tmp_path):
+    path = write(tmp_path / "a.jsonl", "a", "b")
+    with open(path, "a") as file:
+        file.write('{oops}\n{"instruction": "c"}\n{"instruction": "d", "output": "x"}\n')
+    found = read_dataset(JSON(path=path, on_bad="skip", val_fraction=0.0))
+    assert asked(found.conversations) == ["a", "b", "d"]
+    [notice] = said(found)
+    assert notice.startswith("2 records were left out: ") and "line 3: not valid JSON" in notice
+    with pytest.raises(DataError, match="line 3: not valid JSON"):
+        read_dataset(JSON(path=path))
+
+
+def test_sources_of_a_mixture_may_have_different_forms(tmp_path):
+    own = write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl").write_text('{"question": "b", "completion": "x"}\n')
+    talk = [{"from": "human", "value": "c"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"conversations": talk}))
+    sources = [
+        MixedSource(path=own),
+        MixedSource(path=str(tmp_path / "b.jsonl"), columns={"prompt": "question"}),
+        MixedSource(path=str(tmp_path / "c.jsonl"), format="sharegpt"),
+    ]
+    found = read_dataset(Mix(sources=sources, val_fraction=0.0))
+    assert asked(found.conversations) == ["a", "b", "c"]
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    import os
+
+    reading, writing = os.pipe()
+    os.write(writing, Path(write(tmp_path / "a.jsonl", "a", "b")).read_bytes())
+    os.close(writing)
+    try:
+        found = read_dataset(JSON(path=f"/dev/fd/{reading}", drop_duplicates=True))
+    finally:
+        os.close(reading)
+    assert asked(found.conversations) == ["a", "b"]

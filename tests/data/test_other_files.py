@@ -40,7 +40,7 @@ def test_beside_records_other_files_stay_unread_and_that_is_said(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"instruction": "a", "output": "b"}')
     found = read_dataset(JSON(path=str(tmp_path)))
     assert len(found.conversations) == 1
-    assert found.notices == (f"{tmp_path}: not read: a.parquet",)
+    assert found.notices[0] == f"{tmp_path}: not read: a.parquet"
 
 
 def test_a_data_set_that_is_not_here(tmp_path, monkeypatch):
