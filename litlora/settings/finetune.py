@@ -31,8 +31,8 @@ class Finetune:
     base that comes with litlora."""
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
     """Training data: a file of records (JSON, CSV, Parquet, Arrow), a directory or a quoted pattern of
-    them, hf://OWNER/NAME, or the name of a source: Alpaca, Files with --data.path PATH, or Mix with
-    --data.sources. Default: Alpaca's built-in sample, without a download. --data.help NAME lists the
+    them, hf://OWNER/NAME, or the name of a source: Alpaca or another known data set, Files with
+    --data.path PATH, or Mix with --data.sources. Default: Alpaca's built-in sample, without a download. --data.help NAME lists the
     settings of a source."""
     out_dir: str | None = None
     """Where the results go; default: out/METHOD/DATA."""

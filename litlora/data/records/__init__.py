@@ -134,7 +134,7 @@ class RecordReader:
             )
         if self.system is not None and not any(message.role == "system" for message in messages):
             messages = (Message("system", self.system), *messages)
-        return replace(conversation, messages=messages)
+        return conversation if messages is conversation.messages else replace(conversation, messages=messages)
 
 
 def choose_form(
