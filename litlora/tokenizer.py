@@ -1,6 +1,7 @@
 """Text to token ids and back, with the `tokenizers` library in a process of its own; special ids;
 decoding a stream piece by piece. Torch-free."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,19 @@ class Tokenizer:
         self._prefix = self._begin_of_text(settings, *found["probes"])
         self._limit: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """In another Python process, the same tokenizer with a process of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the ids of a text depend on."""
+        facts = (self.vocab_size, sorted(self._added.items()), self.eos_id, self._prefix, self._limit)
+        return hashlib.sha256(self._path.read_bytes() + repr(facts).encode()).hexdigest()
+
     def fit(self, num_rows: int) -> str | None:
         """Check against an embedding of `num_rows`. Returns a notice if some tokens have no row in
         it.
@@ -151,6 +165,23 @@ class Tokenizer:
     def decode_batch(self, sequences: list[list[int]]) -> list[str]:
         """`decode` for several sequences."""
         return self._ask("decode", sequences, "cannot decode")
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text that each token adds; of special and other added tokens their names. A character
+        that is spread over several tokens is the last one's."""
+        pieces: list[str] = []
+        stream = TextStream(self)
+        for token in ids:
+            if token in self._added:
+                if pieces:
+                    pieces[-1] += stream.finish()  # of a character that never ends
+                pieces.append(self._added[token][0])
+                stream = TextStream(self)
+            else:
+                pieces.append(stream.push(token))
+        if pieces:
+            pieces[-1] += stream.finish()
+        return pieces
 
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn: the first special token in `ending`, the text after an

@@ -14,7 +14,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")
+ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "RAYON_NUM_THREADS")
 """What a worker gets of the environment, which may hold tokens and keys."""
 
 
@@ -26,6 +26,10 @@ class Worker:
         """`first` is what the program is asked first whenever it starts."""
         self._program, self._first, self._environment = program, first, environment
         self._process: subprocess.Popen | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In another Python process, this is a worker that has not started."""
+        return self.__dict__ | {"_process": None}
 
     def start(self) -> Any:
         """Start the process anew; returns its answer to the first question, None if it did not

@@ -3,9 +3,12 @@ longest example."""
 
 import heapq
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +40,7 @@ def plan_epoch(
     num_ranks: int = 1,
     seed: int,
     longest_first: bool,
-) -> list[Step]:
+) -> Sequence[Step]:
     """Every example once, global_batch_size of them a step, in random order; the remainder makes a
     smaller last step.
 
@@ -46,48 +49,106 @@ def plan_epoch(
     starts with a step that has one of the longest examples, the shortest such step: if memory is
     too small, the first step shows it. A pure function: the same arguments give the same plan, and
     the examples of a packed step do not depend on pack_tokens and num_ranks.
+
+    A step is made when it is asked for: a plan takes 4 bytes an example.
     """
     rng = random.Random(seed)
     if pack_tokens is not None:
-        groups = _shuffled_groups(lengths, global_batch_size, rng, longest_first=longest_first)
-        return [pack(group, lengths, pack_tokens, num_ranks) for group in groups]
-    micro_batches = _groups_of_similar_length(lengths, micro_batch_size, rng)
-    if longest_first:
-        longest = [max(lengths[index] for index in micro) for micro in micro_batches]
-        micro_batches.insert(0, micro_batches.pop(longest.index(max(longest))))
-    return _chunks(micro_batches, global_batch_size // micro_batch_size)
-
-
-def _shuffled_groups(
-    lengths: Sequence[int], size: int, rng: random.Random, *, longest_first: bool
-) -> list[list[int]]:
-    """The examples of each packed step."""
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    groups = _chunks(order, size)
-    if longest_first:
-        # Chosen by lengths alone: the order of the steps must not depend on how they are packed.
-        long = 15 / 16 * max(lengths)
-        candidates = (i for i, group in enumerate(groups) if max(lengths[index] for index in group) >= long)
-        first = min(candidates, key=lambda i: sum(lengths[index] for index in groups[i]))
-        groups.insert(0, groups.pop(first))
-    return groups
-
-
-def _groups_of_similar_length(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
-    """The padded micro-batches of an epoch, in random order."""
-    # Lengths are blurred a little before sorting, so that the same examples do not meet in every
-    # epoch.
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
-    rest = len(order) % size
+        groups = _Groups(_shuffled(len(lengths), rng), global_batch_size, lengths)
+        if longest_first:
+            # Chosen by lengths alone: the order of the steps must not depend on how they are packed.
+            long = groups.longest() >= 15 / 16 * max(lengths)
+            groups.put_first(int(np.where(long, groups.sums(), np.iinfo(np.int64).max).argmin()))
+        return _PackedSteps(groups, lengths, pack_tokens, num_ranks)
     # The incomplete micro-batch has the shortest examples, where it costs least.
-    micro_batches = ([order[:rest]] if rest else []) + _chunks(order[rest:], size)
-    rng.shuffle(micro_batches)
-    return micro_batches
+    micro_batches = _Groups(_by_blurred_length(lengths, rng), micro_batch_size, lengths, short_one_first=True)
+    micro_batches.sequence = _shuffled(len(micro_batches), rng)
+    if longest_first:
+        micro_batches.put_first(int(micro_batches.longest().argmax()))
+    return _PaddedSteps(micro_batches, global_batch_size // micro_batch_size)
 
 
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _shuffled(count: int, rng: random.Random) -> np.ndarray:
+    """The numbers below `count` in random order."""
+    order = array("i", range(count))  # a list would take ten times the memory
+    rng.shuffle(order)
+    return np.frombuffer(order, dtype=np.int32)
+
+
+def _by_blurred_length(lengths: Sequence[int], rng: random.Random) -> np.ndarray:
+    """The examples by length. Lengths are blurred a little before sorting, so that the same examples
+    do not meet in every epoch."""
+    count = len(lengths)
+    blur = np.fromiter((rng.random() for _ in range(count)), np.float64, count)
+    return np.argsort(np.asarray(lengths) * (1 + 0.02 * blur), kind="stable").astype(np.int32)
+
+
+class _Groups(Sequence[list[int]]):
+    """Consecutive groups of examples, taken in any sequence."""
+
+    def __init__(
+        self, order: np.ndarray, size: int, lengths: Sequence[int], *, short_one_first: bool = False
+    ) -> None:
+        """Of `size` examples each, but for the last group in `order`, or the first one."""
+        self._order, self._size, self._lengths = order, size, lengths
+        number = -(-len(order) // size)
+        self._before = number * size - len(order) if short_one_first else 0
+        self.sequence = np.arange(number, dtype=np.int32)
+
+    def put_first(self, index: int) -> None:
+        """Take this group before the others."""
+        self.sequence = np.concatenate([self.sequence[[index]], np.delete(self.sequence, index)])
+
+    def longest(self) -> np.ndarray:
+        """The longest example of each group."""
+        return np.maximum.reduceat(self._in_order(), self._starts())[self.sequence]
+
+    def sums(self) -> np.ndarray:
+        """The tokens of each group."""
+        return np.add.reduceat(self._in_order(), self._starts(), dtype=np.int64)[self.sequence]
+
+    def _in_order(self) -> np.ndarray:
+        return np.asarray(self._lengths)[self._order]
+
+    def _starts(self) -> np.ndarray:
+        return np.maximum(0, np.arange(len(self.sequence), dtype=np.int64) * self._size - self._before)
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def __getitem__(self, index: int) -> list[int]:
+        start = int(self.sequence[index]) * self._size - self._before
+        return self._order[max(0, start) : start + self._size].tolist()
+
+
+@dataclass(frozen=True)
+class _PackedSteps(Sequence[Step]):
+    groups: _Groups
+    lengths: Sequence[int]
+    pack_tokens: int
+    num_ranks: int
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Step:
+        return pack(self.groups[index], self.lengths, self.pack_tokens, self.num_ranks)
+
+
+@dataclass(frozen=True)
+class _PaddedSteps(Sequence[Step]):
+    micro_batches: _Groups
+    size: int
+    """Micro-batches in a step."""
+
+    def __len__(self) -> int:
+        return -(-len(self.micro_batches) // self.size)
+
+    def __getitem__(self, index: int) -> Step:
+        numbers = range(len(self.micro_batches))[index * self.size : (index + 1) * self.size]
+        if not numbers:
+            raise IndexError(index)
+        return [self.micro_batches[number] for number in numbers]
 
 
 def pack(
@@ -119,11 +180,16 @@ def pack(
     return even if all(load <= capacity or len(even[place]) == 1 for load, place in heap) else packs
 
 
-def padding_share(lengths: Sequence[int], steps: list[Step]) -> float:
+def padding_share(lengths: Sequence[int], steps: Iterable[Step]) -> float:
     """The share of padding in all positions that these steps compute, if their micro-batches are
     padded."""
-    padded = sum(len(micro) * max(lengths[index] for index in micro) for step in steps for micro in step)
-    return 1 - sum(lengths[index] for step in steps for micro in step for index in micro) / padded
+    padded = tokens = 0
+    for step in steps:
+        for micro in step:
+            sizes = [lengths[index] for index in micro]
+            padded += len(sizes) * max(sizes)
+            tokens += sum(sizes)
+    return 1 - tokens / padded
 
 
 def num_supervised(example: Example, mask_prompt: bool) -> int:

@@ -16,13 +16,13 @@ from litlora.data.choosing import (
     repeats_notice,
 )
 from litlora.data.conversation import Conversation
-from litlora.data.files import Entry, bytes_in_memory, entries
+from litlora.data.files import Entry, bytes_in_memory, entries, in_lines
 from litlora.data.records import RecordReader
 from litlora.errors import DataError
 from litlora.settings import DataSource, Mix
 
-IN_MEMORY = 32 * 2**20
-"""Bytes of records that are read into a list before training; more than that is a stream."""
+LARGE = 16 * 2**20
+"""Bytes of files above which their records stay on the disk: see `data/cache.py`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Records:
     def parts(self) -> tuple["Records", ...]:
         """The records of each source, with a reader of their own."""
         return (self,)
+
+    def in_lines(self) -> bool:
+        """Whether all records are taken, and every file has one record a line, so that they can be
+        read in pieces."""
+        return (self.times, self.most, self.held) == (None,) * 3 and all(map(in_lines, self.files))
 
     def entries(self, broken: Callable[[DataError], None] | None = None) -> Iterator[Entry]:
         """The records that are taken, as the files have them. Lines of JSON that are broken go to
@@ -133,7 +138,7 @@ def settled(found: Dataset, validation: Records | None) -> Dataset:
     parts = tuple(replace(part, survey=Survey(part.reader.ignore)) for part in found.conversations.parts)
     val_parts = () if validation is None else (replace(validation, survey=Survey(validation.reader.ignore)),)
     source, notices = found.source, found.notices
-    is_small = sum(map(_bytes, (*parts, *val_parts))) <= IN_MEMORY
+    is_small = not source.cache or sum(map(_bytes, (*parts, *val_parts))) <= LARGE
     if isinstance(source, Mix) or source.shuffle or source.drop_duplicates:
         if is_small:
             parts, val_parts = (tuple(map(_held, each)) for each in (parts, val_parts))

@@ -4,11 +4,11 @@ the first step. Torch-free."""
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from litlora.data.conversation import Conversation
-from litlora.data.encode import Draft, Encoder
+from litlora.data.conversation import Conversation, Place
+from litlora.data.encode import Draft, Encoded, Encoder
 from litlora.errors import DataError, setting
 from litlora.prompts import PromptStyle
 from litlora.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Example:
 class Examples:
     """A tokenised data set, and what had to be done to it."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     num_cut: int
     """Examples with an answer that was cut at max_seq_length."""
     num_shortened: int
@@ -83,6 +83,10 @@ class Examples:
         return [f"{number:,} {what}" for number, what in lines if number]
 
 
+EVENTS = ("cut", "shortened", "left out", "empty", "split", "apart")
+"""What is counted of a conversation, in the order of the numbers in `Examples`."""
+
+
 def tokenize(
     conversations: list[Conversation], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int
 ) -> Examples:
@@ -94,42 +98,53 @@ def tokenize(
     encoder = Encoder(tokenizer, style)
     examples: list[Example] = []
     counts: Counter[str] = Counter()
-    for chunk in _chunks(conversations):
+    for chunk in chunks(conversations):
         for encoded in encoder.encode(chunk):
-            counts["split"] += len(encoded.drafts) > 1
-            counts["apart"] += encoded.num_apart
-            for draft in encoded.drafts:
-                fitting = _fitting(draft, max_seq_length)
-                if fitting is None:
-                    counts["left out"] += 1
-                    continue
-                counts["cut"] += fitting.turns[-1] not in draft.turns
-                counts["shortened"] += len(fitting.turns) < len(draft.turns)
-                learned = [turn for turn in fitting.turns if turn.learned]
-                counts["empty"] += sum(turn.is_empty for turn in learned)
-                spans = tuple((turn.start, turn.stop) for turn in learned)
-                examples.append(Example(array("i", fitting.ids), spans))
+            examples += examples_of(encoded, max_seq_length, counts)
     if not examples:
-        raise DataError(
-            f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
-            f"({setting('max_seq_length')} or the model's context); the first is {conversations[0].place}"
-        )
-    names = ("cut", "shortened", "left out", "empty", "split", "apart")
-    return Examples(examples, *(counts[name] for name in names))
+        raise no_example_left(max_seq_length, conversations[0].place)
+    return Examples(examples, *(counts[name] for name in EVENTS))
 
 
-def _chunks(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
-    """Conversations in groups of about CHUNK characters, where each turn repeats what came before
+def examples_of(encoded: Encoded, max_seq_length: int, counts: Counter[str]) -> list[Example]:
+    """The examples of one conversation; adds what is done to it to the `counts` of EVENTS."""
+    examples = []
+    counts["split"] += len(encoded.drafts) > 1
+    counts["apart"] += encoded.num_apart
+    for draft in encoded.drafts:
+        fitting = _fitting(draft, max_seq_length)
+        if fitting is None:
+            counts["left out"] += 1
+            continue
+        counts["cut"] += fitting.turns[-1] not in draft.turns
+        counts["shortened"] += len(fitting.turns) < len(draft.turns)
+        learned = [turn for turn in fitting.turns if turn.learned]
+        counts["empty"] += sum(turn.is_empty for turn in learned)
+        spans = tuple((turn.start, turn.stop) for turn in learned)
+        examples.append(Example(array("i", fitting.ids), spans))
+    return examples
+
+
+def no_example_left(max_seq_length: int, first: Place | str) -> DataError:
+    """The error of a data set without an example; `first` is the place of its first record."""
+    return DataError(
+        f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
+        f"({setting('max_seq_length')} or the model's context); the first is {first}"
+    )
+
+
+def chunks(conversations: Iterable[Conversation], size: int = CHUNK) -> Iterator[list[Conversation]]:
+    """Conversations in groups of about `size` characters, where each turn repeats what came before
     it."""
     group: list[Conversation] = []
-    size = 0
+    characters = 0
     for conversation in conversations:
         messages = conversation.messages
         group.append(conversation)
-        size += len(messages) * sum(len(message.content) + len(message.input) for message in messages)
-        if size >= CHUNK:
+        characters += len(messages) * sum(len(message.content) + len(message.input) for message in messages)
+        if characters >= size:
             yield group
-            group, size = [], 0
+            group, characters = [], 0
     if group:
         yield group
 
@@ -165,8 +180,13 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(training, validation), drawn by the seed. With a fraction above 0 each of them gets at least
     one conversation, if there are two."""
-    total = len(conversations)
-    num_val = min(total - 1, max(1, round(total * val_fraction))) if val_fraction else 0
-    chosen = set(random.Random(seed).sample(range(total), num_val))
+    held_out = drawn(len(conversations), val_fraction, seed)
+    chosen = set(held_out)
     train = [conversation for index, conversation in enumerate(conversations) if index not in chosen]
-    return train, [conversations[index] for index in sorted(chosen)]
+    return train, [conversations[index] for index in held_out]
+
+
+def drawn(total: int, val_fraction: float, seed: int) -> list[int]:
+    """The numbers of the conversations that are held out for validation, of so many in all."""
+    num_val = min(total - 1, max(1, round(total * val_fraction))) if val_fraction else 0
+    return sorted(random.Random(seed).sample(range(total), num_val))

@@ -3,6 +3,8 @@
 A template is a program by whoever made the model, so it runs in a process of its own (`render.py`).
 """
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ class ChatTemplate:
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
         """`path` is where the source was found; `special_tokens` are what a template may name:
         bos_token, eos_token, ..."""
-        self.path = path
+        self.path, self._source = path, source
         self._special_tokens = special_tokens
         limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
         self._worker = Worker(Path(__file__).with_name("render.py"), {"source": source, **limits})
@@ -38,6 +40,12 @@ class ChatTemplate:
         return PromptStyle(
             TEMPLATE, lambda instruction, input: self.render([user_message(instruction, input)]), self
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that its texts depend on, but the day."""
+        facts = json.dumps([self._source, self._special_tokens], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text. Raises CheckpointError if the template is broken, UserError if

@@ -11,7 +11,7 @@ RecordFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "t
 UNLESS_DEFAULT = {"stored": "unless default"}
 OF_THE_WHOLE = (
     *("val_fraction", "split_seed", "val_path"),
-    *("max_examples", "shuffle", "drop_duplicates"),
+    *("max_examples", "shuffle", "drop_duplicates", "cache", "cache_dir"),
 )
 """Settings that choose among the records of all sources, not how records are read."""
 MOST_WEIGHT = 100
@@ -55,6 +55,12 @@ class DataSource(ABC):
     drop_duplicates: bool = field(default=False, metadata=UNLESS_DEFAULT)
     """Leave out records that repeat others exactly, and training records that val_path has too.
     Without this they are counted."""
+    cache: bool = field(default=True, metadata=UNLESS_DEFAULT)
+    """Data above 16 MB is tokenised once, into files that later runs find again. false: keep it in
+    memory, and tokenise it in every run."""
+    cache_dir: str | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Where these files are kept; what no run has used for 30 days is removed. Default:
+    litlora/data in XDG_CACHE_HOME, or in ~/.cache."""
 
     @property
     @abstractmethod

@@ -32,8 +32,8 @@ class Finetune:
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
     """Training data: a file of records (JSON, CSV, Parquet, Arrow), a directory or a quoted pattern of
     them, hf://OWNER/NAME, or the name of a source: Alpaca or another known data set, Files with
-    --data.path PATH, or Mix with --data.sources. Default: Alpaca's built-in sample, without a download. --data.help NAME lists the
-    settings of a source."""
+    --data.path PATH, or Mix with --data.sources. Default: Alpaca's built-in sample, without a
+    download. --data.help NAME lists the settings of a source."""
     out_dir: str | None = None
     """Where the results go; default: out/METHOD/DATA."""
     overwrite: bool = False
@@ -103,3 +103,18 @@ class FinetuneFull(Finetune):
     """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowData(FinetuneLoRA):
+    """Show what fine-tuning would learn from: examples token by token, and figures on all of them.
+    Takes the options of finetune/lora.py; those that do not concern data have no effect."""
+
+    examples: int = 3
+    """How many records are shown token by token, from the first on."""
+    json: bool = False
+    """Print everything as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value(self, "examples", self.examples >= 0, "must be at least 0")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from litlora.errors import UserError, setting
 from litlora.settings import TrainConfig
 from litlora.train.activations import checkpoint_activations
@@ -14,6 +16,7 @@ from litlora.train.memory import DryRun, Trial, available_memory, expected_peak,
 from litlora.train.objective import Objective
 from litlora.train.optim import state_bytes
 from litlora.train.parallel import Parallel
+from litlora.train.plan import pack_tokens
 
 USABLE = 0.8
 """Share of the free memory that a run may plan with; the rest is for fragments, and for what else
@@ -40,9 +43,8 @@ def fit_to_memory(
     # Offloaded activations take no memory of the device, so recomputing them would gain nothing.
     may_recompute = config.checkpoint_activations == "auto" and not config.offload_activations
     config = dataclasses.replace(config, checkpoint_activations=how)
-    longest = sorted(examples, key=lambda example: -objective.length(example))
     room = Room(parallel, objective, config)
-    batches = LongestBatches(objective, longest, config, parallel.device)
+    batches = longest_batches(objective, examples, config, parallel.device)
     if config.auto_batch:
         search = Search(parallel, batches, room, dry_run(objective, parallel.device))
         return _auto_batch(search, config, may_recompute, say)
@@ -128,18 +130,15 @@ class LongestBatches:
 
     objective: Objective
     examples: Sequence[Any]
-    """The longest first."""
+    """The longest first; as many as a micro-batch may have."""
     config: TrainConfig
     device: Any
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self.objective.length(example) for example in self.examples]
+    lengths: Sequence[int]
+    """Of these examples."""
 
     def trial(self, count: int) -> Trial:
         """A micro-batch of so many examples."""
-        chosen = self.examples[:count]
-        lengths = [self.objective.length(example) for example in chosen]
+        chosen, lengths = self.examples[:count], self.lengths[:count]
         return Trial(
             self.objective.batch(chosen, self.device),
             lengths if self.config.packing else [lengths[0]] * len(lengths),
@@ -151,8 +150,26 @@ class LongestBatches:
         """How many examples make the run's largest micro-batch."""
         if not self.config.packing:
             return self.config.micro_batch_size
-        capacity = self.config.micro_batch_tokens or self.config.max_seq_length
-        return max(1, sum(total <= capacity for total in accumulate(self.lengths)))
+        return max(1, sum(total <= pack_tokens(self.config) for total in accumulate(self.lengths)))
+
+
+def longest_batches(
+    objective: Objective, examples: Sequence[Any], config: TrainConfig, device: Any
+) -> LongestBatches:
+    """Micro-batches of the longest of these examples."""
+    lengths = objective.lengths(examples)
+    by_length = np.argsort(-np.asarray(lengths), kind="stable")
+    most = (
+        np.asarray(lengths)[by_length].cumsum(dtype=np.int64).searchsorted(pack_tokens(config) or 0, "right")
+    )
+    chosen = by_length[: max(config.global_batch_size, int(most))].tolist()
+    return LongestBatches(
+        objective,
+        [examples[index] for index in chosen],
+        config,
+        device,
+        [lengths[index] for index in chosen],
+    )
 
 
 @dataclass(frozen=True)

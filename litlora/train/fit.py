@@ -5,9 +5,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ from litlora.train.resume import Position, State, capture
 class Data:
     """Examples of the kind that the objective takes."""
 
-    train: list[Any]
-    val: list[Any]
+    train: Sequence[Any]
+    val: Sequence[Any]
     seed: int = 0
     """Of the order in which the training examples are taken."""
 
@@ -54,9 +55,9 @@ class Trainer:
     ) -> None:
         self.parallel, self.objective, self.data, self.config = parallel, objective, data, config
         self.checkpoints, self.sink, self.interrupts = checkpoints, sink, interrupts
-        self.lengths = [objective.length(example) for example in data.train]
+        self.lengths = objective.lengths(data.train)
         self.plan = Plan(self.lengths, config, data.seed, parallel.world_size)
-        self.total_steps = config.max_steps or config.epochs * len(self.plan.epoch(0))
+        self.total_steps = config.max_steps or config.epochs * self.plan.steps_per_epoch
         optimizer = make_optimizer(objective.parameters(), config)
         self.module, self.optimizer = parallel.setup(objective, optimizer)
         """The objective as called in a training step, and its optimizer."""
@@ -176,7 +177,7 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate the validation examples. Raises UserError if the loss is not finite."""
         at, val = self.at, self.data.val
-        lengths = [self.objective.length(example) for example in val]
+        lengths = self.objective.lengths(val)
         with (
             self.interrupts.at_once(self.parallel),
             memory_advice(lengths, evaluation_plan(lengths, self.config), self.config),
@@ -298,14 +299,14 @@ class StepResult:
 
 
 @torch.no_grad()
-def evaluate(parallel: Parallel, objective: Objective, examples: list[Any], config: TrainConfig) -> float:
+def evaluate(parallel: Parallel, objective: Objective, examples: Sequence[Any], config: TrainConfig) -> float:
     """The loss of all examples by their weight: for SFT the mean over supervised tokens, in
     nats."""
-    micro_batches = evaluation_plan([objective.length(example) for example in examples], config)
+    micro_batches = evaluation_plan(objective.lengths(examples), config)
     exact = torch.float32 if parallel.device.type == "mps" else torch.float64  # mps has no float64
     total = torch.zeros((), dtype=exact, device=parallel.device)
     with evaluating(objective):
-        for micro in micro_batches[parallel.rank :: parallel.world_size]:
+        for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
             loss, _ = objective(objective.batch([examples[index] for index in micro], parallel.device))
             total += loss
     weight = sum(objective.weight(example) for example in examples)

@@ -5,7 +5,7 @@ Peaks are measured by the allocator of a GPU, or on the CPU by the resident set 
 (Linux). Where a measurement could end the process, the need is estimated first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ class DryRun:
 
 @contextmanager
 def memory_advice(
-    lengths: Sequence[int], micro_batches: list[list[int]], config: TrainConfig
+    lengths: Sequence[int], micro_batches: Iterable[list[int]], config: TrainConfig
 ) -> Iterator[None]:
     """Turn a lack of memory inside the block into a UserError that says which settings to lower;
     `lengths` are those of all examples."""

@@ -10,6 +10,7 @@ The loop knows nothing but the methods of `Objective`; a new loss is one subclas
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.data.batches import Batch, collate, num_supervised
 from litlora.data.examples import Example, content_line
+from litlora.data.store import StoredExamples
 from litlora.errors import UserError, setting
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
@@ -72,6 +74,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def length(self, example: Any) -> int:
         """Tokens that the model computes for an example."""
+
+    def lengths(self, examples: Sequence[Any]) -> Sequence[int]:
+        """`length` of each of them, in 4 bytes each."""
+        return array("i", map(self.length, examples))
 
     @abstractmethod
     def content(self, example: Any) -> bytes:
@@ -141,6 +147,10 @@ class SFT(Objective):
 
     def length(self, example: Example) -> int:
         return len(example.ids)
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        # Examples that stay on the disk have their lengths at hand.
+        return examples.lengths if isinstance(examples, StoredExamples) else super().lengths(examples)
 
     def content(self, example: Example) -> bytes:
         """Every token, and where the answer begins."""

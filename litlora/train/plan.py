@@ -1,5 +1,6 @@
 """Plan: which examples make up which micro-batch of which step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,15 @@ class Plan:
     seed: int
     num_ranks: int = 1
 
-    def epoch(self, number: int) -> list[Step]:
+    @property
+    def steps_per_epoch(self) -> int:
+        config, examples = self.config, len(self.lengths)
+        if config.packing:
+            return math.ceil(examples / config.global_batch_size)
+        per_step = config.global_batch_size // config.micro_batch_size
+        return math.ceil(math.ceil(examples / config.micro_batch_size) / per_step)
+
+    def epoch(self, number: int) -> Sequence[Step]:
         """The steps of an epoch. The first begins with one of the longest examples, so that a lack
         of memory shows at once."""
         return _steps(self.lengths, self.config, self.seed + number, self.num_ranks, number == 0)
@@ -28,15 +37,16 @@ class Plan:
         epoch after epoch."""
         left, epoch, first = total_steps - at.step, at.epoch, at.step_in_epoch
         while left > 0:
-            for index, micro_batches in enumerate(self.epoch(epoch)[first : first + left], start=first):
-                yield epoch, index, micro_batches
+            steps = self.epoch(epoch)
+            for index in range(first, min(len(steps), first + left)):
+                yield epoch, index, steps[index]
                 left -= 1
             epoch, first = epoch + 1, 0
 
 
-def evaluation_plan(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+def evaluation_plan(lengths: Sequence[int], config: TrainConfig) -> Iterator[list[int]]:
     """The micro-batches of a validation."""
-    return [micro for step in _steps(lengths, config, 0, 1, False) for micro in step]
+    return (micro for step in _steps(lengths, config, 0, 1, False) for micro in step)
 
 
 def pack_tokens(config: TrainConfig) -> int | None:
@@ -46,7 +56,7 @@ def pack_tokens(config: TrainConfig) -> int | None:
 
 def _steps(
     lengths: Sequence[int], config: TrainConfig, seed: int, num_ranks: int, longest_first: bool
-) -> list[Step]:
+) -> Sequence[Step]:
     return plan_epoch(
         lengths,
         global_batch_size=config.global_batch_size,

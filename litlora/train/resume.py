@@ -9,7 +9,7 @@ epoch, so two integers give the position in the data.
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litlora.data.store import StoredExamples
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
 from litlora.settings import TrainConfig
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml_mapping
-from litlora.train.objective import Objective
+from litlora.train.objective import SFT, Objective
 from litlora.train.parallel import Parallel
 from litlora.train.state_check import check_optimizer_state, check_position, check_rank, check_weights
 
@@ -40,6 +41,8 @@ MAY_CHANGE = frozenset(
         "data.class_path",
         "data.init_args.path",
         "data.init_args.ignore",
+        "data.init_args.cache",
+        "data.init_args.cache_dir",
         "data.init_args.source",
         "data.init_args.download_dir",
         "data.init_args.url",
@@ -176,7 +179,11 @@ def capture(
 
 
 def facts(
-    objective: Objective, device: torch.device, base_fingerprint: str, train: list[Any], val: list[Any]
+    objective: Objective,
+    device: torch.device,
+    base_fingerprint: str,
+    train: Sequence[Any],
+    val: Sequence[Any],
 ) -> dict[str, str]:
     """What the result depends on besides the settings, by the words that a refusal uses."""
     return {
@@ -260,8 +267,10 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _content_hash(objective: Objective, examples: list[Any]) -> str:
+def _content_hash(objective: Objective, examples: Sequence[Any]) -> str:
     """16 hex digits over all that the loss of these examples depends on."""
+    if isinstance(examples, StoredExamples) and type(objective).content is SFT.content:
+        return examples.hash(objective.content)
     digest = hashlib.sha256()
     for example in examples:
         digest.update(objective.content(example))

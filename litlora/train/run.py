@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from litlora import console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.data.batches import padding_share
-from litlora.data.examples import split, tokenize
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
@@ -43,10 +43,14 @@ from litlora.train.interrupts import Interrupts
 from litlora.train.objective import SFT, Objective
 from litlora.train.optim import check_optimizer
 from litlora.train.parallel import Parallel
-from litlora.train.plan import Plan
+from litlora.train.plan import Plan, pack_tokens
 from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
+from litlora.train.prepare import Preparation
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
+
+MANY_STEPS = 10_000
+"""Steps of an epoch above which they are not all planned beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +164,11 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        train, val = list(self.dataset.conversations), self.dataset.validation
-        if val is None:
-            train, val = split(train, settings.data.val_fraction, settings.data.split_seed)
-        made = tokenize(train, tokenizer, self.style, limit)
-        made_val = tokenize(list(val), tokenizer, self.style, limit).examples if val else []
-        self.data = Data(made.examples, made_val, settings.seed)
+        prepare = Preparation(settings.data, tokenizer, self.style, limit, self.say, self.parallel)
+        made, made_val = prepare.examples(self.dataset)
+        self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
+        for notice in self.dataset.late_notices():
+            self.say(f"data: {notice}")
         self._say_data()
         for notice in made.notices(limit):
             self.say(f"data: {notice}")
@@ -377,14 +380,17 @@ class Run:
         self.say(f"prompt style: {self.style.name} ({self.style_reason})")
 
     def _say_data(self) -> None:
-        config, lengths = self.settings.train, [self.objective.length(e) for e in self.data.train]
-        steps = Plan(lengths, config, self.data.seed).epoch(0)
-        largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
-        how = f"; packed, at most {largest:,} at a time"
-        if config.auto_batch:
-            how = ""
-        elif not config.packing:
-            how = f"; padding {padding_share(lengths, steps):.1%}"
+        config, lengths = self.settings.train, self.objective.lengths(self.data.train)
+        steps, how = Plan(lengths, config, self.data.seed).epoch(0), ""
+        few = len(steps) <= MANY_STEPS
+        if config.packing and not config.auto_batch:
+            largest = max(max(lengths), pack_tokens(config))
+            if few:
+                largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
+            how = f"; packed, at most {largest:,} at a time"
+        elif not config.auto_batch:
+            share = padding_share(lengths, islice(steps, MANY_STEPS))
+            how = f"; padding {'' if few else 'about '}{share:.1%}"
         self.say(
             f"data: {len(lengths):,} examples to train on, {len(self.data.val):,} to validate; "
             f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"

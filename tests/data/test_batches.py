@@ -1,29 +1,34 @@
 """Batches: everything once, no padding or little of it, the largest first."""
 
 import random
+import tracemalloc
 from array import array
+from collections.abc import Sequence
 
 import pytest
 import torch
 from conftest import SHARED
 
-from litlora.data.batches import collate, num_supervised, pack, padding_share, plan_epoch
+from litlora.data.batches import Step, collate, num_supervised, pack, padding_share, plan_epoch
 from litlora.data.examples import Example, tokenize
 from litlora.data.sources import SAMPLE_FILE, read_dataset
 from litlora.prompts import STYLES
-from litlora.settings import JSON
+from litlora.settings import JSON, TrainConfig
 from litlora.tokenizer import Tokenizer
+from litlora.train.plan import Plan
 
 
 def plan(lengths, *, micro=4, per_step=4, pack_tokens=None, num_ranks=1, seed=0, longest_first=True):
-    return plan_epoch(
-        lengths,
-        global_batch_size=micro * per_step,
-        micro_batch_size=micro,
-        pack_tokens=pack_tokens,
-        num_ranks=num_ranks,
-        seed=seed,
-        longest_first=longest_first,
+    return list(
+        plan_epoch(
+            lengths,
+            global_batch_size=micro * per_step,
+            micro_batch_size=micro,
+            pack_tokens=pack_tokens,
+            num_ranks=num_ranks,
+            seed=seed,
+            longest_first=longest_first,
+        )
     )
 
 
@@ -137,3 +142,106 @@ def test_collate_learns_every_span_and_no_first_token(packed):
     assert [num_supervised(example, False) for example in examples] == [4, 2, 0, 2]
     nothing = collate(examples[1:3], mask_prompt=True, packed=packed)
     assert nothing.positions.tolist() == nothing.targets.tolist() == []
+
+
+def test_a_plan_made_step_by_step_is_that_of_earlier_versions():
+    """Runs that were stopped under an earlier version resume in the middle of its plan."""
+    rng = random.Random(1)
+    for _ in range(400):
+        count, most, micro = (
+            rng.choice([1, 2, 3, 5, 17, 64, 100]),
+            rng.choice([3, 50, 900]),
+            rng.randint(1, 4),
+        )
+        lengths = [rng.randint(1, most) for _ in range(count)]
+        settings = {
+            "global_batch_size": micro * rng.choice([1, 2, 5]),
+            "micro_batch_size": micro,
+            "pack_tokens": rng.choice([None, 1, 60, 1000]),
+            "num_ranks": rng.choice([1, 2, 3]),
+            "seed": rng.randint(0, 9),
+            "longest_first": rng.random() < 0.5,
+        }
+        steps = plan_epoch(array("i", lengths), **settings)
+        expected = earlier_plan(lengths, **settings)
+        assert len(steps) == len(expected) and list(steps) == expected
+        config = TrainConfig(
+            packing=settings["pack_tokens"] is not None,
+            global_batch_size=settings["global_batch_size"],
+            micro_batch_size=micro,
+        )
+        assert Plan(lengths, config, 0).steps_per_epoch == len(expected)
+
+
+def test_a_plan_of_many_examples_takes_little_memory_and_time():
+    lengths = array("i", (20 + n * 7919 % 900 for n in range(200_000)))
+    for pack_tokens in (None, 2048):
+        tracemalloc.start()
+        try:
+            steps = plan_epoch(
+                lengths,
+                global_batch_size=16,
+                micro_batch_size=4,
+                pack_tokens=pack_tokens,
+                seed=1,
+                longest_first=True,
+            )
+            assert sum(map(len, steps[len(steps) // 2])) == 16
+            kept, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < 6 * len(lengths) and peak < 40 * len(lengths)
+
+
+def earlier_plan(
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    pack_tokens: int | None,
+    num_ranks: int = 1,
+    seed: int,
+    longest_first: bool,
+) -> list[Step]:
+    """As it was when every step was made at once."""
+    rng = random.Random(seed)
+    if pack_tokens is not None:
+        groups = _shuffled_groups(lengths, global_batch_size, rng, longest_first=longest_first)
+        return [pack(group, lengths, pack_tokens, num_ranks) for group in groups]
+    micro_batches = _groups_of_similar_length(lengths, micro_batch_size, rng)
+    if longest_first:
+        longest = [max(lengths[index] for index in micro) for micro in micro_batches]
+        micro_batches.insert(0, micro_batches.pop(longest.index(max(longest))))
+    return _chunks(micro_batches, global_batch_size // micro_batch_size)
+
+
+def _shuffled_groups(
+    lengths: Sequence[int], size: int, rng: random.Random, *, longest_first: bool
+) -> list[list[int]]:
+    """The examples of each packed step."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    groups = _chunks(order, size)
+    if longest_first:
+        # Chosen by lengths alone: the order of the steps must not depend on how they are packed.
+        long = 15 / 16 * max(lengths)
+        candidates = (i for i, group in enumerate(groups) if max(lengths[index] for index in group) >= long)
+        first = min(candidates, key=lambda i: sum(lengths[index] for index in groups[i]))
+        groups.insert(0, groups.pop(first))
+    return groups
+
+
+def _groups_of_similar_length(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
+    """The padded micro-batches of an epoch, in random order."""
+    # Lengths are blurred a little before sorting, so that the same examples do not meet in every
+    # epoch.
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index] * (1 + 0.02 * rng.random()))
+    rest = len(order) % size
+    # The incomplete micro-batch has the shortest examples, where it costs least.
+    micro_batches = ([order[:rest]] if rest else []) + _chunks(order[rest:], size)
+    rng.shuffle(micro_batches)
+    return micro_batches
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

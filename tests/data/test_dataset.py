@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litlora.data.dataset import IN_MEMORY, Mixture, Records
+from litlora.data.dataset import LARGE, Mixture, Records
 from litlora.data.sources import read_dataset
 from litlora.errors import DataError, UserError
 from litlora.settings import JSON, Alpaca, Files, Mix, MixedSource
@@ -198,7 +198,7 @@ def test_a_weight_that_takes_nothing_is_an_error(pair):
 @pytest.fixture(scope="module")
 def much(tmp_path_factory):
     """A file that is too large to be read into a list: 40 records, the last of which repeats one."""
-    names = [f"{number % 39} " + "x" * (IN_MEMORY // 39) for number in range(40)]
+    names = [f"{number % 39} " + "x" * (LARGE // 39) for number in range(40)]
     return write(tmp_path_factory.mktemp("much") / "a.jsonl", *names)
 
 

@@ -13,16 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from litlora.data.files.find import Found, find_files
-from litlora.data.files.json_text import MAX_RECORD, Entry, Repeated, json_entries
+from litlora.data.files.json_text import LINES, MAX_RECORD, Entry, Repeated, in_lines, json_entries, line_entries
 from litlora.data.files.kinds import Kind, bytes_in_memory, kind_of
 from litlora.data.files.tables import arrow_entries, csv_entries, parquet_entries
 from litlora.data.files.unpacked import unpacked
 from litlora.errors import DataError
 from litlora.storage.untrusted import require_file
-
-LINES = (".jsonl", ".ndjson")
-"""How names of files end that have one record a line."""
-
 
 def entries(
     file: Path, ignore: tuple[str, ...] = (), broken: Callable[[DataError], None] | None = None
@@ -75,4 +71,14 @@ def _not_utf8(file: Path, kind: Kind) -> str:
     return f"is not UTF-8 text (byte {done}); save it as UTF-8"
 
 
-__all__ = ["MAX_RECORD", "Entry", "Found", "Repeated", "bytes_in_memory", "entries", "find_files"]
+__all__ = [
+    "MAX_RECORD",
+    "Entry",
+    "Found",
+    "Repeated",
+    "bytes_in_memory",
+    "entries",
+    "find_files",
+    "in_lines",
+    "line_entries",
+]

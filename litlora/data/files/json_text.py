@@ -13,6 +13,8 @@ from litlora.errors import DataError
 Entry = tuple[Place, Any]
 """Where a record stands, and the record as its file has it."""
 
+LINES = (".jsonl", ".ndjson")
+"""How names of files end that have one record a line."""
 MAX_RECORD = 64 * 2**20
 """Characters of the longest record."""
 CHUNK = 2**20
@@ -107,6 +109,28 @@ class _Lines:
         yield from self._after
         while line := self.text.readline(MAX_RECORD + 1):
             yield line
+
+
+def in_lines(file: Path) -> bool:
+    """Whether the file has one record a line, by its name and how it begins: then it can be read
+    in pieces, with `line_entries`."""
+    if file.suffix.lower() not in LINES or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        start = opened.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"{")
+
+
+def line_entries(
+    file: Path, content: bytes, start: int, first: int, broken: Callable[[DataError], None] | None = None
+) -> Iterator[Entry]:
+    """The records of a piece of such a file: whole lines, from the byte `start` on; `first` is the
+    number of the first of them."""
+    try:
+        text = content.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8") from None
+    return _Lines(file, io.StringIO(text, newline=None), first - 1, "").entries(broken)
 
 
 class _Window:

@@ -1,0 +1,42 @@
+"""What passes between a run and the processes that encode its data. Torch-free."""
+
+from dataclasses import dataclass, replace
+
+from litlora.prompts import STYLES, ChatTemplate, PromptStyle
+from litlora.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How conversations become examples. It can be sent to another process."""
+
+    tokenizer: Tokenizer
+    style_name: str
+    template: ChatTemplate | None
+    """Of the style, if it is one."""
+    max_seq_length: int
+
+    @property
+    def style(self) -> PromptStyle:
+        if self.template is None:
+            return STYLES[self.style_name]
+        return replace(self.template.style, name=self.style_name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of some consecutive conversations, as the bytes of a store's files: see
+    `data/store.py`."""
+
+    num_conversations: int
+    examples: bytes
+    sizes: bytes
+    """Of each example in `examples`."""
+    lengths: bytes
+    conversations: bytes
+    """Counted from the first one of the part; so are those of the events."""
+    events: bytes
+    first: str
+    """The place of the first conversation; empty if there is none."""
+    skipped: list[str]
+    """Messages about records that were left out."""
