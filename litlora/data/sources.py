@@ -32,7 +32,7 @@ def read_dataset(source: DataSource) -> Dataset:
     if source.val_path is not None:
         own = READERS[Files](source.of_files(source.val_path))
         validation = own.conversations
-        found = replace(found, notices=(*found.notices, *own.notices))
+        found = replace(found, notices=tuple(dict.fromkeys((*found.notices, *own.notices))))
     return settled(found, validation)
 
 

@@ -13,12 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from litlora.data.files.find import Found, find_files
-from litlora.data.files.json_text import LINES, MAX_RECORD, Entry, Repeated, in_lines, json_entries, line_entries
+from litlora.data.files.json_text import (
+    LINES,
+    MAX_RECORD,
+    Entry,
+    Repeated,
+    in_lines,
+    json_entries,
+    line_entries,
+)
 from litlora.data.files.kinds import Kind, bytes_in_memory, kind_of
 from litlora.data.files.tables import arrow_entries, csv_entries, parquet_entries
 from litlora.data.files.unpacked import unpacked
 from litlora.errors import DataError
 from litlora.storage.untrusted import require_file
+
 
 def entries(
     file: Path, ignore: tuple[str, ...] = (), broken: Callable[[DataError], None] | None = None
