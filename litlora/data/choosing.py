@@ -7,11 +7,12 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from litlora.data.conversation import Place
+from litlora.data.files import Entry
 from litlora.errors import DataError, setting
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class Survey:
         """Take over what another pass saw, if it saw more."""
         if not self.complete and (other.complete or len(other.hashes) > len(self.hashes)):
             self.hashes, self.places, self.complete = other.hashes, other.places, other.complete
+
+    def noting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """These entries, each noted as it is taken."""
+        for entry in entries:
+            self.add(*entry)
+            yield entry
 
     def add(self, place: Place, value: Any) -> None:
         """Note a record. The order of its fields, and those that are null, make no difference."""

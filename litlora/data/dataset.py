@@ -80,8 +80,18 @@ class Records:
                     yield entry
             seen.complete = True
         finally:
-            if self.survey is not None:
+            if self.survey is not None and (seen.complete or self.most is not None):
                 self.survey.keep(seen)
+
+    def note(self, hashes: bytes) -> None:
+        """Add to the survey the next records, which another process has read."""
+        if self.survey is not None and not self.survey.complete:
+            self.survey.hashes.frombytes(hashes)
+
+    def noted(self) -> None:
+        """All records are in the survey."""
+        if self.survey is not None:
+            self.survey.complete = True
 
     def _all(self, broken: Callable[[DataError], None] | None) -> Iterator[Entry]:
         if self.held is not None:

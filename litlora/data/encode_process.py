@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from litlora.data.choosing import Survey
 from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
@@ -67,7 +68,11 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
     """The examples of the records of a piece."""
     skipped: list[DataError] = []
     broken = skipped.append if reader.on_bad == "skip" else None
-    conversations = list(reader.read(entries(question, broken), skipped))
+    survey = Survey(reader.ignore)
+    records = entries(question, broken)
+    if question["source"] is not None:  # else the run itself has seen them
+        records = survey.noting(records)
+    conversations = list(reader.read(records, skipped))
     examples, (sizes, lengths, numbers, events) = bytearray(), (array("i") for _ in range(4))
     number = 0
     for chunk in chunks(conversations, CHARACTERS):
@@ -92,6 +97,8 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
         events=events.tobytes(),
         first=str(conversations[0].place) if conversations else "",
         skipped=[str(error) for error in skipped],
+        source=question["source"],
+        hashes=survey.hashes.tobytes(),
     )
 
 
