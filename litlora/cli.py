@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
-from litlora.settings import Alpaca, DataSource, KnownSet
+from litlora.settings import Alpaca, DataSource, all_sources
 from litlora.settings.other_names import OTHER_NAMES
 from litlora.storage.untrusted import read_yaml_mapping, require_file
 
@@ -151,8 +151,7 @@ def option_for(settings_class: type, name: str) -> str:
 
 
 def _data_sources() -> dict[str, type[DataSource]]:
-    kinds = [*DataSource.__subclasses__(), *KnownSet.__subclasses__()]
-    return {kind.__name__: kind for kind in kinds if kind is not KnownSet}
+    return {source.__name__: source for source in all_sources()}
 
 
 def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
@@ -213,8 +212,16 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
             raise UserError(f"--{name}: needs a value")
         word = word.replace(typed, name, 1)
         if kind is DataSource and _is_path(value if equals else following[0]):
-            words.append(JSON_SOURCE)
-            word = f"{DATA_PATH}={value if equals else following.pop(0)}"
+            path = value if equals else following.pop(0)
+            words.append(_source_of(path))
+            word = f"{DATA_PATH}={path}"
+            if following and all(map(os.path.exists, following)):
+                raise UserError(
+                    f"{OPTION_DATA} {path} {following[0]}: takes one path; put a pattern in quotes: "
+                    f"{OPTION_DATA} '*{Path(path).suffix}'"
+                )
+        if kind is bool and "." in name and not equals and not following:
+            word = f"{word}=true"  # the parser of a source's settings is not ours to teach
         if kind is not None and not equals and following and NEGATIVE_NUMBER.match(following[0]):
             word = f"{word}={following.pop(0)}"
         stray = kind is bool and following and following[0].lower() not in ("true", "false")
@@ -222,10 +229,10 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
         words += [word] * bool(word) + following[:own]
         words += _named(settings_class, following[own:], words)
     given = [word.partition("=")[0] for word in words]
-    if JSON_SOURCE in words and given.count(DATA_PATH) > 1:
+    if OPTION_DATA in given and given.count(DATA_PATH) > 1:
         raise UserError(f"{DATA_PATH}: {OPTION_DATA} names the data already; use only one")
-    if "data" in types and "data" not in stored and DATA_PATH in given and OPTION_DATA not in given:
-        words.insert([word.startswith(OPTION_DATA) for word in words].index(True), JSON_SOURCE)
+    if "data" in types and "data" not in stored and OPTION_DATA not in given:
+        words = _with_source(words, given)
     return words + [f"--{name}={_as_list(name, values, types[name])}" for name, values in lists.items()]
 
 
@@ -240,9 +247,36 @@ def _renamed(types: Mapping[str, Any], given: set[str], stored: Mapping[str, Any
     return {}
 
 
-OPTION_DATA, DATA_PATH, JSON_SOURCE = "--data", "--data.path", "--data=JSON"
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
+def _with_source(words: list[str], given: list[str]) -> list[str]:
+    """The words with the data source that `--data.path` or `--data.sources` alone stands for, before
+    its first setting."""
+    source = None
+    if DATA_PATH in given:
+        at = given.index(DATA_PATH)
+        path = words[at].partition("=")[2] or "".join(words[at + 1 : at + 2])
+        source = _source_of(path)
+    elif DATA_SOURCES in given:
+        source = f"{OPTION_DATA}=Mix"
+    if source is None:
+        return words
+    first = [word.startswith(OPTION_DATA) for word in words].index(True)
+    return [*words[:first], source, *words[first:]]
+
+
+OPTION_DATA, DATA_PATH, DATA_SOURCES = "--data", "--data.path", "--data.sources"
+FILES_SUFFIXES = (
+    *(".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather"),
+    *(".ndjson", ".gz", ".zst", ".zstd", ".txt", ".xlsx"),
+)
+DATA_SUFFIXES = (".json", ".jsonl", *FILES_SUFFIXES)
 """How the names of data files end. The reader refuses those that it cannot read."""
+
+
+def _source_of(path: str) -> str:
+    """The option for a path's data source. Where earlier versions read JSON only, it keeps their
+    name for it, so that runs are found again and repeated."""
+    is_new = path.startswith("hf://") or Path(path).suffix.lower() in FILES_SUFFIXES or "*" in path
+    return f"{OPTION_DATA}={'Files' if is_new else 'JSON'}"
 
 
 def _is_path(value: str) -> bool:
@@ -370,6 +404,8 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     # a setting of a data source: `--data litlora.settings.JSON: --path: ...`
     (r"^--data \S+: --(\w+): ", r"--data.\1: "),
     (r"^--data (?:\w+\.)*(\w+): Option '(\S+)' is not accepted", r"--data.\2: \1 has no such setting"),
+    # an entry of --data.sources
+    (r"^--data.sources: Problem with given class_path '\S+': (?:--)?", "--data.sources: "),
     # the names of types
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal\[(.+?)\]", lambda found: found[1].replace("'", "")),

@@ -20,12 +20,15 @@ from litlora.settings import (
     DataSource,
     Download,
     ExportPEFT,
+    Files,
     FinetuneFull,
     FinetuneLoRA,
     InspectCheckpoint,
     LoRAConfig,
     LoRAExtractor,
     MergeLoRA,
+    Mix,
+    MixedSource,
     TrainConfig,
     dump,
 )
@@ -96,6 +99,17 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--data", "JSON", "--data.path"], "--data.path: needs a value"),
         (["--data", "Alpaca", "--data.path", "x"], "--data.path: Alpaca has no such setting"),
         (["--data", "x.jsonl", "--data.path", "y"], "--data.path: --data names the data already"),
+        (
+            ["--data", "a.jsonl", "--data.val_path", "b", "--data.val_fraction", "0.1"],
+            "--data.val_fraction 0.1: --data.val_path names",
+        ),
+        (["--data", "a.jsonl", "--data.shuffle"], "--data.shuffle: chooses the records that"),
+        (["--data.max_examples", "0"], "--data.max_examples 0: must be at least 1"),
+        (["--data.sources", "[]"], "--data.sources is empty: name a path or a source"),
+        (["--data.sources", "[{weight: 2}]"], "--data.sources {}: needs path or source, one of them"),
+        (["--data.sources", "[{path: a, weight: 0}]"], "--data.sources a: weight 0 must be above 0"),
+        (["--data.sources", "[{source: B}]"], "--data.sources B: no such data source; there are Alpaca"),
+        (["--data.sources", "[{path: a, x: 0}]"], "--data.sources: Option 'x' is not accepted"),
         (["--data.val_fraction", "x"], "--data.val_fraction: expected float, got x"),
         (["--data.val_fraction", "1"], "--data.val_fraction 1.0: must be at least 0 and below 1"),
         (["--data.source", "some"], "--data.source: expected auto, full, sample, got some"),
@@ -181,7 +195,30 @@ def test_data_sources_are_named_shortly():
     assert parse(FinetuneFull, []).train.learning_rate < parse(FinetuneLoRA, []).train.learning_rate
 
 
-@pytest.mark.parametrize("path", ["x.jsonl", "x.JSON", "some/where", "x.csv", "./x"])
+@pytest.mark.parametrize("path", ["x.csv", "x.parquet", "x.jsonl.gz", "hf://owner/name", "data/*.jsonl"])
+def test_a_path_that_was_never_json_is_files(path, tmp_path):
+    for words in (["--data", path], [f"--data={path}"], ["--data.path", path], [f"--data.path={path}"]):
+        assert parse(FinetuneLoRA, words).data == Files(path=path)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(FinetuneLoRA(data=JSON(path="old", split_seed=1))))
+    assert parse(FinetuneLoRA, ["--config", str(file), "--data", path]).data == Files(path=path, split_seed=1)
+
+
+def test_a_pattern_without_quotes_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="--data a.jsonl b.jsonl: takes one path; .* --data '.*jsonl'"):
+        parse(FinetuneLoRA, ["--data", "a.jsonl", "b.jsonl"])
+
+
+def test_sources_are_a_mixture():
+    mixed = parse(FinetuneLoRA, ["--data.sources", "[{path: a, weight: 2}, {source: Alpaca}]"]).data
+    assert mixed == Mix(sources=[MixedSource(path="a", weight=2), MixedSource(source="Alpaca")])
+    assert parse(FinetuneLoRA, ["--data", "./a", "--data.max_examples", "5", "--data.shuffle"]).data.shuffle
+
+
+@pytest.mark.parametrize("path", ["x.jsonl", "x.JSON", "some/where", "./x"])
 def test_a_path_is_data_enough(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["--data", path], [f"--data={path}"], ["--data.path", path], [f"--data.path={path}"]):
@@ -251,6 +288,13 @@ def test_the_default_base_and_the_next_command_are_found_from_anywhere(tmp_path,
             train=TrainConfig(warmup_steps=7, max_steps=9, learning_rate=3e-5),
             overwrite=True,
         ),
+        FinetuneLoRA(
+            data=Mix(
+                sources=[MixedSource(path="a", weight=0.5, ignore=("id",)), MixedSource(source="Alpaca")],
+                max_examples=7,
+                val_path="v.csv",
+            )
+        ),
         Chat(prompt="it's: {odd}", top_k=None, seed=0),
     ],
     ids=lambda s: type(s).__name__,
@@ -266,7 +310,7 @@ COMMAND_SETTINGS = [
     for kind in map(vars(all_settings).get, all_settings.__all__)
     if dataclasses.is_dataclass(kind)
     and not issubclass(kind, DataSource)
-    and kind not in (LoRAConfig, TrainConfig)
+    and kind not in (LoRAConfig, MixedSource, TrainConfig)
 ]
 
 
@@ -284,9 +328,10 @@ def test_every_setting_has_a_help_text(settings, capsys, monkeypatch):
 
 
 def test_every_setting_of_a_source_has_a_help_text():
-    for source in ("Alpaca", "JSON", "Dolly"):
+    for source in ("Alpaca", "Files", "Mix", "Dolly"):
         shown = succeeds("finetune/lora.py", "--data.help", source, COLUMNS="10000").stdout
-        assert shown.count("(type: ") + shown.count("(required, type: ") == shown.count("\n  --data.") >= 3
+        settings = shown.count("\n  --data.") - shown.count("\n  --data.sources.help")
+        assert shown.count("(type: ") + shown.count("(required, type: ") == settings >= 3
 
 
 @pytest.mark.parametrize("settings", COMMAND_SETTINGS)

@@ -1,7 +1,8 @@
 """Training data: sources -> conversations -> examples -> batches.
 
 - `sources.py` reads a data source into conversations;
-- `files.py` finds its files, and the records in them;
+- `files/` finds its files, and the records in them, one file for each kind;
+- `choosing.py` settles which records are taken, and `dataset.py` takes them;
 - `records/` has one file for each form of records;
 - `downloads.py` fetches files from the network;
 - `conversation.py` is what they have in common, whatever the file looked like;
@@ -13,6 +14,6 @@
 
 To add a well-known data set, write a few lines in `litlora/settings/known_sets.py`. To add another
 source, write a settings dataclass in `litlora/settings` and a reader of it in READERS in
-`sources.py`: a reader returns conversations, and nothing behind it has to change. All but
+`sources.py`: a reader returns `Records`, and nothing behind it has to change. All but
 `batches.py` is torch-free.
 """

@@ -144,11 +144,16 @@ class DataCache:
                 for size, part in parts:
                     writer.add(part)
                     progress.add(size, part.num_conversations)
+                    if part.source is not None:
+                        records.parts[part.source].note(part.hashes)
                 if writer.skipped and not writer.num_conversations:
                     raise DataError(f"{writer.skipped[0]}; and no other record can be trained on")
                 if not writer.num_conversations:
                     raise DataError(f"{_files(records)[0]}: holds no records; there is nothing to train on")
                 writer.finish()
+                for part in records.parts:
+                    if part.in_lines():
+                        part.noted()
                 return writer.num_conversations
         finally:
             parts.close()  # now, not when it is collected: it ends the processes

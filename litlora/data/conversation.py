@@ -9,7 +9,7 @@ class Place(NamedTuple):
 
     file: str
     record: str
-    """Which one in the file: "record 7", "line 8"."""
+    """Which one in the file: "record 7", "line 8", "row 9"."""
 
     def __str__(self) -> str:
         return f"{self.file}, {self.record}"

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from litlora.data.choosing import Survey
 from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
@@ -41,7 +42,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             question = json.loads(line)
-            part = made(setup, encoder, _unpickled(question["reader"]), entries(question))
+            part = made(setup, encoder, _unpickled(question["reader"]), question)
             reply({"part": base64.b64encode(pickle.dumps(part)).decode()})
         except UserError as error:
             reply({"refused": [type(error).__name__, error.args[0]]})
@@ -63,9 +64,13 @@ def entries(question: dict[str, Any]) -> Iterator[Entry]:
     return line_entries(file, content, question["start"], question["line"])
 
 
-def made(setup: Setup, encoder: Encoder, reader: RecordReader, records: Iterator[Entry]) -> Part:
-    """The examples of these records."""
+def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[str, Any]) -> Part:
+    """The examples of the records of a piece."""
     skipped: list[DataError] = []
+    survey = Survey(reader.ignore)
+    records = entries(question)
+    if question["source"] is not None:  # else the run itself has seen them
+        records = survey.noting(records)
     conversations = list(reader.read(records, skipped))
     examples, (sizes, lengths, numbers, events) = bytearray(), (array("i") for _ in range(4))
     number = 0
@@ -91,6 +96,8 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, records: Iterator
         events=events.tobytes(),
         first=str(conversations[0].place) if conversations else "",
         skipped=[str(error) for error in skipped],
+        source=question["source"],
+        hashes=survey.hashes.tobytes(),
     )
 
 

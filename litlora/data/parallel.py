@@ -44,11 +44,11 @@ class Piece:
 
 def pieces(records: Records) -> Iterator[Piece]:
     """The data in pieces. Files of JSON lines are cut between lines, unparsed."""
-    for part in records.parts:
-        reader = _pickled(part.reader)
-        found = map(_line_pieces, part.files) if part.in_lines() else [_entry_pieces(part)]
+    for number, part in enumerate(records.parts):
+        reader, source = _pickled(part.reader), number if part.in_lines() else None
+        found = [_entry_pieces(part)] if source is None else map(_line_pieces, part.files)
         for piece in chain.from_iterable(found):
-            piece.question["reader"] = reader
+            piece.question.update(reader=reader, source=source)
             yield piece
 
 

@@ -40,3 +40,7 @@ class Part:
     """The place of the first conversation; empty if there is none."""
     skipped: list[str]
     """Messages about records that were left out."""
+    source: int | None
+    """Which of the records' parts was read there, not by the run itself."""
+    hashes: bytes
+    """Of those records, as a `Survey` has them."""

@@ -4,82 +4,36 @@ To add a source, give it a settings dataclass in `litlora/settings` and a reader
 function from these settings to a `Dataset`.
 """
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from litlora import console
-from litlora.data.conversation import Conversation
+from litlora.data.dataset import Dataset, Mixture, Records, settled
 from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
-from litlora.data.files import Entry, data_files, entries, in_lines
+from litlora.data.files import entries, find_files
 from litlora.data.records import RecordReader, choose_form
 from litlora.errors import DataError, setting
-from litlora.settings import JSON, Alpaca, DataSource, KnownSet
+from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
 
-NAMED = 3
-"""How many of the records that are left out are named."""
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
-LARGE = 16 * 2**20
-"""Bytes of files above which their records stay on the disk: see `data/cache.py`."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """The records of some files. Each iteration reads them anew, as conversations."""
-
-    files: tuple[Path, ...]
-    reader: RecordReader
-
-    def entries(self) -> Iterator[Entry]:
-        """The records as the files have them."""
-        for file in self.files:
-            yield from entries(file)
-
-    @property
-    def parts(self) -> tuple["Records", ...]:
-        """The records of each source, with a reader of their own."""
-        return (self,)
-
-    def in_lines(self) -> bool:
-        """Whether every file has one record a line, so that they can be read in pieces."""
-        return all(map(in_lines, self.files))
-
-    def __iter__(self) -> Iterator[Conversation]:
-        return self.read()
-
-    def read(self, skipped: list[DataError] | None = None) -> Iterator[Conversation]:
-        """The conversations; a bad record is raised, or added to `skipped`, as the reader says."""
-        return self.reader.read(self.entries(), skipped)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a source holds, and the source as it was resolved."""
-
-    conversations: list[Conversation] | Records
-    """In memory, or large data as it stands in its files: it is never in memory as a whole."""
-    source: DataSource
-    notice: str | None = None
-    """What the user must know about where the conversations come from."""
-    notices: tuple[str, ...] = ()
-    """What else is said when training begins: the form of the records, and what was left out."""
-    validation: list[Conversation] | Records | None = None
-    """Of the source's own, instead of some of the conversations."""
 
 
 def read_dataset(source: DataSource) -> Dataset:
     """Everything that a source holds. Raises DataError, naming the file and the record, for
-    anything that cannot be trained on."""
+    anything that cannot be trained on; of a stream, when it is read."""
     found = READERS[type(source)](source)
-    if not found.conversations:
-        name = getattr(source, "path", source.name)
-        raise DataError(f"{name}: holds no records; there is nothing to train on")
-    return found
+    validation = None
+    if source.val_path is not None:
+        own = READERS[Files](source.of_files(source.val_path))
+        validation = own.conversations
+        found = replace(found, notices=tuple(dict.fromkeys((*found.notices, *own.notices))))
+    return settled(found, validation)
 
 
 def _read_alpaca(source: Alpaca) -> Dataset:
@@ -129,7 +83,7 @@ def _read_known(source: KnownSet) -> Dataset:
         except OSError as error:
             raise DataError(_not_downloaded(error, missing[0], directory)) from None
     found = [file for address in addresses for file in _found(address, directory)]
-    files = [file for path in found for file in data_files(path)]
+    files = [file for path in found for file in find_files(str(path)).files]
     columns, ignore = {**source.COLUMNS, **source.columns}, (*source.UNUSED, *source.ignore)
     read = _read_files(files, replace(source, columns=columns, ignore=ignore), form=source.FORM)
     return replace(read, source=source)
@@ -156,41 +110,45 @@ def _sample(source: Alpaca, notice: str) -> Dataset:
     return replace(_read_files([SAMPLE_FILE], replace(source, source="sample"), form="alpaca"), notice=notice)
 
 
-def _read_json(source: JSON) -> Dataset:
-    return _read_files(data_files(Path(source.path)), source)
+def _read_paths(source: Files) -> Dataset:
+    found = find_files(source.path)
+    read = _read_files(found.files, source)
+    return replace(read, notices=(*found.notices, *read.notices))
+
+
+def _read_mix(source: Mix) -> Dataset:
+    found = [READERS[type(part)](part) for part in source.parts()]
+    records = tuple(records for part in found for records in part.conversations.parts)
+    return Dataset(
+        Mixture(records),
+        source,
+        notice="; ".join(part.notice for part in found if part.notice) or None,
+        notices=tuple(notice for part in found for notice in part.notices),
+    )
 
 
 READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {
     Alpaca: _read_alpaca,
-    JSON: _read_json,
+    Files: _read_paths,
+    JSON: _read_paths,
+    Mix: _read_mix,
     **dict.fromkeys(KnownSet.__subclasses__(), _read_known),
 }
+"""Each gives a Dataset of `Records`, which are not read yet."""
 
 
-def _read_files(files: list[Path], source: DataSource, form: str | None = None) -> Dataset:
+def _read_files(files: Sequence[Path], source: DataSource, form: str | None = None) -> Dataset:
     """The records of the files, in the form that is set, else in the given one, else in the one that
     they show."""
-    every = itertools.chain.from_iterable(map(entries, files))
+    every = (entry for file in files for entry in entries(file))
+    held = None
+    if not all(map(Path.is_file, files)):  # a pipe can be read only once
+        held = every = tuple(every)
     known = source.format or form
-    form = choose_form(every, known, source.columns, source.ignore)
+    looked_at = islice(every, None if source.shuffle else source.max_examples)
+    form = choose_form(looked_at, known, source.columns, source.ignore)
     if form is None:
-        return Dataset([], source)
+        form, files = "alpaca", ()  # no records at all, as `settled` says
     reader = RecordReader(form, source.ignore, source.columns, source.on_bad, source.learn, source.system)
-    records = Records(tuple(files), reader)
-    notices = () if known else (f"the records are of the form {form}",)
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    if source.cache and size > LARGE:  # what is left out is known when it has been read
-        return Dataset(records, source, notices=notices)
-    skipped: list[DataError] = []
-    conversations = list(records.read(skipped))
-    if skipped and not conversations:
-        raise DataError(f"{skipped[0].args[0]}; and no other record can be trained on")
-    if skipped:
-        notices = (*notices, skipped_notice(len(skipped), map(str, skipped[:NAMED])))
-    return Dataset(conversations, source, notices=notices)
-
-
-def skipped_notice(number: int, first: Iterable[str]) -> str:
-    """How many records were left out, with the places and reasons of the first NAMED."""
-    reasons = [*first] + [f"and {number - NAMED:,} more"] * (number > NAMED)
-    return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"
+    notices = () if known or not files else (f"the records are of the form {form}",)
+    return Dataset(Records(tuple(files), reader, held=held), source, notices=notices)

@@ -24,9 +24,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from litlora.data.dataset import NAMED
 from litlora.data.examples import EVENTS, Example, Examples, drawn, no_example_left
 from litlora.data.parts import Part
-from litlora.data.sources import NAMED
 from litlora.errors import DataError
 from litlora.storage.atomic import replacing_file
 

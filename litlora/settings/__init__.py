@@ -3,7 +3,7 @@
 The docstring under a field is its `--help` text. A command takes one dataclass.
 
 lora.py         LoRAConfig
-data.py         where the training examples come from: DataSource, Alpaca, JSON
+data.py         where the training examples come from: DataSource, Alpaca, Files, Mix
 known_sets.py   well-known data sets, by name
 train.py        TrainConfig, the training loop
 preference.py   PreferenceConfig, preference tuning
@@ -29,7 +29,7 @@ from litlora.settings.checks import (
     check_size,
     num_bytes,
 )
-from litlora.settings.data import JSON, Alpaca, DataSource
+from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA, ShowData
 from litlora.settings.known_sets import (
@@ -70,6 +70,7 @@ __all__ = [
     "Download",
     "ExportPEFT",
     "FileType",
+    "Files",
     "Finetune",
     "FinetuneFull",
     "FinetuneLoRA",
@@ -80,6 +81,8 @@ __all__ = [
     "LoRAMerger",
     "LongForm",
     "MergeLoRA",
+    "Mix",
+    "MixedSource",
     "OpenHermes",
     "OutputDtype",
     "PreferenceConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "ShowData",
     "TrainConfig",
     "UltraChat",
+    "all_sources",
     "check",
     "check_alpha",
     "check_seed",

@@ -30,9 +30,10 @@ class Finetune:
     """The model to start from: any checkpoint directory, an adapter's too; default: the quickstart
     base that comes with litlora."""
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
-    """Training data: a file or directory of JSON records, or the name of a source: JSON with
-    --data.path FILE_OR_DIR, Alpaca, or another known data set. Default: Alpaca's built-in sample,
-    without a download. --data.help NAME lists the settings of a source."""
+    """Training data: a file of records (JSON, CSV, Parquet, Arrow), a directory or a quoted pattern of
+    them, hf://OWNER/NAME, or the name of a source: Alpaca or another known data set, Files with
+    --data.path PATH, or Mix with --data.sources. Default: Alpaca's built-in sample, without a
+    download. --data.help NAME lists the settings of a source."""
     out_dir: str | None = None
     """Where the results go; default: out/METHOD/DATA."""
     overwrite: bool = False

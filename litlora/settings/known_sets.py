@@ -10,6 +10,8 @@ from litlora.settings.data import UNLESS_DEFAULT, DataSource, RecordFormat
 class KnownSet(DataSource):
     """A well-known data set. What it says about its records holds beside what is set."""
 
+    IS_FAMILY: ClassVar[bool] = True
+    """Its subclasses are what can be named."""
     ADDRESSES: ClassVar[tuple[str, ...]]
     """Its files: https://..., or hf://datasets/OWNER/NAME/FILE on the Hugging Face hub, where FILE may
     be a pattern."""

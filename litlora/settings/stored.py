@@ -1,11 +1,11 @@
 """How files store settings."""
 
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import yaml
 
-from litlora.settings.data import DataSource
+from litlora.settings.data import DataSource, default
 
 
 def stored_values(settings: Any) -> dict[str, Any]:
@@ -14,13 +14,8 @@ def stored_values(settings: Any) -> dict[str, Any]:
     return {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
-        if field.metadata.get("stored") != "unless default"
-        or getattr(settings, field.name) != _default(field)
+        if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != default(field)
     }
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def dump(settings: Any) -> str:
@@ -29,7 +24,9 @@ def dump(settings: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses to mappings; a data source also says which one it is."""
+    """Dataclasses to mappings, in lists too; a data source also says which one it is."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     if not is_dataclass(value):
         return value
     values = {name: _plain(entry) for name, entry in stored_values(value).items()}

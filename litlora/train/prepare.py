@@ -8,9 +8,9 @@ from typing import Any
 
 from litlora.data.cache import DataCache, default_place
 from litlora.data.conversation import Conversation
+from litlora.data.dataset import Dataset, Records, skipped_notice
 from litlora.data.examples import Examples, split, tokenize
 from litlora.data.parts import Setup
-from litlora.data.sources import Dataset, Records, skipped_notice
 from litlora.data.store import Store
 from litlora.errors import UserError
 from litlora.prompts import PromptStyle

@@ -19,6 +19,7 @@ from conftest import REPO, command, succeeds, tune
 from litlora.data import cache as caching
 from litlora.data import parallel
 from litlora.data.cache import DataCache
+from litlora.data.choosing import Survey
 from litlora.data.examples import split, tokenize
 from litlora.data.parts import Setup
 from litlora.data.records import RecordReader
@@ -122,7 +123,7 @@ def test_a_run_with_the_cache_writes_the_bytes_of_one_without_and_resumes_it(bas
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     train = {"global_batch_size": 4, "max_steps": 4, "save_interval": 2}
     tune("lora", base, file, tmp_path / "memory", train=train)
-    monkeypatch.setattr("litlora.data.sources.LARGE", 0)
+    monkeypatch.setattr("litlora.data.dataset.LARGE", 0)
     assert isinstance(read_dataset(JSON(path=str(file))).conversations, Records)
     assert isinstance(read_dataset(JSON(path=str(file), cache=False)).conversations, list)
     tune("lora", base, file, tmp_path / "disk", train=train)
@@ -271,6 +272,17 @@ def test_a_bom_and_a_last_line_without_an_end_are_read(cache, tokenizer, tmp_pat
     record = b'{"instruction": "a", "output": "b"}'
     path.write_bytes(b"\xef\xbb\xbf" + (record + b"\n") * 29 + record)
     assert store(cache, Records((path,), RecordReader("alpaca")), setup_of(tokenizer)).num_conversations == 30
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_repeats_are_counted_while_data_is_tokenised(name, cache, tokenizer, tmp_path):
+    found = [*records(30), *records(5)]
+    data = replace(written(tmp_path / name, found), survey=Survey())
+    dataset = Dataset(data, JSON(path="x"))
+    assert next(iter(data)) and dataset.late_notices() == ()
+    store(cache, data, setup_of(tokenizer))
+    number = len(found) - len({json.dumps(record) for record in found})
+    assert number >= 5 and dataset.late_notices()[0].startswith(f"{number} of 35 records repeat others")
 
 
 def test_data_without_an_example_says_so(cache, tokenizer, tmp_path):

@@ -295,9 +295,9 @@ SAMPLES = {
 def test_the_form_is_found_and_said(form, tmp_path):
     path = write(tmp_path / "x.jsonl", SAMPLES[form], SAMPLES[form])
     found = read_dataset(JSON(path=path))
-    assert len(found.conversations) == 2 and found.notices == (f"the records are of the form {form}",)
+    assert len(found.conversations) == 2 and found.notices[0] == f"the records are of the form {form}"
     given = read_dataset(JSON(path=path, format=form))
-    assert given.conversations == found.conversations and given.notices == ()
+    assert given.conversations == found.conversations and given.notices == found.notices[1:]
 
 
 @pytest.mark.parametrize("other", [name for name in SAMPLES if name != "alpaca"])
@@ -478,7 +478,7 @@ def test_what_is_left_out_is_counted_with_places_and_reasons(tmp_path):
     path = write(tmp_path / "x.jsonl", ALPACA, *bad, ALPACA)
     found = read_dataset(JSON(path=path, on_bad="skip"))
     assert len(found.conversations) == 2
-    (_, notice) = found.notices
+    (_, notice, *_) = found.notices
     assert notice.startswith("4 records were left out: ") and notice.endswith(" | and 1 more")
     assert [f"line {number}: " in notice for number in range(1, 7)] == [False, True, True, True, False, False]
     with pytest.raises(DataError, match=r"line 2: has no \"output\""):

@@ -86,7 +86,7 @@ def test_a_bad_file_names_itself_and_the_place(tmp_path, name, content, says):
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such file"):
         read(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no .json or .jsonl file"):
+    with pytest.raises(DataError, match="holds no file of records .\\.json, "):
         read(tmp_path)
 
 

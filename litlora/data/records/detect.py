@@ -22,9 +22,13 @@ def detect(
     """The form of the first records, which must be the same for all of them; none if there are no
     records. Raises DataError for records of several forms, and of none."""
     first: Record | None = None
+    broken: DataError | None = None
     fitting: dict[str, Place] = {}
     """The forms that every record so far has, and where one was first seen."""
     for place, value in islice(entries, FIRST):
+        if isinstance(value, DataError):
+            broken = broken or value
+            continue
         if not isinstance(value, dict):
             if first is None:
                 read_record(value, place, columns, ignore, ())  # says what is wrong with it
@@ -42,6 +46,8 @@ def detect(
             )
         fitting = {name: fitting.get(name, place) for name in fits if not fitting or name in fitting}
     if first is None:
+        if broken is not None:
+            raise broken
         return None
     if not fitting:
         raise DataError(_unrecognised(first, forms))

@@ -66,6 +66,8 @@ def read_record(
 ) -> Record:
     """What a file holds as a record, which must be an object. `needed` are the form's fields that
     the message names."""
+    if isinstance(value, DataError):  # a line that is not JSON
+        raise value
     if not isinstance(value, dict):
         needs = f"an object with {' and '.join(needed)}" if needed else "an object of fields"
         raise DataError(f"{place}: must be {needs}, not {type(value).__name__}")
