@@ -33,9 +33,11 @@ def say_marked(spans: Iterable[tuple[str, bool]]) -> None:
     NO_COLOR is set), in [[double brackets]] elsewhere."""
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
-    print(
-        "".join(f"{begin}{printable(t)}{end}" if marked else printable(t) for t, marked in spans), flush=True
-    )
+
+    def span(text: str, marked: bool) -> str:
+        return f"{begin}{printable(text)}{end}" if marked else printable(text)
+
+    print("".join(map(span, *zip(*spans, strict=True))), flush=True)
 
 
 def printable(text: str) -> str:

@@ -129,13 +129,14 @@ def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) 
     told = partial(say, file=sys.stderr)
     prepare = Preparation(settings.data, text.tokenizer, style, limit, told)
     made, made_val = prepare.examples(dataset)
+    said = (dataset.notice, *dataset.notices, *dataset.late_notices())
     return {
         "prompt_style": style.name,
         "prompt_style_reason": reason,
         "conversations": first_conversations(dataset.conversations, settings.examples, reading),
         "train": figures(made.examples, settings.train.mask_prompt),
         "val": figures(made_val.examples, settings.train.mask_prompt) if made_val else None,
-        "notices": ([dataset.notice] if dataset.notice else []) + made.notices(limit),
+        "notices": [*filter(None, said), *made.notices(limit)],
         "steps": steps(made.examples, settings.train, settings.seed),
     }
 
