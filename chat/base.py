@@ -2,6 +2,7 @@
 
 python chat/base.py --checkpoint_dir $dir/final
 python chat/base.py --checkpoint_dir $dir/final --prompt "What is the capital of France?"
+python chat/base.py --checkpoint_dir $dir/final --system "Be brief."
 """
 
 import re
@@ -36,7 +37,13 @@ def main(settings: Chat) -> None:
         allow_base_mismatch=settings.allow_base_mismatch,
         device=pick_device(settings.accelerator),
     )
-    style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
+    style, reason = choose_style(
+        settings.prompt_style,
+        loaded.prompt_style,
+        loaded.template,
+        default="plain",
+        tokenizer=loaded.tokenizer,
+    )
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
     sampling = Sampling(
@@ -46,7 +53,7 @@ def main(settings: Chat) -> None:
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling)
+    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling, settings.system)
     if settings.prompt is not None:
         for piece in session.ask(settings.prompt):
             print(piece, end="", flush=True)
@@ -54,9 +61,11 @@ def main(settings: Chat) -> None:
         return
     more = ", /help lists more" if sys.stdin.isatty() else ""
     say(
-        f"{directory} | prompt style {style.name} ({reason}) | "
+        f"{directory} | prompt style {style.title} ({reason}) | "
         f"Ctrl-C stops an answer, /clear forgets the conversation{more}, Ctrl-D ends"
     )
+    if settings.system is not None:
+        say(f"system: {settings.system}")
     talk(session)
 
 

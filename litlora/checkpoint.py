@@ -23,7 +23,7 @@ from litlora.formats.full import FullModel
 from litlora.formats.litlora import adapter_entry, full_entry
 from litlora.lora import Adapter, BaseReference
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
-from litlora.prompts import STYLE_FILE, PromptStyle
+from litlora.prompts import STYLE_FILE, PromptStyle, write_style
 from litlora.stop_tokens import name_stops
 from litlora.storage import torch_file
 from litlora.storage.atomic import replacing_directory
@@ -294,8 +294,7 @@ def _write(
             shutil.copyfile(file, staging / file.name)
         name_stops(staging, list(beside.stops))
         if beside.prompt_style is not None:
-            text = yaml.safe_dump({"style": beside.prompt_style.name})
-            (staging / STYLE_FILE).write_text(text, encoding="utf-8")
+            write_style(staging, beside.prompt_style)
         if beside.hyperparameters is not None:
             (staging / HYPERPARAMETERS_FILE).write_text(beside.hyperparameters, encoding="utf-8")
         if beside.state is not None:

@@ -64,11 +64,12 @@ def main(settings: ExportPEFT) -> None:
         for file in find_sidecars([chain.top.directory]):
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
+        hint = _add_template(staging, chain)
         added = _name_stops(staging, chain)
     result = out_dir / PEFT_WEIGHTS_FILES[0]
     say(
         f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
-        f"{', '.join(config['target_modules'])})"
+        f"{', '.join(config['target_modules'])}{hint})"
     )
     if not settings.base_model and not base.has_hf_config:
         say(
@@ -86,6 +87,15 @@ def main(settings: ExportPEFT) -> None:
         )
     model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
+
+
+def _add_template(staging: Path, chain: "Chain") -> str:
+    """Give a folder with a tokenizer a chat template that asks as in training, if the model has none."""
+    from litlora.formats.chat_template import add_template
+    from litlora.tokenizer import TOKENIZER_NAMES, Tokenizer
+
+    has_tokenizer = any((staging / name).is_file() for name in TOKENIZER_NAMES)
+    return add_template(staging, chain.sources, Tokenizer(chain.sources)) if has_tokenizer else ""
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

@@ -27,7 +27,7 @@ class ChatTemplate:
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
         """`path` is where the source was found; `special_tokens` are what a template may name:
         bos_token, eos_token, ..."""
-        self.path = path
+        self.path, self.source = path, source
         self._special_tokens = special_tokens
         limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
         self._worker = Worker(Path(__file__).with_name("render.py"), {"source": source, **limits})

@@ -25,7 +25,7 @@ from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import choose_style
+from litlora.prompts import choose_style, control_tokens
 from litlora.report.console import Console, duration
 from litlora.report.events import Done
 from litlora.report.metrics import Metrics
@@ -131,7 +131,11 @@ class Run:
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
         self.style, self.style_reason = choose_style(
-            settings.prompt_style, self.loaded.prompt_style, self.loaded.template, default="alpaca"
+            settings.prompt_style,
+            self.loaded.prompt_style,
+            self.loaded.template,
+            default="alpaca",
+            tokenizer=self.loaded.tokenizer,
         )
         weights = (*self.model.named_parameters(), *stored_weights(self.model).items())
         self.stored_dtypes = {name: weight.dtype for name, weight in weights}
@@ -370,7 +374,14 @@ class Run:
             self.say(f"note: {notice}")
         if self.dataset.notice:
             self.say(f"data: {self.dataset.notice}")
-        self.say(f"prompt style: {self.style.name} ({self.style_reason})")
+        self.say(f"prompt style: {self.style.title} ({self.style_reason})")
+        if self.style.called and self.style.template:
+            needed = self.loaded.tokenizer.pieces(control_tokens(self.style.template))
+            if needed:
+                self.say(
+                    f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
+                    "its own; the model learns them as plain text"
+                )
 
     def _say_data(self) -> None:
         config, lengths = self.settings.train, [self.objective.length(e) for e in self.data.train]
