@@ -27,7 +27,7 @@ def main(settings: Chat) -> None:
         raise UserError(f"{setting('prompt')}: is empty; ask something")
 
     from litlora.load import load, pick_device
-    from litlora.prompts import choose_style
+    from litlora.prompts import choose_style, lacking_tokens
     from litlora.serve.conversation import ChatSession
     from litlora.serve.engine import Engine, Sampling
 
@@ -46,6 +46,8 @@ def main(settings: Chat) -> None:
     )
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
+    if settings.prompt_style and style.called and (lacking := lacking_tokens(style, loaded.tokenizer)):
+        say(f"note: the tokenizer cuts {', '.join(lacking)} into pieces", file=sys.stderr)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -71,6 +71,12 @@ def main(settings: ExportPEFT) -> None:
         f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
         f"{', '.join(config['target_modules'])}{hint})"
     )
+    _say_next(settings, chain, base_name, added)
+
+
+def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[str]) -> None:
+    """How to use the folder with a base of this name, which does not stop at the tokens `added`."""
+    base, rows, out_dir = chain.base, chain.top.rows, Path(settings.out_dir)
     if not settings.base_model and not base.has_hf_config:
         say(
             f"note: {base.directory} is not a Hugging Face folder; make one with "
@@ -86,6 +92,11 @@ def main(settings: ExportPEFT) -> None:
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
     model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    if rows is not None and rows.num_rows > chain.config.vocab_size:
+        say(
+            f"note: it adds {len(rows.ids)} tokens, for which the base has too few rows: call "
+            f"resize_token_embeddings({rows.num_rows}) on the base before PeftModel.from_pretrained"
+        )
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
 
 

@@ -6,7 +6,7 @@
 - `render.py`: the process in which a chat template runs.
 """
 
-from litlora.prompts.choice import choose_style, control_tokens
+from litlora.prompts.choice import choose_style, control_tokens, lacking_tokens
 from litlora.prompts.styles import STYLE_FILE, STYLES, PromptStyle, load_style, write_style
 from litlora.prompts.template import ChatTemplate, load_template
 
@@ -17,6 +17,7 @@ __all__ = [
     "PromptStyle",
     "choose_style",
     "control_tokens",
+    "lacking_tokens",
     "load_style",
     "load_template",
     "write_style",

@@ -69,6 +69,12 @@ def chosen_template(named: str, tokenizer: Tokenizer) -> PromptStyle:
     return replace(template.style, name=named, called=called)
 
 
+def lacking_tokens(style: PromptStyle, tokenizer: Tokenizer) -> list[str]:
+    """The control tokens that a style needs and a tokenizer cuts into pieces."""
+    needed = control_tokens(style.template) if style.template is not None else []
+    return tokenizer.pieces(needed) if needed else []
+
+
 def control_tokens(template: ChatTemplate) -> list[str]:
     """The control tokens that a chat template writes around a system message, a question and an
     answer. Raises CheckpointError for a template that is broken."""

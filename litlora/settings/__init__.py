@@ -11,6 +11,7 @@ adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
 other_names.py  what other programs call them
+tokenizer.py    TokenizerConfig, the tokens that are added
 styles.py       the prompt styles that a setting may name
 checks.py       what a value must be
 stored.py       how files store settings
@@ -34,6 +35,7 @@ from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, Finetune
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
+from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "MergeLoRA",
     "OutputDtype",
     "ResizeLoRA",
+    "TokenizerConfig",
     "TrainConfig",
     "check",
     "check_alpha",

@@ -9,6 +9,7 @@ from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.styles import check_prompt_style
+from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -50,6 +51,7 @@ class Finetune:
     tools (Qwen, Hermes); llama3: Llama 3's headers; mistral: [INST]; gemma: Gemma 1 to 3's turns;
     phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the style that the model was
     trained with, else its own chat template, else alpaca."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"stored": "unless default"})
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,

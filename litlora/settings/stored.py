@@ -1,6 +1,6 @@
 """How files store settings."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -14,8 +14,13 @@ def stored_values(settings: Any) -> dict[str, Any]:
     return {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
-        if field.metadata.get("stored") != "unless default" or getattr(settings, field.name) != field.default
+        if field.metadata.get("stored") != "unless default"
+        or getattr(settings, field.name) != _default(field)
     }
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def dump(settings: Any) -> str:

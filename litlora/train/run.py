@@ -25,7 +25,7 @@ from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import choose_style, control_tokens
+from litlora.prompts import choose_style, lacking_tokens
 from litlora.report.console import Console, duration
 from litlora.report.events import Done
 from litlora.report.metrics import Metrics
@@ -47,6 +47,7 @@ from litlora.train.plan import Plan
 from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
+from litlora.train.vocabulary import AddedTokens, missing_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,10 @@ class Run:
             default="alpaca",
             tokenizer=self.loaded.tokenizer,
         )
+        self.added = AddedTokens()
+        asked = settings.tokenizer.add_tokens
+        if asked and (tokens := missing_tokens(asked, self.style, self.loaded.tokenizer)):
+            self.loaded = self.added.extend(self.loaded, tokens)
         weights = (*self.model.named_parameters(), *stored_weights(self.model).items())
         self.stored_dtypes = {name: weight.dtype for name, weight in weights}
 
@@ -154,6 +159,8 @@ class Run:
         self.precision = precision = self.parallel.broadcast(decision)
         num_rounded = cast(model, precision.dtype, copy=method.trains_base)
         method.prepare(model)
+        if not method.trains_base:
+            self.added.train(model)
         self._say_what_trains(num_rounded)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
@@ -185,6 +192,7 @@ class Run:
             self.settings,
             data=self.dataset.source,
             prompt_style=self.style.name,
+            tokenizer=dataclasses.replace(self.settings.tokenizer, add_tokens=self.added.tokens),
             precision=self.precision.name,
             train=config,
             out_dir=str(self.path),
@@ -321,7 +329,8 @@ class Run:
             state = None
             if training is not None:
                 state = {**training, "facts": self.facts, "metrics": self.metrics.text}
-            content, sources = self.method.content(self.model), self.loaded.chain.sources
+            content = self.method.content(self.model)
+            sources = [*self.added.sources, *self.loaded.chain.sources]
             stops = taught_stops(self.loaded.tokenizer, self.style)
             beside = Beside(self.style, self.hyperparameters, state, tuple(stops))
 
@@ -332,6 +341,8 @@ class Run:
 
             config = self.model.config
             if isinstance(content, Adapter):
+                if content.rows is not None:  # a base is known by its architecture
+                    config = dataclasses.replace(config, vocab_size=self.added.base_rows)
                 adapter = dataclasses.replace(
                     content,
                     whole=self._as_stored(content.whole),
@@ -375,13 +386,13 @@ class Run:
         if self.dataset.notice:
             self.say(f"data: {self.dataset.notice}")
         self.say(f"prompt style: {self.style.title} ({self.style_reason})")
-        if self.style.called and self.style.template:
-            needed = self.loaded.tokenizer.pieces(control_tokens(self.style.template))
-            if needed:
-                self.say(
-                    f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
-                    "its own; the model learns them as plain text"
-                )
+        if self.settings.tokenizer.add_tokens:
+            self.say(f"tokenizer: {self.added.notice}")
+        if self.style.called and (needed := lacking_tokens(self.style, self.loaded.tokenizer)):
+            self.say(
+                f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
+                "its own; tokenizer.add_tokens auto adds them"
+            )
 
     def _say_data(self) -> None:
         config, lengths = self.settings.train, [self.objective.length(e) for e in self.data.train]
