@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
-from litlora.settings import Alpaca, DataSource
+from litlora.settings import Alpaca, DataSource, KnownSet
 from litlora.settings.other_names import OTHER_NAMES
 from litlora.storage.untrusted import read_yaml_mapping, require_file
 
@@ -151,7 +151,8 @@ def option_for(settings_class: type, name: str) -> str:
 
 
 def _data_sources() -> dict[str, type[DataSource]]:
-    return {source.__name__: source for source in DataSource.__subclasses__()}
+    kinds = [*DataSource.__subclasses__(), *KnownSet.__subclasses__()]
+    return {kind.__name__: kind for kind in kinds if kind is not KnownSet}
 
 
 def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":

@@ -1,6 +1,9 @@
 """What a command tells people. Text from a file of somebody else is shown without harm. Torch-free."""
 
+import os
+import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
 
@@ -23,6 +26,16 @@ def say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines, on stdout unless `file` is another stream. Everything that a command says goes
     through here, because a name in it may come from a file. Each line stays one line."""
     print("\n".join(map(shown, lines)), file=file, flush=True)
+
+
+def say_marked(spans: Iterable[tuple[str, bool]]) -> None:
+    """Print text on stdout, of which the spans with True stand out: in green at a terminal (unless
+    NO_COLOR is set), in [[double brackets]] elsewhere."""
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
+    print(
+        "".join(f"{begin}{printable(t)}{end}" if marked else printable(t) for t, marked in spans), flush=True
+    )
 
 
 def printable(text: str) -> str:

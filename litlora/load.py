@@ -23,15 +23,21 @@ from litlora.tokenizer import Tokenizer, find_sidecars
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model ready for use, and what came with it."""
+class TextSide:
+    """What turns conversations into the token ids of a model, and back."""
 
-    model: GPT
     tokenizer: Tokenizer
     prompt_style: PromptStyle | None
     """The prompt style that the model was trained with, if its directory says."""
     template: PromptStyle | None
     """The model's own chat template, if it has one."""
+
+
+@dataclass(frozen=True)
+class Loaded(TextSide):
+    """A model ready for use, and what came with it."""
+
+    model: GPT
     chain: Chain
 
 
@@ -55,7 +61,7 @@ def load(
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
-    tokenizer = Tokenizer(chain.sources)
+    text = load_text(chain)
     live_adapter = top if live and isinstance(top, Adapter) else None
     tensors, config = merge_chain(
         chain.inner if live_adapter else chain,
@@ -64,15 +70,20 @@ def load(
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
-    if notice := tokenizer.fit(model.config.vocab_size):
+    if notice := text.tokenizer.fit(model.config.vocab_size):
         chain.notices.append(notice)
+    model = model.to(device).eval()
+    check_finite(dict(model.named_parameters()), top.file)
+    return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain)
+
+
+def load_text(chain: Chain) -> TextSide:
+    """The tokenizer of a chain, and how its model is asked."""
+    tokenizer = Tokenizer(chain.sources)
     found = load_template({file.name: file for file in find_sidecars(chain.sources)})
     template = found.style if found is not None else None
     styles = (load_style(directory, template) for directory in chain.sources)
-    prompt_style = next(filter(None, styles), None)
-    model = model.to(device).eval()
-    check_finite(dict(model.named_parameters()), top.file)
-    return Loaded(model, tokenizer, prompt_style, template, chain)
+    return TextSide(tokenizer, next(filter(None, styles), None), template)
 
 
 def _may_stay_quantized(name: str, dense: Sequence[str]) -> bool:

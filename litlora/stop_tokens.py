@@ -12,9 +12,9 @@ from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_se
 
 def taught_stops(tokenizer: Tokenizer, style: PromptStyle | None) -> list[int]:
     """The tokens that end an answer in this prompt style: the end-of-text token, and a chat
-    template's end of a turn."""
-    end = tokenizer.turn_end(style.template.ending) if style is not None and style.template else None
-    return list(dict.fromkeys([tokenizer.eos_id, *([] if end is None else [end])]))
+    template's ends of a turn."""
+    ends = style.template.turn_ends(tokenizer) if style is not None and style.template else ()
+    return list(dict.fromkeys([tokenizer.eos_id, *(end.id for end in ends if end is not None)]))
 
 
 def stops_of(sources: list[Path]) -> list[int]:

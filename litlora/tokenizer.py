@@ -2,9 +2,10 @@
 decoding a stream piece by piece. Torch-free."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from litlora.errors import CheckpointError, UserError
 from litlora.storage.untrusted import own_file, read_json_object
@@ -136,15 +137,33 @@ class Tokenizer:
             for chunk in _chunks(texts)
             for ids in self._ask("encode", chunk, "cannot encode this text")
         ]
-        if self._limit is not None:
-            largest = max(map(max, filter(None, batch)), default=-1)
-            if largest >= self._limit:
-                raise UserError(
-                    f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
-                    f"the model's embedding has {self._limit} rows; use the tokenizer that the model was "
-                    "trained with, or leave the token out"
-                )
+        self._check(batch)
         return batch
+
+    def encode_cut(self, texts: list[tuple[str, list[int]]]) -> list[tuple[list[int], list["Cut"]]]:
+        """The ids of texts, and where some places of each, in order, are in them."""
+        entries = iter(texts)
+        batch = [
+            (ids, [Cut(*cut) for cut in cuts])
+            for chunk in _chunks([text for text, _ in texts])
+            for ids, cuts in self._ask(
+                "encode_cut", [*islice(entries, len(chunk))], "cannot encode this text"
+            )
+        ]
+        self._check(ids for ids, _ in batch)
+        return batch
+
+    def _check(self, batch: Iterable[list[int]]) -> None:
+        """Raises UserError for an id that has no row in the embedding."""
+        if self._limit is None:
+            return
+        largest = max(map(max, filter(None, batch)), default=-1)
+        if largest >= self._limit:
+            raise UserError(
+                f"{self._path}: the text has the token {self.token(largest)!r} (number {largest}), but "
+                f"the model's embedding has {self._limit} rows; use the tokenizer that the model was "
+                "trained with, or leave the token out"
+            )
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -154,10 +173,36 @@ class Tokenizer:
         """`decode` for several sequences."""
         return self._ask("decode", sequences, "cannot decode")
 
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text that each token adds; of special and other added tokens their names. A character
+        that is spread over several tokens is the last one's."""
+        pieces: list[str] = []
+        stream = TextStream(self)
+        for token in ids:
+            if token in self._added:
+                if pieces:
+                    pieces[-1] += stream.finish()  # of a character that never ends
+                pieces.append(self._added[token][0])
+                stream = TextStream(self)
+            else:
+                pieces.append(stream.push(token))
+        if pieces:
+            pieces[-1] += stream.finish()
+        return pieces
+
     def turn_end(self, ending: str) -> int | None:
         """The token that ends a turn: the first special token in `ending`, the text after an
         answer."""
-        return next((token for token in self.encode(ending) if token in self._added), None)
+        return next(iter(self.added_tokens(ending)), None)
+
+    def added_tokens(self, text: str) -> list[int]:
+        """The added tokens, special ones among them, that a text has, in order."""
+        return [token for token in self.encode(text) if token in self._added]
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What comes before a text; empty if this tokenizer puts nothing there."""
+        return [*self._prefix]
 
     @property
     def begin_text(self) -> str:
@@ -168,7 +213,7 @@ class Tokenizer:
         """The name of a token."""
         return self._ask("token", index, "cannot name a token")
 
-    def pieces(self, texts: list[str]) -> list[str]:
+    def cut_up(self, texts: list[str]) -> list[str]:
         """Those of the texts that are not one token each: this tokenizer cuts them into pieces."""
         return [text for text, ids in zip(texts, self.encode_batch(texts), strict=True) if len(ids) != 1]
 
@@ -180,7 +225,8 @@ class Tokenizer:
         fails."""
         with self._lock:
             reply = self._worker.ask([method, argument])
-        return self._answer(reply, failure, argument if method == "encode" else [])
+        texts = [text for text, _ in argument] if method == "encode_cut" else argument
+        return self._answer(reply, failure, texts if method.startswith("encode") else [])
 
     def _answer(self, reply: dict[str, Any] | None, failure: str, texts: list[str]) -> Any:
         if reply is None:
@@ -242,6 +288,18 @@ class Tokenizer:
             return []
         found = self._number(name)
         return [] if found is None else [found]
+
+
+class Cut(NamedTuple):
+    """A place in a text, in its ids."""
+
+    number: int
+    """How many of the ids begin before the place."""
+    kept: int | None
+    """None: these ids are what the text up to the place has by itself. Else its ids are the first
+    `kept` of them,"""
+    others: list[int] | None
+    """and these."""
 
 
 class TextStream:

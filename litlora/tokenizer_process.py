@@ -12,17 +12,26 @@ import os
 import resource
 import signal
 import sys
+from bisect import bisect_left, bisect_right
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from litlora.errors import CheckpointError
 from litlora.sentencepiece import read_sentencepiece
-from litlora.worker import limit
+from litlora.worker import limit, shared_length
 
 SECONDS = 5
 """Of computing, for any question; long ones get more."""
+
+
+class _Ids(NamedTuple):
+    """A text in token ids."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    """Where each begins and ends, in characters."""
 
 
 class Backend:
@@ -32,6 +41,9 @@ class Backend:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self._marks = {number for number, token in added.items() if not token.normalized}
+        self._longest_mark = max((len(token.content) for token in added.values()), default=0)
 
     def described(self) -> dict[str, Any]:
         """The number of ids, the added tokens, and the ids of "a" without and with what the
@@ -48,6 +60,54 @@ class Backend:
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def encode_cut(self, asked: list[tuple[str, list[int]]]) -> list[tuple[list[int], list[Any]]]:
+        """Texts with places in them: the ids of each text, and for each place the number of ids
+        that begin before it, with what `_up_to` says.
+
+        A text that begins as the one before is encoded from where they differ.
+        """
+        texts = [text for text, _ in asked]
+        shared = [shared_length(*pair) for pair in zip(["", *texts], texts, strict=False)]
+        anew = [number for number, text in enumerate(texts) if 2 * shared[number] < len(text)]
+        batch = self._tokenizer.encode_batch([texts[number] for number in anew], add_special_tokens=False)
+        known = {number: _Ids(one.ids, one.offsets) for number, one in zip(anew, batch, strict=True)}
+        found = []
+        before = _Ids([], [])
+        for number, (text, places) in enumerate(asked):
+            before = known.pop(number, None) or self._going_on(before, text, shared[number])
+            found.append((before.ids, [self._cut(before, text, place) for place in places]))
+        return found
+
+    def _going_on(self, before: "_Ids", text: str, shared: int) -> "_Ids":
+        """The ids of a text whose first `shared` characters are those of the one before."""
+        kept, begin = self._last_mark(before, shared - self._longest_mark)
+        rest = self._tokenizer.encode(text[begin:], add_special_tokens=False)
+        spans = [(start + begin, stop + begin) for start, stop in rest.offsets]
+        return _Ids(before.ids[:kept] + rest.ids, before.spans[:kept] + spans)
+
+    def _cut(self, whole: "_Ids", text: str, place: int) -> tuple[int, int | None, list[int] | None]:
+        """How many ids begin before a place in a text; and what the text up to there has by itself
+        instead of them: the first so many of them, and others; None if it has these."""
+        if place == len(text):
+            return len(whole.ids), None, None
+        number = bisect_left(whole.spans, place, key=lambda span: span[0])
+        kept, begin = self._last_mark(whole, place)
+        end = self._tokenizer.encode(text[begin:place], add_special_tokens=False).ids
+        return (number, None, None) if end == whole.ids[kept:number] else (number, kept, end)
+
+    def _last_mark(self, whole: "_Ids", place: int) -> tuple[int, int]:
+        """The last added token that ends up to a place: which of the ids, and where it begins.
+
+        The library takes a text apart at its added tokens before anything else. So what comes
+        before this token and what begins with it can be encoded apart.
+        """
+        number = bisect_right(whole.spans, place, key=lambda span: span[1])
+        while number > 0:
+            number -= 1
+            if whole.ids[number] in self._marks:
+                return number, whole.spans[number][0]
+        return 0, 0
 
     def decode(self, sequences: list[list[int]]) -> list[str]:
         return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]

@@ -85,6 +85,20 @@ def limit(kind: int, amount: int) -> None:
         resource.setrlimit(kind, (amount, most))
 
 
+def shared_length(first: str, second: str) -> int:
+    """For a worker's program: how many characters two texts have in common before they differ."""
+    if second.startswith(first):
+        return len(first)
+    least, most = 0, min(len(first), len(second))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if first[least:middle] == second[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
 def _stop(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()

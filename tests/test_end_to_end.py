@@ -283,7 +283,7 @@ def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     assert "bad.json, record 1" in said("--data", "JSON", "--data.path", tmp_path / "bad.json")
     assert "none.json: holds no records" in said("--data", "JSON", "--data.path", tmp_path / "none.json")
     assert "no example is left" in said("--data", "JSON", "--data.path", tmp_path / "long.json")
-    assert "no such data source" in said("--data", "Dolly")
+    assert "no such data source" in said("--data", "Nope")
     assert "not a checkpoint directory" in said("--checkpoint_dir", tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(QUICKSTART, broken)

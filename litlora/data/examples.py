@@ -51,6 +51,10 @@ class Examples:
     """Conversations that became several examples (`Encoded.drafts`)."""
     num_apart: int
     """Answers that were encoded apart from their prompts (`Encoded.num_apart`)."""
+    num_trailing: int
+    """Conversations that go on after their last learned answer (`Encoded.num_trailing`)."""
+    num_in_pieces: int
+    """Documents that became several examples, as they are longer than max_seq_length."""
 
     def notices(self, max_seq_length: int) -> list[str]:
         """What the user must know, a line each."""
@@ -79,6 +83,15 @@ class Examples:
                 "answers share a token with their prompts in the whole text: "
                 "they were encoded apart, as chat asks",
             ),
+            (
+                self.num_trailing,
+                "conversations go on after the last answer that is learned: "
+                "what follows it teaches nothing and was left out",
+            ),
+            (
+                self.num_in_pieces,
+                f"documents are longer than {max_seq_length:,} tokens: they are learned in pieces",
+            ),
         )
         return [f"{number:,} {what}" for number, what in lines if number]
 
@@ -98,7 +111,10 @@ def tokenize(
         for encoded in encoder.encode(chunk):
             counts["split"] += len(encoded.drafts) > 1
             counts["apart"] += encoded.num_apart
-            for draft in encoded.drafts:
+            counts["trailing"] += encoded.num_trailing > 0
+            drafts = [piece for draft in encoded.drafts for piece in draft.pieces(max_seq_length)]
+            counts["pieces"] += len(drafts) > len(encoded.drafts)
+            for draft in drafts:
                 fitting = _fitting(draft, max_seq_length)
                 if fitting is None:
                     counts["left out"] += 1
@@ -114,7 +130,7 @@ def tokenize(
             f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
             f"({setting('max_seq_length')} or the model's context); the first is {conversations[0].place}"
         )
-    names = ("cut", "shortened", "left out", "empty", "split", "apart")
+    names = ("cut", "shortened", "left out", "empty", "split", "apart", "trailing", "pieces")
     return Examples(examples, *(counts[name] for name in names))
 
 

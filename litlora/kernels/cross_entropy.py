@@ -1,7 +1,7 @@
 """Cross-entropy of a frozen output head; its forward computes the gradient of the input too.
 
 Of the tokens x vocabulary logits only one tile exists at a time, and each logit is computed once.
-That works since the gradient of a summed loss is softmax - onehot, times the one factor that comes
+That works since the gradient of a token's loss is softmax - onehot, times the one factor that comes
 from whatever follows the loss: nothing need be kept or computed again.
 """
 
@@ -27,25 +27,35 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits at a time of a head that trains: they are computed in chunks of whole rows."""
 
 
-def plain_head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
-    """Σ -log softmax(hidden · weightᵀ)[target] in nats, fp32 or better; (N, C), (N,), (V, C) -> ().
+def plain_head_loss(
+    hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None, *, reduction: str = "sum"
+) -> Tensor:
+    """Σ -log softmax(hidden · weightᵀ)[target] in nats, fp32 or better; (N, C), (N,), (V, C) -> (),
+    or -> (N,) with the reduction "none".
 
     With `cap`, the logits are cap · tanh(logits / cap) (Gemma 2).
     """
     logits = F.linear(hidden, weight)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     # fp32: exponentials and their sum lose too much in bf16
-    return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction="sum")
+    return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction=reduction)
 
 
 def head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
     """As plain_head_loss, in chunks. The weight gets no gradient: it must be frozen."""
-    return _HeadLoss.apply(hidden, targets, weight, cap)
+    return _HeadLoss.apply(hidden, targets, weight, cap, True)
+
+
+def head_losses(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
+    """As head_loss, of each token: (N,)."""
+    return _HeadLoss.apply(hidden, targets, weight, cap, False)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None, summed: bool
+    ) -> Tensor:
         N, V, exact = len(hidden), len(weight), exact_dtype(hidden)
         limits = TILES.get(hidden.device.type, TILES["cuda"])
         # Blocks of equal size, a multiple of 32: few sizes, see litlora.kernels.buckets.
@@ -57,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         logits = hidden.new_empty(rows * columns)
         exacts = logits if logits.dtype == exact else hidden.new_empty(rows * columns, dtype=exact)
         buffers = _Buffers(columns, logits, exacts)
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        result = torch.zeros(() if summed else N, dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, N, rows):
             n = min(rows, N - start)
@@ -65,17 +75,21 @@ class _HeadLoss(torch.autograd.Function):
             if n < rows:
                 x, labels = F.pad(x, (0, 0, 0, rows - n)), F.pad(labels, (0, 0, 0, rows - n))
             losses, dx = _block_loss(x, labels, weight, cap, buffers, needs_dx=gradient is not None)
-            total += losses[:n].sum()
+            if summed:
+                result += losses[:n].sum()
+            else:
+                result[start : start + n] = losses[:n, 0]
             if gradient is not None:
                 gradient[start : start + n] = dx[:n]
         ctx.save_for_backward(gradient)
-        return total
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        upstream = upstream.to(gradient.dtype)
+        return gradient * (upstream[:, None] if upstream.dim() else upstream), None, None, None, None
 
 
 class _Buffers(NamedTuple):

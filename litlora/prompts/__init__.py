@@ -3,6 +3,8 @@
 - `styles.py`: the prompt styles, and the file that names one;
 - `template.py`: a model's own chat template as a style;
 - `choice.py`: which style to use, and the chat templates in `templates/`;
+- `exchange.py`: the texts in which the answers of a conversation are learned;
+- `shown.py`: proof that a chat template leaves nothing out;
 - `render.py`: the process in which a chat template runs.
 """
 

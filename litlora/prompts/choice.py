@@ -72,7 +72,7 @@ def chosen_template(named: str, tokenizer: Tokenizer) -> PromptStyle:
 def lacking_tokens(style: PromptStyle, tokenizer: Tokenizer) -> list[str]:
     """The control tokens that a style needs and a tokenizer cuts into pieces."""
     needed = control_tokens(style.template) if style.template is not None else []
-    return tokenizer.pieces(needed) if needed else []
+    return tokenizer.cut_up(needed) if needed else []
 
 
 def control_tokens(template: ChatTemplate) -> list[str]:

@@ -9,24 +9,30 @@ trusted to stop it. So the operating system does: it limits the seconds of a req
 and forbids to open a file, to write one and to start a process.
 
 Both sides send one JSON value a line. The first request has the template's source and the limits;
-the reply "ready" says that the limits are in force. Each further request has the values that the
-template is given; the reply is its text, or {"error": kind, "message": text}.
+the reply "ready" says that the limits are in force. Each further request is
+
+    {"messages": [...], "wanted": [[count, more, add_generation_prompt], ...], "values": {...}, "now": time}
+
+and asks for a text of the first `count` messages and `more` ones for each entry of `wanted`. The
+reply is a list of [number of characters shared with the text before, the others]; or
+{"error": kind, "message": text}.
 """
 
 import json
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, Template, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from litlora.worker import limit
+from litlora.worker import limit, shared_length
 
 
 class Generation(Extension):
@@ -77,38 +83,64 @@ def _tojson(
     )
 
 
-def environment() -> Environment:
+def environment(clock: Callable[[], datetime]) -> Environment:
     """The filters, functions and tags of a template, as in transformers."""
     found = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     found.filters["tojson"] = _tojson
     found.globals["raise_exception"] = _raise_exception
-    found.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    found.globals["strftime_now"] = lambda format: clock().strftime(format)
     found.globals["namespace"] = PlainNamespace
     return found
 
 
-def answer(source: str, values: dict[str, Any], longest: int, compiled: list[Any]) -> Any:
-    """The text, or what is wrong. `compiled` keeps the template from one request to the next."""
-    try:
-        if not compiled:
-            compiled.append(environment().from_string(source))
-        text = compiled[0].render(**values)
-        if len(text) > longest:
+class Renderer:
+    """A template, compiled by the first request."""
+
+    def __init__(self, source: str, longest: int) -> None:
+        """`longest` is how many characters the texts of one request may have, but for what each
+        shares with the one before."""
+        self._source, self._longest = source, longest
+        self._template: Template | None = None
+        self._now = datetime.now()
+
+    def answer(self, asked: dict[str, Any]) -> Any:
+        """The texts, or what is wrong."""
+        try:
+            if self._template is None:
+                self._template = environment(lambda: self._now).from_string(self._source)
+            # One time for all texts of a conversation: a second that passes must not change them.
+            self._now = datetime.now() if asked["now"] is None else datetime.fromtimestamp(asked["now"])
+            return self._texts(asked)
+        except TemplateSyntaxError as error:
+            return {"error": "broken", "message": f"at its line {error.lineno}: {error}"[:500]}
+        except SecurityError as error:
+            return {"error": "forbidden", "message": str(error)[:500]}
+        except TemplateError as error:
+            return {"error": "refuses", "message": str(error)[:500]}
+        except MemoryError:
             return {"error": "limits", "message": ""}
-        text.encode()
-        return text
-    except TemplateSyntaxError as error:
-        return {"error": "broken", "message": f"at its line {error.lineno}: {error}"[:500]}
-    except SecurityError as error:
-        return {"error": "forbidden", "message": str(error)[:500]}
-    except TemplateError as error:
-        return {"error": "refuses", "message": str(error)[:500]}
-    except MemoryError:
-        return {"error": "limits", "message": ""}
-    except Exception as error:  # a template is a program and can raise any error
-        return {"error": "fails", "message": f"{type(error).__name__}: {error}"[:500]}
+        except Exception as error:  # a template is a program and can raise any error
+            return {"error": "fails", "message": f"{type(error).__name__}: {error}"[:500]}
+
+    def _texts(self, asked: dict[str, Any]) -> Any:
+        found: list[tuple[int, str]] = []
+        before, size = "", 0
+        for count, more, add_generation_prompt in asked["wanted"]:
+            text = self._template.render(
+                messages=asked["messages"][:count] + more,
+                add_generation_prompt=add_generation_prompt,
+                **asked["values"],
+            )
+            text.encode()
+            shared = shared_length(before, text)
+            found.append((shared, text[shared:]))
+            size += len(text) - shared
+            if max(size, len(text)) > self._longest:
+                return {"error": "limits", "message": ""}
+            before = text
+        return found
 
 
 def main() -> None:
@@ -117,19 +149,20 @@ def main() -> None:
     first = json.loads(sys.stdin.readline())
     # What Python and jinja2 load on first use must be loaded while files can still be opened.
     for warm_up in ("{{ 'é\\n' | tojson }}{{ strftime_now('%d') }}{{ lipsum(1) }}", "{{ 1 // 0 }}"):
-        answer(warm_up, {}, first["text"], [])
+        asked = {"messages": [], "wanted": [[0, [], False]], "values": {}, "now": None}
+        Renderer(warm_up, first["text"]).answer(asked)
     limit(resource.RLIMIT_AS, first["memory"])
     for kind, amount in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 3)):
         limit(kind, amount)
+    renderer = Renderer(first["source"], first["text"])
     reply: Any = "ready"
-    compiled: list[Any] = []
     while True:
         print(json.dumps(reply), flush=True)
         if not (request := sys.stdin.readline()):
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + first["seconds"] + 1)
-        reply = answer(first["source"], json.loads(request), first["text"], compiled)
+        reply = renderer.answer(json.loads(request))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.encode import Encoder
 from litlora.errors import UserError, setting
 from litlora.prompts import PromptStyle
-from litlora.prompts.template import shows
+from litlora.prompts.template import shows, template_message
 from litlora.serve.engine import Engine, Sampling
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import TextStream
@@ -109,9 +109,9 @@ class ChatSession:
             return [token for turn in past for token in self._ids(turn)] + asked
         messages = list(self._system)
         for turn in past:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer})
-        messages.append({"role": "user", "content": question})
+            messages.append(template_message("user", turn.question))
+            messages.append(template_message("assistant", turn.answer))
+        messages.append(template_message("user", question))
         return self._tokenizer.encode(self._style.template.render(messages))
 
     def _ids(self, turn: "_Turn") -> list[int]:

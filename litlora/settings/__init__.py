@@ -4,7 +4,9 @@ The docstring under a field is its `--help` text. A command takes one dataclass.
 
 lora.py         LoRAConfig
 data.py         where the training examples come from: DataSource, Alpaca, JSON
+known_sets.py   well-known data sets, by name
 train.py        TrainConfig, the training loop
+preference.py   PreferenceConfig, preference tuning
 finetune.py     the fine-tuning commands
 chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
@@ -31,26 +33,43 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
-from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA
+from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA, ShowData
+from litlora.settings.known_sets import (
+    FLAN,
+    LIMA,
+    AlpacaGPT4,
+    Deita,
+    Dolly,
+    KnownSet,
+    LongForm,
+    OpenHermes,
+    UltraChat,
+)
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.preference import PreferenceConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
 
 __all__ = [
+    "FLAN",
     "JSON",
     "LEAST_ALPHA",
+    "LIMA",
     "PRESETS",
     "QUICKSTART",
     "REPOSITORY",
     "SIZE_UNITS",
     "Alpaca",
+    "AlpacaGPT4",
     "Chat",
     "CombineLoRA",
     "ConvertHF",
     "ConvertLit",
     "DataSource",
+    "Deita",
+    "Dolly",
     "Download",
     "ExportPEFT",
     "FileType",
@@ -58,14 +77,20 @@ __all__ = [
     "FinetuneFull",
     "FinetuneLoRA",
     "InspectCheckpoint",
+    "KnownSet",
     "LoRAConfig",
     "LoRAExtractor",
     "LoRAMerger",
+    "LongForm",
     "MergeLoRA",
+    "OpenHermes",
     "OutputDtype",
+    "PreferenceConfig",
     "ResizeLoRA",
+    "ShowData",
     "TokenizerConfig",
     "TrainConfig",
+    "UltraChat",
     "check",
     "check_alpha",
     "check_seed",

@@ -32,9 +32,9 @@ class Finetune:
     """The model to start from: any checkpoint directory, an adapter's too; default: the quickstart
     base that comes with litlora."""
     data: DataSource = field(default_factory=lambda: Alpaca(source="sample"))
-    """Training data: a file or directory of JSON records, or the name of a source: Alpaca, or JSON
-    with --data.path FILE_OR_DIR. Default: Alpaca's built-in sample, without a download. --data.help
-    NAME lists the settings of a source."""
+    """Training data: a file or directory of JSON records, or the name of a source: JSON with
+    --data.path FILE_OR_DIR, Alpaca, or another known data set. Default: Alpaca's built-in sample,
+    without a download. --data.help NAME lists the settings of a source."""
     out_dir: str | None = None
     """Where the results go; default: out/METHOD/DATA."""
     overwrite: bool = False
@@ -108,3 +108,25 @@ class FinetuneFull(Finetune):
     """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.train.loraplus_lr_ratio == 1,
+            f"{setting('loraplus_lr_ratio')} has no effect on full fine-tuning, which has no adapter",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowData(FinetuneLoRA):
+    """Show what fine-tuning would learn from: examples token by token, and figures on all of them.
+    Takes the options of finetune/lora.py; those that do not concern data have no effect."""
+
+    examples: int = 3
+    """How many records are shown token by token, from the first on."""
+    json: bool = False
+    """Print everything as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_value(self, "examples", self.examples >= 0, "must be at least 0")

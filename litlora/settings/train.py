@@ -1,7 +1,7 @@
 """The settings of the training loop."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from litlora.errors import setting
@@ -42,18 +42,33 @@ class TrainConfig:
     """Peak learning rate."""
     warmup_steps: int | float = 0.05
     """Steps of linear warm-up; a number below 1 is a fraction of all steps."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = field(
+        default="cosine", metadata={"stored": "unless default"}
+    )
+    """The learning rate after the warm-up. cosine and linear fall until the end; wsd (warm-up,
+    stable, decay: Hu et al. 2024) stays at the peak and falls over decay_steps at the end."""
+    decay_steps: int | float = field(default=0.2, metadata={"stored": "unless default"})
+    """The last steps, in which wsd falls; a number below 1 is a fraction of all steps."""
     min_lr_ratio: float = 0.1
-    """The cosine schedule ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak."""
+    loraplus_lr_ratio: float = field(default=1.0, metadata={"stored": "unless default"})
+    """LoRA+ (Hayou et al. 2024): the learning rate of every B is so many times that of A."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay of matrices; vectors are never decayed."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW. 8bit: with its moments in 8 bits (Dettmers et al. 2021). paged: with its moments in
-    memory that moves from the GPU to the machine when needed. All but adamw need the extra
+    """Decoupled weight decay of matrices; vectors are never decayed. sgd adds it to the
+    gradient."""
+    optimizer: Literal[
+        *("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+        *("lion", "lion_8bit", "adafactor", "sgd"),
+    ] = "adamw"
+    """adamw; lion (Chen et al. 2023), which wants a learning rate three to ten times smaller;
+    adafactor (Shazeer & Stern 2018), which keeps a row and a column for each matrix; sgd, with the
+    momentum beta1. 8bit: moments in 8 bits (Dettmers et al. 2021). paged: moments in memory that
+    moves from the GPU to the machine when needed. lion, 8bit and paged need the extra
     bitsandbytes."""
     beta1: float = 0.9
-    """AdamW's decay of the running mean of the gradient."""
+    """Decay of the running mean of the gradient; adafactor has none."""
     beta2: float = 0.95
-    """AdamW's decay of the running mean of the squared gradient."""
+    """AdamW's decay of the running mean of the squared gradient; lion's of the mean gradient."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     checkpoint_activations: Literal["auto", "none", "full", "selective"] = "auto"
@@ -85,7 +100,7 @@ class TrainConfig:
         check_positive(self, "epochs", "max_steps", "log_interval", "keep_checkpoints")
         for name in (
             *("eval_interval", "save_interval", "max_bad_steps"),
-            *("warmup_steps", "weight_decay", "max_grad_norm"),
+            *("warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"),
         ):
             value = getattr(self, name)
             check_value(self, name, math.isfinite(value) and value >= 0, "must be 0 or more, and finite")
@@ -93,8 +108,17 @@ class TrainConfig:
             check_value(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         positive = math.isfinite(self.learning_rate) and self.learning_rate > 0
         check_value(self, "learning_rate", positive, "must be a positive, finite number")
-        whole = isinstance(self.warmup_steps, int) or self.warmup_steps < 1
-        check_value(self, "warmup_steps", whole, "must be a whole number of steps, or a fraction below 1")
+        for name in ("warmup_steps", "decay_steps"):
+            steps = getattr(self, name)
+            whole = isinstance(steps, int) or steps < 1
+            check_value(self, name, whole, "must be a whole number of steps, or a fraction below 1")
+        check(
+            self.schedule == "wsd" or self.decay_steps == TrainConfig.decay_steps,
+            f"{setting('decay_steps')} has no effect on {setting('schedule')} {self.schedule}; use wsd",
+        )
+        ratio = self.loraplus_lr_ratio
+        positive = math.isfinite(ratio) and ratio > 0
+        check_value(self, "loraplus_lr_ratio", positive, "must be a positive, finite number")
         check_value(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be from 0 to 1")
         positive = self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0)
         check_value(self, "max_time", positive, "must be a positive number of minutes")

@@ -143,7 +143,7 @@ class LongestBatches:
         return Trial(
             self.objective.batch(chosen, self.device),
             lengths if self.config.packing else [lengths[0]] * len(lengths),
-            sum(self.objective.weight(example) for example in chosen),
+            sum(self.objective.num_learned(example) for example in chosen),
             self.config.packing,
         )
 

@@ -22,7 +22,7 @@ from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import memory_advice
 from litlora.train.objective import Objective
-from litlora.train.optim import lr_at, make_optimizer
+from litlora.train.optim import lr_at, make_optimizer, set_learning_rate
 from litlora.train.parallel import Parallel
 from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.resume import Position, State, capture
@@ -57,7 +57,7 @@ class Trainer:
         self.lengths = [objective.length(example) for example in data.train]
         self.plan = Plan(self.lengths, config, data.seed, parallel.world_size)
         self.total_steps = config.max_steps or config.epochs * len(self.plan.epoch(0))
-        optimizer = make_optimizer(objective.parameters(), config)
+        optimizer = make_optimizer(objective.trainable(), config)
         self.module, self.optimizer = parallel.setup(objective, optimizer)
         """The objective as called in a training step, and its optimizer."""
         self.at = Position()
@@ -124,8 +124,7 @@ class Trainer:
         """One optimizer step, number `index` of its epoch."""
         at = self.at
         learning_rate = lr_at(at.step, self.total_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         started = time.perf_counter()
         with memory_advice(self.lengths, micro_batches, self.config):
             result = self._optimizer_step(micro_batches, learning_rate)

@@ -23,9 +23,10 @@ from litlora.data.batches import Batch, collate, num_supervised
 from litlora.data.examples import Example, content_line
 from litlora.errors import UserError, setting
 from litlora.kernels.buckets import bucketed
-from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss
+from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
 from litlora.model import GPT
 from litlora.settings import TrainConfig
+from litlora.train.parallel import Parallel
 
 Context = Callable[[], AbstractContextManager]
 """Makes a context that is entered for each forward."""
@@ -52,10 +53,14 @@ class Objective(nn.Module, ABC):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss` within the contexts."""
+        return self.in_contexts(lambda: self.loss(batch))
+
+    def in_contexts(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns within the contexts."""
         with ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context())
-            return self.loss(batch)
+            return compute()
 
     @abstractmethod
     def batch(self, examples: Sequence[Any], device: torch.device) -> Any:
@@ -69,6 +74,10 @@ class Objective(nn.Module, ABC):
     def weight(self, example: Any) -> int:
         """By how much an example counts: the number of its supervised tokens."""
 
+    def num_learned(self, example: Any) -> int:
+        """At how many of its positions there are logits."""
+        return self.weight(example)
+
     @abstractmethod
     def length(self, example: Any) -> int:
         """Tokens that the model computes for an example."""
@@ -76,6 +85,11 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def content(self, example: Any) -> bytes:
         """All that the loss depends on: a resumed run must find the same for each example."""
+
+    def prepared(self, examples: Sequence[Any], parallel: Parallel) -> Sequence[Any]:
+        """The examples with what the loss needs of the model before its first step, for example
+        their log-probabilities. All ranks call this together and get the same."""
+        return examples
 
     def idle(self, batch: Any) -> Any:
         """A batch for a rank that has no work left in a step. Its loss is multiplied by zero, so an
@@ -92,6 +106,21 @@ class Objective(nn.Module, ABC):
         like = self.model.model.embed_tokens.weight
         ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, like)
         return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """-log p of each learned token in nats, in fp32 or better: (M,)."""
+        hidden = self.hidden(batch)
+        if self._has_plain_head(hidden):
+            head = self.model.lm_head
+            return head_losses(hidden, batch.targets, head.weight, self.model.config.final_logit_softcapping)
+        rows = chunk_rows(self.model.config.vocab_size, hidden.device)
+        return torch.cat(_chunk_losses(hidden, batch.targets, self.model.logits, rows, "none"))
+
+    def _has_plain_head(self, hidden: Tensor) -> bool:
+        """Whether the output head is a frozen matrix, which the fused functions take."""
+        head = self.model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        return plain and not torch.is_autocast_enabled(hidden.device.type)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains, by the model's own names; parameters of the objective by theirs."""
@@ -129,10 +158,9 @@ class SFT(Objective):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum in nats, in fp32 or better."""
         hidden = self.hidden(batch)
-        head, cap = self.model.lm_head, self.model.config.final_logit_softcapping
-        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        if plain and not torch.is_autocast_enabled(hidden.device.type):
-            return head_loss(hidden, batch.targets, head.weight, cap), {}
+        if self._has_plain_head(hidden):
+            cap = self.model.config.final_logit_softcapping
+            return head_loss(hidden, batch.targets, self.model.lm_head.weight, cap), {}
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         return summed_cross_entropy(hidden, batch.targets, self.model.logits, rows), {}
 
@@ -166,14 +194,22 @@ def summed_cross_entropy(
     With several chunks, the backward computes each chunk's logits once more instead of keeping
     them.
     """
+    losses = _chunk_losses(hidden, targets, head, rows, "sum")
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def _chunk_losses(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], rows: int, reduction: str
+) -> list[Tensor]:
     if len(targets) <= rows:
-        return _chunk_loss(hidden, targets, head)
+        return [_chunk_loss(hidden, targets, head, reduction)]
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.stack(
-        [checkpoint(_chunk_loss, piece, labels, head, use_reentrant=False) for piece, labels in pieces]
-    ).sum()
+    return [
+        checkpoint(_chunk_loss, piece, labels, head, reduction, use_reentrant=False)
+        for piece, labels in pieces
+    ]
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], reduction: str) -> Tensor:
     logits = head(hidden)
-    return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction="sum")
+    return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction=reduction)

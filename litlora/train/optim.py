@@ -3,7 +3,7 @@ step."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,22 +14,29 @@ from litlora.settings import TrainConfig
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate of step 0 ... total_steps - 1: linear warm-up, then a cosine towards
-    min_lr_ratio of the peak.
+    """Learning rate of step 0 ... total_steps - 1: linear warm-up to the peak, then the schedule
+    towards min_lr_ratio of it.
 
     With w warm-up steps, step s < w has (s + 1) / (w + 1) of the peak, so that no step is taken at
     a rate of zero; the peak is at step w, and without a warm-up at the first step.
     """
-    warmup = (
-        config.warmup_steps
-        if isinstance(config.warmup_steps, int)
-        else int(config.warmup_steps * total_steps)
-    )
+    warmup = _num_steps(config.warmup_steps, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - warmup)  # below 1: the last step still learns
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    height = {
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": lambda: 1 - progress,
+        "constant": lambda: 1.0,
+        # After w and before the last d steps at the peak, then in d equal steps towards the end.
+        "wsd": lambda: min(1.0, (total_steps - step) / (_num_steps(config.decay_steps, total_steps) + 1)),
+    }[config.schedule]()
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+
+
+def _num_steps(steps: int | float, total_steps: int) -> int:
+    """A number of steps that may be given as a fraction of all."""
+    return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
 class AdamW(torch.optim.AdamW):
@@ -43,21 +50,37 @@ class AdamW(torch.optim.AdamW):
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over what requires a gradient; vectors (norms, biases) are
-    not decayed."""
-    trainable = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def make_optimizer(trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of what trains, by its names: AdamW (Loshchilov & Hutter 2019), or another one.
+    Vectors (norms, biases) are not decayed."""
+    ratio = config.loraplus_lr_ratio
+    groups = []
+    for own_rate in (False, True):  # without a ratio of its own, B is like every other matrix
+        chosen = [p for name, p in trainable.items() if own_rate == (ratio != 1 and name.endswith("lora_B"))]
+        for weights, decay in (
+            ([p for p in chosen if p.ndim >= 2], config.weight_decay),
+            ([p for p in chosen if p.ndim < 2], 0.0),
+        ):
+            if weights:
+                group = {"params": weights, "weight_decay": decay}
+                groups.append(group | ({LR_RATIO: ratio} if own_rate else {}))
     kind, more = optimizer_class(config.optimizer)
-    return kind(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        **more,
-    )
+    if config.optimizer in WITH_BETAS:
+        more = {"betas": (config.beta1, config.beta2), **more}
+    elif config.optimizer == "sgd":
+        more = {"momentum": config.beta1, **more}
+    return kind(groups, lr=config.learning_rate, **more)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of the next step, for each group of weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get(LR_RATIO, 1)
+
+
+LR_RATIO = "lr_ratio"
+"""Of a group of weights: its learning rate is so many times the schedule's."""
+WITH_BETAS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit")
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -65,6 +88,10 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     bitsandbytes is needed and not installed."""
     if name == "adamw":
         return AdamW, {"fused": True}
+    if name == "sgd":
+        return torch.optim.SGD, {}
+    if name == "adafactor":
+        return torch.optim.Adafactor, {}
     try:
         from bitsandbytes import optim
     except ImportError:
@@ -76,6 +103,8 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
         "adamw_8bit": optim.AdamW8bit,
         "paged_adamw": optim.PagedAdamW,
         "paged_adamw_8bit": optim.PagedAdamW8bit,
+        "lion": optim.Lion,
+        "lion_8bit": optim.Lion8bit,
     }[name], {}
 
 
@@ -104,6 +133,10 @@ def check_optimizer(
 
 
 def state_bytes(trainable: Iterable[nn.Parameter], config: TrainConfig) -> int:
-    """Memory of the optimizer's two moments: in the dtype of the weights, or a byte a value. Paged
-    ones count as if none were paged out."""
-    return sum(2 * (p.numel() if config.optimizer.endswith("8bit") else p.nbytes) for p in trainable)
+    """Memory of what the optimizer keeps of each weight: its moments, in the dtype of the weights or
+    a byte a value. Paged ones count as if none were paged out."""
+    name = config.optimizer
+    if name == "adafactor":  # a row and a column for each matrix
+        return sum(sum(p.shape) * p.itemsize for p in trainable)
+    moments = 1 if name.startswith(("lion", "sgd")) else 2
+    return sum(moments * (p.numel() if name.endswith("8bit") else p.nbytes) for p in trainable)

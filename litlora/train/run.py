@@ -385,6 +385,8 @@ class Run:
             self.say(f"note: {notice}")
         if self.dataset.notice:
             self.say(f"data: {self.dataset.notice}")
+        for notice in self.dataset.notices:
+            self.say(f"data: {notice}")
         self.say(f"prompt style: {self.style.title} ({self.style_reason})")
         if self.settings.tokenizer.add_tokens:
             self.say(f"tokenizer: {self.added.notice}")

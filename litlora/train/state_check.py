@@ -29,6 +29,8 @@ _UP_TO = {
     "interval_supervised": "interval_tokens",
 }
 """{entry of a position: the entry that it cannot exceed}."""
+_NEVER_NEGATIVE = (".step", ".exp_avg_sq", ".row_var", ".col_var", ".variance")
+"""What an optimizer keeps that is a count, or a mean of squares."""
 _MT19937_WORDS = 624
 """The size of the state of Python's generator and of numpy's."""
 
@@ -109,7 +111,8 @@ def _check_groups(stored: Any, live: list[dict[str, Any]]) -> None:
                 fits = type(found) in (tuple, list) and len(found) == len(value)
                 fits = fits and all(_is_number(beta) and 0 <= beta < 1 for beta in found)
             elif _is_number(value):  # the learning rate, the decay, epsilon
-                fits = _is_number(found) and 0 <= found <= LARGEST
+                # Some exponents are negative, and never change.
+                fits = _is_number(found) and (0 <= found <= LARGEST or found == value < 0)
             else:  # the weights' numbers, and switches between kernels
                 fits = type(found) is type(value) and found == value
             if not fits:
@@ -121,7 +124,7 @@ def _fresh_slot(parameter: nn.Parameter, config: TrainConfig) -> dict[str, Any]:
     # Its own memory for the values alone: what they are does not matter.
     twin = nn.Parameter(torch.zeros_like(parameter))
     twin.grad = twin.detach()
-    optimizer = make_optimizer([twin], config)
+    optimizer = make_optimizer({"twin": twin}, config)
     optimizer.step()
     return optimizer.state_dict()["state"][0]
 
@@ -141,7 +144,7 @@ def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor) -> None
         if found.dtype != wanted.dtype and not (is_moment and found.is_floating_point()):
             raise ValueError(f"{where} is of {found.dtype}, not {wanted.dtype}")
         if found.is_floating_point():
-            _check_values(where, found, least=0 if where.endswith((".step", ".exp_avg_sq")) else None)
+            _check_values(where, found, least=0 if where.endswith(_NEVER_NEGATIVE) else None)
     elif type(found) is not type(wanted) or (_is_number(wanted) and not 0 <= found <= LARGEST):
         raise ValueError(f"{where} is {str(found)[:60]}")
 

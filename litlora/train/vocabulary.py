@@ -107,7 +107,7 @@ def missing_tokens(asked: str | list[str], style: PromptStyle, tokenizer: Tokeni
                 f"{setting('add_tokens')} {AUTO}: the prompt style {style.title} has no control tokens; name "
                 "the tokens"
             )
-    return tokenizer.pieces(asked) if asked else []
+    return tokenizer.cut_up(asked) if asked else []
 
 
 def _extend_files(place: Path, ids: dict[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 
 import pytest
 from conftest import TEXT
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.encode import Encoder
 from litlora.data.examples import tokenize
 from litlora.data.records import RecordReader
 from litlora.errors import DataError
@@ -285,14 +287,13 @@ NO_ANSWER = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')
     ("template", "talk", "says"),
     [
         (LEFT_OUT, THOUGHT, "leaves out the answer '<think>.*such as a thought .* prompt_style alpaca$"),
-        (OPENS_A_THOUGHT, conversation(("dog", "<think>why</think>e")), "leaves out the answer.*in <think>"),
         (NO_ANSWER, conversation(("dog", "yes")), "leaves out the answer 'yes'.* prompt_style alpaca"),
         (NO_SYSTEM, TALK, r"refuses the conversation: no system role; ignore '\[system\]' leaves"),
         (DROPS_SYSTEM, TALK, r"leaves out the system message; ignore '\[system\]' leaves"),
         (CHATML, conversation(("dog", "y" * 10_000_001)), "has 10,000,004 characters.*split the record"),
         (CHATML.replace("m.content", "m.content * 9"), conversation(("dog", "y" * 2_000_000)), "split it"),
     ],
-    ids=["thought", "its begin", "no answer", "no system", "drops system", "long", "long as written"],
+    ids=["thought", "no answer", "no system", "drops system", "long", "long as written"],
 )
 def test_a_record_that_the_template_cannot_show_is_named_with_the_remedy(template, talk, says, place):
     tokenizer, style = place("byte-level", template)
@@ -306,6 +307,15 @@ def test_the_end_of_a_short_answer_is_not_searched_for_in_the_mark(place):
     (example,) = tokenize([conversation(("dog", "e"))], tokenizer, style, 500).examples
     ((start, stop),) = example.learned
     assert list(map(tokenizer.token, example.ids[start:stop])) == ["e", "<|im_end|>"]
+
+
+def test_a_thought_that_the_prompt_begins_is_learned_from_there(place):
+    tokenizer, style = place("byte-level", OPENS_A_THOUGHT)
+    (example,) = tokenize([conversation(("dog", "<think>\nwhy</think>e"))], tokenizer, style, 500).examples
+    ((start, stop),) = example.learned
+    asked = style.template.render([{"role": "user", "content": "dog"}])
+    assert asked.endswith("<think>\n") and list(example.ids[:start]) == tokenizer.encode(asked)
+    assert list(example.ids[start:stop]) == tokenizer.encode("why</think>e<|im_end|>")
 
 
 def test_records_with_system_and_history_are_learned_as_what_they_mean(place):
@@ -346,3 +356,254 @@ def test_what_is_learned_is_what_the_assistant_said(place, style, turns):
     assert [tokenizer.decode(list(span[:-1])) for span in spans] == [answer for _, answer in turns]
     ends = {tokenizer.token(span[-1]) for span in spans}
     assert ends == {"<|im_end|>" if style == "chatml" else "</s>"}
+
+
+def said(role: str, content: str, train: bool = False, **more) -> Message:
+    return Message(role, content, train=train, more=more)
+
+
+def learned_texts(tokenizer, style, messages, tools=()) -> list[str]:
+    talk = Conversation(tuple(messages), Place("x.json", "record 0"), tuple(tools))
+    (encoded,) = Encoder(tokenizer, style).encode([talk])
+    turns = [(draft.ids, turn) for draft in encoded.drafts for turn in draft.turns]
+    return ["".join(map(tokenizer.token, ids[turn.start : turn.stop])) for ids, turn in turns if turn.learned]
+
+
+@pytest.mark.parametrize("style", ["alpaca", "plain", "chatml"])
+def test_a_document_is_learned_whole_whatever_the_style(style, place):
+    tokenizer, template = place("byte-level", style if style in TEMPLATES else None)
+    document = Conversation((Message("text", "one two three", train=True),), Place("x.txt", "record 0"))
+    (example,) = tokenize([document], tokenizer, template or STYLES[style], 500).examples
+    ids = tokenizer.encode("one two three", begin=True)
+    assert list(example.ids) == [*ids, tokenizer.eos_id]
+    assert example.learned_spans() == [(1, len(ids) + 1)]
+
+
+def test_a_document_begins_with_the_begin_of_text(place):
+    place("byte-level")
+    config = json.loads((place.directory / "tokenizer_config.json").read_text())
+    (place.directory / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    tokenizer = Tokenizer(place.directory)
+    document = Conversation((Message("text", "one", train=True),), Place("x.txt", "record 0"))
+    (example,) = tokenize([document], tokenizer, STYLES["plain"], 500).examples
+    assert list(map(tokenizer.token, example.ids)) == [
+        "<s>",
+        *map(tokenizer.token, tokenizer.encode("one")),
+        "</s>",
+    ]
+    assert example.learned_spans() == [(1, len(example.ids))]
+
+
+def test_a_long_document_is_learned_in_pieces_and_each_token_once(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    document = Conversation((Message("text", "one two three " * 20, train=True),), Place("x.txt", "record 0"))
+    (whole,) = tokenize([document], tokenizer, STYLES["plain"], 1000).examples
+    for length in (2, 7, len(whole.ids) - 1):
+        made = tokenize([document], tokenizer, STYLES["plain"], length)
+        assert made.notices(length) == [
+            f"1 documents are longer than {length} tokens: they are learned in pieces"
+        ]
+        learned = [id for e in made.examples for start, stop in e.learned_spans() for id in e.ids[start:stop]]
+        assert learned == list(whole.ids[1:]) and max(len(e.ids) for e in made.examples) == length
+    assert tokenize([document], tokenizer, STYLES["plain"], len(whole.ids)).examples == [whole]
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chatml"])
+def test_messages_after_the_last_learned_answer_are_left_out_and_counted(style, place):
+    tokenizer, template = place("byte-level", style if style in TEMPLATES else None)
+    style = template or STYLES[style]
+    talk = conversation(("dog", "yes"))
+    more = Conversation((*talk.messages, Message("user", "fox")), talk.place)
+    whole, longer = (tokenize([one], tokenizer, style, 500) for one in (talk, more))
+    assert longer.examples == whole.examples
+    assert longer.notices(500) == [
+        "1 conversations go on after the last answer that is learned: "
+        "what follows it teaches nothing and was left out"
+    ]
+    if template is not None:
+        (encoded,) = Encoder(tokenizer, style).encode(
+            [Conversation((*more.messages, said("assistant", "no")), talk.place)]
+        )
+        assert encoded.num_trailing == 2, "an answer that is not for training teaches nothing either"
+
+
+def test_without_an_answer_that_is_learned_the_last_one_ends_the_text(place):
+    tokenizer, style = place("byte-level", "chatml")
+    talk = Conversation((Message("user", "dog"), Message("assistant", "yes")), Place("x.json", "record 0"))
+    (encoded,) = Encoder(tokenizer, style).encode([talk])
+    ((draft,), turns) = encoded.drafts, encoded.drafts[0].turns
+    assert tokenizer.token(draft.ids[-1]) == "<|im_end|>" and [turn.learned for turn in turns] == [False]
+
+
+CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": '{"at": "Rome"}'}}
+LOOK = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+WITH_CALLS = (
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ASKS_FIRST = "{{ messages[0].content }}" + CHATML
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+ROLES = "{% for m in messages if m.role in ['user', 'assistant'] %}" + CHATML.split("%}", 1)[1]
+HALF = CHATML.replace("m.content", "m.content.replace('quick', '')")
+NO_TOOLS = WITH_CALLS.replace("t.function.name", "''")
+dog, fox = said("user", "dog"), said("assistant", "fox", train=True)
+called = said("assistant", "", train=True, tool_calls=[CALL])
+thought = said("assistant", "fox", train=True, reasoning_content="why")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "says"),
+    [
+        (CHATML, [dog], [], "the assistant says nothing in it; it has user$"),
+        (CHATML, [], [], "the assistant says nothing in it; it has no message$"),
+        (
+            ALTERNATE,
+            [dog, dog, fox],
+            [],
+            "messages 0 and 1 are both of the user: join them$",
+        ),
+        (ALTERNATE, [dog, fox, fox], [], "roles must alternate; messages 1 and 2 are both of the assistant"),
+        (ALTERNATE, [fox, dog], [], "roles must alternate; the roles are assistant$"),
+        (
+            ASKS_FIRST,
+            [fox, dog, fox],
+            [],
+            "cannot ask for an assistant's message .* train: false$",
+        ),
+        (ROLES, [dog, said("critic", "bad"), fox], [], "leaves out message 1, of the role 'critic': rename"),
+        (ROLES, [dog, called, said("tool", "sun"), fox], [], "leaves out a tool call of message 1"),
+        (
+            WITH_CALLS.replace("t.function.name", "''"),
+            [dog, called],
+            [LOOK],
+            r"leaves out the tools.*'\[tools\]'$",
+        ),
+        (CHATML, [dog, called], [], "leaves out a tool call of message 1"),
+        (
+            CHATML,
+            [dog, thought],
+            [],
+            "the thought of message 1",
+        ),
+        (
+            CHATML,
+            [said("user", "dog", name="Ada"), fox],
+            [],
+            "leaves out the name in message 0: take it out",
+        ),
+        (HALF, [said("user", "the quick fox"), fox], [], "leaves out message 0, of the user"),
+        (
+            HALF,
+            [dog, said("assistant", "the quick fox", train=True)],
+            [],
+            "leaves out the answer 'the quick fox'",
+        ),
+        (None, [dog, called, said("tool", "sun"), fox], [], "must have turns of user and assistant"),
+        (
+            None,
+            [dog, fox],
+            [LOOK],
+            "has tools, for which .* alpaca has no place: prompt_style template",
+        ),
+        (
+            None,
+            [dog, called],
+            [],
+            "has tool_calls in a message, for which .* alpaca has no place",
+        ),
+        (None, [Message("text", "a"), Message("text", "b")], [], "must have turns .* it has text, text$"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_in_one_line_with_the_remedy(template, messages, tools, says, place):
+    tokenizer, style = place("byte-level", template)
+    talk = Conversation(tuple(messages), Place("x.json", "record 0"), tuple(tools))
+    encoder = Encoder(tokenizer, style or STYLES["alpaca"])
+    with pytest.raises(DataError, match=f"^x.json, record 0: .*{says}") as error:
+        encoder.encode([talk])
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_that_begins_the_conversation_can_be_context(place):
+    tokenizer, style = place("byte-level", ASKS_FIRST)
+    assert learned_texts(tokenizer, style, [said("assistant", "hello"), dog, fox]) == ["fox<|im_end|>"]
+
+
+def test_a_result_that_is_dropped_is_missed_although_its_words_stand_elsewhere(place):
+    tokenizer, style = place(
+        "byte-level", WITH_CALLS.replace("in messages", "in messages if m.role != 'tool'")
+    )
+    talk = Conversation((said("user", "4"), called, said("tool", "4"), fox), Place("x.json", "record 0"))
+    with pytest.raises(DataError, match="leaves out message 2, of the role 'tool'"):
+        Encoder(tokenizer, style).encode([talk])
+
+
+CLOCK = "{{ strftime_now('%H:%M:%S.%f') }}" + CHATML
+
+
+def test_a_template_that_writes_the_time_writes_one_time_for_a_whole_conversation(place):
+    tokenizer, style = place("byte-level", CLOCK)
+    (encoded,) = Encoder(tokenizer, style).encode(
+        [conversation(("dog", "yes"), ("fox", "no"), ("the", "quick"))]
+    )
+    (draft,) = encoded.drafts
+    assert len(draft.turns) == 3
+    first, second = (style.template.render([{"role": "user", "content": "dog"}]) for _ in range(2))
+    assert first != second, "but chat is told the time that it is"
+
+
+@pytest.mark.parametrize("template", ["chatml", "thoughtful"])
+def test_a_conversation_of_two_hundred_turns_costs_little(template, place):
+    tokenizer, style = place("byte-level", template)
+    turns = [(f"the quick {n}", f"one two {n}") for n in range(100)]
+    encoder = Encoder(tokenizer, style)
+    began = time.process_time()
+    (encoded,) = encoder.encode([conversation(*turns)])
+    assert time.process_time() - began < 1
+    assert len(encoded.drafts) == (1 if template == "chatml" else 100)
+    assert sum(len(draft.turns) for draft in encoded.drafts) == 100
+
+
+pieces = st.sampled_from([*SPECIAL, "\n", " ", "  ", "the", "quick", "é", "😀", "a", "th", "e"]) | texts
+
+
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.lists(pieces, max_size=8), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), max_size=4),
+    st.sampled_from(sorted(TOKENIZERS)),
+)
+def test_the_ids_up_to_a_place_are_those_of_the_text_up_to_there(place, parts, places, kind):
+    tokenizer = written(place, kind)
+    lines = ["".join("".join(part) for part in parts[: number + 1]) for number in range(len(parts))]
+    asked = [(line, sorted(min(place, len(line)) for place in places)) for line in lines]
+    for (line, places), (ids, cuts) in zip(asked, tokenizer.encode_cut(asked), strict=True):
+        assert ids == tokenizer.encode(line)
+        for place, cut in zip(places, cuts, strict=True):
+            found = ids[: cut.number] if cut.kept is None else ids[: cut.kept] + cut.others
+            assert found == tokenizer.encode(line[:place])
+
+
+@functools.cache
+def known(directory) -> Tokenizer:
+    return Tokenizer(directory)
+
+
+def written(place, kind: str) -> Tokenizer:
+    """One tokenizer for all examples of a test."""
+    directory = place.directory / kind
+    if not directory.is_dir():
+        directory.mkdir()
+        tokenizer, _ = place(kind)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (directory / file).write_bytes((place.directory / file).read_bytes())
+    return known(directory)

@@ -99,7 +99,6 @@ def test_a_message_that_is_not_for_training_is_not_learned(tokenizer_dir):
     ("roles", "says"),
     [
         ("user user assistant", "has user, user, assistant"),
-        ("user assistant user", "has user, assistant, user"),
         ("assistant", "has assistant"),
         ("user assistant system", "has user, assistant, system"),
         ("system", "has system"),

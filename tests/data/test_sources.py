@@ -141,7 +141,7 @@ def test_unknown_fields_of_all_files_are_told_at_once_and_ignored_when_named(tmp
     told = read_dataset(JSON(path=str(tmp_path), ignore=("id", "source", "system"))).conversations
     assert [len(conversation.messages) for conversation in told] == [2, 2, 2]
     with pytest.raises(UserError, match="ignore output: a record cannot be trained on without it"):
-        JSON(path="x", ignore=("output",))
+        read_dataset(JSON(path=str(tmp_path), ignore=("output",)))
 
 
 def test_a_key_that_comes_twice_is_refused(tmp_path):

@@ -114,6 +114,25 @@ def test_head_loss_in_tiles(cap, count, vocabulary, tiles, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_head_losses_of_single_tokens(cap):
+    """Each with a gradient of its own, over several blocks of tokens."""
+    hidden, weight = torch.randn(700, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    targets, factors = torch.randint(50, (700,)), torch.randn(700, dtype=torch.float64)
+    results = []
+    for compute in (
+        lambda x: cross_entropy.head_losses(x, targets, weight, cap),
+        lambda x: cross_entropy.plain_head_loss(x, targets, weight, cap, reduction="none"),
+    ):
+        x = hidden.clone().requires_grad_()
+        losses = compute(x)
+        (losses * factors).sum().backward()
+        results.append((losses.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1])
+    total = cross_entropy.head_loss(hidden, targets, weight, cap)
+    torch.testing.assert_close(results[0][0].sum(), total)
+
+
 def test_head_loss_of_unlikely_targets_stays_finite():
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight, targets = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1, 0])

@@ -102,7 +102,7 @@ def test_a_built_in_template_is_its_makers_form_and_what_transformers_renders(na
         theirs.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False) == begin + EXPECTED[name]
     )
     assert set(control_tokens(style.template)) == {*CONTROL[name]}
-    assert tokenizer.pieces(control_tokens(style.template)) == []
+    assert tokenizer.cut_up(control_tokens(style.template)) == []
     assert [tokenizer.token(stop) for stop in taught_stops(tokenizer, style)][-1] == ENDS[name]
 
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_without_the_control_tokens_is_told(tmp_path):
     directory = write_tokenizer(tmp_path / "bare", "byte-level", ["<|im_start|>"])
     tokenizer = Tokenizer(directory)
     style, reason = choose_style("chatml", None, None, "alpaca", tokenizer)
-    assert reason == "as set" and tokenizer.pieces(control_tokens(style.template)) == ["<|im_end|>"]
+    assert reason == "as set" and tokenizer.cut_up(control_tokens(style.template)) == ["<|im_end|>"]
     (example,) = tokenize([conversation([("the fox", "yes")])], tokenizer, style, 500).examples
     assert example.ids[-1] == tokenizer.eos_id, "the end-of-text token ends such an answer"
     assert taught_stops(tokenizer, style) == [tokenizer.eos_id]

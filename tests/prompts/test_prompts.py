@@ -10,6 +10,9 @@ from litlora.data.examples import tokenize
 from litlora.errors import CheckpointError, UserError
 from litlora.load import load
 from litlora.prompts import STYLES, ChatTemplate, choose_style, load_style, load_template
+from litlora.prompts.exchange import passages
+from litlora.prompts.shown import Asked
+from litlora.prompts.template import TurnEnds
 from litlora.serve.conversation import ChatSession
 from litlora.serve.engine import Engine, Sampling
 from litlora.tokenizer import Tokenizer
@@ -268,10 +271,11 @@ def test_a_template_that_drops_the_thought_it_asks_for_still_teaches_what_chat_a
     )
     template = ChatTemplate(source, Path("t"), {})
     for said, answer in (("Because.", "Because.<|im_end|>"), ("", "<|im_end|>")):
-        prompt, finished = template.exchange(
-            [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}]
-        )
-        assert prompt.endswith("<|im_start|>assistant: <think>") and finished == prompt + answer
+        talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}]
+        (passage,) = passages(template, Asked(talk, [1]), TurnEnds(None, None))
+        ((_, start, stop, _),) = passage.turns
+        assert passage.text[:start].endswith("<|im_start|>assistant: <think>")
+        assert passage.text[start:stop] == answer
 
 
 def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_checkpoint):

@@ -1,25 +1,35 @@
 """The schedule and the optimizer's groups."""
 
+import csv
 import importlib.util
 import math
+import os
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import tune
+from conftest import AfterStep, extra_sinks, tiny_config, tune
 from torch import nn
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import MissingExtraError, UserError
-from litlora.settings import TrainConfig
-from litlora.train.optim import check_optimizer, lr_at, make_optimizer, state_bytes
+from litlora.lora import add_lora
+from litlora.model import GPT
+from litlora.settings import FinetuneFull, LoRAConfig, TrainConfig
+from litlora.train.optim import check_optimizer, lr_at, make_optimizer, set_learning_rate, state_bytes
 
 
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("warmup", [0, 1, 3, 50, 0.0, 0.05, 0.5])
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
-def test_no_step_has_a_learning_rate_of_zero(total, warmup, floor):
-    config = TrainConfig(learning_rate=1e-3, warmup_steps=warmup, min_lr_ratio=floor)
+def test_no_step_has_a_learning_rate_of_zero(total, warmup, floor, schedule):
+    config = TrainConfig(learning_rate=1e-3, warmup_steps=warmup, min_lr_ratio=floor, schedule=schedule)
     rates = [lr_at(step, total, config) for step in range(total)]
     assert all(0 < rate <= 1e-3 for rate in rates)
 
@@ -31,6 +41,23 @@ def test_warm_up_then_cosine():
     assert rates[14] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
+
+
+def test_other_schedules():
+    settings = {"learning_rate": 1.0, "warmup_steps": 2, "min_lr_ratio": 0.0}
+    linear, constant, wsd = (
+        [lr_at(step, 10, TrainConfig(**settings, schedule=name, decay_steps=3)) for step in range(10)]
+        for name in ("linear", "constant", "wsd")
+    )
+    warmup = pytest.approx([1 / 3, 2 / 3])
+    assert linear[:2] == constant[:2] == wsd[:2] == warmup
+    assert linear[2:] == pytest.approx([1 - k / 8 for k in range(8)])
+    assert constant[2:] == [1.0] * 8
+    assert wsd[2:] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    share = TrainConfig(**settings, schedule="wsd", decay_steps=0.3)
+    assert [lr_at(step, 10, share) for step in range(10)] == wsd
+    floor = TrainConfig(learning_rate=1.0, warmup_steps=0, min_lr_ratio=0.5, schedule="linear")
+    assert lr_at(5, 10, floor) == 0.75
 
 
 def test_without_warm_up_the_first_step_is_at_the_peak():
@@ -49,6 +76,9 @@ def test_a_share_counts_of_all_steps():
         {"learning_rate": float("nan")},
         {"warmup_steps": 1.5},
         {"warmup_steps": -1},
+        {"decay_steps": 1.5},
+        {"decay_steps": 3, "schedule": "cosine"},
+        {"loraplus_lr_ratio": 0},
         {"epochs": 0},
         {"max_steps": 0},
         {"max_grad_norm": float("inf")},
@@ -66,15 +96,64 @@ def test_settings_that_train_nothing_are_refused(settings):
 def test_only_what_requires_a_gradient_is_optimised_and_vectors_are_not_decayed():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
-    groups = make_optimizer(model.parameters(), TrainConfig(weight_decay=0.1)).param_groups
+    groups = make_optimizer(trainable(model), TrainConfig(weight_decay=0.1)).param_groups
     assert [(group["weight_decay"], [id(p) for p in group["params"]]) for group in groups] == [
         (0.1, [id(model[1].weight)]),
         (0.0, [id(model[1].bias)]),
     ]
-    assert isinstance(make_optimizer(model[1:].parameters(), TrainConfig()), torch.optim.AdamW)
+    assert isinstance(make_optimizer(trainable(model[1:]), TrainConfig()), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_lora_plus_needs_an_adapter():
+    with pytest.raises(UserError, match="^loraplus_lr_ratio has no effect on full fine-tuning"):
+        FinetuneFull(train=TrainConfig(loraplus_lr_ratio=2.0))
+
+
+def test_lora_plus_gives_every_b_a_rate_of_its_own():
+    model = GPT(tiny_config())
+    add_lora(model, LoRAConfig(rank=2, targets=["q_proj", "v_proj"]))
+    weights = trainable(model)
+    optimizer = make_optimizer(weights, TrainConfig(loraplus_lr_ratio=16.0))
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for name, p in weights.items() if name.endswith("lora_B")} == {8.0}
+    assert {rates[id(p)] for name, p in weights.items() if name.endswith("lora_A")} == {0.5}
+    assert len(rates) == len(weights)
+    (group,) = make_optimizer(weights, TrainConfig()).param_groups
+    assert "lr_ratio" not in group, "states of earlier versions have no such entry"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd", "learning_rate": 0.3},
+        {"optimizer": "adafactor", "learning_rate": 0.03},
+        {"optimizer": "lion"},
+        {"optimizer": "lion_8bit"},
+        {"optimizer": "adamw_8bit"},
+        {"loraplus_lr_ratio": 4.0},
+        {"schedule": "wsd"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_they_learn_and_resume_to_the_bit(settings, base, alpaca_file, tmp_path, capsys):
+    """8-bit moments are kept from 4,096 values on, so embeddings train too."""
+    if settings.get("optimizer", "")[:4] in ("lion", "adam"):
+        pytest.importorskip("bitsandbytes")
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    lora = LoRAConfig(rank=2, modules_to_save=["embed_tokens"])
+    whole = {"learning_rate": 3e-3, "max_steps": 8, **settings}
+    tune("lora", base, alpaca_file, expected, train=whole, lora=lora)
+    with extra_sinks(AfterStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM))), pytest.raises(SystemExit):
+        tune("lora", base, alpaca_file, out, train=whole, lora=lora)
+    tune("lora", base, alpaca_file, out, train=whole, lora=lora, resume="auto")
+    assert (out / "final/lit_model.pth").read_bytes() == (expected / "final/lit_model.pth").read_bytes()
+    losses = [row["loss"] for row in csv.DictReader(open(out / "metrics.csv")) if row["loss"]]
+    assert float(losses[-1]) < float(losses[0])
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"])
 def test_a_missing_extra_is_named_before_any_work(name, base, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
@@ -91,7 +170,7 @@ def test_moments_in_8_bits_learn_nearly_the_same(base, alpaca_file, tmp_path, ca
     with pytest.raises(UserError, match="^optimizer paged_adamw: .*needs CUDA, not cpu"):
         check_optimizer("paged_adamw", torch.device("cpu"))
     weight = nn.Parameter(torch.zeros(64, 64))
-    optimizer = make_optimizer([weight], TrainConfig(optimizer="adamw_8bit"))
+    optimizer = make_optimizer({"weight": weight}, TrainConfig(optimizer="adamw_8bit"))
     weight.grad = torch.randn(64, 64)
     optimizer.step()
     moments = [

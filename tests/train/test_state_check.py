@@ -28,7 +28,7 @@ def make() -> tuple[SFT, torch.optim.Optimizer]:
     model = GPT(tiny_config())
     add_lora(model, LoRAConfig(rank=2, targets=["q_proj"]))
     objective = SFT(model, CONFIG)
-    return objective, make_optimizer(objective.parameters(), CONFIG)
+    return objective, make_optimizer(objective.trainable(), CONFIG)
 
 
 def restore(content: dict, objective: SFT, optimizer: torch.optim.Optimizer) -> dict:

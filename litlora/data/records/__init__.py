@@ -1,19 +1,39 @@
 """The forms that records have, one a file. Torch-free.
 
+- `detect.py` finds out which form records have;
+- `fields.py` checks fields, and says what is wrong with them;
+- `tools.py` reads functions and calls of them.
+
 To add one, write a subclass of `RecordForm` and put it in FORMS.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
 
-from litlora.data.conversation import Conversation, Place
+from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.files import Entry
 from litlora.data.records.alpaca import AlpacaForm
-from litlora.data.records.fields import record_fields, unknown_fields
+from litlora.data.records.detect import FIRST, detect, fitting_forms, without
+from litlora.data.records.fields import Record, Unused, read_record, some, unknown_fields
 from litlora.data.records.form import RecordForm
-from litlora.errors import DataError
+from litlora.data.records.messages import MessagesForm
+from litlora.data.records.preference import PreferenceForm
+from litlora.data.records.prompt_completion import PromptCompletionForm
+from litlora.data.records.sharegpt import ShareGPTForm
+from litlora.data.records.text import TextForm
+from litlora.errors import DataError, UserError, setting
 
-FORMS: dict[str, RecordForm] = {form.name: form for form in (AlpacaForm(),)}
+FORMS: dict[str, RecordForm] = {
+    form.name: form
+    for form in (
+        *(AlpacaForm(), MessagesForm(), ShareGPTForm(), PromptCompletionForm()),
+        *(TextForm(), PreferenceForm()),
+    )
+}
+TOGETHER = 1000
+"""Of how many records the unknown fields are told together; of a later one they are told at once."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +43,112 @@ class RecordReader:
     form: str
     """One of FORMS."""
     ignore: tuple[str, ...] = ()
-    """Fields that are left out."""
+    """Fields that are left out; those of messages as "messages.id"."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What the records call a field of the form, where that is another name."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What becomes of a record that cannot be used."""
+    learn: Literal["all", "last"] = "all"
+    """Which of the assistant's messages are learned."""
+    system: str | None = None
+    """The system message of records that have none."""
 
-    def read(self, entries: Iterable[Entry]) -> Iterator[Conversation]:
-        """One conversation a record. Raises DataError at the end for fields that are neither used
-        nor in `ignore`, all of them together."""
+    def __post_init__(self) -> None:
+        """Raises UserError for settings that do not fit the form."""
         form = FORMS[self.form]
-        unknown: dict[str, Place] = {}
-        for place, value in entries:
-            fields = record_fields(value, place, form.required)
-            fields = {name: content for name, content in fields.items() if name not in self.ignore}
-            for name, content in fields.items():
-                if name not in form.fields and content is not None:  # null says nothing
-                    unknown.setdefault(name, place)
-            yield form.conversation(fields, place)
+        for name in self.columns:
+            if name not in form.fields:
+                known = ", ".join(form.fields)
+                raise UserError(f"{setting('columns')} {name}: records of the form {self.form} have {known}")
+        needed = {name: self.columns.get(name, name) for name in form.required}
+        for name in needed.values():
+            if name in self.ignore:
+                raise UserError(without(name))
+        for name, is_set in (("system", self.system is not None), ("learn", self.learn != "all")):
+            if is_set and not form.is_chat:
+                raise UserError(f"{setting(name)}: records of the form {self.form} are not conversations")
+
+    def read(
+        self, entries: Iterable[Entry], skipped: list[DataError] | None = None
+    ) -> Iterator[Conversation]:
+        """One conversation a record. Raises DataError for a record that cannot be used, or, where
+        bad ones are skipped, adds it to `skipped` and goes on; and for fields that are neither used
+        nor in `ignore`, those of the first records all together."""
+        unknown: dict[str, Unused] = {}
+        for number, (place, value) in enumerate(entries):
+            if unknown and number == TOGETHER:
+                break
+            try:
+                record, conversation = self._read(place, value)
+                if record.unused and number >= TOGETHER:
+                    raise DataError(unknown_fields(record.unused))
+            except DataError as error:
+                if self.on_bad == "error":
+                    raise
+                if skipped is not None:
+                    skipped.append(error)
+                continue
+            for name, unused in record.unused.items():
+                unknown.setdefault(name, unused)
+            yield conversation
         if unknown:
-            raise DataError(unknown_fields(unknown, form.fields))
+            raise DataError(unknown_fields(unknown))
+
+    def _read(self, place: Place, value: Any) -> tuple[Record, Conversation]:
+        form = FORMS[self.form]
+        try:
+            record = read_record(value, place, self.columns, self.ignore, form.required)
+            for name in form.required:
+                if name not in record.fields:
+                    record.wrong(self._misses(record, name))
+            used = record.used(record.fields, form.fields)
+            # A null is told apart from a field that is missing.
+            record.fields = {name: used.get(name) for name in form.fields if name in record.fields}
+            return record, self._settled(form.conversation(record))
+        except RecursionError:
+            raise DataError(f"{place}: is nested too deeply") from None
+
+    def _misses(self, record: Record, name: str) -> str:
+        others = [other for other in fitting_forms(record, FORMS) if other != self.form]
+        if others:
+            return f"is of the form {others[0]}, and the data of the form {self.form}; write all in one form"
+        has = some(list(map(repr, record.fields))) or "nothing"
+        return f'has no "{record.named(name)}"; it has {has}'
+
+    def _settled(self, conversation: Conversation) -> Conversation:
+        """The conversation with the system message, and with nothing learned but what is to be."""
+        messages = conversation.messages
+        if not FORMS[self.form].is_chat:
+            return conversation
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        if not answers:
+            raise DataError(f"{conversation.place}: has no assistant's message; there is nothing to learn")
+        if self.learn == "last":
+            messages = tuple(
+                replace(message, train=message.train and number == answers[-1])
+                for number, message in enumerate(messages)
+            )
+        if not any(message.train for message in messages):
+            raise DataError(
+                f"{conversation.place}: has no message that is learned: all of them say otherwise"
+            )
+        if self.system is not None and not any(message.role == "system" for message in messages):
+            messages = (Message("system", self.system), *messages)
+        return conversation if messages is conversation.messages else replace(conversation, messages=messages)
 
 
-__all__ = ["FORMS", "RecordForm", "RecordReader"]
+def choose_form(
+    entries: Iterable[Entry], form: str | None, columns: Mapping[str, str], ignore: tuple[str, ...]
+) -> str | None:
+    """The form to read records in: the given one, or that of the first records; none if there are no
+    records. Raises DataError for records that do not tell, and for pairs, which no supervised
+    training learns."""
+    entries = list(islice(entries, FIRST))
+    chosen = form or detect(entries, FORMS, columns, ignore)
+    if chosen is not None and FORMS[chosen].is_pairs:
+        for place, value in entries[:1]:
+            FORMS[chosen].conversation(read_record(value, place, columns, ignore, FORMS[chosen].required))
+    return chosen
+
+
+__all__ = ["FORMS", "RecordForm", "RecordReader", "choose_form"]

@@ -1,9 +1,10 @@
 """RecordForm: one form that records have. Torch-free."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from litlora.data.conversation import Conversation, Place
+from litlora.data.conversation import Conversation
+from litlora.data.records.fields import Record
 
 
 class RecordForm(ABC):
@@ -13,9 +14,14 @@ class RecordForm(ABC):
     fields: ClassVar[tuple[str, ...]]
     """All that is used."""
     required: ClassVar[tuple[str, ...]]
-    """Those that a record must have."""
+    """Those that a record must have. They also tell a form from the others."""
+    is_chat: ClassVar[bool] = True
+    """Whether its records are conversations, to which a system message can be added, and of which
+    the last answer alone can be learned; else plain text."""
+    is_pairs: ClassVar[bool] = False
+    """Whether a record has two answers, a better and a worse one, and so is not one conversation."""
 
     @abstractmethod
-    def conversation(self, fields: dict[str, Any], place: Place) -> Conversation:
+    def conversation(self, record: Record) -> Conversation:
         """A record, which has the required fields, as a conversation. Raises DataError for a field
         that is not what it should be."""

@@ -1,0 +1,89 @@
+"""Which form records have. Torch-free."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+
+from litlora.data.conversation import Place
+from litlora.data.files import Entry
+from litlora.data.records.fields import Record, quoted, read_record, some
+from litlora.data.records.form import RecordForm
+from litlora.errors import DataError, setting
+
+FIRST = 100
+"""How many records are looked at."""
+
+
+def detect(
+    entries: Iterable[Entry],
+    forms: Mapping[str, RecordForm],
+    columns: Mapping[str, str],
+    ignore: tuple[str, ...],
+) -> str | None:
+    """The form of the first records, which must be the same for all of them; none if there are no
+    records. Raises DataError for records of several forms, and of none."""
+    first: Record | None = None
+    fitting: dict[str, Place] = {}
+    """The forms that every record so far has, and where one was first seen."""
+    for place, value in islice(entries, FIRST):
+        if not isinstance(value, dict):
+            if first is None:
+                read_record(value, place, columns, ignore, ())  # says what is wrong with it
+            continue
+        record = read_record(dict(value), place, columns, ignore, ())
+        first = first or record
+        fits = fitting_forms(record, forms)
+        if not fits:
+            continue  # it is refused, or skipped, when it is read
+        if fitting and not fitting.keys() & set(fits):
+            other, seen = next(iter(fitting.items()))
+            raise DataError(
+                f"{place}: is of the form {fits[0]}, but {seen} is of the form {other}: mixed forms are not "
+                f"guessed; write all records in one form"
+            )
+        fitting = {name: fitting.get(name, place) for name in fits if not fitting or name in fitting}
+    if first is None:
+        return None
+    if not fitting:
+        raise DataError(_unrecognised(first, forms))
+    if len(fitting) > 1:
+        name, place = next(iter(fitting.items()))
+        has = " and ".join(f"those of {form} ({', '.join(forms[form].required)})" for form in fitting)
+        raise DataError(
+            f"{place}: has the fields of several forms, {has}; choose one: {setting('format')} {name}"
+        )
+    return next(iter(fitting))
+
+
+def fitting_forms(record: Record, forms: Mapping[str, RecordForm]) -> list[str]:
+    """The forms whose required fields a record has. A null counts only if that leaves no form
+    otherwise: tables have a column for each field that any record has."""
+    for fields in (
+        {name for name, value in record.fields.items() if value is not None},
+        record.fields.keys(),
+    ):
+        if fits := [name for name, form in forms.items() if fields >= set(form.required)]:
+            return fits
+    return []
+
+
+def _unrecognised(record: Record, forms: Mapping[str, RecordForm]) -> str:
+    has = some([quoted(name) for name in record.fields]) or "nothing"
+    near = [form for form in forms.values() if set(form.required) & record.fields.keys()]
+    if len(near) == 1:
+        missing = next(name for name in near[0].required if name not in record.fields)
+        if record.named(missing) in record.ignore:
+            return without(missing)
+        return (
+            f'{record.place}: has no "{missing}", which records of the form {near[0].name} have; '
+            f"it has {has}; if it has another name: {setting('columns')} '{{{missing}: NAME}}'"
+        )
+    needs = ", ".join(f"{form.name} ({' and '.join(form.required)})" for form in forms.values())
+    return (
+        f"{record.place}: is of no known form; it has {has}; known are {needs}; "
+        f"if its fields have other names: {setting('columns')} '{{prompt: NAME, completion: NAME}}'"
+    )
+
+
+def without(name: str) -> str:
+    """The message about a required field that is to be ignored."""
+    return f"{setting('ignore')} {name}: a record cannot be trained on without it"

@@ -1,0 +1,53 @@
+"""The settings of preference tuning."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from litlora.errors import setting
+from litlora.settings.checks import check, check_value
+
+DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
+"""Of each loss, as in its paper or its authors' code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """What is learned from pairs of a better and a worse answer."""
+
+    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    """dpo (Rafailov et al. 2023) and ipo (Azar et al. 2023) compare with the model as it was before
+    training; simpo (Meng et al. 2024) compares mean log-probabilities, without a reference; orpo
+    (Hong et al. 2024) learns the better answer at the same time, without a reference."""
+    beta: float | None = None
+    """dpo, ipo: how closely the model is held to the reference; simpo: the scale of its reward;
+    orpo: the weight of the odds ratio beside the loss of the better answer (λ in the paper).
+    Default: 0.1; simpo 2.0."""
+    gamma: float = 1.0
+    """simpo: by how much the reward of the better answer is to exceed the other's."""
+    label_smoothing: float = 0.0
+    """dpo and simpo: the share of pairs that are assumed to be the wrong way round (conservative
+    DPO)."""
+
+    def __post_init__(self) -> None:
+        beta = self.resolved_beta
+        check_value(self, "beta", math.isfinite(beta) and beta > 0, "must be a positive, finite number")
+        check_value(
+            self, "gamma", math.isfinite(self.gamma) and self.gamma >= 0, "must be 0 or more, and finite"
+        )
+        check_value(
+            self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "must be at least 0 and below 0.5"
+        )
+        check(
+            not self.label_smoothing or self.loss in ("dpo", "simpo"),
+            f"{setting('label_smoothing')} has no effect on {setting('loss')} {self.loss}; use dpo or simpo",
+        )
+
+    @property
+    def resolved_beta(self) -> float:
+        return DEFAULT_BETA[self.loss] if self.beta is None else self.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model as it was before training."""
+        return self.loss in ("dpo", "ipo")
