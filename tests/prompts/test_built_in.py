@@ -262,3 +262,18 @@ def test_a_system_message_without_a_place_is_refused(model):
         start(style, " ")
     with pytest.raises(UserError, match="^the system message is not UTF-8"):
         start(style, "\udc80")
+
+
+def test_calls_of_tools_are_learned_in_chatml(model):
+    directory, tokenizer, style = model("chatml")
+    call = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]}
+    messages = (
+        Message("user", "1 + 1?"),
+        Message("assistant", "", train=True, more=call),
+        Message("tool", "2", more={"name": "add"}),
+        Message("assistant", "2.", train=True),
+    )
+    talk = Conversation(messages, Place("x.json", "record 0"), (TOOL,))
+    (example,) = tokenize([talk], tokenizer, style, 10_000).examples
+    learned = [tokenizer.decode(list(example.ids[start:stop])) for start, stop in example.learned]
+    assert learned == ['<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "2."]
