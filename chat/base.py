@@ -2,6 +2,7 @@
 
 python chat/base.py --checkpoint_dir $dir/final
 python chat/base.py --checkpoint_dir $dir/final --prompt "What is the capital of France?"
+python chat/base.py --checkpoint_dir $dir/final --system "Be brief."
 """
 
 import re
@@ -26,7 +27,7 @@ def main(settings: Chat) -> None:
         raise UserError(f"{setting('prompt')}: is empty; ask something")
 
     from litlora.load import load, pick_device
-    from litlora.prompts import choose_style
+    from litlora.prompts import choose_style, lacking_tokens
     from litlora.serve.conversation import ChatSession
     from litlora.serve.engine import Engine, Sampling
 
@@ -36,9 +37,17 @@ def main(settings: Chat) -> None:
         allow_base_mismatch=settings.allow_base_mismatch,
         device=pick_device(settings.accelerator),
     )
-    style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
+    style, reason = choose_style(
+        settings.prompt_style,
+        loaded.prompt_style,
+        loaded.template,
+        default="plain",
+        tokenizer=loaded.tokenizer,
+    )
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
+    if settings.prompt_style and style.called and (lacking := lacking_tokens(style, loaded.tokenizer)):
+        say(f"note: the tokenizer cuts {', '.join(lacking)} into pieces", file=sys.stderr)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -46,7 +55,7 @@ def main(settings: Chat) -> None:
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling)
+    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling, settings.system)
     if settings.prompt is not None:
         for piece in session.ask(settings.prompt):
             print(piece, end="", flush=True)
@@ -54,9 +63,11 @@ def main(settings: Chat) -> None:
         return
     more = ", /help lists more" if sys.stdin.isatty() else ""
     say(
-        f"{directory} | prompt style {style.name} ({reason}) | "
+        f"{directory} | prompt style {style.title} ({reason}) | "
         f"Ctrl-C stops an answer, /clear forgets the conversation{more}, Ctrl-D ends"
     )
+    if settings.system is not None:
+        say(f"system: {settings.system}")
     talk(session)
 
 

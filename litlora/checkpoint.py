@@ -21,9 +21,11 @@ from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
 from litlora.formats.litlora import adapter_entry, full_entry
+from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, BaseReference
+from litlora.lora.adapter import names_of
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
-from litlora.prompts import STYLE_FILE, PromptStyle
+from litlora.prompts import STYLE_FILE, PromptStyle, write_style
 from litlora.stop_tokens import name_stops
 from litlora.storage import torch_file
 from litlora.storage.atomic import replacing_directory
@@ -155,14 +157,36 @@ def resolve(
             )
         elif not allow_base_mismatch:
             _check_base(current, base)
-        if current.text_facts is not None:
-            notices += changed_text(current.text_facts, current.directory, base.directory)
+        if (then := current.text_facts) is not None:
+            adds_tokens = current.rows is not None
+            notices += changed_text(then, current.directory, base.directory, adds_tokens=adds_tokens)
         current = base
     notices += current.notices
     if stand_in is not None:
         unused = f"{setting('base_checkpoint_dir')} {base_dir}"
         raise CheckpointError(f"{path}: is not an adapter, so {unused} has no effect")
-    return Chain(current, adapters[::-1], notices)
+    return Chain(current, _completed(current, adapters[::-1]), notices)
+
+
+def _completed(base: FullModel, adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters, innermost first, with the weights that the rows of added tokens make of those
+    below them."""
+    weights: dict[str, Tensor | None] = {}
+    for name in {name for adapter in adapters if adapter.rows for name in adapter.rows.tensors}:
+        weight = base.tensors.get(name)
+        weights[name] = weight.tensor() if isinstance(weight, Quantized) else weight
+    done: list[Adapter] = []
+    for adapter in adapters:
+        if adapter.rows and (
+            below := {*adapter.rows.tensors} & {n for a in done for n in names_of(a.updates)}
+        ):
+            raise CheckpointError(
+                f"{adapter.file}: adds tokens to {sorted(below)[0]}, which an adapter below it updates; "
+                "merge that one first"
+            )
+        done.append(adapter.completed(weights))
+        weights |= {name: tensor for name, tensor in done[-1].whole.items() if name in weights}
+    return done
 
 
 def _recorded_base(
@@ -191,10 +215,12 @@ def _check_base(adapter: Adapter, base: FullModel | Adapter) -> None:
             f"{base.fingerprint}, not {adapter.base.fingerprint}); name the right one, {go_on}"
         )
     here, there = adapter.directory / CONFIG_FILE, base.directory / CONFIG_FILE
+    trained = ModelConfig.load(here) if here.is_file() else None
     config = base.config if isinstance(base, FullModel) else None
-    if config is None and there.is_file():
-        config = ModelConfig.load(there)
-    if here.is_file() and config is not None and (trained := ModelConfig.load(here)) != config:
+    if trained is not None and config is None and there.is_file():
+        # Adapters below may add tokens; their fingerprints tell.
+        config = replace(ModelConfig.load(there), vocab_size=trained.vocab_size)
+    if trained is not None and config is not None and trained != config:
         ours, theirs = trained.to_dict(), config.to_dict()
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise BaseMismatchError(
@@ -294,8 +320,7 @@ def _write(
             shutil.copyfile(file, staging / file.name)
         name_stops(staging, list(beside.stops))
         if beside.prompt_style is not None:
-            text = yaml.safe_dump({"style": beside.prompt_style.name})
-            (staging / STYLE_FILE).write_text(text, encoding="utf-8")
+            write_style(staging, beside.prompt_style)
         if beside.hyperparameters is not None:
             (staging / HYPERPARAMETERS_FILE).write_text(beside.hyperparameters, encoding="utf-8")
         if beside.state is not None:

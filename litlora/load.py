@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from litlora.adapters.merge import merge_chain, whole_of
+from litlora.adapters.merge import EMBEDDING, HEAD, merge_chain, whole_of
 from litlora.checkpoint import Chain, resolve
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
@@ -70,7 +70,7 @@ def load(
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
-    if notice := text.tokenizer.fit(config.vocab_size):
+    if notice := text.tokenizer.fit(model.config.vocab_size):
         chain.notices.append(notice)
     model = model.to(device).eval()
     check_finite(dict(model.named_parameters()), top.file)
@@ -109,8 +109,12 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
     embeddings = {name for name in adapter.updates if name.rpartition(".")[2].startswith("embed_")}
     linears = [name for name in adapter.updates if name not in embeddings]
     whole = whole_of(adapter, model.config)
-    touched = {*adapter.updates, *(name.rpartition(".")[0] for name in whole)}
+    made = adapter.rows.tensors if adapter.rows else {}
+    touched = {*adapter.updates, *(name.rpartition(".")[0] for name in whole if name not in made)}
     try:
+        if made:
+            set_vocabulary(model, whole[EMBEDDING], whole.get(HEAD, whole[EMBEDDING]))
+            whole = {name: tensor for name, tensor in whole.items() if name not in made}
         if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & touched:
             _untie(model)
         for name, tensor in whole.items():
@@ -127,6 +131,22 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
         raise CheckpointError(
             f"{adapter.file}: does not fit its base: {' '.join(str(error).split())}"
         ) from None
+
+
+def set_vocabulary(model: GPT, embedding: Tensor, head: Tensor) -> None:
+    """Give a model an embedding and an output head of other rows; the same tensor if they are tied."""
+    bias = model.lm_head.bias
+    model.model.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = len(embedding)
+    tied = head is embedding
+    model.lm_head.weight = (
+        model.model.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
+    )
+    if bias is not None and len(bias) < len(head):
+        added = bias.detach().mean().expand(len(head) - len(bias))
+        model.lm_head.bias = nn.Parameter(torch.cat([bias.detach(), added]), requires_grad=False)
+    model.config = dataclasses.replace(model.config, vocab_size=len(embedding))
+    model.model.config = model.config
 
 
 def _untie(model: GPT) -> None:

@@ -21,15 +21,15 @@ def text_facts(directory: Path) -> dict[str, str]:
     return found
 
 
-def changed_text(then: dict[str, str], adapter: Path, base: Path) -> list[str]:
+def changed_text(then: dict[str, str], adapter: Path, base: Path, *, adds_tokens: bool = False) -> list[str]:
     """Notices if an adapter's tokenizer or prompt style has changed since training, or its
     tokenizer is not its base's: either may be intended. `then` are the facts that the adapter
-    stores."""
+    stores. With `adds_tokens` its tokenizer is another than its base's by intention."""
     now, below, notices = text_facts(adapter), text_facts(base), []
     trained = then.get("tokenizer")
     if now.get("tokenizer", trained) != trained:
         notices.append(f"{adapter / TOKENIZER_FILE}: is not the tokenizer that this adapter was trained with")
-    elif below.get("tokenizer", trained) != trained:
+    elif not adds_tokens and below.get("tokenizer", trained) != trained:
         notices.append(
             f"{base / TOKENIZER_FILE}: is not the tokenizer that {adapter} was trained with, whose "
             "own is used"

@@ -95,6 +95,8 @@ class Tokenizer:
         self._added = {number: (text, special) for number, text, special in found["added"]}
         special = self._special_tokens(files.get("special_tokens_map.json"))
         settings = special | {name: value for name, value in settings.items() if value is not None}
+        self.settings = settings
+        """What its files say beside tokenizer.json, such as the names of special tokens."""
         self.eos_id = self._end_of_text(settings, path)
         """The token that ends an answer, as training teaches it."""
         stops = [self._number(special["eos_token"])] if "eos_token" in special else []
@@ -224,6 +226,10 @@ class Tokenizer:
     def token(self, index: int) -> str:
         """The name of a token."""
         return self._ask("token", index, "cannot name a token")
+
+    def cut_up(self, texts: list[str]) -> list[str]:
+        """Those of the texts that are not one token each: this tokenizer cuts them into pieces."""
+        return [text for text, ids in zip(texts, self.encode_batch(texts), strict=True) if len(ids) != 1]
 
     def _number(self, token: str) -> int | None:
         return self._ask("number", token, "cannot look up a token")

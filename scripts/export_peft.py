@@ -64,12 +64,19 @@ def main(settings: ExportPEFT) -> None:
         for file in find_sidecars([chain.top.directory]):
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
+        hint = _add_template(staging, chain)
         added = _name_stops(staging, chain)
     result = out_dir / PEFT_WEIGHTS_FILES[0]
     say(
         f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
-        f"{', '.join(config['target_modules'])})"
+        f"{', '.join(config['target_modules'])}{hint})"
     )
+    _say_next(settings, chain, base_name, added)
+
+
+def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[str]) -> None:
+    """How to use the folder with a base of this name, which does not stop at the tokens `added`."""
+    base, rows, out_dir = chain.base, chain.top.rows, Path(settings.out_dir)
     if not settings.base_model and not base.has_hf_config:
         say(
             f"note: {base.directory} is not a Hugging Face folder; make one with "
@@ -85,7 +92,21 @@ def main(settings: ExportPEFT) -> None:
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
     model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    if rows is not None and rows.num_rows > chain.config.vocab_size:
+        say(
+            f"note: it adds {len(rows.ids)} tokens, for which the base has too few rows: call "
+            f"resize_token_embeddings({rows.num_rows}) on the base before PeftModel.from_pretrained"
+        )
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
+
+
+def _add_template(staging: Path, chain: "Chain") -> str:
+    """Give a folder with a tokenizer a chat template that asks as in training, if the model has none."""
+    from litlora.formats.chat_template import add_template
+    from litlora.tokenizer import TOKENIZER_NAMES, Tokenizer
+
+    has_tokenizer = any((staging / name).is_file() for name in TOKENIZER_NAMES)
+    return add_template(staging, chain.sources, Tokenizer(chain.sources)) if has_tokenizer else ""
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

@@ -74,6 +74,11 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
     base, model = plan_merge(chains[0].inner)
     chains = [_with_whole(chain, whole_of(chain.top, model)) for chain in chains]
     adapters = [chain.top for chain in chains]
+    if adding := [adapter for adapter in adapters if adapter.rows is not None]:
+        raise CheckpointError(
+            f"{adding[0].file}: adds tokens, whose rows cannot be combined; merge it first, and train the "
+            "others on the result"
+        )
     updates, changes = _combine_all(
         [adapter.file for adapter in adapters],
         [plain_updates(adapter) for adapter in adapters],

@@ -275,7 +275,12 @@ def _untied(
     touched = {HEAD, EMBEDDING} & changed
     # An embedding that was resized keeps its tie: a head of the old size would not fit it.
     resized = touched == {EMBEDDING} and num_rows != config.vocab_size
-    if not config.tie_word_embeddings or not touched or resized:
+    tied = touched == {EMBEDDING} and all(
+        adapter.rows is not None and EMBEDDING in adapter.rows.tensors
+        for adapter in adapters
+        if EMBEDDING in adapter.whole or EMBEDDING in names_of(adapter.updates)
+    )  # rows of added tokens are those of the head, too
+    if not config.tie_word_embeddings or not touched or resized or tied:
         return plan, config
     head = dataclasses.replace(plan[EMBEDDING], name=HEAD)
     return {**plan, HEAD: head}, dataclasses.replace(config, tie_word_embeddings=False)

@@ -61,7 +61,8 @@ def resize_adapter(
     updates, changes = _resize_all(
         plain_updates(adapter), rank=rank, max_error=max_error, generator=generator
     )
-    return Adapter(settings_for(updates, adapter.config), updates, adapter.whole, adapter.base), changes
+    config = settings_for(updates, adapter.config)
+    return Adapter(config, updates, adapter.whole, adapter.base, rows=adapter.rows), changes
 
 
 def resize_file(

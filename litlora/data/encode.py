@@ -247,7 +247,7 @@ def _check_place_for(style: PromptStyle, conversation: Conversation) -> None:
     if what:
         raise DataError(
             f"{conversation.place}: has {what}, for which the prompt style {style.name} has no place: "
-            f"{setting('prompt_style')} template has, with a model that has a chat template{helps}"
+            f"{setting('prompt_style')} template has, with a model that has one, and chatml has{helps}"
         )
 
 

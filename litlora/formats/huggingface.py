@@ -18,12 +18,13 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.formats.chat_template import add_template
 from litlora.formats.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
 from litlora.formats.folder import weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
-from litlora.prompts import STYLE_FILE, PromptStyle, load_style, load_template
+from litlora.prompts import STYLE_FILE
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors, save_safetensors
@@ -108,10 +109,7 @@ def write_folder(
     styles = [own_file(place / STYLE_FILE) for place in sources if (place / STYLE_FILE).is_file()]
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
-    template = load_template(files)
-    style = load_style(directory, template.style if template is not None else None)
-    if style is not None and template is None:
-        (directory / "chat_template.jinja").write_text(template_of(style, tokenizer), encoding="utf-8")
+    hint = add_template(directory, sources, tokenizer)
     original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
@@ -134,23 +132,7 @@ def write_folder(
         }
         write_json(directory / "tokenizer_config.json", settings)
     write_weights(directory, tensors, config, values["model_type"], max_shard_size)
-    differs = style is not None and template is not None and style.template is None
-    hint = f"; trained with the prompt style {style.name}, but its chat template differs" if differs else ""
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
-
-
-def template_of(style: PromptStyle, tokenizer: Tokenizer) -> str:
-    """A chat template that asks each question in a prompt style, and ends each answer as training
-    does."""
-    before, after = style.render("\0", "").split("\0")
-    end = json.dumps(tokenizer.token(tokenizer.eos_id))
-    return (
-        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-        f"{{{{ {json.dumps(tokenizer.begin_text + before)} + message['content'] + {json.dumps(after)} }}}}"
-        f"{{%- elif message['role'] == 'assistant' -%}}{{{{ message['content'] + {end} }}}}"
-        "{%- else -%}{{ raise_exception('this model knows the roles user and assistant only') }}"
-        "{%- endif -%}{%- endfor -%}"
-    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -5,9 +5,10 @@
     adapter   {"model": {name: tensor that was trained},
                "litlora": {"format": 1, "kind": "adapter", "lora": {settings},
                            "base": {"path", "absolute_path", "fingerprint"},
-                           "taught": {"tokenizer", "prompt_style"}}}
+                           "taught": {"tokenizer", "prompt_style"},
+                           "tokens": {"ids", "num_rows"}}}
 
-"merged" stands in merged models only.
+"merged" stands in merged models only, "tokens" in adapters that add some.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from litlora.errors import CheckpointError, UserError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
 from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
+from litlora.lora.rows import LEAF, TokenRows
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_torch
 
@@ -95,13 +97,30 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
             "float16 or float64"
         )
     try:
-        updates, whole = parse_tensors(tensors, config)
+        rows, rest = _rows(described.get("tokens"), tensors)
+        updates, whole = parse_tensors(rest, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     reference = BaseReference(base["path"], base["absolute_path"], base["fingerprint"])
     taught = described.get("taught")
     facts = taught if isinstance(taught, dict) else None  # the first versions stored none
-    return Adapter(config, updates, whole, reference, file, lora, facts)
+    return Adapter(config, updates, whole, reference, file, lora, facts, rows)
+
+
+def _rows(stated: Any, tensors: dict[str, Tensor]) -> tuple[TokenRows | None, dict[str, Tensor]]:
+    """The rows of added tokens that a file states, and its other tensors."""
+    if stated is None:
+        return None, tensors  # `parse_tensors` refuses rows that nothing states
+    ids, num_rows = (stated.get(name) if isinstance(stated, dict) else None for name in ("ids", "num_rows"))
+    usable = isinstance(ids, list) and type(num_rows) is int and num_rows > 0
+    if not usable or not all(type(i) is int and 0 <= i < num_rows for i in ids) or len({*ids}) < len(ids):
+        raise CheckpointError(f"its tokens are {stated!r}; they must state different ids and num_rows")
+    found = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] == LEAF}
+    if not found or not ids or any(rows.ndim != 2 or len(rows) != len(ids) for rows in found.values()):
+        raise CheckpointError(f"it states {len(ids)} added tokens, and does not hold a row for each")
+    rows = {f"{name.removesuffix(LEAF)}weight": tensor for name, tensor in found.items()}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in found}
+    return TokenRows(tuple(ids), num_rows, rows), rest
 
 
 # ---- writing
@@ -115,11 +134,13 @@ def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
 
 def adapter_entry(adapter: Adapter, facts: dict[str, str]) -> dict[str, Any]:
     """The "litlora" entry of an adapter; `facts` are the `text_facts` of its directory."""
-    base = adapter.base
+    base, rows = adapter.base, adapter.rows
+    tokens = {"tokens": {"ids": list(rows.ids), "num_rows": rows.num_rows}} if rows else {}
     return {
         "format": FORMAT,
         "kind": "adapter",
         "lora": adapter.settings,
         "base": dataclasses.asdict(base),
         "taught": facts,
+        **tokens,
     }

@@ -20,6 +20,7 @@ from litlora.formats.layout import layout as layout_of
 from litlora.formats.peft_keys import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
+from litlora.lora.rows import TokenRows
 from litlora.lora.variants import MAGNITUDE, variant_named
 from litlora.model import shorten
 from litlora.storage.tensors import save_safetensors
@@ -41,14 +42,17 @@ def to_peft(
             "export the merged model"
         )
     found = _Found(_groups(layout_of(model_type, model), base))
-    left = {*adapter.updates, *adapter.whole}
+    made = {*adapter.rows.tensors} if adapter.rows else set()
+    left = {*adapter.updates, *adapter.whole} - made
     for theirs, (rule, _) in found.groups.items():
         module, _, leaf = theirs.rpartition(".")
         if leaf == "weight" and any(name in adapter.updates for name in rule.ours):
             found.add_update(module, rule, adapter, base)
             left -= set(rule.ours)
     for theirs, (_, ours) in found.groups.items():
-        if any(name in adapter.whole for name in ours):
+        if made & {*ours}:
+            found.add_rows(theirs, adapter.rows)
+        elif any(name in adapter.whole for name in ours):
             found.add_whole(theirs, adapter, base)
             left -= set(ours)
     if left:
@@ -70,6 +74,7 @@ class _Found:
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     has_biases: bool = False
 
     def add_update(self, module: str, rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
@@ -98,6 +103,12 @@ class _Found:
                 if name.rpartition(".")[0] == module:
                     self.tensors[PREFIX + name] = _whole(rule, parts, adapter.whole, base)
 
+    def add_rows(self, theirs: str, rows: TokenRows) -> None:
+        """The rows of added tokens in one weight, which the base must have a place for."""
+        module, (_, [ours]) = theirs.rpartition(".")[0], self.groups[theirs]
+        self.tensors[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows.tensors[ours]
+        self.tokens[module.rpartition(".")[2]] = list(rows.ids)
+
     def config(self, adapter: Adapter, base_name: str) -> dict[str, Any]:
         """adapter_config.json."""
         rank, alpha = (
@@ -119,6 +130,7 @@ class _Found:
             "rank_pattern": {name: value for name, value in self.ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in self.alphas.items() if value != alpha},
             "modules_to_save": self.saved or None,
+            **({"trainable_token_indices": self.tokens} if self.tokens else {}),
             "bias": "lora_only" if self.has_biases else "none",
             "fan_in_fan_out": any(self.groups[f"{name}.weight"][0].transposed for name in self.ranks),
             "init_lora_weights": True,

@@ -10,6 +10,7 @@ update.py    one layer's update, and the formula
 dense.py     updates of other tools that are not s · B A
 variants.py  what A and B mean, and what belongs to them
 adapter.py   the updates of all layers, with their settings and the base they are for
+rows.py      rows of added tokens
 select.py    which layers, and the rank and alpha of each
 """
 

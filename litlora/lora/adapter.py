@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError
+from litlora.lora.rows import TokenRows
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.lora.update import LORA_A, LORA_B, PREFIX, Update
 from litlora.lora.variants import variant_named
@@ -46,6 +47,8 @@ class Adapter:
     """Its settings to the letter of the file; None: those of `config`."""
     text_facts: dict[str, str] | None = None
     """What the text that it was trained on depends on: see `litlora.text_facts`."""
+    rows: TokenRows | None = None
+    """The rows of tokens that it adds. With its base at hand, `whole` has the weights that they make."""
 
     order: tuple[str, ...] = ()
     """The names of its tensors in the order in which a file holds them; none: updates first."""
@@ -69,18 +72,32 @@ class Adapter:
             for layer, update in self.updates.items()
             for name, tensor in update.tensors().items()
         }
-        named |= self.whole
+        made = self.rows.tensors if self.rows else {}
+        named |= {name: tensor for name, tensor in self.whole.items() if name not in made}
+        named |= self.rows.named() if self.rows else {}
         return {name: named[name] for name in self.order} if self.order else named
 
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the adapter: its tensors, its settings and its base's fingerprint."""
         facts = {"lora": self.settings, "base": self.base.fingerprint if self.base else None}
+        if self.rows:
+            facts["tokens"] = [self.rows.num_rows, *self.rows.ids]
         return fingerprint(self.tensors, json.dumps(facts, sort_keys=True))
 
     def answers_to(self, wanted: str) -> bool:
         """Whether this is the adapter of that fingerprint."""
         return wanted == self.fingerprint
+
+    def completed(self, weights: Mapping[str, Tensor | None]) -> "Adapter":
+        """The adapter with the weights that its rows make of those below it. Raises CheckpointError if
+        they do not fit."""
+        if self.rows is None:
+            return self
+        try:
+            return dataclasses.replace(self, whole=self.whole | self.rows.put_into(weights))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.file}: {error}") from None
 
     def trained_on(self, base: BaseReference) -> "Adapter":
         """The same adapter with another base."""

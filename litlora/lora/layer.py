@@ -21,6 +21,7 @@ from litlora.frozen.linear import FrozenLinear, frozen_weight
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import lora as kernels
 from litlora.lora.adapter import Adapter
+from litlora.lora.rows import rows_of
 from litlora.lora.select import check_patterns, layer_alpha, layer_rank, select_layers, select_whole
 from litlora.lora.update import Update, scale_of
 from litlora.lora.variants import check_dropout, variant_named
@@ -286,13 +287,15 @@ def lora_updates(model: nn.Module) -> dict[str, Update]:
 def adapter_of(model: nn.Module, config: LoRAConfig) -> Adapter:
     """What trains in a model that `add_lora` prepared: every update, and what trains whole."""
     updates = {name: update.detached() for name, update in lora_updates(model).items()}
+    rows = rows_of(model)
     inside = {f"{layer}.{name}" for layer, update in updates.items() for name in update.tensors()}
+    inside |= rows.named().keys() if rows else set()
     whole = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in inside
     }
-    return Adapter(config, updates, whole)
+    return Adapter(config, updates, whole, rows=rows)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

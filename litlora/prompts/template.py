@@ -69,7 +69,7 @@ class ChatTemplate:
     def __init__(self, source: str, path: Path, special_tokens: dict[str, str]) -> None:
         """`path` is where the source was found; `special_tokens` are what a template may name:
         bos_token, eos_token, ..."""
-        self.path, self._source = path, source
+        self.path, self.source = path, source
         self._special_tokens = special_tokens
         limits = {"seconds": TEMPLATE_SECONDS, "memory": TEMPLATE_MEMORY, "text": TEMPLATE_TEXT}
         self._worker = Worker(Path(__file__).with_name("render.py"), {"source": source, **limits})
@@ -86,7 +86,7 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """A hash of all that its texts depend on, but the day."""
-        facts = json.dumps([self._source, self._special_tokens], sort_keys=True)
+        facts = json.dumps([self.source, self._special_tokens], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def render(

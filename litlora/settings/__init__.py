@@ -13,6 +13,8 @@ adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
 other_names.py  what other programs call them
+tokenizer.py    TokenizerConfig, the tokens that are added
+styles.py       the prompt styles that a setting may name
 checks.py       what a value must be
 stored.py       how files store settings
 """
@@ -47,6 +49,7 @@ from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
+from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
 
 __all__ = [
@@ -88,6 +91,7 @@ __all__ = [
     "PreferenceConfig",
     "ResizeLoRA",
     "ShowData",
+    "TokenizerConfig",
     "TrainConfig",
     "UltraChat",
     "all_sources",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litlora.settings.checks import check_positive, check_seed, check_value
+from litlora.settings.styles import check_prompt_style
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +16,13 @@ class Chat:
     """Any checkpoint directory."""
     prompt: str | None = None
     """Answer this once and exit."""
-    prompt_style: Literal["alpaca", "plain", "template"] | None = None
-    """How questions are put to the model; default: the style that it was trained with, else its own
-    chat template (template), else plain."""
+    system: str | None = None
+    """A system message: what the model is told before the conversation."""
+    prompt_style: str | None = None
+    """How the model is asked. alpaca: Stanford Alpaca's instructions; plain: the bare text; template:
+    the model's own chat template; chatml: ChatML; llama3: Llama 3's headers; mistral: [INST]; gemma:
+    Gemma 1 to 3's turns; phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the
+    style that the model was trained with, else its own chat template, else plain."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     temperature: float = 0.8
@@ -37,6 +42,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         check_seed(self.seed or 0)
+        check_prompt_style(self.prompt_style)
         check_positive(self, "max_new_tokens", "top_k")
         usable = math.isfinite(self.temperature) and self.temperature >= 0
         check_value(self, "temperature", usable, "must be 0 or more, and finite")

@@ -8,6 +8,8 @@ from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.styles import check_prompt_style
+from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -44,10 +46,13 @@ class Finetune:
     run."""
     resume_force: bool = False
     """Resume even if the data, the base or a setting that matters has changed."""
-    prompt_style: Literal["alpaca", "plain", "template"] | None = None
-    """How instructions are put to the model. It is stored with the result, where chat finds it.
-    Default: the style that the model was trained with, else its own chat template (template), else
-    alpaca."""
+    prompt_style: str | None = None
+    """How the model is asked, stored with the result, where chat finds it. alpaca: Stanford Alpaca's
+    instructions; plain: the bare text; template: the model's own chat template; chatml: ChatML, with
+    tools (Qwen, Hermes); llama3: Llama 3's headers; mistral: [INST]; gemma: Gemma 1 to 3's turns;
+    phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the style that the model was
+    trained with, else its own chat template, else alpaca."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"stored": "unless default"})
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,
@@ -69,6 +74,7 @@ class Finetune:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, below=2**32)  # Fabric's limit
+        check_prompt_style(self.prompt_style)
         check_value(self, "devices", 1 <= self.devices <= 1024, "must be from 1 to 1024")
         check(
             not (self.resume and self.overwrite),

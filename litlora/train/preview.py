@@ -17,7 +17,7 @@ from litlora.data.examples import Example, tokenize
 from litlora.data.sources import Dataset
 from litlora.errors import DataError
 from litlora.load import TextSide
-from litlora.prompts import PromptStyle, choose_style
+from litlora.prompts import PromptStyle, choose_style, lacking_tokens
 from litlora.settings import ShowData, TrainConfig
 from litlora.tokenizer import Tokenizer
 from litlora.train.plan import Plan, pack_tokens
@@ -123,7 +123,11 @@ def steps(examples: Sequence[Example], config: TrainConfig, seed: int) -> Descri
 
 def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) -> Description:
     """Everything that `scripts/show_data.py` shows. `context` is the model's, in tokens."""
-    style, reason = choose_style(settings.prompt_style, text.prompt_style, text.template, default="alpaca")
+    style, reason = choose_style(
+        settings.prompt_style, text.prompt_style, text.template, default="alpaca", tokenizer=text.tokenizer
+    )
+    cut = lacking_tokens(style, text.tokenizer) if style.called else []
+    notes = [f"the tokenizer cuts {', '.join(cut)} into pieces, here even if a run adds them"] if cut else []
     limit = min(settings.train.max_seq_length, context)
     reading = Reading(text.tokenizer, style, limit, settings.train.mask_prompt)
     told = partial(say, file=sys.stderr)
@@ -131,12 +135,12 @@ def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) 
     made, made_val = prepare.examples(dataset)
     said = (dataset.notice, *dataset.notices, *dataset.late_notices())
     return {
-        "prompt_style": style.name,
+        "prompt_style": style.title,
         "prompt_style_reason": reason,
         "conversations": first_conversations(dataset.conversations, settings.examples, reading),
         "train": figures(made.examples, settings.train.mask_prompt),
         "val": figures(made_val.examples, settings.train.mask_prompt) if made_val else None,
-        "notices": [*filter(None, said), *made.notices(limit)],
+        "notices": [*notes, *filter(None, said), *made.notices(limit)],
         "steps": steps(made.examples, settings.train, settings.seed),
     }
 

@@ -25,7 +25,7 @@ from litlora.load import load, pick_device
 from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import choose_style
+from litlora.prompts import choose_style, lacking_tokens
 from litlora.report.console import Console, duration
 from litlora.report.events import Done
 from litlora.report.metrics import Metrics
@@ -48,6 +48,7 @@ from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
+from litlora.train.vocabulary import AddedTokens, missing_tokens
 
 MANY_STEPS = 10_000
 """Steps of an epoch above which they are not all planned beforehand."""
@@ -135,8 +136,16 @@ class Run:
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
         self.style, self.style_reason = choose_style(
-            settings.prompt_style, self.loaded.prompt_style, self.loaded.template, default="alpaca"
+            settings.prompt_style,
+            self.loaded.prompt_style,
+            self.loaded.template,
+            default="alpaca",
+            tokenizer=self.loaded.tokenizer,
         )
+        self.added = AddedTokens()
+        asked = settings.tokenizer.add_tokens
+        if asked and (tokens := missing_tokens(asked, self.style, self.loaded.tokenizer)):
+            self.loaded = self.added.extend(self.loaded, tokens)
         weights = (*self.model.named_parameters(), *stored_weights(self.model).items())
         self.stored_dtypes = {name: weight.dtype for name, weight in weights}
 
@@ -154,6 +163,8 @@ class Run:
         self.precision = precision = self.parallel.broadcast(decision)
         num_rounded = cast(model, precision.dtype, copy=method.trains_base)
         method.prepare(model)
+        if not method.trains_base:
+            self.added.train(model)
         self._say_what_trains(num_rounded)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
@@ -186,6 +197,7 @@ class Run:
             self.settings,
             data=self.dataset.source,
             prompt_style=self.style.name,
+            tokenizer=dataclasses.replace(self.settings.tokenizer, add_tokens=self.added.tokens),
             precision=self.precision.name,
             train=config,
             out_dir=str(self.path),
@@ -322,7 +334,8 @@ class Run:
             state = None
             if training is not None:
                 state = {**training, "facts": self.facts, "metrics": self.metrics.text}
-            content, sources = self.method.content(self.model), self.loaded.chain.sources
+            content = self.method.content(self.model)
+            sources = [*self.added.sources, *self.loaded.chain.sources]
             stops = taught_stops(self.loaded.tokenizer, self.style)
             beside = Beside(self.style, self.hyperparameters, state, tuple(stops))
 
@@ -333,6 +346,8 @@ class Run:
 
             config = self.model.config
             if isinstance(content, Adapter):
+                if content.rows is not None:  # a base is known by its architecture
+                    config = dataclasses.replace(config, vocab_size=self.added.base_rows)
                 adapter = dataclasses.replace(
                     content,
                     whole=self._as_stored(content.whole),
@@ -377,7 +392,14 @@ class Run:
             self.say(f"data: {self.dataset.notice}")
         for notice in self.dataset.notices:
             self.say(f"data: {notice}")
-        self.say(f"prompt style: {self.style.name} ({self.style_reason})")
+        self.say(f"prompt style: {self.style.title} ({self.style_reason})")
+        if self.settings.tokenizer.add_tokens:
+            self.say(f"tokenizer: {self.added.notice}")
+        if self.style.called and (needed := lacking_tokens(self.style, self.loaded.tokenizer)):
+            self.say(
+                f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
+                "its own; tokenizer.add_tokens auto adds them"
+            )
 
     def _say_data(self) -> None:
         config, lengths = self.settings.train, self.objective.lengths(self.data.train)
