@@ -65,11 +65,7 @@ def main(settings: ExportPEFT) -> None:
             if file.name in PEFT_NAMES:
                 shutil.copyfile(file, staging / file.name)
         added = _name_stops(staging, chain)
-    result = out_dir / PEFT_WEIGHTS_FILES[0]
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
-        f"{', '.join(config['target_modules'])})"
-    )
+    _sum_up(out_dir / PEFT_WEIGHTS_FILES[0], config, family, chain.top.config.dropout)
     if not settings.base_model and not base.has_hf_config:
         say(
             f"note: {base.directory} is not a Hugging Face folder; make one with "
@@ -86,6 +82,20 @@ def main(settings: ExportPEFT) -> None:
         )
     model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
+
+
+def _sum_up(result: Path, config: dict[str, Any], family: str, dropout: float) -> None:
+    """Say what has been written."""
+    if dropout != config["lora_dropout"]:
+        say(
+            f"note: PEFT adapts experts without dropout: {dropout:g} is written as 0, which matters if the "
+            "adapter is trained further"
+        )
+    adapted = config["target_modules"] + config.get("target_parameters", [])
+    say(
+        f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
+        f"{', '.join(adapted)})"
+    )
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

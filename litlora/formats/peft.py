@@ -8,7 +8,8 @@ joined: A is stacked, B is block-diagonal and the ranks add up, unless the parts
 update of the embedding, E + s · (B' A')^T in PEFT's file, is A = B'^T and B = A'^T here.
 
 Since transformers 5 the experts of a layer are two 3-D parameters, which PEFT adapts as such
-(`target_parameters`): the adapter of one becomes one of each expert's layers. Rows of single tokens
+(`target_parameters`): the adapter of one becomes one of each expert's layers. The weight of any layer
+may be such a parameter, too. Rows of single tokens
 and biases of B become tensors that replace the base's. An adapter of a model with other modalities
 names the language model inside it.
 """
@@ -122,9 +123,11 @@ class _Found:
 
     def add_pair(self, module: str, pair: dict[str, Tensor]) -> None:
         """The factors of one module of theirs, and what belongs to them."""
-        rank, alpha, scale = self._strength(module)
+        rule, is_parameter = self.names.rule_of(module), _is_parameter(module, self.config)
+        rank, alpha, scale = self._strength(f"{module}.weight" if is_parameter else module)
         A, B = _checked_pair(self.file, module, pair, rank)
-        rule = self.names.rule_of(module)
+        if is_parameter and rule.transposed:  # what PEFT adds to a parameter lies as the parameter does
+            A, B = B.T, A.T
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
             return
@@ -139,7 +142,7 @@ class _Found:
             self._add_bias(module, rule, scale * bias.to(torch.promote_types(bias.dtype, torch.float32)))
 
     def _strength(self, module: str) -> tuple[int, float, float]:
-        """(rank, alpha, scale) of a module of theirs."""
+        """(rank, alpha, scale) of a module or parameter of theirs."""
         rank = by_pattern(self.config["rank_pattern"], module, self.config["r"])
         alpha = float(by_pattern(self.config["alpha_pattern"], module, self.config["lora_alpha"]))
         return rank, alpha, scale_of(alpha, rank, rslora=self.config["use_rslora"])
@@ -375,11 +378,17 @@ def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> 
         raise CheckpointError(f"{path.parent}: {there} has rows of single tokens, but {absent} has none")
     parameters = config.get("target_parameters") or []
     for name in parameters if isinstance(parameters, list) else [parameters]:
-        if str(name).rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+        if str(name).rpartition(".")[2] not in ("gate_up_proj", "down_proj", "weight"):
             raise CheckpointError(
                 f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
-                "layer's experts are"
+                "layer's experts are, and the weight of a layer"
             )
+
+
+def _is_parameter(module: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT adapted the weight of a module as a parameter."""
+    ends = tuple(f".{name}" for name in config.get("target_parameters") or ())
+    return f".{module}.weight".endswith(ends)
 
 
 def stated(updates: Mapping[str, Update]) -> dict[str, Any]:
