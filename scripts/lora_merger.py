@@ -83,16 +83,30 @@ def main(settings: LoRAMerger) -> None:
     _sum_up(settings, model, additions, written)
 
 
-def _check_ties(source: Path, names: "Mapping[str, Tensor]", changed: "Mapping[str, list[Addition]]") -> None:
+def _check_ties(source: Path, model: "Mapping[str, Tensor]", changed: "Mapping[str, list[Addition]]") -> None:
     """Raise CheckpointError for an embedding that changes while the model's output head has no
-    tensor of its own: whoever loads the result would give the head the change, too."""
+    tensor of its own: whoever loads the result would give the head the change, too. So does PEFT with
+    rows of tokens, but then not if the head has a tensor."""
+    import torch
+
+    from litlora.lora.dense import ReplacedRows
+
     heads = ("lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight")
     is_embedding = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
     embedding = next(filter(is_embedding.fullmatch, changed), None)
-    if embedding is not None and not any(name.endswith(heads) for name in names):
+    if embedding is None:
+        return
+    head = next((name for name in model if name.endswith(heads)), None)
+    rows = [isinstance(addition.value, ReplacedRows) for addition in changed[embedding]]
+    if head is None and not all(rows):
         raise CheckpointError(
             f"{source}: {embedding} changes, and an output head tied to it would change with it, which the "
             "adapter did not learn; scripts/merge_lora.py unties them"
+        )
+    if any(rows) and head not in (None, *changed) and torch.equal(model[head], model[embedding]):
+        raise CheckpointError(
+            f"{source}: rows of {embedding} are replaced, and {head} holds the same values: whether the two "
+            "are tied, the files do not tell; use scripts/merge_lora.py"
         )
 
 

@@ -1,6 +1,7 @@
 """LoRA files added to a model of whatever architecture: which tensor each update means, and the
 sum, a tensor at a time."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litlora.adapters.orientation import oriented
+from litlora.adapters.orientation import oriented, oriented_experts
 from litlora.errors import CheckpointError
 from litlora.formats.diffusion_names import (
     ALL,
@@ -24,13 +25,17 @@ from litlora.formats.diffusion_names import (
 from litlora.formats.lora_content import END_OF
 from litlora.formats.lora_files import LoRAFile
 from litlora.formats.peft import PREFIX as PEFT_PREFIX
+from litlora.formats.peft_config import EXPERTS, is_parameter
 from litlora.lora import Update
-from litlora.lora.dense import DecomposedUpdate, DenseUpdate, fits_plain
+from litlora.lora.dense import DecomposedUpdate, DenseUpdate, ExpertsUpdate, fits_plain
 from litlora.lora.update import fitting
 
 ENDS = (".weight", ".bias", ".modulation", "")
 """The ends of a tensor's name that a module's name in a LoRA file lacks."""
 DECODER = "model."
+_IN_MIXTRAL = re.compile(r"\.mlp\.(gate(?=\.|$)|experts\.\d+\.)(gate_proj|up_proj|down_proj|)")
+_MIXTRALS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "": ""}
+"""What transformers calls the router and the experts' layers of Mixtral, and what files call them."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,13 @@ def match(
     for lora, factor in loras:
         unmatched += [f"{lora.path}: unrecognised key {key}" for key in lora.unknown]
         where: dict[str, list[Addition]] = {}
-        for key, ends, addition in _entries(lora, factor):
+        for key, ends, addition in _entries(lora, factor, names):
             parts = names.find(key, ends, addition)
             if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
-            if lora.config is not None:
-                addition = _oriented(addition, parts[0].tensor, model)
+            if lora.config is not None and not is_parameter(f"{key}.weight", lora.config):
+                addition = _oriented(addition, parts[0].tensor, model, lora)
             if misfit := _misfit(addition, parts, model):
                 unmatched.append(misfit)
                 continue
@@ -81,17 +86,44 @@ def match(
     return found, unmatched
 
 
-def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ...], Addition]]:
-    """(a tensor's name without its end, the ends that it may have, what is added to it) of every
-    entry of a file."""
+Entry = tuple[str, tuple[str, ...], Addition]
+"""A tensor's name without its end, the ends that it may have, what is added to it."""
+
+
+def _entries(lora: LoRAFile, factor: float, names: "_Names") -> Iterator[Entry]:
+    """What a file holds. Whether experts are one tensor or one each, the model's names tell."""
     for key, update in (lora.updates | lora.dense).items():
-        yield key, (".weight", ""), Addition(lora.path, key, update, factor)
+        addition = Addition(lora.path, key, update, factor)
+        if isinstance(update, ExpertsUpdate):
+            yield from _experts(addition, update, names)
+        else:
+            yield key, (".weight", ""), addition
+    for key, tensor in lora.biases.items():
+        yield key, (".bias",), Addition(lora.path, f"{key}.lora_B.bias", tensor, factor)
     for key, tensor in lora.diffs.items():
         diff = next(diff for diff in END_OF if key.endswith(diff))
         ends = (".weight", "") if END_OF[diff] == ".weight" else (END_OF[diff],)
         yield key.removesuffix(diff), ends, Addition(lora.path, key, tensor, factor)
     for key, tensor in lora.whole.items():
         yield key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)
+
+
+def _experts(addition: Addition, update: ExpertsUpdate, names: "_Names") -> Iterator[Entry]:
+    """The updates of a parameter of a layer's experts: of each expert's layers, if the model has them,
+    else of the parameter."""
+    leaves = EXPERTS[update.parameter]
+    first, beyond = (f"{update.experts}.{expert}.{leaves[0]}" for expert in (0, len(update.A)))
+    if not names.find(first, (".weight",), addition):
+        yield f"{update.experts}.{update.parameter}", ("",), addition
+        return
+    if names.find(beyond, (".weight",), addition):
+        raise CheckpointError(
+            f"{addition.file}: {addition.key} is for {len(update.A)} experts, and the model has more"
+        )
+    for expert in range(len(update.A)):
+        for part, leaf in enumerate(leaves):
+            value = update.of_expert(expert, part, len(leaves))
+            yield f"{update.experts}.{expert}.{leaf}", (".weight",), replace(addition, value=value)
 
 
 class _Names:
@@ -112,9 +144,10 @@ class _Names:
 
         The first end that gives one counts. The exact name comes before one with another prefix,
         and any of them before one of the other layout. A decoder's layers may be named as in the
-        model with its head, or without it.
+        model with its head, or without it; Mixtral's, as in transformers or as in its files.
         """
-        spellings = (key, *_with_and_without_head(key))
+        in_files = _IN_MIXTRAL.sub(lambda found: f".block_sparse_moe.{found[1]}{_MIXTRALS[found[2]]}", key)
+        spellings = [each for name in dict.fromkeys((key, in_files)) for each in _with_and_without_head(name)]
         return next((parts for each in spellings if (parts := self._find(each, ends, addition))), ())
 
     def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> tuple[Part, ...]:
@@ -174,12 +207,12 @@ def _flat(name: str) -> str:
 
 
 def _with_and_without_head(key: str) -> list[str]:
-    """The other names of a layer `base_model.model.layers...`: PEFT names it by the model that it
-    was given, with a head or without."""
+    """The names of a layer `base_model.model.layers...`: PEFT names it by the model that it was given,
+    with a head or without."""
     name = key.removeprefix(PEFT_PREFIX)
     if name == key:
-        return []
-    return [name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
+        return [key]
+    return [key, name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
 
 
 def _stems(name: str) -> list[str]:
@@ -188,16 +221,18 @@ def _stems(name: str) -> list[str]:
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
 
-def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor]) -> Addition:
+def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor], lora: LoRAFile) -> Addition:
     """What a PEFT folder adds, as the model's tensor `name` needs it."""
     value, where = addition.value, f"{addition.file}: {addition.key}"
     if isinstance(value, Update):
         return replace(addition, value=oriented(value, name, model, where))
+    if isinstance(value, ExpertsUpdate):
+        siblings = [other for other in lora.dense.values() if isinstance(other, ExpertsUpdate)]
+        return replace(addition, value=oriented_experts(value, name, model, siblings, where))
     inner = value.update if isinstance(value, DecomposedUpdate) else None
-    if isinstance(inner, Update) and oriented(inner, name, model, where).kind != inner.kind:
-        raise CheckpointError(
-            f"{where}: DoRA on a transposed layer is not supported; merge it in the program that trained it"
-        )
+    if isinstance(inner, Update) and (turned := oriented(inner, name, model, where)).kind != inner.kind:
+        axis = "in" if value.axis == "out" else "out"  # of the weight as it is stored
+        return replace(addition, value=replace(value, update=turned, axis=axis))
     return addition
 
 
@@ -218,9 +253,7 @@ def _misfit(addition: Addition, parts: tuple[Part, ...], model: Mapping[str, Ten
         return None
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
     names = ", ".join(part.tensor for part in parts)
-    return (
-        f"{addition.file}: {addition.key} is {tuple(addition.value.shape)}, {names} {shape} of {dtypes}"
-    )
+    return f"{addition.file}: {addition.key} is {tuple(addition.value.shape)}, {names} {shape} of {dtypes}"
 
 
 def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
@@ -228,11 +261,10 @@ def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: t
         return tuple(value.shape) == shape
     if len(shape) < 2:
         return False
-    if isinstance(value, DenseUpdate):
-        return value.fits(shape)
-    if value.kind != "linear" and parts != (Part(parts[0].tensor),):
+    inner = value.update if isinstance(value, DecomposedUpdate) else value
+    if isinstance(inner, Update) and inner.kind != "linear" and parts != (Part(parts[0].tensor),):
         return False  # it would be added transposed
-    return fits_plain(value, shape)
+    return value.fits(shape) if isinstance(value, DenseUpdate) else fits_plain(value, shape)
 
 
 def _check_twins(addition: Addition, name: str, before: list[Addition], model: Mapping[str, Tensor]) -> None:

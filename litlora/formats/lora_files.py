@@ -85,6 +85,8 @@ class LoRAFile:
     """The keys of A and B, by the module's name, where they are not spelled as in `parts`."""
     dense: dict[str, DenseUpdate] = field(default_factory=dict)
     """Updates that are not s · B A, by the module's name."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """What is added to a module's bias, by its name: s times the bias of B."""
 
     @property
     def keeps_scale(self) -> bool:
@@ -131,7 +133,13 @@ class LoRAFile:
         return [*(parts if self.updates else ()), *sorted({update.name for update in self.dense.values()})]
 
     def plain(self) -> "LoRAFile":
-        """The file itself. Raises CheckpointError if it holds an update that is not s · B A."""
+        """The file itself. Raises CheckpointError if it holds an update that is not s · B A, or that
+        has a bias."""
+        for module in self.biases:
+            raise CheckpointError(
+                f"{self.path}: {module} has a bias of lora_B, which only lora_merger.py reads; merge it with "
+                "scripts/lora_merger.py, then extract a LoRA with scripts/lora_extractor.py"
+            )
         for module, update in self.dense.items():
             raise CheckpointError(
                 f"{self.path}: {module} is {update.name}, which is not a product of two factors; merge it "
@@ -160,7 +168,7 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         (tensors, config), path = mlx.as_peft(folder), folder / MLX_WEIGHTS_FILE
     elif (path.is_dir() or path.name in PEFT_WEIGHTS_FILES) and (weights := peft_weights(folder)):
         path, files, config = weights, [weights], peft.read_config(folder)
-        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config | {"use_dora": False})
+        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
     elif path.is_dir() and not files:
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
@@ -179,6 +187,7 @@ def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
     found = {module: content.update(module) for module in content.layers}
     updates = {module: update for module, update in found.items() if isinstance(update, Update)}
     keys = {module: content.keys_of(module) for module in updates}
+    biases = {module: content.bias(module, update) for module, update in found.items()}
     return LoRAFile(
         content.file,
         updates,
@@ -193,6 +202,7 @@ def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
         is_8_bit=content.is_8_bit,
         keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
         dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
+        biases={module: bias for module, bias in biases.items() if bias is not None},
     )
 
 

@@ -76,6 +76,10 @@ class Header:
         """Whether the header says that a layer has DoRA's magnitude."""
         return bool(self.checked) and self.checked[self.part_of(file, module)]["use_dora"]
 
+    def has_bias(self, file: Path, module: str) -> bool:
+        """Whether the header says that B of a layer has a bias."""
+        return bool(self.checked) and self.checked[self.part_of(file, module)]["lora_bias"]
+
     def part_of(self, file: Path, module: str) -> str:
         """The part of the model, in `adapters`, that a layer belongs to."""
         found = [part for part in self.checked if part and module.startswith(f"{part}.")]
@@ -146,7 +150,7 @@ def _checked(where: str, part: str, values: dict[str, Any]) -> dict[str, Any]:
     if missing := [name for name in ("r", "lora_alpha") if values.get(name) is None]:
         raise CheckpointError(f"{where}: lacks {missing[0]}, without which the scale is not known")
     config = peft_config.checked_config(where, {"peft_type": "LORA", **values})
-    peft_config.refuse_variants(where, config, also_read=frozenset({"use_dora"}))
+    peft_config.refuse_variants(where, config, is_folder=False)
     return config
 
 

@@ -31,7 +31,14 @@ from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
 from litlora.formats import peft_weights
 from litlora.formats.layout import Rule
 from litlora.formats.layout import layout as layout_of
-from litlora.formats.peft_config import ALSO_READ, by_pattern, read_config, refuse_variants
+from litlora.formats.peft_config import (
+    EXPERTS,
+    by_pattern,
+    is_parameter,
+    read_config,
+    refuse_variants,
+    tokens_of,
+)
 from litlora.formats.peft_keys import PREFIX as PREFIX
 from litlora.formats.peft_keys import PeftTensors, sort_out
 from litlora.lora import Adapter, Update
@@ -71,7 +78,7 @@ def read_adapter(
     expressed here, and for a tensor that has no place in the base.
     """
     config = read_config(directory)
-    refuse_variants(directory / CONFIG_FILE, config, also_read=ALSO_READ)
+    refuse_variants(directory / CONFIG_FILE, config)
     file = peft_weights(directory)
     tensors = open_tensors(file)
     return adapter_of(file, tensors, config, model, base, base_is_full=base_is_full)
@@ -123,10 +130,10 @@ class _Found:
 
     def add_pair(self, module: str, pair: dict[str, Tensor]) -> None:
         """The factors of one module of theirs, and what belongs to them."""
-        rule, is_parameter = self.names.rule_of(module), _is_parameter(module, self.config)
-        rank, alpha, scale = self._strength(f"{module}.weight" if is_parameter else module)
+        rule, as_parameter = self.names.rule_of(module), is_parameter(f"{module}.weight", self.config)
+        rank, alpha, scale = self._strength(f"{module}.weight" if as_parameter else module)
         A, B = _checked_pair(self.file, module, pair, rank)
-        if is_parameter and rule.transposed:  # what PEFT adds to a parameter lies as the parameter does
+        if as_parameter and rule.transposed:  # what PEFT adds to a parameter lies as the parameter does
             A, B = B.T, A.T
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
@@ -197,7 +204,7 @@ class _Found:
         _checked_pair(self.file, f"{place}.{parameter}", pair, rank * len(experts))
         A = pair["A"].unflatten(0, (len(experts), rank))  # (E, r, in)
         B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)
-        leaves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        leaves = EXPERTS[parameter]
         for expert in experts:
             for leaf, rows in zip(leaves, B[:, :, expert].chunk(len(leaves)), strict=True):
                 ours = f"{place}.{expert}.{leaf}"
@@ -208,9 +215,7 @@ class _Found:
     def add_rows(self, module: str, rows: Tensor) -> None:
         """Rows of an embedding or of the head that replace those of some tokens; where the two are
         tied, of both."""
-        wanted = self.config.get("trainable_token_indices")
-        if isinstance(wanted, dict):
-            wanted = next((found for key, found in wanted.items() if f".{module}".endswith(f".{key}")), None)
+        wanted = tokens_of(module, self.config)
         [ours] = self.names.rule_of(module).ours
         before = self.base.get(f"{ours}.weight")
         if before is None and ours == "lm_head":
@@ -218,7 +223,7 @@ class _Found:
         if before is None:
             self.lost.append(module)
             return
-        fits = rows.ndim == 2 and rows.shape == (len(wanted or ()), before.size(1))
+        fits = rows.ndim == 2 and rows.shape == (len(wanted), before.size(1))
         if not fits or not rows.is_floating_point() or max(wanted) >= before.size(0):
             raise CheckpointError(
                 f"{self.file}: {module}: its rows {tuple(rows.shape)} do not fit trainable_token_indices and "
@@ -357,8 +362,7 @@ def _family(modules: list[str]) -> str:
 
 
 def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> None:
-    """Raise CheckpointError where the settings and the tensors do not tell the same, and for
-    parameters that are not experts'."""
+    """Raise CheckpointError where the settings and the tensors do not tell the same."""
     extras = (("use_dora", "magnitude", MAGNITUDE), ("lora_bias", "bias", "lora_B.bias"))
     for setting, part, called in extras:
         for module, pair in stored.pairs.items():
@@ -369,26 +373,10 @@ def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> 
                 raise CheckpointError(
                     f"{stored.file}: {module} has no {called}, but {path.name} has {setting}"
                 )
-    tokens = config.get("trainable_token_indices") or []
-    for wanted in tokens.values() if isinstance(tokens, dict) else [tokens]:
-        if not isinstance(wanted, list) or not all(type(token) is int and token >= 0 for token in wanted):
-            raise CheckpointError(f"{path}: trainable_token_indices is {tokens!r}")
+    tokens = config.get("trainable_token_indices")
     if bool(stored.rows) != bool(tokens):
         there, absent = (CONFIG_FILE, stored.file.name) if tokens else (stored.file.name, CONFIG_FILE)
         raise CheckpointError(f"{path.parent}: {there} has rows of single tokens, but {absent} has none")
-    parameters = config.get("target_parameters") or []
-    for name in parameters if isinstance(parameters, list) else [parameters]:
-        if str(name).rpartition(".")[2] not in ("gate_up_proj", "down_proj", "weight"):
-            raise CheckpointError(
-                f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
-                "layer's experts are, and the weight of a layer"
-            )
-
-
-def _is_parameter(module: str, config: dict[str, Any]) -> bool:
-    """Whether PEFT adapted the weight of a module as a parameter."""
-    ends = tuple(f".{name}" for name in config.get("target_parameters") or ())
-    return f".{module}.weight".endswith(ends)
 
 
 def stated(updates: Mapping[str, Update]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.layout import Layout, Rule
 from litlora.formats.layout import layout as layout_of
+from litlora.formats.peft_config import EXPERTS
 from litlora.formats.peft_keys import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
@@ -37,9 +38,7 @@ from litlora.model import shorten
 from litlora.storage.tensors import save_safetensors
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-_EXPERTS = ".mlp.experts."
-_PARAMETERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""{a parameter of theirs: the layers of ours in each expert that it consists of}."""
+_IN_EXPERTS = ".mlp.experts."
 _LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
@@ -115,13 +114,13 @@ class _Found:
                 f"{min(names)}: PEFT adapts the layers of a model with experts without DoRA; merge the "
                 "adapter and export the merged model"
             )
-        for name in sorted(name for name in names if _EXPERTS not in name):
+        for name in sorted(name for name in names if _IN_EXPERTS not in name):
             rank, scale, A, B = _join(Rule(name, (name,)), adapter, base)
             self._add_parameter(f"{name}.weight", f"{PREFIX}{name}", (rank, scale, A, B), adapter)
-        for place in sorted({name.partition(_EXPERTS)[0] for name in names if _EXPERTS in name}):
-            experts = [f"{place}{_EXPERTS}{expert}" for expert in range(num_experts)]
+        for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
+            experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
             key = f"{PREFIX}{place}.mlp.experts"
-            for parameter, leaves in reversed(_PARAMETERS.items()):  # down_proj is the outer one
+            for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
                 rules = [
                     Rule(
                         parameter,
@@ -151,7 +150,7 @@ class _Found:
         """A tensor that is saved whole, with the rest of its module, as PEFT requires."""
         module, _, leaf = theirs.rpartition(".")
         rule, ours = self.groups[theirs]
-        if _EXPERTS in ours[0]:
+        if _IN_EXPERTS in ours[0]:
             raise CheckpointError(
                 f"{ours[0]}: PEFT cannot save one expert's layer whole; merge the adapter and export the "
                 "merged model"
@@ -239,7 +238,7 @@ def _are_joined_rightly(adapter: Adapter, base: Mapping[str, Tensor]) -> bool:
     sizes = {(update.rank, update.scale) for update in adapter.updates.values()}
     return not adapted or (
         adapted == {name for name in layers if ".mlp." in name}
-        and all(_EXPERTS in name for name in adapted)
+        and all(_IN_EXPERTS in name for name in adapted)
         and variant_named(adapter.config.variant).is_plain
         and not adapter.config.rslora
         and len(sizes) == 1
@@ -326,8 +325,8 @@ def _targets(adapted: list[str], modules: list[str]) -> list[str]:
 def _shortened(parameters: list[str], layers: list[str]) -> list[str]:
     """target_parameters: a name without its layer, `mlp.experts.down_proj`, if that parameter is
     adapted in every layer of the model that has it, else the whole name."""
-    experts = {name.partition(_EXPERTS)[0] for name in layers if _EXPERTS in name}
-    names = {f"{place}{_EXPERTS}{leaf}" for place in experts for leaf in _PARAMETERS}
+    experts = {name.partition(_IN_EXPERTS)[0] for name in layers if _IN_EXPERTS in name}
+    names = {f"{place}{_IN_EXPERTS}{leaf}" for place in experts for leaf in EXPERTS}
     names |= {f"{name}.weight" for name in layers}
     absent = {_LAYER.sub("", name) for name in names - set(parameters)}
     return sorted({name if _LAYER.sub("", name) in absent else _LAYER.sub("", name) for name in parameters})
