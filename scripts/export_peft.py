@@ -86,16 +86,19 @@ def main(settings: ExportPEFT) -> None:
 
 def _sum_up(result: Path, config: dict[str, Any], family: str, dropout: float) -> None:
     """Say what has been written."""
+    from litlora.formats.peft_export import NO_TARGETS
+
     if dropout != config["lora_dropout"]:
         say(
             f"note: PEFT adapts experts without dropout: {dropout:g} is written as 0, which matters if the "
             "adapter is trained further"
         )
-    adapted = config["target_modules"] + config.get("target_parameters", [])
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
-        f"{', '.join(adapted)})"
-    )
+    if config["target_modules"] == NO_TARGETS:
+        what = "only whole modules"
+    else:
+        layers = config["target_modules"] + config.get("target_parameters", [])
+        what = f"rank {config['r']}, {', '.join(layers)}"
+    say(f"result: {result} ({result.stat().st_size:,} bytes: for {family}, {what})")
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

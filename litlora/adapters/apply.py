@@ -33,6 +33,7 @@ from litlora.lora.update import fitting
 ENDS = (".weight", ".bias", ".modulation", "")
 """The ends of a tensor's name that a module's name in a LoRA file lacks."""
 DECODER = "model."
+BIAS_OF_B = ".lora_B.bias"
 _IN_MIXTRAL = re.compile(r"\.mlp\.(gate(?=\.|$)|experts\.\d+\.)(gate_proj|up_proj|down_proj|)")
 _MIXTRALS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "": ""}
 """What transformers calls the router and the experts' layers of Mixtral, and what files call them."""
@@ -99,7 +100,7 @@ def _entries(lora: LoRAFile, factor: float, names: "_Names") -> Iterator[Entry]:
         else:
             yield key, (".weight", ""), addition
     for key, tensor in lora.biases.items():
-        yield key, (".bias",), Addition(lora.path, f"{key}.lora_B.bias", tensor, factor)
+        yield key, (".bias",), Addition(lora.path, key + BIAS_OF_B, tensor, factor)
     for key, tensor in lora.diffs.items():
         diff = next(diff for diff in END_OF if key.endswith(diff))
         ends = (".weight", "") if END_OF[diff] == ".weight" else (END_OF[diff],)
@@ -271,13 +272,21 @@ def _check_twins(addition: Addition, name: str, before: list[Addition], model: M
     """Raise CheckpointError if another entry of the same file updates one of the same rows."""
     numbers = range(len(model[name])) if model[name].ndim else range(1)
     for other in before:
-        same_kind = isinstance(other.value, Tensor) == isinstance(addition.value, Tensor)
+        same_kind = _kind(other) == _kind(addition)
         ours, theirs = numbers[slice(*addition.rows)], numbers[slice(*other.rows)]
         if same_kind and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
             raise CheckpointError(
                 f"{addition.file}: {other.key} and {addition.key} both update {name}; keep one of them"
             )
     before.append(addition)
+
+
+def _kind(addition: Addition) -> str:
+    """An update, what it adds to the bias, or a whole tensor or difference: one of each may belong to
+    a tensor."""
+    if not isinstance(addition.value, Tensor):
+        return "update"
+    return "bias" if addition.key.endswith(BIAS_OF_B) else "tensor"
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -297,8 +306,11 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
         result = tensor.to(dtype)
     else:
         exact = tensor.to(_wide(tensor), copy=True, memory_format=torch.contiguous_format)
+        replaced = {addition.file: addition.value for addition in additions if addition.replaces}
         for addition in additions:
-            _add(exact, tensor, addition)
+            # What an adapter adds may depend on W, in whose place the adapter may have put its own.
+            trained_on = tensor if addition.replaces else replaced.get(addition.file, tensor)
+            _add(exact, trained_on, addition)
         result = exact.to(dtype)
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
@@ -309,7 +321,7 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
 
 
 def _add(exact: Tensor, tensor: Tensor, addition: Addition) -> None:
-    """Add to W, in fp32 or better, in place; `tensor` is W as it is stored."""
+    """Add to W, in fp32 or better, in place; `tensor` is the W that the addition was trained on."""
     value, of = addition.value, f"{addition.file}: {addition.key}"
     if exact.ndim:
         exact, tensor = exact[slice(*addition.rows)], tensor[slice(*addition.rows)]

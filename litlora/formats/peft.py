@@ -96,18 +96,20 @@ def adapter_of(
     """The adapter of these tensors, by PEFT's keys, that a file holds. See `read_adapter`."""
     stored = sort_out(file, tensors)
     _check_settings(file.parent / CONFIG_FILE, config, stored)
-    if (stored.rows or config["lora_bias"]) and not base_is_full:
-        raise CheckpointError(
-            f"{file}: replaces rows or biases of its base, which is an adapter itself; merge the base first"
-        )
     found = _Found(file, config, _Names(model, base, stored.modules), model, base)
+    decomposed = [found.names.rule_of(name) for name, pair in stored.pairs.items() if "magnitude" in pair]
+    if (stored.rows or config["lora_bias"] or any(map(_is_embedding, decomposed))) and not base_is_full:
+        raise CheckpointError(
+            f"{file}: replaces rows, biases or an embedding of its base, which is an adapter itself; merge "
+            "the base first"
+        )
+    for name, tensor in stored.whole.items():
+        found.add_whole(name, tensor)
     for module, pair in stored.pairs.items():
         if (place := experts_of(module)) is not None and config.get("target_parameters"):
             found.add_experts(place, pair)
         else:
             found.add_pair(module, pair)
-    for name, tensor in stored.whole.items():
-        found.add_whole(name, tensor)
     for module, rows in stored.rows.items():
         found.add_rows(module, rows)
     return found.adapter()
@@ -138,9 +140,12 @@ class _Found:
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
             return
+        if "magnitude" in pair and _is_embedding(rule):
+            self._add_decomposed_embedding(module, rule, Update(A, B, scale), pair["magnitude"])
+            return
         magnitudes = [None] * len(rule.ours)
         if (magnitude := pair.get("magnitude")) is not None:
-            magnitudes = rule.split(self._checked_magnitude(module, rule, magnitude, B))
+            magnitudes = rule.split(self._checked_magnitude(module, magnitude, B.size(0)))
         for ours, rows, part in zip(rule.ours, rule.split(B), magnitudes, strict=True):
             plain = Update(A, rows, scale)
             extra = {} if part is None else {"variant": "dora", "extra": {MAGNITUDE: part}}
@@ -154,19 +159,36 @@ class _Found:
         alpha = float(by_pattern(self.config["alpha_pattern"], module, self.config["lora_alpha"]))
         return rank, alpha, scale_of(alpha, rank, rslora=self.config["use_rslora"])
 
-    def _checked_magnitude(self, module: str, rule: Rule, magnitude: Tensor, B: Tensor) -> Tensor:
-        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
-            raise CheckpointError(
-                f"{self.file}: {module}: DoRA of an embedding is not supported; merge the adapter in PEFT "
-                "(merge_and_unload) and use the merged model"
-            )
+    def _checked_magnitude(self, module: str, magnitude: Tensor, count: int) -> Tensor:
         magnitude = magnitude.flatten()
-        if magnitude.size(0) != B.size(0) or not magnitude.is_floating_point():
+        if magnitude.size(0) != count or not magnitude.is_floating_point():
             raise CheckpointError(
-                f"{self.file}: {module}: its {MAGNITUDE} has {magnitude.size(0)} values, but B has "
-                f"{B.size(0)} rows"
+                f"{self.file}: {module}: its {MAGNITUDE} has {magnitude.size(0)} values; it must have {count}"
             )
         return magnitude
+
+    def _add_decomposed_embedding(self, module: str, rule: Rule, update: Update, magnitude: Tensor) -> None:
+        """DoRA of an embedding: as PEFT computes it, with a magnitude and a norm for each column, so
+        that it is no DoRA here, and the result replaces the base's tensor."""
+        if self.config["ensure_weight_tying"] and self.model.tie_word_embeddings:
+            raise CheckpointError(
+                f"{self.file}: {module}: DoRA of an embedding with ensure_weight_tying is not supported; "
+                "merge the adapter in PEFT (merge_and_unload) and use the merged model"
+            )
+        [ours] = rule.ours
+        before = self._before(f"{ours}.weight")
+        if update.shape != tuple(before.shape):
+            raise CheckpointError(f"{self.file}: {module}: {update.shape} does not fit {tuple(before.shape)}")
+        magnitude = self._checked_magnitude(module, magnitude, before.size(1))
+        after = update.add_product(before.to(torch.promote_types(before.dtype, torch.float32), copy=True))
+        after *= magnitude.to(after.dtype) / after.norm(dim=0).clamp_min(torch.finfo(after.dtype).tiny)
+        self.whole[f"{ours}.weight"] = after.to(before.dtype)
+        self.replaced.append(ours)
+
+    def _before(self, name: str) -> Tensor:
+        """The tensor that an adapter's own change starts from: what it replaces the base's with, or the
+        base's."""
+        return self.whole.get(name, self.base[name])
 
     def _add_bias(self, module: str, rule: Rule, added: Tensor) -> None:
         """What the bias of B adds to the layer's own."""
@@ -176,7 +198,7 @@ class _Found:
                 "with a bias can take lora_bias"
             )
         for ours, part in zip(rule.ours, rule.split(added), strict=True):
-            before = self.base[f"{ours}.bias"]
+            before = self._before(f"{ours}.bias")
             if part.shape != before.shape:
                 raise CheckpointError(
                     f"{self.file}: {module}: the bias of lora_B is {tuple(added.shape)}, which does not fit "
@@ -300,6 +322,10 @@ class _Found:
             alpha_pattern={name: value for name, value in self.alphas.items() if value != alpha},
             modules_to_save=list(dict.fromkeys(self.replaced)),
         )
+
+
+def _is_embedding(rule: Rule) -> bool:
+    return rule.ours[0].rpartition(".")[2].startswith("embed_")
 
 
 def _checked_pair(file: Path, module: str, pair: dict[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:

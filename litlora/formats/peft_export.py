@@ -37,6 +37,8 @@ from litlora.lora.variants import MAGNITUDE, variant_named
 from litlora.model import shorten
 from litlora.storage.tensors import save_safetensors
 
+NO_TARGETS = "dummy-target-modules"
+"""What PEFT calls an adapter that only replaces modules: it refuses an empty list."""
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 _IN_EXPERTS = ".mlp.experts."
 _LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
@@ -186,7 +188,7 @@ class _Found:
             else adapter.config.dropout,  # PEFT refuses the two together
             "use_rslora": adapter.config.rslora,
             "use_dora": _is_dora(adapter),
-            "target_modules": _targets(adapted, modules),
+            "target_modules": _targets(adapted, modules) if self.ranks else NO_TARGETS,
             **({"target_parameters": parameters} if parameters else {}),
             "rank_pattern": {name: value for name, value in self.ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in self.alphas.items() if value != alpha},

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"lora_bias": True, "target_modules": ["c_attn", "c_proj"], "use_rslora": True},
     ),
+    "bias, biases": ("qwen2", {"lora_bias": True, "bias": "all", "target_modules": ["q_proj"]}),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 0, 21]}),
     "tokens, head": (
         "llama",
@@ -104,6 +105,23 @@ def test_a_folder_is_merged_as_peft_merges_it(case, tmp_path):
     assert found.keys() == wanted.keys() == before.keys()
     changed = [name for name in wanted if not torch.equal(wanted[name], before[name])]
     assert changed
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_what_depends_on_the_base_is_computed_of_the_one_that_the_folder_holds(tmp_path):
+    """PEFT stores an adapted embedding's own weight, which may have changed, and biases."""
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True, "bias": "all"}
+    make("qwen2", settings, tmp_path)
+    file = tmp_path / "peft/adapter_model.safetensors"
+    stored = load_file(file)
+    [name] = [key for key in stored if key.endswith("embed_tokens.base_layer.weight")]
+    save_file(stored | {name: stored[name] + 0.5 * torch.randn(32, 16)}, file)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = load_file(tmp_path / "theirs/model.safetensors")
+    found = merge(tmp_path / "base", tmp_path / "peft", tmp_path / "ours.safetensors")
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-6, msg=name)
 

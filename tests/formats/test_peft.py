@@ -143,6 +143,13 @@ CASES |= {
     "gpt_neox-dora": ("gpt_neox", {**DORA, "target_modules": ["query_key_value", "dense"]}),
     "gpt2-dora": ("gpt2", {**DORA, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "phi3-dora": ("phi3", {**DORA, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "llama-dora-embedding": ("llama", {**DORA, "target_modules": ["q_proj", "embed_tokens"]}),
+    "llama_tied-dora-embedding": ("llama_tied", {**DORA, "target_modules": ["embed_tokens"]}),
+    "qwen2-lora_bias-biases": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True, "bias": "all"}),
+    "gpt2-dora-embedding": (
+        "gpt2",
+        {**DORA, "target_modules": ["c_fc", "wte", "wpe"], "fan_in_fan_out": True},
+    ),
     "qwen2-lora_bias": ("qwen2", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "gpt2-lora_bias": (
         "gpt2",
