@@ -97,8 +97,8 @@ def adapter_of(
     stored = sort_out(file, tensors)
     _check_settings(file.parent / CONFIG_FILE, config, stored)
     found = _Found(file, config, _Names(model, base, stored.modules), model, base)
-    decomposed = [found.names.rule_of(name) for name, pair in stored.pairs.items() if "magnitude" in pair]
-    if (stored.rows or config["lora_bias"] or any(map(_is_embedding, decomposed))) and not base_is_full:
+    decomposed = {name for name in stored.embeddings if "magnitude" in stored.pairs[name]}
+    if (stored.rows or config["lora_bias"] or decomposed) and not base_is_full:
         raise CheckpointError(
             f"{file}: replaces rows, biases or an embedding of its base, which is an adapter itself; merge "
             "the base first"
@@ -109,7 +109,7 @@ def adapter_of(
         if (place := experts_of(module)) is not None and config.get("target_parameters"):
             found.add_experts(place, pair)
         else:
-            found.add_pair(module, pair)
+            found.add_pair(module, pair, by_columns=module in decomposed)
     for module, rows in stored.rows.items():
         found.add_rows(module, rows)
     return found.adapter()
@@ -130,8 +130,9 @@ class _Found:
     replaced: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
-    def add_pair(self, module: str, pair: dict[str, Tensor]) -> None:
-        """The factors of one module of theirs, and what belongs to them."""
+    def add_pair(self, module: str, pair: dict[str, Tensor], *, by_columns: bool) -> None:
+        """The factors of one module of theirs, and what belongs to them. `by_columns`: whether its
+        magnitudes are those of an embedding's columns."""
         rule, as_parameter = self.names.rule_of(module), is_parameter(f"{module}.weight", self.config)
         rank, alpha, scale = self._strength(f"{module}.weight" if as_parameter else module)
         A, B = _checked_pair(self.file, module, pair, rank)
@@ -140,7 +141,7 @@ class _Found:
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
             return
-        if "magnitude" in pair and _is_embedding(rule):
+        if by_columns:
             self._add_decomposed_embedding(module, rule, Update(A, B, scale), pair["magnitude"])
             return
         magnitudes = [None] * len(rule.ours)
@@ -322,10 +323,6 @@ class _Found:
             alpha_pattern={name: value for name, value in self.alphas.items() if value != alpha},
             modules_to_save=list(dict.fromkeys(self.replaced)),
         )
-
-
-def _is_embedding(rule: Rule) -> bool:
-    return rule.ours[0].rpartition(".")[2].startswith("embed_")
 
 
 def _checked_pair(file: Path, module: str, pair: dict[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:

@@ -99,10 +99,15 @@ class _Found:
         """The update of one module of theirs."""
         rank, scale, A, B = _join(rule, adapter, base)
         self._set_strength(module, rank, scale, adapter)
-        key = PREFIX + module
+        key, is_embedding = PREFIX + module, rule.ours[0].rpartition(".")[2].startswith("embed_")
+        if is_embedding and _is_dora(adapter):
+            raise CheckpointError(
+                f"{rule.ours[0]}: its DoRA has a magnitude for each token, and PEFT's one for each column; "
+                "merge the adapter and export the merged model"
+            )
         if _is_dora(adapter):
             self.tensors[f"{key}.{MAGNITUDE}"] = _magnitude(rule, adapter, base)
-        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
+        if is_embedding:
             self.tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
         else:
             self.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
