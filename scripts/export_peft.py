@@ -104,13 +104,13 @@ def _sum_up(result: Path, config: dict[str, Any], family: str, dropout: float) -
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:
     """Let a folder's generation_config.json name the tokens that answers end with, if the base does
     not stop at all of them; returns those at which it does not."""
-    from litlora.stop_tokens import name_stops, named_stops, stops_of
-    from litlora.tokenizer import GENERATION_FILE, Tokenizer
+    from litlora.stop_tokens import name_stops, named_stops, stops_of, usable_tokenizer
+    from litlora.tokenizer import GENERATION_FILE
 
     base = chain.base
-    if not (stops := stops_of(chain.sources)):
+    if (tokenizer := usable_tokenizer(chain.sources)) is None:
         return []
-    tokenizer = Tokenizer(chain.sources)
+    stops = stops_of(chain.sources, tokenizer)
     theirs = named_stops(base.directory) if base.has_hf_config else [tokenizer.eos_id]
     added = [stop for stop in stops if stop not in theirs]
     file = base.directory / GENERATION_FILE
