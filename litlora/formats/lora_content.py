@@ -29,7 +29,14 @@ END_OF = {
     ".w_norm": ".weight",
     ".b_norm": ".bias",
 }
-"""The keys of the differences of whole tensors end so, and what they are differences of."""
+"""The keys of the differences of whole tensors end so, and what they are differences of: of two for
+one end, the first is written."""
+
+
+def diff_of(name: str) -> tuple[str, str]:
+    """(the end of a tensor's name, the end of its difference's key instead); of any other tensor,
+    nothing is replaced and .diff added."""
+    return next(((end, diff) for diff, end in END_OF.items() if name.endswith(end)), ("", ".diff"))
 
 
 @dataclass

@@ -40,7 +40,7 @@ from litlora.formats import (
     peft,
     peft_weights,
 )
-from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
+from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content, diff_of
 from litlora.formats.lora_header import Header, read_header, written
 from litlora.formats.model_files import open_model
 from litlora.lora.adapter import Adapter
@@ -50,9 +50,6 @@ from litlora.lora.variants import variant_named
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
 from litlora.storage.tensors import open_tensors, write_safetensors
-
-DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
-"""What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +251,8 @@ def _keys(name: str, format: str) -> tuple[str, str]:
     def spelled(text: str) -> str:
         return f"diffusion_model.{text}" if format == "comfyui" else "lora_unet_" + text.replace(".", "_")
 
-    end = next((end for end in DIFF_OF if name.endswith(end)), "")
-    return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + DIFF_OF.get(end, ".diff")
+    end, diff = diff_of(name)
+    return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + diff
 
 
 def as_stored(update: Update, *, alpha: bool, dtype: torch.dtype) -> Update:
