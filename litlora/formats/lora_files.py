@@ -41,7 +41,7 @@ from litlora.formats import (
     peft_weights,
 )
 from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content, diff_of
-from litlora.formats.lora_header import Header, read_header, written
+from litlora.formats.lora_header import TRAINING_HASHES, Header, read_header, written
 from litlora.formats.model_files import open_model
 from litlora.lora.adapter import Adapter
 from litlora.lora.dense import DenseUpdate
@@ -49,7 +49,7 @@ from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
-from litlora.storage.tensors import open_tensors, write_safetensors
+from litlora.storage.tensors import open_tensors, training_hashes, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,10 @@ def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> list[str]:
     }
     if lora.config is None:
         metadata, dropped = written(lora.path, lora.header, lora.updates)
+        if not TRAINING_HASHES.isdisjoint(dropped):
+            tensors = dict(sorted(tensors.items()))
+            metadata |= training_hashes(tensors, metadata)
+            dropped = [name for name in dropped if name not in metadata]
         with replacing_file(path) as staging:
             write_safetensors(staging, tensors, metadata)
         return dropped

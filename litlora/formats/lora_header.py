@@ -27,6 +27,8 @@ from litlora.storage.untrusted import MAX_JSON_BYTES, parse_json
 ADAPTERS = "lora_adapter_metadata"
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Hashes of the tensors: other tools compute them again where they are missing."""
+TRAINING_HASHES = {"sshs_model_hash", "sshs_legacy_hash"}
+"""Those of kohya's, which are brought up to date."""
 KOHYA_DIM, KOHYA_ALPHA, KOHYA_ARGS = "ss_network_dim", "ss_network_alpha", "ss_network_args"
 _SIZES_IN_ARGS = (
     *("conv_dim", "conv_alpha", "block_dims", "block_alphas"),
@@ -226,7 +228,8 @@ def in_common(headers: list[Header]) -> Header:
 
 def written(path: Path, header: Header, updates: Mapping[str, Update]) -> tuple[dict[str, str], list[str]]:
     """(the metadata of a file that holds these updates instead, the entries that no longer hold and
-    are left out): ranks and alphas are brought up to date, hashes are dropped."""
+    are left out): ranks and alphas are brought up to date; hashes are dropped, whoever writes the
+    tensors knows the new ones."""
     metadata = {name: value for name, value in header.metadata.items() if name not in HASHES}
     dropped = [*header.dropped, *(name for name in header.metadata if name in HASHES)]
     if header.adapters:
