@@ -32,7 +32,7 @@ from litlora.storage.atomic import replacing_directory
 from litlora.storage.blocks import LazyTensor
 from litlora.storage.fingerprint import fingerprint
 from litlora.storage.torch_file import TorchFile, Written
-from litlora.storage.untrusted import own_file
+from litlora.storage.untrusted import has_file, own_file
 from litlora.text_facts import changed_text, text_facts
 from litlora.tokenizer import find_sidecars
 
@@ -315,7 +315,7 @@ def _write(
         (staging / CONFIG_FILE).write_text(
             yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8"
         )
-        styles = [own_file(source / STYLE_FILE) for source in sources if (source / STYLE_FILE).is_file()]
+        styles = [own_file(source / STYLE_FILE) for source in sources if has_file(source / STYLE_FILE)]
         for file in (*find_sidecars(sources), *styles[:1]):
             shutil.copyfile(file, staging / file.name)
         name_stops(staging, list(beside.stops))

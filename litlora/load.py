@@ -14,7 +14,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.lora import Adapter, attach_lora
-from litlora.model import GPT
+from litlora.model import GPT, Router
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
 from litlora.settings.targets import OUTPUT_HEAD
@@ -105,9 +105,6 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> G
 def attach_adapter(model: GPT, adapter: Adapter) -> None:
     """Put an adapter's updates on the model as live LoRALinear layers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # An embedding is looked up, not multiplied: a live update would gain nothing.
-    embeddings = {name for name in adapter.updates if name.rpartition(".")[2].startswith("embed_")}
-    linears = [name for name in adapter.updates if name not in embeddings]
     whole = whole_of(adapter, model.config)
     made = adapter.rows.tensors if adapter.rows else {}
     touched = {*adapter.updates, *(name.rpartition(".")[0] for name in whole if name not in made)}
@@ -115,11 +112,18 @@ def attach_adapter(model: GPT, adapter: Adapter) -> None:
         if made:
             set_vocabulary(model, whole[EMBEDDING], whole.get(HEAD, whole[EMBEDDING]))
             whole = {name: tensor for name, tensor in whole.items() if name not in made}
+        # An embedding is looked up, not multiplied, and a router is small: live they would gain nothing.
+        others = {
+            name
+            for name in adapter.updates
+            if name.rpartition(".")[2].startswith("embed_") or isinstance(model.get_submodule(name), Router)
+        }
+        linears = [name for name in adapter.updates if name not in others]
         if model.config.tie_word_embeddings and {OUTPUT_HEAD, "model.embed_tokens"} & touched:
             _untie(model)
         for name, tensor in whole.items():
             _replace(model, name, tensor, like=parameters[name])
-        for name in embeddings:
+        for name in others:
             weight = model.get_parameter(f"{name}.weight")
             _replace(model, f"{name}.weight", adapter.updates[name].added_to(weight), like=weight)
         attach_lora(model, linears, adapter.config)

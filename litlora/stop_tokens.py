@@ -7,6 +7,7 @@ from typing import Any
 
 from litlora.errors import CheckpointError
 from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.storage.untrusted import has_file
 from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
 
@@ -17,12 +18,19 @@ def taught_stops(tokenizer: Tokenizer, style: PromptStyle | None) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_id, *(end.id for end in ends if end is not None)]))
 
 
-def stops_of(sources: list[Path]) -> list[int]:
-    """The same of a model in directories, those of a chain, outermost first. Empty if they have no
-    tokenizer that can be used, as its ids mean nothing then."""
+def usable_tokenizer(sources: list[Path]) -> Tokenizer | None:
+    """The tokenizer of a model in directories; None if it is missing or broken."""
+    find_sidecars(sources)  # raises CheckpointError for what is not a file
     try:
-        tokenizer = Tokenizer(sources)
+        return Tokenizer(sources)
     except CheckpointError:
+        return None
+
+
+def stops_of(sources: list[Path], tokenizer: Tokenizer | None = None) -> list[int]:
+    """The same of a model in directories, those of a chain, outermost first; `tokenizer` is theirs, if
+    it runs already. Empty if they have none that can be used, as its ids mean nothing then."""
+    if (tokenizer := tokenizer or usable_tokenizer(sources)) is None:
         return []
     found = load_template({file.name: file for file in find_sidecars(sources)})
     template = found.style if found is not None else None
@@ -34,7 +42,7 @@ def named_stops(directory: Path) -> list[int]:
     """The tokens at which transformers stops: those that generation_config.json names, without it
     those that config.json names."""
     file = directory / GENERATION_FILE
-    return _named(read_settings(file if file.is_file() else directory / "config.json"))
+    return _named(read_settings(file if has_file(file) else directory / "config.json"))
 
 
 def with_stops(values: dict[str, Any], stops: list[int]) -> dict[str, Any]:

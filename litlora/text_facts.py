@@ -5,17 +5,17 @@ import hashlib
 from pathlib import Path
 
 from litlora.prompts import STYLE_FILE
-from litlora.storage.untrusted import read_yaml
+from litlora.storage.untrusted import has_file, read_yaml
 from litlora.tokenizer import TOKENIZER_FILE
 
 
 def text_facts(directory: Path) -> dict[str, str]:
     """A digest of a checkpoint directory's tokenizer, and the name of its prompt style."""
     found = {}
-    if (file := directory / TOKENIZER_FILE).is_file():
+    if has_file(file := directory / TOKENIZER_FILE):
         with file.open("rb") as stream:
             found["tokenizer"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    if (file := directory / STYLE_FILE).is_file():
+    if has_file(file := directory / STYLE_FILE):
         values = read_yaml(file)
         found["prompt_style"] = str(values.get("style") if isinstance(values, dict) else values)
     return found

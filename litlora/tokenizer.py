@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from litlora.errors import CheckpointError, UserError
-from litlora.storage.untrusted import own_file, read_json_object
+from litlora.storage.untrusted import has_file, own_file, read_json_object
 from litlora.worker import Worker
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -46,15 +46,15 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     """The files that travel with a model, each from the first directory that has it.
 
     Those of the tokenizer all come from the first directory that has a tokenizer: an adapter's
-    folder may bring its own.
+    folder may bring its own. Raises CheckpointError for what bears such a name and is not a file.
     """
     home = next(
-        (place for place in directories if any((place / name).is_file() for name in TOKENIZER_NAMES)), None
+        (place for place in directories if any(has_file(place / name) for name in TOKENIZER_NAMES)), None
     )
     found = []
     for name in SIDECAR_FILES:
         places = directories if name in (GENERATION_FILE, "config.json") else [home] if home else []
-        found += [own_file(place / name) for place in places if (place / name).is_file()][:1]
+        found += [own_file(place / name) for place in places if has_file(place / name)][:1]
     return found
 
 
@@ -375,7 +375,7 @@ def _stop_ids(path: Path) -> list[int]:
 
 def read_settings(path: Path | None) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
-    return read_json_object(path) if path is not None and path.is_file() else {}
+    return read_json_object(path) if path is not None and has_file(path) else {}
 
 
 def token_text(token: Any) -> str | None:

@@ -66,11 +66,7 @@ def main(settings: ExportPEFT) -> None:
                 shutil.copyfile(file, staging / file.name)
         hint = _add_template(staging, chain)
         added = _name_stops(staging, chain)
-    result = out_dir / PEFT_WEIGHTS_FILES[0]
-    say(
-        f"result: {result} ({result.stat().st_size:,} bytes: for {family}, rank {config['r']}, "
-        f"{', '.join(config['target_modules'])}{hint})"
-    )
+    _sum_up(out_dir / PEFT_WEIGHTS_FILES[0], config, family + hint, chain.top.config.dropout)
     _say_next(settings, chain, base_name, added)
 
 
@@ -109,16 +105,33 @@ def _add_template(staging: Path, chain: "Chain") -> str:
     return add_template(staging, chain.sources, Tokenizer(chain.sources)) if has_tokenizer else ""
 
 
+def _sum_up(result: Path, config: dict[str, Any], family: str, dropout: float) -> None:
+    """Say what has been written."""
+    from litlora.formats.peft_export import NO_TARGETS
+
+    if dropout != config["lora_dropout"]:
+        say(
+            f"note: PEFT adapts experts without dropout: {dropout:g} is written as 0, which matters if the "
+            "adapter is trained further"
+        )
+    if config["target_modules"] == NO_TARGETS:
+        what = "only whole modules"
+    else:
+        layers = config["target_modules"] + config.get("target_parameters", [])
+        what = f"rank {config['r']}, {', '.join(layers)}"
+    say(f"result: {result} ({result.stat().st_size:,} bytes: for {family}, {what})")
+
+
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:
     """Let a folder's generation_config.json name the tokens that answers end with, if the base does
     not stop at all of them; returns those at which it does not."""
-    from litlora.stop_tokens import name_stops, named_stops, stops_of
-    from litlora.tokenizer import GENERATION_FILE, Tokenizer
+    from litlora.stop_tokens import name_stops, named_stops, stops_of, usable_tokenizer
+    from litlora.tokenizer import GENERATION_FILE
 
     base = chain.base
-    if not (stops := stops_of(chain.sources)):
+    if (tokenizer := usable_tokenizer(chain.sources)) is None:
         return []
-    tokenizer = Tokenizer(chain.sources)
+    stops = stops_of(chain.sources, tokenizer)
     theirs = named_stops(base.directory) if base.has_hf_config else [tokenizer.eos_id]
     added = [stop for stop in stops if stop not in theirs]
     file = base.directory / GENERATION_FILE

@@ -58,7 +58,8 @@ def main(settings: LoRAMerger) -> None:
         raise CheckpointError(
             f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?"
         )
-    _check_ties(source, model, additions)
+    tied = {lora.path for lora, _ in read if lora.config and lora.config["ensure_weight_tying"]}
+    _check_ties(source, model, additions, tied)
     for line in unmatched:
         say(f"left out: {line}")
     for file in files_beside(source, settings.source_type, files):
@@ -83,16 +84,34 @@ def main(settings: LoRAMerger) -> None:
     _sum_up(settings, model, additions, written)
 
 
-def _check_ties(source: Path, names: "Mapping[str, Tensor]", changed: "Mapping[str, list[Addition]]") -> None:
+def _check_ties(
+    source: Path, model: "Mapping[str, Tensor]", changed: "Mapping[str, list[Addition]]", tied: set[Path]
+) -> None:
     """Raise CheckpointError for an embedding that changes while the model's output head has no
-    tensor of its own: whoever loads the result would give the head the change, too."""
+    tensor of its own: whoever loads the result would give the head the change, too. That is right of
+    the files in `tied`, and of rows of tokens; then a head with an equal tensor is a question."""
+    import torch
+
+    from litlora.lora.dense import ReplacedRows
+
     heads = ("lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight")
     is_embedding = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
     embedding = next(filter(is_embedding.fullmatch, changed), None)
-    if embedding is not None and not any(name.endswith(heads) for name in names):
+    if embedding is None:
+        return
+    head = next((name for name in model if name.endswith(heads)), None)
+    for_both = [
+        isinstance(addition.value, ReplacedRows) or addition.file in tied for addition in changed[embedding]
+    ]
+    if head is None and not all(for_both):
         raise CheckpointError(
             f"{source}: {embedding} changes, and an output head tied to it would change with it, which the "
             "adapter did not learn; scripts/merge_lora.py unties them"
+        )
+    if any(for_both) and head not in (None, *changed) and torch.equal(model[head], model[embedding]):
+        raise CheckpointError(
+            f"{source}: {embedding} changes, and {head} holds the same values: whether the two are tied, the "
+            "files do not tell; use scripts/merge_lora.py"
         )
 
 

@@ -1,6 +1,7 @@
 """LoRA files added to a model of whatever architecture: which tensor each update means, and the
 sum, a tensor at a time."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litlora.adapters.orientation import oriented
+from litlora.adapters.orientation import oriented, oriented_experts
 from litlora.errors import CheckpointError
 from litlora.formats.diffusion_names import (
     ALL,
@@ -24,13 +25,18 @@ from litlora.formats.diffusion_names import (
 from litlora.formats.lora_content import END_OF
 from litlora.formats.lora_files import LoRAFile
 from litlora.formats.peft import PREFIX as PEFT_PREFIX
+from litlora.formats.peft_config import EXPERTS, is_parameter
 from litlora.lora import Update
-from litlora.lora.dense import DecomposedUpdate, DenseUpdate, fits_plain
+from litlora.lora.dense import DecomposedUpdate, DenseUpdate, ExpertsUpdate, fits_plain
 from litlora.lora.update import fitting
 
 ENDS = (".weight", ".bias", ".modulation", "")
 """The ends of a tensor's name that a module's name in a LoRA file lacks."""
 DECODER = "model."
+BIAS_OF_B = ".lora_B.bias"
+_IN_MIXTRAL = re.compile(r"\.mlp\.(gate(?=\.|$)|experts\.\d+\.)(gate_proj|up_proj|down_proj|)")
+_MIXTRALS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "": ""}
+"""What transformers calls the router and the experts' layers of Mixtral, and what files call them."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,13 @@ def match(
     for lora, factor in loras:
         unmatched += [f"{lora.path}: unrecognised key {key}" for key in lora.unknown]
         where: dict[str, list[Addition]] = {}
-        for key, ends, addition in _entries(lora, factor):
+        for key, ends, addition in _entries(lora, factor, names):
             parts = names.find(key, ends, addition)
             if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
-            if lora.config is not None:
-                addition = _oriented(addition, parts[0].tensor, model)
+            if lora.config is not None and not is_parameter(f"{key}.weight", lora.config):
+                addition = _oriented(addition, parts[0].tensor, model, lora)
             if misfit := _misfit(addition, parts, model):
                 unmatched.append(misfit)
                 continue
@@ -81,17 +87,44 @@ def match(
     return found, unmatched
 
 
-def _entries(lora: LoRAFile, factor: float) -> Iterator[tuple[str, tuple[str, ...], Addition]]:
-    """(a tensor's name without its end, the ends that it may have, what is added to it) of every
-    entry of a file."""
+Entry = tuple[str, tuple[str, ...], Addition]
+"""A tensor's name without its end, the ends that it may have, what is added to it."""
+
+
+def _entries(lora: LoRAFile, factor: float, names: "_Names") -> Iterator[Entry]:
+    """What a file holds. Whether experts are one tensor or one each, the model's names tell."""
     for key, update in (lora.updates | lora.dense).items():
-        yield key, (".weight", ""), Addition(lora.path, key, update, factor)
+        addition = Addition(lora.path, key, update, factor)
+        if isinstance(update, ExpertsUpdate):
+            yield from _experts(addition, update, names)
+        else:
+            yield key, (".weight", ""), addition
+    for key, tensor in lora.biases.items():
+        yield key, (".bias",), Addition(lora.path, key + BIAS_OF_B, tensor, factor)
     for key, tensor in lora.diffs.items():
         diff = next(diff for diff in END_OF if key.endswith(diff))
         ends = (".weight", "") if END_OF[diff] == ".weight" else (END_OF[diff],)
         yield key.removesuffix(diff), ends, Addition(lora.path, key, tensor, factor)
     for key, tensor in lora.whole.items():
         yield key, ("",), Addition(lora.path, key, tensor, factor, replaces=True)
+
+
+def _experts(addition: Addition, update: ExpertsUpdate, names: "_Names") -> Iterator[Entry]:
+    """The updates of a parameter of a layer's experts: of each expert's layers, if the model has them,
+    else of the parameter."""
+    leaves = EXPERTS[update.parameter]
+    first, beyond = (f"{update.experts}.{expert}.{leaves[0]}" for expert in (0, len(update.A)))
+    if not names.find(first, (".weight",), addition):
+        yield f"{update.experts}.{update.parameter}", ("",), addition
+        return
+    if names.find(beyond, (".weight",), addition):
+        raise CheckpointError(
+            f"{addition.file}: {addition.key} is for {len(update.A)} experts, and the model has more"
+        )
+    for expert in range(len(update.A)):
+        for part, leaf in enumerate(leaves):
+            value = update.of_expert(expert, part, len(leaves))
+            yield f"{update.experts}.{expert}.{leaf}", (".weight",), replace(addition, value=value)
 
 
 class _Names:
@@ -112,9 +145,10 @@ class _Names:
 
         The first end that gives one counts. The exact name comes before one with another prefix,
         and any of them before one of the other layout. A decoder's layers may be named as in the
-        model with its head, or without it.
+        model with its head, or without it; Mixtral's, as in transformers or as in its files.
         """
-        spellings = (key, *_with_and_without_head(key))
+        in_files = _IN_MIXTRAL.sub(lambda found: f".block_sparse_moe.{found[1]}{_MIXTRALS[found[2]]}", key)
+        spellings = [each for name in dict.fromkeys((key, in_files)) for each in _with_and_without_head(name)]
         return next((parts for each in spellings if (parts := self._find(each, ends, addition))), ())
 
     def _find(self, key: str, ends: tuple[str, ...], addition: Addition) -> tuple[Part, ...]:
@@ -174,12 +208,12 @@ def _flat(name: str) -> str:
 
 
 def _with_and_without_head(key: str) -> list[str]:
-    """The other names of a layer `base_model.model.layers...`: PEFT names it by the model that it
-    was given, with a head or without."""
+    """The names of a layer `base_model.model.layers...`: PEFT names it by the model that it was given,
+    with a head or without."""
     name = key.removeprefix(PEFT_PREFIX)
     if name == key:
-        return []
-    return [name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
+        return [key]
+    return [key, name.removeprefix(DECODER) if name.startswith(DECODER) else DECODER + name]
 
 
 def _stems(name: str) -> list[str]:
@@ -188,16 +222,18 @@ def _stems(name: str) -> list[str]:
     return [name, *(stem for rest in shorter for stem in _stems(rest))]
 
 
-def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor]) -> Addition:
+def _oriented(addition: Addition, name: str, model: Mapping[str, Tensor], lora: LoRAFile) -> Addition:
     """What a PEFT folder adds, as the model's tensor `name` needs it."""
     value, where = addition.value, f"{addition.file}: {addition.key}"
     if isinstance(value, Update):
         return replace(addition, value=oriented(value, name, model, where))
+    if isinstance(value, ExpertsUpdate):
+        siblings = [other for other in lora.dense.values() if isinstance(other, ExpertsUpdate)]
+        return replace(addition, value=oriented_experts(value, name, model, siblings, where))
     inner = value.update if isinstance(value, DecomposedUpdate) else None
-    if isinstance(inner, Update) and oriented(inner, name, model, where).kind != inner.kind:
-        raise CheckpointError(
-            f"{where}: DoRA on a transposed layer is not supported; merge it in the program that trained it"
-        )
+    if isinstance(inner, Update) and (turned := oriented(inner, name, model, where)).kind != inner.kind:
+        axis = "in" if value.axis == "out" else "out"  # of the weight as it is stored
+        return replace(addition, value=replace(value, update=turned, axis=axis))
     return addition
 
 
@@ -226,24 +262,31 @@ def _fits(value: Update | DenseUpdate | Tensor, shape: tuple[int, ...], parts: t
         return tuple(value.shape) == shape
     if len(shape) < 2:
         return False
-    if isinstance(value, DenseUpdate):
-        return value.fits(shape)
-    if value.kind != "linear" and parts != (Part(parts[0].tensor),):
+    inner = value.update if isinstance(value, DecomposedUpdate) else value
+    if isinstance(inner, Update) and inner.kind != "linear" and parts != (Part(parts[0].tensor),):
         return False  # it would be added transposed
-    return fits_plain(value, shape)
+    return value.fits(shape) if isinstance(value, DenseUpdate) else fits_plain(value, shape)
 
 
 def _check_twins(addition: Addition, name: str, before: list[Addition], model: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if another entry of the same file updates one of the same rows."""
     numbers = range(len(model[name])) if model[name].ndim else range(1)
     for other in before:
-        same_kind = isinstance(other.value, Tensor) == isinstance(addition.value, Tensor)
+        same_kind = _kind(other) == _kind(addition)
         ours, theirs = numbers[slice(*addition.rows)], numbers[slice(*other.rows)]
         if same_kind and max(ours.start, theirs.start) < min(ours.stop, theirs.stop):
             raise CheckpointError(
                 f"{addition.file}: {other.key} and {addition.key} both update {name}; keep one of them"
             )
     before.append(addition)
+
+
+def _kind(addition: Addition) -> str:
+    """An update, what it adds to the bias, or a whole tensor or difference: one of each may belong to
+    a tensor."""
+    if not isinstance(addition.value, Tensor):
+        return "update"
+    return "bias" if addition.key.endswith(BIAS_OF_B) else "tensor"
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -263,8 +306,11 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
         result = tensor.to(dtype)
     else:
         exact = tensor.to(_wide(tensor), copy=True, memory_format=torch.contiguous_format)
+        replaced = {addition.file: addition.value for addition in additions if addition.replaces}
         for addition in additions:
-            _add(exact, tensor, addition)
+            # What an adapter adds may depend on W, in whose place the adapter may have put its own.
+            trained_on = tensor if addition.replaces else replaced.get(addition.file, tensor)
+            _add(exact, trained_on, addition)
         result = exact.to(dtype)
     if not torch.isfinite(result).all() and (additions or torch.isfinite(tensor.to(_wide(tensor))).all()):
         files = ", ".join(sorted({str(addition.file) for addition in additions})) or "nothing"
@@ -275,7 +321,7 @@ def added(name: str, tensor: Tensor, additions: list[Addition], dtype: torch.dty
 
 
 def _add(exact: Tensor, tensor: Tensor, addition: Addition) -> None:
-    """Add to W, in fp32 or better, in place; `tensor` is W as it is stored."""
+    """Add to W, in fp32 or better, in place; `tensor` is the W that the addition was trained on."""
     value, of = addition.value, f"{addition.file}: {addition.key}"
     if exact.ndim:
         exact, tensor = exact[slice(*addition.rows)], tensor[slice(*addition.rows)]

@@ -2,16 +2,19 @@
 transformers' Conv1D is, which GPT-2 and its kin use.
 
 A PEFT folder states one `fan_in_fan_out` for all of its layers, that of whichever layer came last.
-The shape of a weight tells which way it lies unless it is square; then its model must tell.
+The shape of a weight tells which way it lies unless it is square; then its model must tell. The
+experts of a layer lie one way: in one 3-D parameter, (experts, out, in) or (experts, in, out), as in
+the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from litlora.errors import CheckpointError
 from litlora.lora import Update
+from litlora.lora.dense import ExpertsUpdate
 
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """What every Conv1D in transformers is called; other models have linear layers of these names."""
@@ -60,3 +63,25 @@ def oriented(update: Update, name: str, model: Mapping[str, Tensor], where: str)
             "it is stored transposed (Conv1D); merge it with PEFT's merge_and_unload"
         )
     return replace(update, kind="conv1d" if is_transposed else "linear")
+
+
+def oriented_experts(
+    update: ExpertsUpdate, name: str, model: Mapping[str, Tensor], others: Iterable[ExpertsUpdate], where: str
+) -> ExpertsUpdate:
+    """The update of experts as the model's tensor `name` needs it; `others` are those of the same
+    adapter. Raises CheckpointError, which begins with `where`, for square weights of which nothing
+    tells how they are stored."""
+    parent = name.removesuffix(update.parameter)
+    same = [other for other in others if other.experts == update.experts]
+    for known in (update, *same):
+        weight, turned = model.get(parent + known.parameter), replace(known, transposed=True)
+        if weight is None or known.shape == turned.shape:
+            continue
+        if tuple(weight.shape) in (known.shape, turned.shape):
+            return replace(update, transposed=tuple(weight.shape) == turned.shape)
+    if update.shape[1] != update.shape[2]:
+        return update  # it does not fit
+    raise CheckpointError(
+        f"{where}: {name} is square, and no other parameter of these experts tells whether it is stored "
+        "transposed; merge it with PEFT's merge_and_unload"
+    )

@@ -28,7 +28,7 @@ from litlora.prompts import STYLE_FILE
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors, save_safetensors
-from litlora.storage.untrusted import own_file
+from litlora.storage.untrusted import has_file, own_file
 from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -106,14 +106,14 @@ def write_folder(
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
-    styles = [own_file(place / STYLE_FILE) for place in sources if (place / STYLE_FILE).is_file()]
+    styles = [own_file(place / STYLE_FILE) for place in sources if has_file(place / STYLE_FILE)]
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
     hint = add_template(directory, sources, tokenizer)
     original = read_settings(files.get(HF_CONFIG_FILE))
     values = adapt_config(original, config) if original else None
     origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
-    stops = stops_of(sources)
+    stops = stops_of(sources, tokenizer)
     if values is None:
         values = {**write_config(config), "eos_token_id": None}
     values = with_stops(values, stops)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, lora_keys, lycoris, peft
 from litlora.formats.lora_header import ADAPTERS, Header, check_understood
-from litlora.lora.dense import DenseUpdate
+from litlora.formats.peft_config import EXPERTS, is_parameter, tokens_of
+from litlora.lora.dense import DenseUpdate, ExpertsUpdate, ReplacedRows
 from litlora.lora.update import Update, scale_of
 from litlora.storage.tensors import at_least_16_bits
 
@@ -27,7 +29,14 @@ END_OF = {
     ".w_norm": ".weight",
     ".b_norm": ".bias",
 }
-"""The keys of the differences of whole tensors end so, and what they are differences of."""
+"""The keys of the differences of whole tensors end so, and what they are differences of: of two for
+one end, the first is written."""
+
+
+def diff_of(name: str) -> tuple[str, str]:
+    """(the end of a tensor's name, the end of its difference's key instead); of any other tensor,
+    nothing is replaced and .diff added."""
+    return next(((end, diff) for diff, end in END_OF.items() if name.endswith(end)), ("", ".diff"))
 
 
 @dataclass
@@ -41,6 +50,10 @@ class _Layer:
     product: dict[str, Tensor] = field(default_factory=dict)
     magnitude: Tensor | None = None
     magnitude_key: str = ""
+    bias: Tensor | None = None
+    """Of B."""
+    rows: Tensor | None = None
+    """Those that replace some tokens' rows."""
 
 
 @dataclass
@@ -70,6 +83,10 @@ class Content:
                 first = layer.magnitude_key
                 raise CheckpointError(f"{self.file}: {first} and {key} are magnitudes of one layer; keep one")
             layer.magnitude, layer.magnitude_key = tensor, key
+        elif (module := lora_keys.bias(key)) and self._layer(module).bias is None:
+            self._layer(module).bias = tensor
+        elif self.config is not None and (module := lora_keys.token_rows(key)):
+            self._layer(module).rows = tensor
         elif key.endswith(".alpha"):
             if tensor.numel() != 1 or not math.isfinite(value := tensor.item()) or value == 0:
                 raise CheckpointError(f"{self.file}: {key} must be one finite number other than 0")
@@ -155,12 +172,15 @@ class Content:
         """What one module's tensors add to its weight. Raises CheckpointError if they do not form an
         update."""
         layer, where = self.layers[module], f"{self.file}: {module}"
+        if layer.rows is not None:
+            return self._rows(module, layer)
         if layer.product:
             update = self._product(module, layer)
         elif layer.factors:
-            update = self._plain(module, layer)
+            update = self._experts(module, layer) or self._plain(module, layer)
         else:
-            raise CheckpointError(f"{self.file}: {layer.magnitude_key}: has no factors beside it")
+            lone = layer.magnitude_key or f"{module}.lora_B.bias"
+            raise CheckpointError(f"{self.file}: {lone}: has no factors beside it")
         if layer.magnitude is None:
             stated = self.config["use_dora"] if self.config else self.header.uses_dora(self.file, module)
             if stated:
@@ -168,6 +188,58 @@ class Content:
             return update
         of_outputs = "lora_magnitude" in layer.magnitude_key
         return lycoris.decomposed(where, update, layer.magnitude, of_outputs=of_outputs)
+
+    def bias(self, module: str, update: Update | DenseUpdate) -> Tensor | None:
+        """What the bias of B adds to the layer's own; None if it has none. Raises CheckpointError for
+        one that is missing or does not fit."""
+        bias, where = self.layers[module].bias, f"{self.file}: {module}"
+        stated = self.config["lora_bias"] if self.config else self.header.has_bias(self.file, module)
+        if bias is None:
+            if stated and isinstance(update, Update) and update.kind != "embedding":
+                raise CheckpointError(f"{where} has no lora_B.bias, though lora_bias is set")
+            return None
+        if self.config is not None and not stated:
+            raise CheckpointError(f"{where} has lora_B.bias, but {PEFT_CONFIG_FILE} no lora_bias")
+        if not isinstance(update, Update) or bias.shape != (len(update.B),) or not bias.is_floating_point():
+            raise CheckpointError(f"{where}: lora_B.bias {tuple(bias.shape)} does not belong to its factors")
+        return update.scale * at_least_16_bits(bias).to(torch.float32)
+
+    def _rows(self, module: str, layer: _Layer) -> ReplacedRows:
+        """Rows that replace those of some tokens."""
+        tokens, where = tokens_of(module, self.config), f"{self.file}: {module}"
+        if layer.factors or layer.magnitude is not None:
+            raise CheckpointError(
+                f"{where} has factors and rows of tokens; merge it with PEFT's merge_and_unload"
+            )
+        rows = at_least_16_bits(layer.rows)
+        if rows.ndim != 2 or len(rows) != len(tokens) or not tokens or not rows.is_floating_point():
+            raise CheckpointError(
+                f"{where}: its rows {tuple(rows.shape)} do not fit trainable_token_indices of "
+                f"{PEFT_CONFIG_FILE}, which names {len(tokens)}"
+            )
+        return ReplacedRows(rows, tuple(tokens))
+
+    def _experts(self, module: str, layer: _Layer) -> ExpertsUpdate | None:
+        """The update of a parameter of a layer's experts; None for a layer of any other kind."""
+        experts, depth = re.subn(r"\.base_layer(?=\.|$)", "", module)
+        adapted = [name for name in EXPERTS if self._is_parameter(f"{experts}.{name}")]
+        if not adapted or module != experts + ".base_layer" * depth:
+            return None
+        where = f"{self.file}: {module}"
+        if depth >= len(adapted):
+            raise CheckpointError(f"{where}: {PEFT_CONFIG_FILE} names no target_parameters for it")
+        parameter = adapted[-1 - depth]  # PEFT wraps the first in the second
+        rank, scale = self._peft_strength(f"{experts}.{parameter}")
+        A, B = (layer.factors.get(part) for part in "AB")
+        sound = A is not None and B is not None and A.ndim == B.ndim == 2 and len(A) == B.size(1)
+        if not sound or len(A) % rank or not (A.numel() and A.is_floating_point() and B.is_floating_point()):
+            raise CheckpointError(f"{where}: its factors do not form an update of experts of rank {rank}")
+        A = at_least_16_bits(A).unflatten(0, (-1, rank))  # (E, r, in)
+        B = at_least_16_bits(B).unflatten(1, (rank, -1)).permute(2, 0, 1)  # (out, r, E) -> (E, out, r)
+        return ExpertsUpdate(A, B, scale, experts, parameter)
+
+    def _is_parameter(self, name: str) -> bool:
+        return self.config is not None and is_parameter(name, self.config)
 
     def _product(self, module: str, layer: _Layer) -> DenseUpdate:
         if layer.factors:
@@ -191,9 +263,13 @@ class Content:
         kind = "embedding" if layer.is_embedding else "linear"
         if self.config is None:
             return Update(A, B, self._scale(module, rank), kind)
-        if kind == "linear" and self.config.get("fan_in_fan_out"):
+        as_parameter = self._is_parameter(f"{module}.weight")
+        if kind == "linear" and self.config.get("fan_in_fan_out") and not as_parameter:
             kind = "conv1d"
-        return Update(A, B, self._peft_scale(module, rank), kind)
+        stated, scale = self._peft_strength(f"{module}.weight" if as_parameter else module)
+        if rank != stated:
+            raise CheckpointError(f"{self.file}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {stated}")
+        return Update(A, B, scale, kind)
 
     def _scale(self, module: str, rank: int) -> float:
         """What `.alpha`, or else the header, says about a module; 1 if neither does. Raises
@@ -207,13 +283,12 @@ class Content:
             )
         return next((scale for scale in (stored, stated) if scale is not None), 1.0)
 
-    def _peft_scale(self, module: str, rank: int) -> float:
-        """What adapter_config.json says about a module. Raises CheckpointError for another rank."""
-        config, name = self.config, module.removeprefix(peft.PREFIX)
-        if rank != (stated := peft.by_pattern(config["rank_pattern"], name, config["r"])):
-            raise CheckpointError(f"{self.file}: {module} has rank {rank}; {PEFT_CONFIG_FILE} says {stated}")
+    def _peft_strength(self, name: str) -> tuple[int, float]:
+        """(rank, scale) that adapter_config.json states for a module or parameter."""
+        config, name = self.config, name.removeprefix(peft.PREFIX)
+        rank = peft.by_pattern(config["rank_pattern"], name, config["r"])
         alpha = float(peft.by_pattern(config["alpha_pattern"], name, config["lora_alpha"]))
-        return scale_of(alpha, rank, rslora=config["use_rslora"])
+        return rank, scale_of(alpha, rank, rslora=config["use_rslora"])
 
 
 def _form_an_update(A: Tensor, B: Tensor, mid: Tensor | None) -> bool:

@@ -40,8 +40,8 @@ from litlora.formats import (
     peft,
     peft_weights,
 )
-from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content
-from litlora.formats.lora_header import Header, read_header, written
+from litlora.formats.lora_content import PARTS, PEFT_PARTS, Content, diff_of
+from litlora.formats.lora_header import TRAINING_HASHES, Header, read_header, written
 from litlora.formats.model_files import open_model
 from litlora.lora.adapter import Adapter
 from litlora.lora.dense import DenseUpdate
@@ -49,10 +49,7 @@ from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
 from litlora.settings import check_alpha
 from litlora.storage.atomic import replacing_file
-from litlora.storage.tensors import open_tensors, write_safetensors
-
-DIFF_OF = {".weight": ".diff", ".bias": ".diff_b", ".modulation": ".diff_m"}
-"""What the difference of a tensor is called; for any other tensor, its whole name and .diff."""
+from litlora.storage.tensors import open_tensors, training_hashes, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,8 @@ class LoRAFile:
     """The keys of A and B, by the module's name, where they are not spelled as in `parts`."""
     dense: dict[str, DenseUpdate] = field(default_factory=dict)
     """Updates that are not s · B A, by the module's name."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """What is added to a module's bias, by its name: s times the bias of B."""
 
     @property
     def keeps_scale(self) -> bool:
@@ -131,7 +130,13 @@ class LoRAFile:
         return [*(parts if self.updates else ()), *sorted({update.name for update in self.dense.values()})]
 
     def plain(self) -> "LoRAFile":
-        """The file itself. Raises CheckpointError if it holds an update that is not s · B A."""
+        """The file itself. Raises CheckpointError if it holds an update that is not s · B A, or that
+        has a bias."""
+        for module in self.biases:
+            raise CheckpointError(
+                f"{self.path}: {module} has a bias of lora_B, which only lora_merger.py reads; merge it with "
+                "scripts/lora_merger.py, then extract a LoRA with scripts/lora_extractor.py"
+            )
         for module, update in self.dense.items():
             raise CheckpointError(
                 f"{self.path}: {module} is {update.name}, which is not a product of two factors; merge it "
@@ -160,7 +165,7 @@ def read_lora(path: Path, *, files: list[Path] | None = None, allow_unknown: boo
         (tensors, config), path = mlx.as_peft(folder), folder / MLX_WEIGHTS_FILE
     elif (path.is_dir() or path.name in PEFT_WEIGHTS_FILES) and (weights := peft_weights(folder)):
         path, files, config = weights, [weights], peft.read_config(folder)
-        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config | {"use_dora": False})
+        peft.refuse_variants(folder / PEFT_CONFIG_FILE, config)
     elif path.is_dir() and not files:
         raise CheckpointError(
             f"{path}: is a directory without {PEFT_CONFIG_FILE}; name a LoRA file or a PEFT folder"
@@ -179,6 +184,7 @@ def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
     found = {module: content.update(module) for module in content.layers}
     updates = {module: update for module, update in found.items() if isinstance(update, Update)}
     keys = {module: content.keys_of(module) for module in updates}
+    biases = {module: content.bias(module, update) for module, update in found.items()}
     return LoRAFile(
         content.file,
         updates,
@@ -193,6 +199,7 @@ def _whole(content: Content, *, allow_unknown: bool) -> LoRAFile:
         is_8_bit=content.is_8_bit,
         keys={module: given for module, given in keys.items() if given != _usual_keys(module, parts)},
         dense={module: update for module, update in found.items() if isinstance(update, DenseUpdate)},
+        biases={module: bias for module, bias in biases.items() if bias is not None},
     )
 
 
@@ -244,8 +251,8 @@ def _keys(name: str, format: str) -> tuple[str, str]:
     def spelled(text: str) -> str:
         return f"diffusion_model.{text}" if format == "comfyui" else "lora_unet_" + text.replace(".", "_")
 
-    end = next((end for end in DIFF_OF if name.endswith(end)), "")
-    return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + DIFF_OF.get(end, ".diff")
+    end, diff = diff_of(name)
+    return spelled(name.removesuffix(".weight")), spelled(name.removesuffix(end)) + diff
 
 
 def as_stored(update: Update, *, alpha: bool, dtype: torch.dtype) -> Update:
@@ -295,6 +302,10 @@ def write_lora(path: Path, lora: LoRAFile, dtype: torch.dtype) -> list[str]:
     }
     if lora.config is None:
         metadata, dropped = written(lora.path, lora.header, lora.updates)
+        if not TRAINING_HASHES.isdisjoint(dropped):
+            tensors = dict(sorted(tensors.items()))
+            metadata |= training_hashes(tensors, metadata)
+            dropped = [name for name in dropped if name not in metadata]
         with replacing_file(path) as staging:
             write_safetensors(staging, tensors, metadata)
         return dropped

@@ -27,6 +27,8 @@ from litlora.storage.untrusted import MAX_JSON_BYTES, parse_json
 ADAPTERS = "lora_adapter_metadata"
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Hashes of the tensors: other tools compute them again where they are missing."""
+TRAINING_HASHES = {"sshs_model_hash", "sshs_legacy_hash"}
+"""Those of kohya's, which are brought up to date."""
 KOHYA_DIM, KOHYA_ALPHA, KOHYA_ARGS = "ss_network_dim", "ss_network_alpha", "ss_network_args"
 _SIZES_IN_ARGS = (
     *("conv_dim", "conv_alpha", "block_dims", "block_alphas"),
@@ -75,6 +77,10 @@ class Header:
     def uses_dora(self, file: Path, module: str) -> bool:
         """Whether the header says that a layer has DoRA's magnitude."""
         return bool(self.checked) and self.checked[self.part_of(file, module)]["use_dora"]
+
+    def has_bias(self, file: Path, module: str) -> bool:
+        """Whether the header says that B of a layer has a bias."""
+        return bool(self.checked) and self.checked[self.part_of(file, module)]["lora_bias"]
 
     def part_of(self, file: Path, module: str) -> str:
         """The part of the model, in `adapters`, that a layer belongs to."""
@@ -146,7 +152,7 @@ def _checked(where: str, part: str, values: dict[str, Any]) -> dict[str, Any]:
     if missing := [name for name in ("r", "lora_alpha") if values.get(name) is None]:
         raise CheckpointError(f"{where}: lacks {missing[0]}, without which the scale is not known")
     config = peft_config.checked_config(where, {"peft_type": "LORA", **values})
-    peft_config.refuse_variants(where, config, also_read=frozenset({"use_dora"}))
+    peft_config.refuse_variants(where, config, is_folder=False)
     return config
 
 
@@ -222,7 +228,8 @@ def in_common(headers: list[Header]) -> Header:
 
 def written(path: Path, header: Header, updates: Mapping[str, Update]) -> tuple[dict[str, str], list[str]]:
     """(the metadata of a file that holds these updates instead, the entries that no longer hold and
-    are left out): ranks and alphas are brought up to date, hashes are dropped."""
+    are left out): ranks and alphas are brought up to date; hashes are dropped, whoever writes the
+    tensors knows the new ones."""
     metadata = {name: value for name, value in header.metadata.items() if name not in HASHES}
     dropped = [*header.dropped, *(name for name in header.metadata if name in HASHES)]
     if header.adapters:

@@ -10,6 +10,8 @@ The factors of one layer are spelled in one of these ways, A before B; NAME is a
     .lora_linear_layer.down.weight  .lora_linear_layer.up.weight    the same, text encoders
     _lora.down.weight               _lora.up.weight                 the first diffusers; see _layer
     .lora_embedding_A               .lora_embedding_B               PEFT, embeddings
+
+`.lora_B.bias` and `.token_adapter.trainable_tokens_delta` are PEFT's, too.
 """
 
 import re
@@ -26,6 +28,8 @@ _FACTOR = re.compile(
 _MAGNITUDE = re.compile(
     r"(?P<layer>.+?)\.(?:dora_scale|lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?)"
 )
+_BIAS = re.compile(r"(?P<layer>.+?)\.lora_B(?:\.(?!bias$)[^.]+)?\.bias")
+_TOKENS = re.compile(r"(?P<layer>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _OLD = re.compile(r"(?P<parent>.+?)(?:\.processor)?\.to_(?P<which>q|k|v|out)")
 _PARTS = {"down": "A", "up": "B", "mid": "mid"}
 FACTORS_OF = {
@@ -74,6 +78,19 @@ def factor(key: str) -> Factor | None:
 def magnitude(key: str) -> str | None:
     """The layer whose DoRA magnitude a key holds; None if it holds none."""
     found = _MAGNITUDE.fullmatch(key)
+    return found["layer"] if found else None
+
+
+def bias(key: str) -> str | None:
+    """The layer whose B has a bias (PEFT's lora_bias) that a key holds; None if it holds none."""
+    found = _BIAS.fullmatch(key)
+    return found["layer"] if found else None
+
+
+def token_rows(key: str) -> str | None:
+    """The layer of which a key holds rows that replace those of some tokens (PEFT's
+    trainable_token_indices); None if it holds none."""
+    found = _TOKENS.fullmatch(key)
     return found["layer"] if found else None
 
 

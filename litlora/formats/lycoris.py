@@ -6,7 +6,7 @@ made an update. The formulas are in litlora/lora/dense.py.
     LoKr    lokr_w1, or lokr_w1_a and lokr_w1_b; lokr_w2, or lokr_w2_a and lokr_w2_b, with lokr_t2
             (r, r, *kernel) as above. s = alpha / r, and 1 if w1 and w2 are both whole
     DoRA    dora_scale (out, 1, ...), or (1, in, ...) for norms by input; lora_magnitude_vector has
-            one value for each output
+            one value for each output, of an embedding one for each column
 
 A file without alpha has s = 1, as in LyCORIS and ComfyUI.
 """
@@ -97,13 +97,10 @@ def decomposed(
 ) -> DecomposedUpdate:
     """DoRA around an update. `of_outputs`: whether the magnitude can only be one of outputs, however
     it is shaped. Raises CheckpointError for a magnitude of another size."""
-    plain = isinstance(update, Update)
-    if plain and update.kind != "linear":
-        raise CheckpointError(
-            f"{layer}: DoRA on an embedding or a transposed layer is not supported; merge it in the program "
-            "that trained it"
-        )
-    out, size = update.shape[0], magnitude.numel()
+    is_transposed = isinstance(update, Update) and update.kind != "linear"
+    if is_transposed:
+        of_outputs = True
+    out, size = update.shape[1 if is_transposed else 0], magnitude.numel()
     by_input = not of_outputs and magnitude.ndim > 1 and magnitude.size(0) == 1 and (out, size) != (1, 1)
     if by_input:
         expected = size > 0 and magnitude.size(1) == size and math.prod(update.shape[1:]) % size == 0
@@ -114,4 +111,5 @@ def decomposed(
             f"{layer}: the magnitude {tuple(magnitude.shape)} fits neither the outputs nor the inputs of "
             f"{tuple(update.shape)}"
         )
-    return DecomposedUpdate(update, at_least_16_bits(magnitude).flatten(), "in" if by_input else "out")
+    axis = "in" if by_input or is_transposed else "out"
+    return DecomposedUpdate(update, at_least_16_bits(magnitude).flatten(), axis)

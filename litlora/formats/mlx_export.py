@@ -31,14 +31,14 @@ def to_mlx(
     for key, tensor in tensors.items():
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key.removeprefix(PREFIX))
         name = found[1] if found else key.removeprefix(PREFIX)
-        if not found or ".experts." in name or not (name == "lm_head" or _LAYER.fullmatch(name)):
+        if not found or ".experts" in name or not (name == "lm_head" or _LAYER.fullmatch(name)):
             raise CheckpointError(
                 f"{name}: an MLX folder holds only LoRA of linear layers of model.layers and of the output "
                 "head; merge the adapter and convert the merged model with mlx_lm.convert"
             )
         factors.setdefault(name, {})[found[2]] = tensor
     ranks = {name: pair["A"].size(0) for name, pair in factors.items()}
-    alphas = {name: config["alpha_pattern"].get(name, config["lora_alpha"]) for name in factors}
+    alphas = {name: _alpha(name, config) for name in factors}
     scales = {name: scale_of(alphas[name], ranks[name], rslora=config["use_rslora"]) for name in factors}
     rank, scale = max(ranks.values()), Counter(scales.values()).most_common(1)[0][0]
     stored = {}
@@ -56,6 +56,12 @@ def to_mlx(
         "num_layers": num_layers,
         "lora_parameters": parameters,
     }
+
+
+def _alpha(name: str, config: Mapping[str, Any]) -> float:
+    """The alpha of a layer, which `to_peft` may have named by its weight."""
+    pattern = config["alpha_pattern"]
+    return pattern.get(name, pattern.get(f"{name}.weight", config["lora_alpha"]))
 
 
 def _filled(rows: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,8 @@ joined: A is stacked, B is block-diagonal and the ranks add up, unless the parts
 update of the embedding, E + s · (B' A')^T in PEFT's file, is A = B'^T and B = A'^T here.
 
 Since transformers 5 the experts of a layer are two 3-D parameters, which PEFT adapts as such
-(`target_parameters`): the adapter of one becomes one of each expert's layers. Rows of single tokens
+(`target_parameters`): the adapter of one becomes one of each expert's layers. The weight of any layer
+may be such a parameter, too. Rows of single tokens
 and biases of B become tensors that replace the base's. An adapter of a model with other modalities
 names the language model inside it.
 """
@@ -30,7 +31,14 @@ from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
 from litlora.formats import peft_weights
 from litlora.formats.layout import Rule
 from litlora.formats.layout import layout as layout_of
-from litlora.formats.peft_config import ALSO_READ, by_pattern, read_config, refuse_variants
+from litlora.formats.peft_config import (
+    EXPERTS,
+    by_pattern,
+    is_parameter,
+    read_config,
+    refuse_variants,
+    tokens_of,
+)
 from litlora.formats.peft_keys import PREFIX as PREFIX
 from litlora.formats.peft_keys import PeftTensors, sort_out
 from litlora.lora import Adapter, Update
@@ -70,7 +78,7 @@ def read_adapter(
     expressed here, and for a tensor that has no place in the base.
     """
     config = read_config(directory)
-    refuse_variants(directory / CONFIG_FILE, config, also_read=ALSO_READ)
+    refuse_variants(directory / CONFIG_FILE, config)
     file = peft_weights(directory)
     tensors = open_tensors(file)
     return adapter_of(file, tensors, config, model, base, base_is_full=base_is_full)
@@ -88,18 +96,20 @@ def adapter_of(
     """The adapter of these tensors, by PEFT's keys, that a file holds. See `read_adapter`."""
     stored = sort_out(file, tensors)
     _check_settings(file.parent / CONFIG_FILE, config, stored)
-    if (stored.rows or config["lora_bias"]) and not base_is_full:
-        raise CheckpointError(
-            f"{file}: replaces rows or biases of its base, which is an adapter itself; merge the base first"
-        )
     found = _Found(file, config, _Names(model, base, stored.modules), model, base)
+    decomposed = {name for name in stored.embeddings if "magnitude" in stored.pairs[name]}
+    if (stored.rows or config["lora_bias"] or decomposed) and not base_is_full:
+        raise CheckpointError(
+            f"{file}: replaces rows, biases or an embedding of its base, which is an adapter itself; merge "
+            "the base first"
+        )
+    for name, tensor in stored.whole.items():
+        found.add_whole(name, tensor)
     for module, pair in stored.pairs.items():
         if (place := experts_of(module)) is not None and config.get("target_parameters"):
             found.add_experts(place, pair)
         else:
-            found.add_pair(module, pair)
-    for name, tensor in stored.whole.items():
-        found.add_whole(name, tensor)
+            found.add_pair(module, pair, by_columns=module in decomposed)
     for module, rows in stored.rows.items():
         found.add_rows(module, rows)
     return found.adapter()
@@ -120,17 +130,23 @@ class _Found:
     replaced: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
-    def add_pair(self, module: str, pair: dict[str, Tensor]) -> None:
-        """The factors of one module of theirs, and what belongs to them."""
-        rank, alpha, scale = self._strength(module)
+    def add_pair(self, module: str, pair: dict[str, Tensor], *, by_columns: bool) -> None:
+        """The factors of one module of theirs, and what belongs to them. `by_columns`: whether its
+        magnitudes are those of an embedding's columns."""
+        rule, as_parameter = self.names.rule_of(module), is_parameter(f"{module}.weight", self.config)
+        rank, alpha, scale = self._strength(f"{module}.weight" if as_parameter else module)
         A, B = _checked_pair(self.file, module, pair, rank)
-        rule = self.names.rule_of(module)
+        if as_parameter and rule.transposed:  # what PEFT adds to a parameter lies as the parameter does
+            A, B = B.T, A.T
         if not self.names.all_known(rule, "weight"):
             self.lost.append(module)
             return
+        if by_columns:
+            self._add_decomposed_embedding(module, rule, Update(A, B, scale), pair["magnitude"])
+            return
         magnitudes = [None] * len(rule.ours)
         if (magnitude := pair.get("magnitude")) is not None:
-            magnitudes = rule.split(self._checked_magnitude(module, rule, magnitude, B))
+            magnitudes = rule.split(self._checked_magnitude(module, magnitude, B.size(0)))
         for ours, rows, part in zip(rule.ours, rule.split(B), magnitudes, strict=True):
             plain = Update(A, rows, scale)
             extra = {} if part is None else {"variant": "dora", "extra": {MAGNITUDE: part}}
@@ -139,24 +155,41 @@ class _Found:
             self._add_bias(module, rule, scale * bias.to(torch.promote_types(bias.dtype, torch.float32)))
 
     def _strength(self, module: str) -> tuple[int, float, float]:
-        """(rank, alpha, scale) of a module of theirs."""
+        """(rank, alpha, scale) of a module or parameter of theirs."""
         rank = by_pattern(self.config["rank_pattern"], module, self.config["r"])
         alpha = float(by_pattern(self.config["alpha_pattern"], module, self.config["lora_alpha"]))
         return rank, alpha, scale_of(alpha, rank, rslora=self.config["use_rslora"])
 
-    def _checked_magnitude(self, module: str, rule: Rule, magnitude: Tensor, B: Tensor) -> Tensor:
-        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
-            raise CheckpointError(
-                f"{self.file}: {module}: DoRA of an embedding is not supported; merge the adapter in PEFT "
-                "(merge_and_unload) and use the merged model"
-            )
+    def _checked_magnitude(self, module: str, magnitude: Tensor, count: int) -> Tensor:
         magnitude = magnitude.flatten()
-        if magnitude.size(0) != B.size(0) or not magnitude.is_floating_point():
+        if magnitude.size(0) != count or not magnitude.is_floating_point():
             raise CheckpointError(
-                f"{self.file}: {module}: its {MAGNITUDE} has {magnitude.size(0)} values, but B has "
-                f"{B.size(0)} rows"
+                f"{self.file}: {module}: its {MAGNITUDE} has {magnitude.size(0)} values; it must have {count}"
             )
         return magnitude
+
+    def _add_decomposed_embedding(self, module: str, rule: Rule, update: Update, magnitude: Tensor) -> None:
+        """DoRA of an embedding: as PEFT computes it, with a magnitude and a norm for each column, so
+        that it is no DoRA here, and the result replaces the base's tensor."""
+        if self.config["ensure_weight_tying"] and self.model.tie_word_embeddings:
+            raise CheckpointError(
+                f"{self.file}: {module}: DoRA of an embedding with ensure_weight_tying is not supported; "
+                "merge the adapter in PEFT (merge_and_unload) and use the merged model"
+            )
+        [ours] = rule.ours
+        before = self._before(f"{ours}.weight")
+        if update.shape != tuple(before.shape):
+            raise CheckpointError(f"{self.file}: {module}: {update.shape} does not fit {tuple(before.shape)}")
+        magnitude = self._checked_magnitude(module, magnitude, before.size(1))
+        after = update.add_product(before.to(torch.promote_types(before.dtype, torch.float32), copy=True))
+        after *= magnitude.to(after.dtype) / after.norm(dim=0).clamp_min(torch.finfo(after.dtype).tiny)
+        self.whole[f"{ours}.weight"] = after.to(before.dtype)
+        self.replaced.append(ours)
+
+    def _before(self, name: str) -> Tensor:
+        """The tensor that an adapter's own change starts from: what it replaces the base's with, or the
+        base's."""
+        return self.whole.get(name, self.base[name])
 
     def _add_bias(self, module: str, rule: Rule, added: Tensor) -> None:
         """What the bias of B adds to the layer's own."""
@@ -166,7 +199,7 @@ class _Found:
                 "with a bias can take lora_bias"
             )
         for ours, part in zip(rule.ours, rule.split(added), strict=True):
-            before = self.base[f"{ours}.bias"]
+            before = self._before(f"{ours}.bias")
             if part.shape != before.shape:
                 raise CheckpointError(
                     f"{self.file}: {module}: the bias of lora_B is {tuple(added.shape)}, which does not fit "
@@ -194,7 +227,7 @@ class _Found:
         _checked_pair(self.file, f"{place}.{parameter}", pair, rank * len(experts))
         A = pair["A"].unflatten(0, (len(experts), rank))  # (E, r, in)
         B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)
-        leaves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+        leaves = EXPERTS[parameter]
         for expert in experts:
             for leaf, rows in zip(leaves, B[:, :, expert].chunk(len(leaves)), strict=True):
                 ours = f"{place}.{expert}.{leaf}"
@@ -205,9 +238,7 @@ class _Found:
     def add_rows(self, module: str, rows: Tensor) -> None:
         """Rows of an embedding or of the head that replace those of some tokens; where the two are
         tied, of both."""
-        wanted = self.config.get("trainable_token_indices")
-        if isinstance(wanted, dict):
-            wanted = next((found for key, found in wanted.items() if f".{module}".endswith(f".{key}")), None)
+        wanted = tokens_of(module, self.config)
         [ours] = self.names.rule_of(module).ours
         before = self.base.get(f"{ours}.weight")
         if before is None and ours == "lm_head":
@@ -215,7 +246,7 @@ class _Found:
         if before is None:
             self.lost.append(module)
             return
-        fits = rows.ndim == 2 and rows.shape == (len(wanted or ()), before.size(1))
+        fits = rows.ndim == 2 and rows.shape == (len(wanted), before.size(1))
         if not fits or not rows.is_floating_point() or max(wanted) >= before.size(0):
             raise CheckpointError(
                 f"{self.file}: {module}: its rows {tuple(rows.shape)} do not fit trainable_token_indices and "
@@ -354,8 +385,7 @@ def _family(modules: list[str]) -> str:
 
 
 def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> None:
-    """Raise CheckpointError where the settings and the tensors do not tell the same, and for
-    parameters that are not experts'."""
+    """Raise CheckpointError where the settings and the tensors do not tell the same."""
     extras = (("use_dora", "magnitude", MAGNITUDE), ("lora_bias", "bias", "lora_B.bias"))
     for setting, part, called in extras:
         for module, pair in stored.pairs.items():
@@ -366,20 +396,10 @@ def _check_settings(path: Path, config: dict[str, Any], stored: PeftTensors) -> 
                 raise CheckpointError(
                     f"{stored.file}: {module} has no {called}, but {path.name} has {setting}"
                 )
-    tokens = config.get("trainable_token_indices") or []
-    for wanted in tokens.values() if isinstance(tokens, dict) else [tokens]:
-        if not isinstance(wanted, list) or not all(type(token) is int and token >= 0 for token in wanted):
-            raise CheckpointError(f"{path}: trainable_token_indices is {tokens!r}")
+    tokens = config.get("trainable_token_indices")
     if bool(stored.rows) != bool(tokens):
         there, absent = (CONFIG_FILE, stored.file.name) if tokens else (stored.file.name, CONFIG_FILE)
         raise CheckpointError(f"{path.parent}: {there} has rows of single tokens, but {absent} has none")
-    parameters = config.get("target_parameters") or []
-    for name in parameters if isinstance(parameters, list) else [parameters]:
-        if str(name).rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
-            raise CheckpointError(
-                f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
-                "layer's experts are"
-            )
 
 
 def stated(updates: Mapping[str, Update]) -> dict[str, Any]:

@@ -9,14 +9,18 @@ from litlora.settings import LEAST_ALPHA
 from litlora.storage.patterns import ByPattern
 from litlora.storage.untrusted import read_json_object
 
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""{a parameter of a layer's experts in transformers: the layers of one expert that it consists of}, in
+their order: PEFT wraps the first in the second."""
 _READ = set(
     """
     peft_type r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern
     base_model_name_or_path target_modules modules_to_save init_lora_weights ensure_weight_tying
     """.split()
 )
-ALSO_READ = frozenset({"use_dora", "lora_bias", "target_parameters", "trainable_token_indices"})
-"""Settings that read_adapter takes, but a reader of plain LoRA files does not."""
+_IN_FILES = {"use_dora", "lora_bias"}
+_IN_FOLDERS = _IN_FILES | {"target_parameters", "trainable_token_indices"}
+"""What is read besides plain LoRA; the last two stand beside a folder's own names."""
 _WITHOUT_EFFECT = set(
     """
     task_type auto_mapping peft_version revision inference_mode exclude_modules bias
@@ -107,11 +111,10 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and LEAST_ALPHA <= abs(value) <= 1 / LEAST_ALPHA
 
 
-def refuse_variants(
-    path: Path | str, config: dict[str, Any], also_read: frozenset[str] = frozenset()
-) -> None:
-    """Raise CheckpointError for anything but plain LoRA and rsLoRA, and the settings in `also_read`;
-    `path` is the config's."""
+def refuse_variants(path: Path | str, config: dict[str, Any], *, is_folder: bool = True) -> None:
+    """Raise CheckpointError for anything but LoRA, rsLoRA and DoRA, and what else is read of them;
+    `path` is the config's. `is_folder`: whether it stands in an adapter's folder, or in the header of
+    a LoRA file."""
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path}: peft_type {kind} is not supported; LORA is")
     if str(how := config["init_lora_weights"]).lower().startswith(_CHANGES_BASE):
@@ -119,10 +122,46 @@ def refuse_variants(
             f"{path}: init_lora_weights {how} changed the base's weights as well; save the adapter again "
             "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
+    also_read = _IN_FOLDERS if is_folder else _IN_FILES
     known = _READ | _WITHOUT_EFFECT | also_read | _OTHERS.keys()  # null, false and empty change nothing
     if odd := sorted(name for name, value in config.items() if value and name not in known):
-        what = "plain LoRA, rsLoRA and DoRA" if also_read else "only plain LoRA and rsLoRA"
-        raise CheckpointError(f"{path}: {odd[0]} ({config[odd[0]]!r}) is not supported: {what} are")
+        raise CheckpointError(
+            f"{path}: {odd[0]} ({config[odd[0]]!r}) is not supported: plain LoRA, rsLoRA and DoRA are"
+        )
+    _check_tokens(path, config)
+    _check_parameters(path, config)
+
+
+def _check_tokens(path: Path | str, config: dict[str, Any]) -> None:
+    tokens = config.get("trainable_token_indices") or []
+    for wanted in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(wanted, list) or not all(type(token) is int and token >= 0 for token in wanted):
+            raise CheckpointError(f"{path}: trainable_token_indices is {tokens!r}")
+
+
+def _check_parameters(path: Path | str, config: dict[str, Any]) -> None:
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list):
+        raise CheckpointError(f"{path}: target_parameters is {parameters!r}; it must be a list of names")
+    for name in parameters:
+        if str(name).rpartition(".")[2] not in (*EXPERTS, "weight"):
+            raise CheckpointError(
+                f"{path}: target_parameters {name!r} is not supported; gate_up_proj and down_proj of a "
+                "layer's experts are, and the weight of a layer"
+            )
+
+
+def tokens_of(module: str, config: dict[str, Any]) -> list[int]:
+    """The tokens whose rows of a module trainable_token_indices names."""
+    wanted = config.get("trainable_token_indices") or []
+    if isinstance(wanted, dict):
+        wanted = next((found for key, found in wanted.items() if f".{module}".endswith(f".{key}")), [])
+    return wanted
+
+
+def is_parameter(name: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT adapted the tensor of this name as a parameter, not its module."""
+    return any(f".{name}".endswith(f".{target}") for target in config.get("target_parameters") or ())
 
 
 def by_pattern(pattern: ByPattern, module: str, default: Any) -> Any:

@@ -1,8 +1,20 @@
 """PEFT adapter folders, written: `adapter_config.json` and `adapter_model.safetensors`; see
-peft.py."""
+peft.py.
+
+Since transformers 5 the experts of a layer are two 3-D parameters, `gate_up_proj` and `down_proj`.
+PEFT adapts each as a whole, and wraps the one in the other:
+
+    A (E · r, in)    the A of each expert, one after another
+    B (out, r · E)   column e + E · i is column i of the B of expert e
+
+In a model with experts PEFT takes every layer that is called gate_proj, up_proj or down_proj for an
+expert's, as it had them before. Such layers beside the experts are therefore written as parameters,
+too: their `weight`.
+"""
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +29,7 @@ from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.layout import Layout, Rule
 from litlora.formats.layout import layout as layout_of
+from litlora.formats.peft_config import EXPERTS
 from litlora.formats.peft_keys import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter
@@ -24,6 +37,12 @@ from litlora.lora.rows import TokenRows
 from litlora.lora.variants import MAGNITUDE, variant_named
 from litlora.model import shorten
 from litlora.storage.tensors import save_safetensors
+
+NO_TARGETS = "dummy-target-modules"
+"""What PEFT calls an adapter that only replaces modules: it refuses an empty list."""
+_LAYER = re.compile(r"model\.layers\.\d+\.")
+_IN_EXPERTS = ".mlp.experts."
+_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
 def to_peft(
@@ -43,10 +62,15 @@ def to_peft(
         )
     found = _Found(_groups(layout_of(model_type, model), base))
     made = {*adapter.rows.tensors} if adapter.rows else set()
-    left = {*adapter.updates, *adapter.whole} - made
+    as_parameters = set()
+    if model.num_experts is not None and not _are_joined_rightly(adapter, base):
+        as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name)}
+    if as_parameters:
+        found.add_parameters(as_parameters, adapter, base, model.num_experts)
+    left = {*adapter.updates, *adapter.whole} - made - as_parameters
     for theirs, (rule, _) in found.groups.items():
         module, _, leaf = theirs.rpartition(".")
-        if leaf == "weight" and any(name in adapter.updates for name in rule.ours):
+        if leaf == "weight" and any(name in adapter.updates and name in left for name in rule.ours):
             found.add_update(module, rule, adapter, base)
             left -= set(rule.ours)
     for theirs, (_, ours) in found.groups.items():
@@ -60,8 +84,6 @@ def to_peft(
             f"{shorten(sorted(left))}: no place in the Hugging Face model of this architecture"
         )
     config = found.config(adapter, base_name)
-    if model.num_experts is not None:
-        _check_experts({*adapter.updates}, base, uniform=_is_uniform(config))
     return {name: tensor.contiguous() for name, tensor in found.tensors.items()}, config
 
 
@@ -73,6 +95,7 @@ class _Found:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     has_biases: bool = False
@@ -80,20 +103,70 @@ class _Found:
     def add_update(self, module: str, rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         """The update of one module of theirs."""
         rank, scale, A, B = _join(rule, adapter, base)
-        self.ranks[module] = rank
-        self.alphas[module] = _plain(scale * (math.sqrt(rank) if adapter.config.rslora else rank))
-        key = PREFIX + module
+        self._set_strength(module, rank, scale, adapter)
+        key, is_embedding = PREFIX + module, rule.ours[0].rpartition(".")[2].startswith("embed_")
+        if is_embedding and _is_dora(adapter):
+            raise CheckpointError(
+                f"{rule.ours[0]}: its DoRA has a magnitude for each token, and PEFT's one for each column; "
+                "merge the adapter and export the merged model"
+            )
         if _is_dora(adapter):
             self.tensors[f"{key}.{MAGNITUDE}"] = _magnitude(rule, adapter, base)
-        if rule.ours[0].rpartition(".")[2].startswith("embed_"):
+        if is_embedding:
             self.tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
         else:
             self.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+
+    def add_parameters(
+        self, names: set[str], adapter: Adapter, base: Mapping[str, Tensor], num_experts: int
+    ) -> None:
+        """The updates of these layers of ours, as parameters of theirs."""
+        if not variant_named(adapter.config.variant).is_plain:
+            raise CheckpointError(
+                f"{min(names)}: PEFT adapts the layers of a model with experts without DoRA; merge the "
+                "adapter and export the merged model"
+            )
+        for name in sorted(name for name in names if _IN_EXPERTS not in name):
+            rank, scale, A, B = _join(Rule(name, (name,)), adapter, base)
+            self._add_parameter(f"{name}.weight", f"{PREFIX}{name}", (rank, scale, A, B), adapter)
+        for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
+            experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
+            key = f"{PREFIX}{place}.mlp.experts"
+            for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
+                rules = [
+                    Rule(
+                        parameter,
+                        tuple(f"{expert}.{leaf}" for leaf in leaves),
+                        sizes=tuple(base[f"{experts[0]}.{leaf}.weight"].size(0) for leaf in leaves),
+                    )
+                    for expert in experts
+                ]
+                if any(name in adapter.updates for rule in rules for name in rule.ours):
+                    joined = _join_experts(rules, adapter, base)
+                    self._add_parameter(f"{place}.mlp.experts.{parameter}", key, joined, adapter)
+                    key += ".base_layer"
+
+    def _add_parameter(
+        self, name: str, key: str, joined: tuple[int, float, Tensor, Tensor], adapter: Adapter
+    ) -> None:
+        rank, scale, A, B = joined
+        self._set_strength(name, rank, scale, adapter)
+        self.parameters.append(name)
+        self.tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+
+    def _set_strength(self, name: str, rank: int, scale: float, adapter: Adapter) -> None:
+        self.ranks[name] = rank
+        self.alphas[name] = _plain(scale * (math.sqrt(rank) if adapter.config.rslora else rank))
 
     def add_whole(self, theirs: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         """A tensor that is saved whole, with the rest of its module, as PEFT requires."""
         module, _, leaf = theirs.rpartition(".")
         rule, ours = self.groups[theirs]
+        if _IN_EXPERTS in ours[0]:
+            raise CheckpointError(
+                f"{ours[0]}: PEFT cannot save one expert's layer whole; merge the adapter and export the "
+                "merged model"
+            )
         if module in self.ranks:
             self.tensors[f"{PREFIX}{module}.base_layer.{leaf}"] = _whole(rule, ours, adapter.whole, base)
             self.has_biases |= leaf == "bias"
@@ -116,6 +189,9 @@ class _Found:
             for values in (self.ranks, self.alphas)
         )
         modules = [name.rpartition(".")[0] for name in self.groups if name.endswith(".weight")]
+        adapted = [name for name in self.ranks if name not in self.parameters]
+        layers = [part for rule, _ in self.groups.values() for part in rule.ours]
+        parameters = _shortened(self.parameters, layers)
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -123,16 +199,19 @@ class _Found:
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": adapter.config.dropout,
+            "lora_dropout": 0.0
+            if self.parameters
+            else adapter.config.dropout,  # PEFT refuses the two together
             "use_rslora": adapter.config.rslora,
             "use_dora": _is_dora(adapter),
-            "target_modules": _targets(list(self.ranks), modules),
+            "target_modules": _targets(adapted, modules) if self.ranks else NO_TARGETS,
+            **({"target_parameters": parameters} if parameters else {}),
             "rank_pattern": {name: value for name, value in self.ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in self.alphas.items() if value != alpha},
             "modules_to_save": self.saved or None,
             **({"trainable_token_indices": self.tokens} if self.tokens else {}),
             "bias": "lora_only" if self.has_biases else "none",
-            "fan_in_fan_out": any(self.groups[f"{name}.weight"][0].transposed for name in self.ranks),
+            "fan_in_fan_out": any(self.groups[f"{name}.weight"][0].transposed for name in adapted),
             "init_lora_weights": True,
         }
 
@@ -155,10 +234,6 @@ def _magnitude(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> Tens
     return rule.join([part.to(parts[0].dtype) for part in parts])
 
 
-def _is_uniform(config: dict[str, Any]) -> bool:
-    return not any(config[name] for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
-
-
 def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write the two files of a PEFT folder."""
     save_safetensors(
@@ -169,24 +244,24 @@ def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     (directory / PEFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_experts(adapted: set[str], base: Mapping[str, Tensor], *, uniform: bool) -> None:
-    """Raise CheckpointError for what PEFT misreads: it joins the experts' adapters by the last part
-    of their names, all of them or none."""
-    mlps = {name for name in adapted if ".mlp." in name}
-    experts = {name.removesuffix(".weight") for name in base if ".mlp.experts." in name}
-    if beside := sorted(mlps - experts):
-        raise CheckpointError(
-            f"{beside[0]}: PEFT would take its adapter for an expert's; adapt only attention or experts"
-        )
-    if mlps and mlps != experts:
-        raise CheckpointError(
-            f"{sorted(experts - mlps)[0]}: has no adapter, but other experts have one; PEFT needs all or none"
-        )
-    if mlps and not uniform:
-        raise CheckpointError(
-            f"{sorted(mlps)[0]}: PEFT misreads an expert's adapter unless all ranks and alphas are equal, "
-            "without rsLoRA and DoRA"
-        )
+def _is_taken_for_expert(name: str) -> bool:
+    """Whether PEFT takes a layer of a model with experts for one of an expert, or for the router."""
+    return ".mlp." in name and name.rpartition(".")[2] in _LEAVES
+
+
+def _are_joined_rightly(adapter: Adapter, base: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT reads the adapters of single experts rightly, as they were before transformers 5:
+    it joins them by the last part of their names, all of them or none, as if all were alike."""
+    adapted = {name for name in adapter.updates if ".mlp." in name}
+    layers = [name.removesuffix(".weight") for name in base if name.endswith("_proj.weight")]
+    sizes = {(update.rank, update.scale) for update in adapter.updates.values()}
+    return not adapted or (
+        adapted == {name for name in layers if ".mlp." in name}
+        and all(_IN_EXPERTS in name for name in adapted)
+        and variant_named(adapter.config.variant).is_plain
+        and not adapter.config.rslora
+        and len(sizes) == 1
+    )
 
 
 def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
@@ -195,7 +270,9 @@ def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule,
     groups = {}
     for name in (*base, "lm_head.weight"):  # PEFT names a tied head, which is not stored, as any other
         module, _, leaf = name.rpartition(".")
-        rule = layout.to_theirs(module)
+        # transformers 5 calls a router so in every family; it renames only the factors in a PEFT folder
+        is_router = module.endswith(".mlp.gate")
+        rule = Rule(module, (module,)) if is_router else layout.to_theirs(module)
         groups[f"{rule.theirs}.{leaf}"] = rule, [f"{part}.{leaf}" for part in rule.ours]
     return groups
 
@@ -227,6 +304,27 @@ def _join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int
     return starts[-1], first.scale, torch.cat(blocks), rule.join(rows)
 
 
+def _join_experts(
+    rules: list[Rule], adapter: Adapter, base: Mapping[str, Tensor]
+) -> tuple[int, float, Tensor, Tensor]:
+    """(rank, scale, A, B) of one parameter of a layer's experts: a rule for each. An expert of a
+    smaller rank, or without an update, is filled up with zeros."""
+    pairs = [
+        _join(rule, adapter, base) if any(name in adapter.updates for name in rule.ours) else None
+        for rule in rules
+    ]
+    first = next(pair for pair in pairs if pair is not None)
+    rank, scale = max(pair[0] for pair in pairs if pair is not None), first[1]
+    all_A = first[2].new_zeros(len(rules), rank, first[2].size(1))
+    all_B = first[3].new_zeros(first[3].size(0), rank, len(rules))
+    for expert, pair in enumerate(pairs):
+        if pair is not None:
+            own_rank, own_scale, A, B = pair
+            all_A[expert, :own_rank] = A
+            all_B[:, :own_rank, expert] = B if own_scale == scale else B * (own_scale / scale)
+    return rank, scale, all_A.flatten(0, 1), all_B.flatten(1)
+
+
 def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
     kept = {name: base[name] for name in ours if name not in whole}
     found = whole | {
@@ -241,6 +339,16 @@ def _targets(adapted: list[str], modules: list[str]) -> list[str]:
     name."""
     leaves = {name.rpartition(".")[2] for name in modules if name not in adapted}
     return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
+
+
+def _shortened(parameters: list[str], layers: list[str]) -> list[str]:
+    """target_parameters: a name without its layer, `mlp.experts.down_proj`, if that parameter is
+    adapted in every layer of the model that has it, else the whole name."""
+    experts = {name.partition(_IN_EXPERTS)[0] for name in layers if _IN_EXPERTS in name}
+    names = {f"{place}{_IN_EXPERTS}{leaf}" for place in experts for leaf in EXPERTS}
+    names |= {f"{name}.weight" for name in layers}
+    absent = {_LAYER.sub("", name) for name in names - set(parameters)}
+    return sorted({name if _LAYER.sub("", name) in absent else _LAYER.sub("", name) for name in parameters})
 
 
 def _plain(value: float) -> float | int:

@@ -32,6 +32,8 @@ class PeftTensors:
     """Tensors that replace others."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """{module: rows that replace those of some tokens}."""
+    embeddings: set[str] = field(default_factory=set)
+    """Modules whose factors are spelled as PEFT spells those of an embedding."""
 
     @property
     def modules(self) -> list[str]:
@@ -50,6 +52,7 @@ def sort_out(file: Path, stored: Mapping[str, Tensor]) -> PeftTensors:
                 part = "bias" if part == "B" else "bias of A"
             elif is_embedding:  # stored transposed: its A is our B
                 part, tensor = {"A": "B", "B": "A"}[part], tensor.T
+                found.embeddings.add(module)
             _put(file, found.pairs.setdefault(module, {}), part, tensor, key)
         elif magnitude := _MAGNITUDE.fullmatch(name):
             module, adapter = magnitude.groups()

@@ -4,10 +4,12 @@ to weights, and never trained here.
 
     LoHa    ΔW = s · (B1 A1) * (B2 A2), entry by entry
     LoKr    ΔW = s · w1 (x) w2, Kronecker's product: entry (i, j) of w1 times all of w2 is block (i, j)
-    DoRA    W' = m · V / ‖V‖ with V = W + ΔW; the norm is that of each row of V, or of each input
+    DoRA    W' = m · V / ‖V‖ with V = W + ΔW; the norm is that of each row of V, or of each column
+    experts ΔW of each of a layer's experts is s · B A; W is (experts, out, in)
+    rows    some rows of W, an embedding's, are replaced
 
-All matrices are (out, in), of a convolution (out, in · kernel). No more than some rows of ΔW are in
-memory at a time.
+All matrices are (out, in), of a convolution (out, in · kernel), as the weight is stored. No more
+than some rows of ΔW are in memory at a time.
 """
 
 import math
@@ -131,13 +133,88 @@ class KroneckerUpdate(ProductUpdate):
 
 
 @dataclass(frozen=True)
+class ExpertsUpdate(ProductUpdate):
+    """LoRA of one parameter of a layer's experts, as PEFT has it (target_parameters)."""
+
+    name: ClassVar[str] = "LoRA of experts"
+    A: Tensor
+    """(experts, r, in)."""
+    B: Tensor
+    """(experts, out, r)."""
+    scale: float
+    experts: str
+    """What the layer's experts are called."""
+    parameter: str
+    """What the parameter is called in them."""
+    transposed: bool = False
+    """Whether the parameter is (experts, in, out)."""
+
+    @property
+    def rank(self) -> int:
+        return self.A.size(1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = (self.B.size(1), self.A.size(2))
+        return (len(self.A), *(sizes[::-1] if self.transposed else sizes))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape == self.shape
+
+    def rows(self, dtype: torch.dtype) -> Rows:
+        def rows_of(rows: slice) -> Tensor:
+            B, A = self.B[rows].to(dtype), self.A[rows].to(dtype)
+            product = A.mT @ B.mT if self.transposed else B @ A
+            return self.scale * product.flatten(1)
+
+        return rows_of
+
+    def of_expert(self, expert: int, part: int, parts: int) -> Update:
+        """The update of one expert's layer that has one of `parts` equal shares of the rows."""
+        return Update(self.A[expert], self.B[expert].chunk(parts)[part], self.scale)
+
+
+@dataclass(frozen=True)
+class ReplacedRows(DenseUpdate):
+    """Rows that replace those of some tokens."""
+
+    name: ClassVar[str] = "rows of tokens"
+    scale: ClassVar[float] = 1.0
+    rank: ClassVar[None] = None
+    values: Tensor
+    """(tokens, width)."""
+    tokens: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return max(self.tokens) + 1, self.values.size(1)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        rows, width = self.shape
+        return len(shape) == 2 and shape[0] >= rows and shape[1] == width
+
+    def change(self, before: Tensor, first: int = 0) -> Rows:
+        tokens = torch.tensor(self.tokens) - first
+
+        def rows_of(rows: slice) -> Tensor:
+            start, stop, _ = rows.indices(len(before))
+            changed = torch.zeros_like(before[rows])
+            inside = (tokens >= start) & (tokens < stop)
+            here = tokens[inside]
+            changed[here - start] = self.values[inside].to(before.dtype) - before[here]
+            return changed
+
+        return rows_of
+
+
+@dataclass(frozen=True)
 class DecomposedUpdate(DenseUpdate):
     """DoRA around another update."""
 
     name: ClassVar[str] = "DoRA"
     update: Update | DenseUpdate
     magnitude: Tensor
-    """One value for each output, or for each input."""
+    """One value for each row, or for each column, of the weight as it is stored."""
     axis: Literal["out", "in"] = "out"
 
     @property
@@ -197,6 +274,8 @@ def fits_plain(update: Update, shape: tuple[int, ...]) -> bool:
 
 def _product_rows(update: Update, dtype: torch.dtype) -> Rows:
     B, A = (matrix.to(dtype) for matrix in update.matrices)
+    if update.kind != "linear":
+        B, A = A.T, B.T
     return lambda rows: update.scale * (B[rows] @ A)
 
 

@@ -1,6 +1,7 @@
 """Which layers of a model an adapter is for, and the rank, alpha and scale of each."""
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
 from litlora.lora.update import scale_of
 from litlora.settings import PRESETS, LoRAConfig
 from litlora.settings.targets import ByTarget, in_preset
+from litlora.storage.patterns import Patterns
 
 
 def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
@@ -52,7 +54,7 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     asked = [targets] if isinstance(targets, str) else targets
-    found_by = {target: [name for name in linears if matches(name, target)] for target in asked}
+    found_by = {target: list(filter(_meaning(target), linears)) for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
         raise UserError(
@@ -69,18 +71,29 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     return selected
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether a target means the layer of this name."""
+def _meaning(target: str) -> Callable[[str], bool]:
+    """Whether a target means the layer of a name."""
     if target in PRESETS:
-        return in_preset(name, target)
-    if name == target or name.endswith("." + target):
-        return True
+        return lambda name: in_preset(name, target)
+    found = _pattern(target)
+    return lambda name: name == target or name.endswith("." + target) or found(name)
+
+
+def _pattern(text: str) -> Callable[[str], bool]:
+    """Whether a regular expression matches a whole name: in linear time, or, if it has what that
+    engine lacks (look-around, references, a repeated part that may be empty), by `re`."""
     try:
-        return re.fullmatch(target, name) is not None
+        patterns = Patterns([text], ends=False)
+        return lambda name: patterns.first(name) is not None
+    except ValueError:
+        pass
+    try:
+        compiled = re.compile(text)
     except re.error as error:
         raise UserError(
-            f"{setting('targets')} {target}: neither a layer's name nor a regular expression ({error})"
+            f"{setting('targets')} {text}: neither a layer's name nor a regular expression ({error})"
         ) from None
+    return lambda name: compiled.fullmatch(name) is not None
 
 
 def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:

@@ -21,7 +21,7 @@ class LoRAConfig:
     targets: str | list[str] = "all-linear"
     """Layers to adapt: qv, attention, all-linear (every linear layer but the output head), or a
     list of layer names (q_proj, layers.0.mlp.up_proj) and regular expressions that match a whole
-    name."""
+    name. Their time is linear, unless one has look-around, references or the like."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023), so that a high rank learns
     as fast as a low one."""

@@ -1,6 +1,7 @@
 """Files of tensors. Opening maps them into memory, so that nothing is read before it is used;
 safetensors are written one tensor at a time."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -203,6 +204,32 @@ def save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[s
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(file)) from None
         raise
+
+
+def training_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """kohya's hashes of a safetensors file: of all tensors' bytes, and of 64 KiB at 1 MiB (8 digits,
+    sd-webui-additional-networks' first hash) of a file that has only the `ss_` entries of the
+    metadata. The file is to hold the tensors by the size of their items, then by name."""
+    header: dict[str, Any] = {
+        "__metadata__": {name: text for name, text in metadata.items() if name.startswith("ss_")}
+    }
+    offset, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, tensor in ordered:
+        place = [offset, offset := offset + tensor.nbytes]
+        dtype = _SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    first = 0x100000 - 8 - -(-length // 8) * 8
+    whole, window = hashlib.sha256(), hashlib.sha256()
+    offset = 0
+    for _, tensor in ordered:
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole.update(data)
+        window.update(data[max(first - offset, 0) : max(first + 0x10000 - offset, 0)])
+        offset += tensor.nbytes
+    found = {"sshs_model_hash": whole.hexdigest()}
+    # With more than a MiB of header, the second would depend on the order of its entries.
+    return found | ({"sshs_legacy_hash": window.hexdigest()[:8]} if first >= 0 else {})
 
 
 def write_safetensors(

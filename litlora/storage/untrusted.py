@@ -41,6 +41,26 @@ def require_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file", str(path))
 
 
+def has_file(path: Path) -> bool:
+    """Whether there is a file of that name, which may be left out. Raises CheckpointError for anything
+    else under it: a directory, a pipe, a device, a link that leads nowhere."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: is a link to {path.readlink()}, which is not there; remove it, or put the file "
+                "there"
+            ) from None
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+        raise CheckpointError(f"{path}: cannot be read: it is {what}, not a file; remove it")
+    return True
+
+
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. Raises FileNotFoundError for a missing file, and CheckpointError for one
     that is too large or is not text."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,11 @@ class Run:
             f"next: {self.method.next.format(result=self.result.parent)}",
         )
 
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that answers are taught to end with."""
+        return tuple(taught_stops(self.loaded.tokenizer, self.style))
+
     def _write(self, directory: Path, training: dict[str, Any] | None = None) -> None:
         """Write a checkpoint directory; with the training state, a run can resume from it. All
         ranks call this together."""
@@ -336,8 +342,7 @@ class Run:
                 state = {**training, "facts": self.facts, "metrics": self.metrics.text}
             content = self.method.content(self.model)
             sources = [*self.added.sources, *self.loaded.chain.sources]
-            stops = taught_stops(self.loaded.tokenizer, self.style)
-            beside = Beside(self.style, self.hyperparameters, state, tuple(stops))
+            beside = Beside(self.style, self.hyperparameters, state, self.stops)
 
             def check(_: Path) -> None:
                 # Before the directory gets its name: a crash in between must not leave an earlier

@@ -142,6 +142,30 @@ def test_separate_projections_on_a_fused_flux(tmp_path, prefix, spelled):
         torch.testing.assert_close(result[name], W)
 
 
+def test_a_bias_of_lora_B_is_added_to_its_rows_of_a_fused_layer(tmp_path):
+    """As in the control LoRAs of Flux; diffusers computes s · (B A x + b)."""
+    key, settings = (
+        "transformer.transformer_blocks.0.attn.to_k",
+        {"r": RANK, "lora_alpha": 5, "lora_bias": True},
+    )
+    (up, down), bias = pair(WIDTH), noise(WIDTH)
+    tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.lora_B.bias": bias}
+    said = {f"transformer.{name}": value for name, value in settings.items()}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    model = {
+        "double_blocks.0.img_attn.qkv.weight": noise(24, WIDTH),
+        "double_blocks.0.img_attn.qkv.bias": noise(24),
+    }
+    additions, unmatched = match([(read_lora(tmp_path / "lora.safetensors"), 1.0)], model)
+    assert not unmatched
+    for (name, W), change in zip(model.items(), (up @ down, bias), strict=True):
+        expected = W.clone()
+        expected[8:16] += 2.5 * change
+        torch.testing.assert_close(added(name, W, additions[name], torch.float32), expected)
+    with pytest.raises(CheckpointError, match="has a bias of lora_B"):
+        read_lora(tmp_path / "lora.safetensors").plain()
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_a_fused_update_on_separate_projections(tmp_path, prefix):
     qkv, linear1 = pair(3 * WIDTH), pair(3 * WIDTH + MLP)

@@ -724,9 +724,19 @@ def weights_that_are_a_pipe(directory: Path) -> None:
     _pipe(directory / WEIGHTS)
 
 
-@attack("pipes", "no such file|needs its tokenizer|no tokenizer")
+@attack("pipes", "tokenizer.json: .*it is a pipe")
 def a_tokenizer_that_is_a_pipe(directory: Path) -> None:
     _pipe(directory / "base/tokenizer.json")
+
+
+@attack("pipes", "generation_config.json: .*it is a pipe")
+def a_file_beside_the_weights_that_is_a_pipe(directory: Path) -> None:
+    _pipe(directory / "base/generation_config.json")
+
+
+@attack("pipes", "special_tokens_map.json: is a link to nothing, which is not there")
+def a_file_beside_the_weights_that_is_a_link_to_nothing(directory: Path) -> None:
+    (directory / "base/special_tokens_map.json").symlink_to("nothing")
 
 
 # ---- chat templates

@@ -1,17 +1,19 @@
 """What a LoRA file's header says is part of the file: alpha that stands only there, and what is
 carried on to what is made of the file."""
 
+import hashlib
 import json
 
 import pytest
 import torch
 from conftest import REPO
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_lora_tools import COMBINE, EXTRACT, INSPECT, MERGE, RESIZE, fails, succeeds
 
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import read_lora
+from litlora.storage.tensors import training_hashes, write_safetensors
 
 FILES = REPO / "tests/diffusers_files"
 """Made by the real diffusers, see make.py there."""
@@ -190,12 +192,34 @@ def kohya_file(file, rank: int, alpha: float, **metadata: str) -> None:
     save_file(tensors | alphas, file, sizes | HASHES | {"format": "pt", "ss_v2": "False"} | metadata)
 
 
+def kohyas_hashes(file) -> dict[str, str]:
+    """As kohya's scripts compute them of the bytes that they are about to save."""
+    said = {name: text for name, text in header(file).items() if name.startswith("ss_")}
+    data = save(load_file(file), said)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    legacy = hashlib.sha256(data[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    return {"sshs_model_hash": hashlib.sha256(data[begin:]).hexdigest(), "sshs_legacy_hash": legacy}
+
+
+@pytest.mark.parametrize("size", [100, 250_000, 262_100, 300_000])
+def test_kohyas_hashes_are_computed_as_kohya_does(size, tmp_path):
+    tensors = {"b": torch.randn(size), "a": torch.randn(3, 4), "c": torch.randn(7).half()}
+    metadata = {"ss_title": 'é "x"\n\x01', "other": "y" * 999}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    assert training_hashes(tensors, metadata) == kohyas_hashes(tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "b.safetensors", dict(sorted(tensors.items())), metadata)
+    data = (tmp_path / "b.safetensors").read_bytes()
+    whole = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert whole == training_hashes(tensors, metadata)["sshs_model_hash"]
+
+
 def test_a_resized_file_keeps_what_is_true_and_updates_rank_and_alpha(tmp_path):
     file = tmp_path / "a.safetensors"
     args = json.dumps({"conv_dim": "8", "dropout": "0.1"})
     kohya_file(file, 6, 3.0, ss_learning_rate="0.1", ss_network_args=args)
     said = succeeds(RESIZE, "--lora_path", file, "--rank", 2, "--out_dir", tmp_path / "out")
     assert header(tmp_path / "out/a.safetensors") == {
+        **kohyas_hashes(tmp_path / "out/a.safetensors"),
         "format": "pt",
         "ss_v2": "False",
         "ss_learning_rate": "0.1",
@@ -204,8 +228,7 @@ def test_a_resized_file_keeps_what_is_true_and_updates_rank_and_alpha(tmp_path):
         "ss_network_args": json.dumps({"dropout": "0.1"}),
     }
     assert said.count("left out of the header") == 1
-    for name in (*HASHES, "ss_network_args.conv_dim"):
-        assert name in said
+    assert "ss_network_args.conv_dim" in said and not any(name in said for name in HASHES)
 
 
 def test_a_combined_file_keeps_what_all_its_files_say(tmp_path):
@@ -214,12 +237,13 @@ def test_a_combined_file_keeps_what_all_its_files_say(tmp_path):
     kohya_file(files[1], 1, 2.0, ss_learning_rate="0.2", **{"modelspec.author": "me"})
     said = succeeds(COMBINE, "--lora_path", *files, "--mode", "cat", "--out_dir", tmp_path / "out")
     kept = header(tmp_path / "out/a.safetensors")
-    assert kept.keys() == {"format", "ss_v2", "ss_network_dim", "ss_network_alpha"}
+    assert kept.keys() == {"format", "ss_v2", "ss_network_dim", "ss_network_alpha", *HASHES}
+    assert kohyas_hashes(tmp_path / "out/a.safetensors").items() <= kept.items()
     assert kept["ss_network_dim"] == "3"
     stored = load_file(tmp_path / "out/a.safetensors")
     alphas = {tensor.item() for key, tensor in stored.items() if "alpha" in key}
     assert float(kept["ss_network_alpha"]) == alphas.pop() and not alphas
-    for name in ("ss_learning_rate", "modelspec.title", "modelspec.author", *HASHES):
+    for name in ("ss_learning_rate", "modelspec.title", "modelspec.author"):
         assert name in said
 
 

@@ -76,7 +76,8 @@ def test_inspect_shows_it_with_and_without_its_base(base, adapter):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fine_tune_type": "dora"}, "fine_tune_type 'dora' is not supported, lora is; fuse it"),
+        ({"fine_tune_type": "full"}, "fine_tune_type 'full' is not supported, lora and dora are; fuse it"),
+        ({"fine_tune_type": "dora"}, "has no lora_magnitude_vector, but adapter_config.json has use_dora"),
         ({"lora_parameters": None}, "lacks lora_parameters"),
         ({"lora_parameters": {"rank": 4, "scale": 2.0, "alpha": 8}}, "states alpha"),
         ({"lora_parameters": {"rank": 4, "scale": 0}}, "scale is 0"),
@@ -91,12 +92,106 @@ def test_what_would_mean_something_else_is_refused(adapter, changes, says):
         open_checkpoint(adapter)
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens.lora_a", "model.layers.0.mlp.up_proj.m", "x.weight"])
+@pytest.mark.parametrize("key", ["model.layers.0.mlp.up_proj.m", "x.weight"])
 def test_tensors_of_other_kinds_are_refused(adapter, key):
     tensors = load_file(adapter / "adapters.safetensors")
     save_file(tensors | {key: torch.ones(4, 4)}, adapter / "adapters.safetensors")
     with pytest.raises(CheckpointError, match=f"{key}: only .* supported"):
         open_checkpoint(adapter)
+
+
+def fused(W, name: str, tensors: dict, scale: float) -> torch.Tensor:
+    """The weight of a layer as mlx-lm's `fuse` computes it."""
+    a, b = tensors[f"{name}.lora_a"].double(), tensors[f"{name}.lora_b"].double()
+    is_embedding = name.endswith("embed_tokens")
+    whole = W.double() + scale * (a @ b if is_embedding else (a @ b).T)
+    if (m := tensors.get(f"{name}.m")) is None:
+        return whole
+    return (m.double() / whole.norm(dim=1))[:, None] * whole
+
+
+@pytest.mark.parametrize("is_dora", [False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_embeddings_and_dora_are_fused_as_in_mlx(is_dora, is_tied, tmp_path):
+    base, tensors = make_base(tmp_path / "base", tie_word_embeddings=is_tied), {}
+    for name in ("model.embed_tokens", *LAYERS):
+        rows, columns = base[f"{name}.weight"].shape
+        rows, columns = (columns, rows) if name.endswith("embed_tokens") else (rows, columns)
+        tensors |= {f"{name}.lora_a": torch.randn(columns, 4), f"{name}.lora_b": torch.randn(4, rows)}
+        if is_dora:
+            tensors[f"{name}.m"] = torch.rand(len(base[f"{name}.weight"]))
+    write_mlx(tmp_path, tensors, "dora" if is_dora else "lora")
+    merged, _ = merge_chain(resolve(tmp_path / "mlx"))
+    succeeds("scripts/merge_lora.py", "--lora_path", tmp_path / "mlx", "--out_dir", tmp_path / "out")
+    words = ["--source-model", tmp_path / "base/model.safetensors", "--lora-model", tmp_path / "mlx"]
+    succeeds("scripts/lora_merger.py", *words, "--output", tmp_path / "out", "--output_dtype", "fp32")
+    in_files = load_file(tmp_path / "out.safetensors")
+    assert merged.keys() - in_files.keys() <= {"lm_head.weight"}
+    for name, W in base.items():
+        layer = name.removesuffix(".weight")
+        wanted = fused(W, layer, tensors, 2.5) if f"{layer}.lora_a" in tensors else W.double()
+        for found in (merged, in_files):
+            torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-5)
+    if is_tied:  # MLX's as_linear computes with the same update
+        head = merged.get("lm_head.weight", merged["model.embed_tokens.weight"])
+        torch.testing.assert_close(head, merged["model.embed_tokens.weight"])
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_experts_are_fused_as_in_mlx(family, tmp_path):
+    settings = MOE | {"num_experts": 3} if family == "qwen2_moe" else {"num_local_experts": 3}
+    base = make_base(tmp_path / "base", family, **settings)
+    place = "mlp" if family == "qwen2_moe" else "block_sparse_moe"
+    leaves = ("gate_proj", "down_proj") if family == "qwen2_moe" else ("w1", "w2")
+    switch = f"model.layers.1.{place}"
+    tensors, wanted = {}, {name: W.double() for name, W in base.items()}
+    for leaf, theirs in zip(("gate_proj", "down_proj"), leaves, strict=True):
+        rows, columns = base[f"{switch}.experts.0.{theirs}.weight"].shape
+        a, b = torch.randn(3, 4, columns), torch.randn(3, rows, 4)
+        tensors |= {f"{switch}.switch_mlp.{leaf}.lora_a": a, f"{switch}.switch_mlp.{leaf}.lora_b": b}
+        for expert in range(3):
+            change = 2.5 * b[expert].double() @ a[expert].double()
+            wanted[f"{switch}.experts.{expert}.{theirs}.weight"] += change
+    gate = {f"{switch}.gate.lora_a": torch.randn(16, 4), f"{switch}.gate.lora_b": torch.randn(4, 3)}
+    wanted[f"{switch}.gate.weight"] = fused(base[f"{switch}.gate.weight"], f"{switch}.gate", gate, 2.5)
+    write_mlx(tmp_path, tensors | gate, "lora")
+    succeeds("scripts/merge_lora.py", "--lora_path", tmp_path / "mlx", "--out_dir", tmp_path / "merged")
+    succeeds(
+        *("scripts/convert_lit_checkpoint.py", "--checkpoint_dir", tmp_path / "merged"),
+        *("--out_dir", tmp_path / "hf"),
+    )
+    words = ["--source-model", tmp_path / "base/model.safetensors", "--lora-model", tmp_path / "mlx"]
+    succeeds("scripts/lora_merger.py", *words, "--output", tmp_path / "out", "--output_dtype", "fp32")
+    for file in (tmp_path / "out.safetensors", tmp_path / "hf/model.safetensors"):
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def make_base(directory, family: str = "llama", **settings) -> dict[str, torch.Tensor]:
+    """A random model of transformers in a folder, with a small tokenizer; its tensors."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **sizes, intermediate_size=24, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="a"))
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(directory / "tokenizer.json"))
+    return load_file(directory / "model.safetensors")
+
+
+def write_mlx(directory, tensors: dict[str, torch.Tensor], kind: str) -> None:
+    (directory / "mlx").mkdir()
+    save_file(tensors, directory / "mlx/adapters.safetensors")
+    config = {"model": str(directory / "base"), "fine_tune_type": kind, "num_layers": 2}
+    config["lora_parameters"] = {"rank": 4, "scale": 2.5, "dropout": 0.0}
+    (directory / "mlx/adapter_config.json").write_text(json.dumps(config))
 
 
 def test_a_broken_config_is_one_line(adapter):

@@ -143,6 +143,13 @@ CASES |= {
     "gpt_neox-dora": ("gpt_neox", {**DORA, "target_modules": ["query_key_value", "dense"]}),
     "gpt2-dora": ("gpt2", {**DORA, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "phi3-dora": ("phi3", {**DORA, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "llama-dora-embedding": ("llama", {**DORA, "target_modules": ["q_proj", "embed_tokens"]}),
+    "llama_tied-dora-embedding": ("llama_tied", {**DORA, "target_modules": ["embed_tokens"]}),
+    "qwen2-lora_bias-biases": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True, "bias": "all"}),
+    "gpt2-dora-embedding": (
+        "gpt2",
+        {**DORA, "target_modules": ["c_fc", "wte", "wpe"], "fan_in_fan_out": True},
+    ),
     "qwen2-lora_bias": ("qwen2", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "gpt2-lora_bias": (
         "gpt2",
@@ -308,6 +315,30 @@ OWN_CASES = {
         LoRAConfig(rank=3, alpha=7.0, rslora=True, targets="attention", rank_pattern={"o_proj": 5}),
     ),
 }
+IN_EXPERTS = r".*mlp\.experts\..*"
+OWN_CASES |= {
+    f"qwen2_moe-{name}": ("qwen2_moe", LoRAConfig(rank=3, alpha=7.0, **settings))
+    for name, settings in {
+        "all": {"dropout": 0.1},
+        "experts": {"targets": [IN_EXPERTS]},
+        "experts and attention": {"targets": [IN_EXPERTS, "q_proj"], "rslora": True},
+        "one expert": {"targets": [r".*experts\.2\..*"]},
+        "one layer": {"targets": [r".*layers\.1\.mlp.*"]},
+        "up": {"targets": [r".*experts\..*up_proj", "down_proj"]},
+        "shared expert": {"targets": ["shared_expert.up_proj"], "modules_to_save": ["mlp.gate"]},
+        "ranks": {
+            "targets": [IN_EXPERTS],
+            "rank_pattern": {r".*experts\.1\..*": 5, r".*experts\.2\.up_proj": 2},
+            "alpha_pattern": {r".*experts\.0\.gate_proj": 2.5, "down_proj": 4},
+        },
+    }.items()
+}
+OWN_CASES |= {
+    "mixtral-rslora": ("mixtral", LoRAConfig(rank=3, rslora=True, modules_to_save=["mlp.gate"])),
+    "mixtral-router": ("mixtral", LoRAConfig(rank=3, modules_to_save=["mlp.gate"])),
+    "mixtral-one layer": ("mixtral", LoRAConfig(rank=3, targets=[r".*layers\.1\.mlp.*"])),
+    "mixtral-patterns": ("mixtral", LoRAConfig(rank=3, rank_pattern={"q_proj": 2, "up_proj": 4})),
+}
 
 
 def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.Module:
@@ -348,20 +379,17 @@ def test_a_base_of_our_own_layout_needs_the_family_that_fuses(bases, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("settings", "message"),
     [
-        ("mixtral", LoRAConfig(rslora=True), "without rsLoRA"),
-        ("mixtral", LoRAConfig(rank_pattern={"q_proj": 2}), "all ranks and alphas are equal"),
-        ("mixtral", LoRAConfig(targets=[r".*experts\.0\..*"]), "has no adapter, but other experts have"),
+        (LoRAConfig(variant="dora"), "PEFT adapts the layers of a model with experts without DoRA"),
         (
-            "qwen2_moe",
-            LoRAConfig(targets=["shared_expert.up_proj"]),
-            "would take its adapter for an expert's",
+            LoRAConfig(targets="qv", modules_to_save=["experts.0.up_proj"]),
+            "PEFT cannot save one expert's layer whole",
         ),
     ],
 )
-def test_what_peft_would_read_wrongly_is_not_written(name, settings, message, bases, tmp_path):
-    make_own(tmp_path / "own", bases(name)[1], settings)
+def test_what_peft_would_read_wrongly_is_not_written(settings, message, bases, tmp_path):
+    make_own(tmp_path / "own", bases("qwen2_moe")[1], settings)
     with pytest.raises(CheckpointError, match=message):
         export(tmp_path / "own", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
@@ -440,6 +468,28 @@ def test_experts_that_peft_adapts_as_parameters_are_read(parameters, bases, tmp_
     assert (wanted - logits(base)).abs().max() > 0.001
     assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
     assert (logits(ours(directory, live=True)) - wanted).abs().max() < 1e-5
+    export(directory, tmp_path / "again")
+    assert (logits(theirs(base, tmp_path / "again")) - wanted).abs().max() < 1e-5
+
+
+WEIGHTS = {
+    "gpt2": ["c_attn.weight", "wte.weight", "mlp.c_proj.weight"],
+    "qwen2_moe": ["mlp.gate.weight", "shared_expert.up_proj.weight", "gate_up_proj"],
+    "mixtral": ["mlp.gate.weight", "q_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_peft_adapts_as_parameters_are_read(name, bases, tmp_path):
+    base, base_dir = bases(name)
+    settings = {"rank_pattern": {"up_proj.weight": 3}, "alpha_pattern": {".*c_proj.weight": 2}}
+    model = theirs(base, r=4, target_modules=[], target_parameters=WEIGHTS[name], **settings)
+    directory = save(model, tmp_path / "peft", base_dir)
+    wanted = logits(model)
+    assert (wanted - logits(base)).abs().max() > 0.001
+    assert (logits(ours(directory)) - wanted).abs().max() < 1e-5
+    export(directory, tmp_path / "again")
+    assert (logits(theirs(base, tmp_path / "again")) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from litlora.checkpoint import reference_to, resolve, write_adapter
 from litlora.errors import CheckpointError, UserError
 from litlora.load import attach_adapter, build, load
 from litlora.lora import Adapter, LoRALinear, adapter_of, add_lora
-from litlora.lora.select import layer_rank, layer_scale
+from litlora.lora.select import layer_rank, layer_scale, select_layers
 from litlora.model import GPT
 from litlora.settings import LoRAConfig
 
@@ -31,6 +31,20 @@ def test_the_first_pattern_that_matches_counts():
     assert settings("model.layers.1.mlp.up_proj") == (8, 16 / 8)
     assert settings("model.layers.1.self_attn.q_proj") == (4, 16 / 4)
     assert settings("model.layers.1.self_attn.v_proj") == (3, 5 / 3)
+
+
+@pytest.mark.parametrize("pattern", ["(|)" * 40 + "X", ".?" * 60 + "X"])
+def test_a_target_that_re_searches_for_ever_is_answered_at_once(pattern):
+    with pytest.raises(UserError, match="no linear layer has that name"):
+        select_layers(GPT(tiny_config()), [pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?!.*(mlp|[kvo]_proj)).*layers.*", r".*(q)_proj(?<=q_proj)", r"(.*\.)*q_proj"]
+)
+def test_a_target_may_be_any_regular_expression_of_python(pattern):
+    model = GPT(tiny_config())
+    assert select_layers(model, [pattern]) == select_layers(model, ["q_proj"])
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
