@@ -80,6 +80,14 @@ class Quantized(LazyTensor):
         """That of the stored tensors."""
 
     @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors that identify the matrix, by their names."""
+
+    def settled(self) -> "Quantized":
+        """The matrix as it is to be kept: one that is still to be quantised is quantised now."""
+        return self
+
+    @abstractmethod
     def _largest(self) -> Tensor:
         """The largest magnitude in each of the parts that share a scale, in fp32."""
 
@@ -163,6 +171,10 @@ class FourBit(Quantized):
     def device(self) -> torch.device:
         return self.packed.device
 
+    def stored(self) -> dict[str, Tensor]:
+        scales = {"absmax": self.absmax} if isinstance(self.absmax, Tensor) else {}
+        return {"packed": self.packed, **scales}
+
     def _largest(self) -> Tensor:
         return self.absmax[0 : len(self.absmax)].float()  # the largest entry of both tables is 1
 
@@ -215,6 +227,9 @@ class EightBit(Quantized):
     @property
     def device(self) -> torch.device:
         return self.entries.device
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"entries": self.entries, "largest": self.largest}
 
     def _largest(self) -> Tensor:
         return self.largest * (128 / 127)
