@@ -35,10 +35,15 @@ def main(settings: Chat) -> None:
         base_dir=base_dir,
         allow_base_mismatch=settings.allow_base_mismatch,
         device=pick_device(settings.accelerator),
+        quantize=settings.quantize,
+        live=None,
     )
     style, reason = choose_style(settings.prompt_style, loaded.prompt_style, loaded.template, default="plain")
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
+    if loaded.quantized is not None:
+        how = loaded.quantized.quantizer.describe()
+        say(f"note: the linear layers of the blocks are in {how}", file=sys.stderr)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -22,7 +22,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,11 @@ class Quantized(LazyTensor):
 
     def size(self, axis: int) -> int:
         return self.shape[axis]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the stored tensors take."""
+        return sum(tensor.nbytes for tensor in _tensors(self))
 
     def take(self, stored_rows: Tensor) -> "Quantized":
         """The matrix of these stored rows, given by their numbers."""
@@ -244,6 +249,15 @@ def _runs(rows: range | Tensor) -> list[tuple[int, int]]:
         return [(rows.start, rows.stop)]
     stretches = rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1)
     return [(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a stored matrix, or in a part of one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 def _pairs(table: str, device: torch.device) -> Tensor:

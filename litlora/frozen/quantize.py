@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litlora.errors import BaseMismatchError, setting
 from litlora.frozen.bitsandbytes import TABLES, EightBit, FourBit, NestedScales, Quantized
-from litlora.storage.blocks import one_thread, rows_at_a_time
+from litlora.storage.blocks import one_thread
 from litlora.storage.fingerprint import fingerprint
 
 
@@ -133,11 +134,16 @@ class ToQuantize(Quantized):
     source: Callable[[], Tensor]
     """The values (out, in) to quantise, in `dtype`."""
     quantizer: Quantizer
+    done: Callable[[Tensor, Quantized], None] = lambda values, matrix: None
+    """Told once of both."""
 
     @cached_property
     def matrix(self) -> Quantized:
         """What it is quantised to."""
-        return self.quantizer.quantised(self.source(), self.name, self.file)
+        W = self.source()
+        matrix = self.quantizer.quantised(W, self.name, self.file)
+        self.done(W, matrix)
+        return matrix
 
     @property
     def kind(self) -> str:
@@ -163,12 +169,31 @@ class ToQuantize(Quantized):
 def fingerprint_of(matrices: Mapping[str, Quantized]) -> str:
     """Identifies quantised weights by their stored entries. The scales of scales are left out: they
     depend on a sum, whose last bit differs between processors."""
-    parts = {
-        f"{name}.{part}": tensor
-        for name, matrix in matrices.items()
-        for part, tensor in matrix.stored().items()
-    }
-    return fingerprint(parts)
+    return _joined({name: fingerprint(matrix.stored()) for name, matrix in matrices.items()})
+
+
+class Expected:
+    """The fingerprint that weights must have once all of them are quantised."""
+
+    def __init__(self, fingerprint: str, count: int, what: str) -> None:
+        """Of so many weights; `what` begins the message of the error."""
+        self._wanted, self._count, self._what = fingerprint, count, what
+        self._found: dict[str, str] = {}
+
+    def add(self, name: str, matrix: Quantized) -> None:
+        """One more is quantised. Raises BaseMismatchError with the last if they are not those that
+        were expected."""
+        self._found[name] = fingerprint(matrix.stored())
+        if len(self._found) == self._count and (found := _joined(self._found)) != self._wanted:
+            raise BaseMismatchError(
+                f"{self._what} (fingerprint {found}, not {self._wanted}); "
+                f"go on with {setting('allow_base_mismatch')}"
+            )
+
+
+def _joined(fingerprints: Mapping[str, str]) -> str:
+    """One fingerprint of many."""
+    return fingerprint({}, "".join(f"{name} {fingerprints[name]}\n" for name in sorted(fingerprints)))
 
 
 # ---- the quantisers
@@ -177,11 +202,13 @@ def fingerprint_of(matrices: Mapping[str, Quantized]) -> str:
 _Facts = tuple[str, Path, torch.dtype, int, range]
 """The first fields of a Quantized."""
 DYNAMIC_EXPONENTS = 7
+PIECE = 2**17
+"""About how many values are quantised at a time: what fits into the caches."""
 
 
 def _pieces(shape: torch.Size, multiple: int = 1) -> Iterator[slice]:
-    """Stretches of a tensor, or of its rows, small enough for the caches."""
-    step = rows_at_a_time(shape, torch.float32.itemsize)
+    """Stretches of a tensor of this shape along its first axis."""
+    step = PIECE // max(1, shape[1:].numel())
     step = max(multiple, step - step % multiple)
     return (slice(first, first + step) for first in range(0, shape[0], step))
 

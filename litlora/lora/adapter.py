@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError
+from litlora.frozen.quantize import QuantizedBase
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.lora.update import LORA_A, LORA_B, PREFIX, Update
 from litlora.lora.variants import variant_named
@@ -28,6 +29,8 @@ class BaseReference:
     """So that the adapter alone can be moved."""
     fingerprint: str | None
     """None: the adapter's format does not tell."""
+    quantized: QuantizedBase | None = None
+    """In what few bits it was while the adapter trained; None: as its files hold it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Adapter:
     def fingerprint(self) -> str:
         """Identifies the adapter: its tensors, its settings and its base's fingerprint."""
         facts = {"lora": self.settings, "base": self.base.fingerprint if self.base else None}
+        if self.base and self.base.quantized:
+            facts["quantized"] = [self.base.quantized.quantizer.settings(), self.base.quantized.fingerprint]
         return fingerprint(self.tensors, json.dumps(facts, sort_keys=True))
 
     def answers_to(self, wanted: str) -> bool:

@@ -11,6 +11,7 @@ adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
 other_names.py  what other programs call them
+quantize.py     in what few bits a base can be held
 checks.py       what a value must be
 stored.py       how files store settings
 """
