@@ -26,6 +26,18 @@ if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
 
+_NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"'
+QUANTIZED_BY = {
+    name: f', dtype="auto", quantization_config=BitsAndBytesConfig({how})'
+    for name, how in {
+        "nf4": _NF4,
+        "nf4-dq": f"{_NF4}, bnb_4bit_use_double_quant=True",
+        "int8": "load_in_8bit=True",
+    }.items()
+}
+"""What makes transformers quantise a base to the values that an adapter was trained on; it has
+nothing like our fp8."""
+
 
 def main(settings: ExportPEFT) -> None:
     if settings.model_type is not None and settings.model_type not in FAMILIES:
@@ -56,6 +68,12 @@ def main(settings: ExportPEFT) -> None:
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
     tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
+    quantized = chain.top.base.quantized
+    if quantized is not None:
+        say(
+            f"note: the adapter was trained on the base's values in {quantized.quantizer.name}; on the base "
+            "as it is stored, its answers differ"
+        )
     if settings.format == "mlx":
         _write_mlx(out_dir, *to_mlx(tensors, config, chain.config.num_hidden_layers))
         return
@@ -84,7 +102,8 @@ def main(settings: ExportPEFT) -> None:
             f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
-    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    how = QUANTIZED_BY.get(quantized.quantizer.name, "") if quantized is not None else ""
+    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)}{how})"
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
 
 

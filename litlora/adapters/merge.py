@@ -312,6 +312,11 @@ def _check_update(plan: Plan, name: str, update: Update, adapter: Adapter) -> No
         raise CheckpointError(f"{adapter.file}: updates {module} as {size}; the base has {shape}")
 
 
+def retyped(plan: Plan, *, like: Plan) -> Plan:
+    """The same tensors in the dtypes that another plan has, rounded to the nearest."""
+    return {name: dataclasses.replace(tensor, dtype=like[name].dtype) for name, tensor in plan.items()}
+
+
 def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None) -> Plan:
     """The same tensors in `dtype` (None: each in its own), rounded at random if there is a seed."""
     return {
