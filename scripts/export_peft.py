@@ -64,16 +64,11 @@ def main(settings: ExportPEFT) -> None:
     check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:
         say(f"note: {notice}")
+    how = _quantised_by(chain)
     base = chain.base
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
     tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
-    quantized = chain.top.base.quantized
-    if quantized is not None:
-        say(
-            f"note: the adapter was trained on the base's values in {quantized.quantizer.name}; on the base "
-            "as it is stored, its answers differ"
-        )
     if settings.format == "mlx":
         _write_mlx(out_dir, *to_mlx(tensors, config, chain.config.num_hidden_layers))
         return
@@ -102,9 +97,21 @@ def main(settings: ExportPEFT) -> None:
             f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
-    how = QUANTIZED_BY.get(quantized.quantizer.name, "") if quantized is not None else ""
     model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)}{how})"
     say(f"next: PeftModel.from_pretrained({model}, {json.dumps(str(out_dir))})")
+
+
+def _quantised_by(chain: "Chain") -> str:
+    """What makes transformers quantise the base to what the adapter was trained on; says so if it was
+    quantised."""
+    quantized = chain.top.base.quantized
+    if quantized is None:
+        return ""
+    name = quantized.quantizer.name
+    say(
+        f"note: trained on the base's values in {name}; on the base as it is stored, its answers differ"
+    )
+    return QUANTIZED_BY.get(name, "")
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

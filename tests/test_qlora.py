@@ -336,9 +336,7 @@ def test_peft_on_a_base_that_bitsandbytes_quantises_is_the_same_model(name, run,
     run("lora", tmp_path / "run", *WORDS, *words)
     adapter = tmp_path / "run/final"
     said = succeeds("scripts/export_peft.py", "--lora_path", adapter, "--out_dir", tmp_path / "peft").stdout
-    assert (
-        f"trained on the base's values in {name};" in said and "BitsAndBytesConfig(load_in_4bit=True" in said
-    )
+    assert f"trained on the base's values in {name};" in said and "BitsAndBytesConfig(load_in_4" in said
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": name == "nf4-dq"}
     settings = BitsAndBytesConfig(**how)
     model = AutoModelForCausalLM.from_pretrained(

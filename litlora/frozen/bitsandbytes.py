@@ -126,7 +126,9 @@ class Quantized(LazyTensor):
         for start, stop in _runs(self.stored_rows):
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                W[row : row + last - first] = self._dequantised(first, last).to(self.dtype)
+                values = self._dequantised(first, last)
+                # Rounded to the dtype of the matrix, and then to that of W.
+                W[row : row + last - first] = values if W.dtype == self.dtype else values.to(self.dtype)
                 row += last - first
 
     def check_finite(self) -> None:

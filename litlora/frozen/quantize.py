@@ -124,7 +124,10 @@ class Float8(Quantized):
         return self.scales * torch.finfo(self.entries.dtype).max
 
     def _dequantised(self, first: int, last: int) -> Tensor:
-        return self.entries[first:last].float().mul_(self.scales[first:last, None])
+        # Moved into the places of fp16's exponent and fraction, the bits mean 2^-8 of their value;
+        # torch's own conversion takes several times as long.
+        bits = (self.entries[first:last].view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000)
+        return bits.view(torch.float16).float().mul_(self.scales[first:last, None] * 256)
 
 
 @dataclass(frozen=True)
