@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
+from litlora.frozen.native import nf4_of_bitsandbytes
 from litlora.storage.blocks import LazyTensor, Memory, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.untrusted import parse_json
@@ -189,13 +190,27 @@ class FourBit(Quantized):
         start, stop = first * self.columns, last * self.columns
         block, end = start // self.blocksize, -(-stop // self.blocksize)
         packed = self.packed[block * self.blocksize // 2 : end * self.blocksize // 2]
-        # The two values of a byte are looked up as one entry of 8 bytes.
-        entries = _pairs(self.table, packed.device).index_select(0, packed.int()).view(torch.float32)
         scales = self.absmax[block:end].float()
-        whole = len(entries) // self.blocksize
-        entries[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
-        entries[whole * self.blocksize :].mul_(scales[-1])  # the last block may be shorter
-        return entries[start - block * self.blocksize :][: stop - start].view(-1, self.columns)
+        values = self._native(packed, scales)
+        if values is None:
+            # The two values of a byte are looked up as one entry of 8 bytes.
+            values = _pairs(self.table, packed.device).index_select(0, packed.int()).view(torch.float32)
+            whole = len(values) // self.blocksize
+            values[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
+            values[whole * self.blocksize :].mul_(scales[-1])  # the last block may be shorter
+        return values[start - block * self.blocksize :][: stop - start].view(-1, self.columns)
+
+    def _native(self, packed: Tensor, scales: Tensor) -> Tensor | None:
+        """The values of whole blocks by bitsandbytes' own code; None if that cannot be used."""
+        # Its fast form is off in the last bits of larger blocks.
+        usable = self.table == "nf4" and packed.device.type == "cpu" and self.blocksize <= 1024
+        if not usable or len(packed) * 2 != len(scales) * self.blocksize:
+            return None
+        if (dequantise := nf4_of_bitsandbytes()) is None:
+            return None
+        values = torch.empty(len(packed) * 2)
+        dequantise(packed.contiguous(), scales.contiguous(), values, self.blocksize)
+        return values
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litlora.frozen.bitsandbytes import FourBit
+from litlora.frozen.bitsandbytes import NF4, FourBit
+from litlora.frozen.native import nf4_of_bitsandbytes
 from litlora.frozen.quantize import QUANTIZERS, Quantizer, ToQuantize, dynamic_table, fingerprint_of
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.storage.blocks import one_thread
@@ -35,6 +36,21 @@ def test_nf4_is_that_of_bitsandbytes(shape, dtype):
     assert torch.equal(ours.packed, packed.flatten()) and torch.equal(ours.absmax, state.absmax)
     theirs = FourBit("a", FILE, dtype, shape[1], range(shape[0]), packed.flatten(), "nf4", state.absmax, 64)
     assert ours.dtype == dtype and ours.shape == shape and torch.equal(ours.rows(), theirs.rows())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 64), (5, 32)])
+def test_values_are_those_of_the_table_with_and_without_bitsandbytes(shape):
+    """Its compiled code, which is used where it is there, and the plain one."""
+    matrix = QUANTIZERS["nf4"].quantised(weight(shape, torch.float32), "a", FILE)
+    entries = torch.stack([matrix.packed >> 4, matrix.packed & 15], 1).flatten()[: shape[0] * shape[1]]
+    values = torch.tensor(NF4)[entries.int()] * matrix.absmax.repeat_interleave(64)[: len(entries)]
+    assert torch.equal(matrix.rows(), values.view(shape))
+    assert torch.equal(matrix.rows(slice(1, 3)), values.view(shape)[1:3])
+
+
+def test_the_compiled_code_is_used_where_bitsandbytes_is():
+    pytest.importorskip("bitsandbytes")
+    assert nf4_of_bitsandbytes() is not None
 
 
 @pytest.mark.filterwarnings("ignore")
