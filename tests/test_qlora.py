@@ -181,6 +181,14 @@ def test_chat_and_merging_use_the_values_that_were_trained_on(trained, base):
         assert (original - merged.model(IDS)).abs().max() > 1e-3
 
 
+def test_dora_is_normalised_by_the_values_that_it_was_trained_on(base, run, tmp_path):
+    run("lora", tmp_path / "run", *WORDS, "--quantize", "int8", "--lora.variant", "dora")
+    live, merged = load(tmp_path / "run/final", live=None), load(tmp_path / "run/final")
+    assert len(stored_weights(live.model)) == 14
+    with torch.inference_mode():
+        torch.testing.assert_close(live.model(IDS), merged.model(IDS), atol=1e-5, rtol=0)
+
+
 def test_the_user_may_ask_for_other_bits(trained, base, tmp_path):
     for name in ("int8", "nf4"):
         assert load(trained, live=None, quantize=name).quantized.quantizer == QUANTIZERS[name]
