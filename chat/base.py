@@ -36,6 +36,8 @@ def main(settings: Chat) -> None:
         base_dir=base_dir,
         allow_base_mismatch=settings.allow_base_mismatch,
         device=pick_device(settings.accelerator),
+        quantize=settings.quantize,
+        live=None,
     )
     style, reason = choose_style(
         settings.prompt_style,
@@ -48,6 +50,9 @@ def main(settings: Chat) -> None:
         say(f"note: {notice}", file=sys.stderr)
     if settings.prompt_style and style.called and (lacking := lacking_tokens(style, loaded.tokenizer)):
         say(f"note: the tokenizer cuts {', '.join(lacking)} into pieces", file=sys.stderr)
+    if loaded.quantized is not None:
+        how = loaded.quantized.quantizer.describe()
+        say(f"note: the linear layers of the blocks are in {how}", file=sys.stderr)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

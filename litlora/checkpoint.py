@@ -22,6 +22,7 @@ from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
 from litlora.formats.litlora import adapter_entry, full_entry
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.quantize import QuantizedBase
 from litlora.lora import Adapter, BaseReference
 from litlora.lora.adapter import names_of
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
@@ -45,7 +46,10 @@ class Chain:
     base: FullModel
     adapters: list[Adapter]
     notices: list[str] = field(default_factory=list)
-    """What could not be verified, a line each; every command prints them."""
+    """What could not be verified, and what the adapters were trained on, a line each; every command
+    prints them."""
+    allow_base_mismatch: bool = False
+    """Whether the fingerprints of its links were not compared, and should not be."""
 
     @property
     def config(self) -> ModelConfig:
@@ -61,6 +65,14 @@ class Chain:
     def inner(self) -> "Chain":
         """The chain that the outermost adapter was trained on."""
         return replace(self, adapters=self.adapters[:-1])
+
+    @property
+    def on_original(self) -> "Chain":
+        """The same chain, but the base of the outermost adapter as it is stored, if the adapter was
+        trained on it in few bits."""
+        top = self.adapters[-1]
+        original = top.trained_on(replace(top.base, quantized=None))
+        return replace(self, adapters=[*self.adapters[:-1], original])
 
     @property
     def directories(self) -> list[Path]:
@@ -114,10 +126,14 @@ def _foreign_base(directory: Path, name: str, place: Path | None, above: tuple[P
     return resolve(place, above=above, allow_base_mismatch=True)
 
 
-def reference_to(base: FullModel | Adapter, directory: Path) -> BaseReference:
-    """What an adapter in `directory`, trained on `base`, stores about its base."""
+def reference_to(
+    base: FullModel | Adapter, directory: Path, quantized: QuantizedBase | None = None
+) -> BaseReference:
+    """What an adapter in `directory`, trained on `base`, stores about its base; `quantized` says in
+    what few bits it was then."""
     place = base.directory.absolute()
-    return BaseReference(os.path.relpath(place, directory.absolute()), str(place), base.fingerprint)
+    relative = os.path.relpath(place, directory.absolute())
+    return BaseReference(relative, str(place), base.fingerprint, quantized)
 
 
 def resolve(
@@ -157,6 +173,9 @@ def resolve(
             )
         elif not allow_base_mismatch:
             _check_base(current, base)
+        if (quantized := current.base.quantized) is not None:
+            what = quantized.quantizer.describe()
+            notices.append(f"{current.directory}: was trained on {base.directory} quantised to {what}")
         if (then := current.text_facts) is not None:
             adds_tokens = current.rows is not None
             notices += changed_text(then, current.directory, base.directory, adds_tokens=adds_tokens)
@@ -165,7 +184,7 @@ def resolve(
     if stand_in is not None:
         unused = f"{setting('base_checkpoint_dir')} {base_dir}"
         raise CheckpointError(f"{path}: is not an adapter, so {unused} has no effect")
-    return Chain(current, _completed(current, adapters[::-1]), notices)
+    return Chain(current, _completed(current, adapters[::-1]), notices, allow_base_mismatch)
 
 
 def _completed(base: FullModel, adapters: list[Adapter]) -> list[Adapter]:

@@ -10,6 +10,7 @@ from litlora.paths import CHECKPOINT_NAMES, checkpoint_dir, keep_inputs, output_
 
 if TYPE_CHECKING:
     from litlora.checkpoint import Chain
+    from litlora.lora import BaseReference
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,19 @@ def resolve_sharing(
                 f"{path}: was trained on {chain.directories[-2]}, but {paths[0]} on {below[-1]}; "
                 "adapters that are added up must share their base"
             )
+        if chains and chain.top.base.quantized != (first := chains[0].top.base).quantized:
+            ours, theirs = map(_bits, (chain.top.base, first))
+            raise BaseMismatchError(
+                f"{path}: was trained on its base {ours}, but {paths[0]} {theirs}; "
+                "adapters that are added up must share their base"
+            )
         chains.append(chain)
     return chains
+
+
+def _bits(base: "BaseReference") -> str:
+    """In how many bits a base was trained on."""
+    return f"in {base.quantized.quantizer.name}" if base.quantized else "as it is stored"
 
 
 def _same_places(directories: list[Path], others: list[Path]) -> bool:

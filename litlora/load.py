@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from litlora.adapters.merge import EMBEDDING, HEAD, merge_chain, whole_of
+from litlora.adapters.merge import EMBEDDING, HEAD, in_memory, plan_merge, whole_of
+from litlora.adapters.quantised import as_trained, block_linears, quantised
 from litlora.checkpoint import Chain, resolve
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
 from litlora.lora import Adapter, attach_lora
 from litlora.model import GPT, Router
 from litlora.prompts import PromptStyle, load_style, load_template
@@ -39,34 +42,41 @@ class Loaded(TextSide):
 
     model: GPT
     chain: Chain
+    quantized: QuantizedBase | None = None
+    """In what few bits the frozen weights of its blocks are, if they were quantised while loading."""
 
 
 def load(
     directory: Path,
     *,
-    live: bool = False,
+    live: bool | None = False,
     base_dir: Path | None = None,
     allow_base_mismatch: bool = False,
     device: torch.device | str = "cpu",
     dense: Sequence[str] | None = None,
+    quantize: str | None = None,
 ) -> Loaded:
     """Load a full checkpoint, an adapter or a chain; adapters are merged in memory, nothing is
     written.
 
-    `live` keeps the outermost adapter as LoRALinear layers. The weights stay in the checkpoint's
-    dtype; on the CPU those without an update stay memory-mapped. Quantized weights are dequantised.
-    With `dense`, names or ends of names of modules, only those of these modules are, and those
-    outside the blocks: the other linear layers stay as they are stored, and frozen. Raises
-    CheckpointError for whatever is missing or does not fit.
+    `live` keeps the outermost adapter as LoRALinear layers; None: if its base is quantised. The
+    weights stay in the checkpoint's dtype; on the CPU those without an update stay memory-mapped.
+    Quantized weights are dequantised. With `dense`, names or ends of names of modules, only those of
+    these modules are, and those outside the blocks: the other linear layers stay as they are stored,
+    and frozen.
+
+    `quantize`, the name of one of QUANTIZERS, quantises the linear layers of the blocks, one at a
+    time, and freezes them; "none" does not. By default a live adapter's base is what it was when the
+    adapter was trained, and nothing else is quantised. Raises CheckpointError for whatever is
+    missing or does not fit, and UserError for what cannot be quantised.
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
     top = chain.top
     text = load_text(chain)
-    live_adapter = top if live and isinstance(top, Adapter) else None
-    tensors, config = merge_chain(
-        chain.inner if live_adapter else chain,
-        as_stored=lambda name: dense is not None and _may_stay_quantized(name, dense),
-    )
+    live_adapter = None
+    if isinstance(top, Adapter) and (_is_quantised(top, quantize) if live is None else live):
+        live_adapter = top
+    tensors, config, quantized = _weights(chain, live_adapter, dense, quantize)
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
@@ -74,7 +84,7 @@ def load(
         chain.notices.append(notice)
     model = model.to(device).eval()
     check_finite(dict(model.named_parameters()), top.file)
-    return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain)
+    return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain, quantized)
 
 
 def load_text(chain: Chain) -> TextSide:
@@ -86,12 +96,56 @@ def load_text(chain: Chain) -> TextSide:
     return TextSide(tokenizer, next(filter(None, styles), None), template)
 
 
-def _may_stay_quantized(name: str, dense: Sequence[str]) -> bool:
-    """Whether a weight belongs to a block, and to none of the modules that must be dense."""
+def _is_quantised(adapter: Adapter, quantize: str | None) -> bool:
+    """Whether the base of a live adapter is to be in few bits."""
+    trained = adapter.base is not None and adapter.base.quantized is not None
+    return trained if quantize is None else quantize != "none"
+
+
+def _weights(
+    chain: Chain, live: Adapter | None, dense: Sequence[str] | None, quantize: str | None
+) -> tuple[dict[str, Tensor | Quantized], ModelConfig, QuantizedBase | None]:
+    """The weights of a model without its live adapter, its architecture, and how they were
+    quantised; see `load`."""
+    if quantize == "none" and chain.adapters:
+        chain = chain.on_original
+    plan, config = plan_merge(chain if live is None else chain.inner)
+    trained = live.base.quantized if live is not None and live.base else None
+    quantizer = None
+    if trained is not None and quantize in (None, trained.quantizer.name):
+        quantizer, plan = trained.quantizer, as_trained(plan, config, live, chain)
+    elif quantize not in (None, "none"):
+        quantizer = QUANTIZERS[quantize]
+        _check_frozen(config, dense or (), quantize)
+        kept = live.whole if live is not None else ()
+        plan = quantised(plan, config, quantizer, chain.base.file, kept=kept)
+    if quantizer is None and dense is None:
+        return in_memory(plan), config, None
+    linears = {name for name in block_linears(config) if not _is_in(name, dense or ())}
+    tensors = in_memory(plan, as_stored=linears.__contains__)
+    if quantizer is None:
+        return tensors, config, None
+    matrices = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Quantized)}
+    return tensors, config, QuantizedBase(quantizer, fingerprint_of(matrices))
+
+
+def _check_frozen(config: ModelConfig, dense: Sequence[str], quantize: str) -> None:
+    """Raise UserError if one of the modules that train is to be quantised."""
+    trains = [name for name in block_linears(config) if _is_in(name, dense)]
+    if trains:
+        layer = trains[0].removesuffix(".weight")
+        target = next(target for target in dense if _is_in(trains[0], [target]))
+        raise UserError(
+            f"{setting('modules_to_save')} {target}: {setting('quantize')} {quantize} quantises {layer}, and "
+            "quantised weights cannot be trained; leave one of the two out"
+        )
+
+
+def _is_in(name: str, targets: Sequence[str]) -> bool:
+    """Whether a weight belongs to one of these modules, given by their names or the ends of them."""
     parts = name.split(".")
     modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-    inside = any(f".{module}".endswith(f".{target}") for module in modules for target in dense)
-    return name.startswith("model.layers.") and not inside
+    return any(f".{module}".endswith(f".{target}") for module in modules for target in targets)
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> GPT:

@@ -49,7 +49,7 @@ def main(settings: CombineLoRA) -> None:
     first = chains[0]
     write_adapter(
         inputs.out_dir,
-        combined.trained_on(reference_to(first.inner.top, inputs.out_dir)),
+        combined.trained_on(reference_to(first.inner.top, inputs.out_dir, first.top.base.quantized)),
         first.config,
         sidecars_from=first.sources,
         beside=Beside(hyperparameters=dump(settings)),

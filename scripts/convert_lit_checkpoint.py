@@ -35,7 +35,8 @@ def main(settings: ConvertLit) -> None:
     with replacing_directory(out_dir) as staging:
         what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes)
     if chain.adapters:
-        say(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
+        onto = ", onto dequantized" if chain.top.base.quantized else ""
+        say(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}{onto}")
     size = sum(file.stat().st_size for file in Path(out_dir).glob("*.safetensors"))
     say(f"result: {out_dir} ({size:,} bytes of weights: {what})")
 

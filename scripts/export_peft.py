@@ -26,6 +26,18 @@ if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.formats.full import FullModel
 
+_NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4"'
+QUANTIZED_BY = {
+    name: f', dtype="auto", quantization_config=BitsAndBytesConfig({how})'
+    for name, how in {
+        "nf4": _NF4,
+        "nf4-dq": f"{_NF4}, bnb_4bit_use_double_quant=True",
+        "int8": "load_in_8bit=True",
+    }.items()
+}
+"""What makes transformers quantise a base to the values that an adapter was trained on; it has
+nothing like our fp8."""
+
 
 def main(settings: ExportPEFT) -> None:
     if settings.model_type is not None and settings.model_type not in FAMILIES:
@@ -73,6 +85,7 @@ def main(settings: ExportPEFT) -> None:
 def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[str]) -> None:
     """How to use the folder with a base of this name, which does not stop at the tokens `added`."""
     base, rows, out_dir = chain.base, chain.top.rows, Path(settings.out_dir)
+    how = _quantised_by(chain)
     if not settings.base_model and not base.has_hf_config:
         say(
             f"note: {base.directory} is not a Hugging Face folder; make one with "
@@ -87,7 +100,7 @@ def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[
             f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
-    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)})"
+    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)}{how})"
     if rows is not None and rows.num_rows > chain.config.vocab_size:
         say(
             f"note: it adds {len(rows.ids)} tokens, for which the base has too few rows: call "
@@ -120,6 +133,17 @@ def _sum_up(result: Path, config: dict[str, Any], family: str, dropout: float) -
         layers = config["target_modules"] + config.get("target_parameters", [])
         what = f"rank {config['r']}, {', '.join(layers)}"
     say(f"result: {result} ({result.stat().st_size:,} bytes: for {family}, {what})")
+
+
+def _quantised_by(chain: "Chain") -> str:
+    """What makes transformers quantise the base to what the adapter was trained on; says so if it was
+    quantised."""
+    quantized = chain.top.base.quantized
+    if quantized is None:
+        return ""
+    name = quantized.quantizer.name
+    say(f"note: trained on the base's values in {name}; on the base as it is stored, its answers differ")
+    return QUANTIZED_BY.get(name, "")
 
 
 def _name_stops(staging: Path, chain: "Chain") -> list[str]:

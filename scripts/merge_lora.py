@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.config import ModelConfig
 
+DEQUANTIZED, ORIGINAL = "dequantized", "original"
+
 
 def main(settings: MergeLoRA) -> None:
     inputs = check_inputs(
@@ -31,7 +33,7 @@ def main(settings: MergeLoRA) -> None:
 
     import torch
 
-    from litlora.adapters.merge import converted, plan_merge, plan_sum
+    from litlora.adapters.merge import converted, plan_merge
     from litlora.adapters.unmerged import Unmerged
     from litlora.checkpoint import Beside, write_full
     from litlora.stop_tokens import stops_of
@@ -41,7 +43,8 @@ def main(settings: MergeLoRA) -> None:
     for adapter in {link.file: link for chain in chains for link in chain.adapters}.values():
         check_finite(adapter.tensors, adapter.file)
     weights = [settings.strength * weight for weight in settings.weights or [1.0] * len(chains)]
-    plan, config = plan_sum(chains, weights)
+    onto, plans = _plans(settings.onto, chains, weights)
+    plan, config = plans[onto]
     tops = [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True) if weight != 0]
     unmerged = Unmerged(*plan_merge(chains[0].inner), tops)
     notices = list(dict.fromkeys(notice for chain in chains for notice in chain.notices))
@@ -56,8 +59,12 @@ def main(settings: MergeLoRA) -> None:
     # A merge that is exactly its chain answers for it: an adapter trained on the chain fits the
     # merge too.
     own_dtypes = all(tensor.dtype == tensor.own for tensor in plan.values())
-    as_trained = weights == [1.0] and not at_random and own_dtypes
+    as_trained = weights == [1.0] and not at_random and own_dtypes and onto != ORIGINAL
     report: list[str] = []
+
+    def check(written: Path) -> None:
+        report.extend(_verified(plan, config, written, unmerged, plans))
+
     write_full(
         inputs.out_dir,
         plan,
@@ -65,22 +72,50 @@ def main(settings: MergeLoRA) -> None:
         sidecars_from=chains[0].sources,
         beside=Beside(stops=tuple(stops_of(chains[0].sources))),
         merged_from=chains[0].top.fingerprint if as_trained else None,
-        check=(lambda written: report.extend(_verified(plan, config, written, unmerged)))
-        if settings.verify
-        else None,
+        check=check if settings.verify else None,
     )
     for notice in notices:
         say(f"note: {notice}")
     result = inputs.out_dir / WEIGHTS_FILE
-    say(f"merged: {' + '.join(_names(chains, weights))}")
+    say(f"merged: {' + '.join(_names(chains, weights))}{f', onto {onto}' if onto else ''}")
     say(*(report if settings.verify else ["not verified: --verify false"]))
     say(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
     say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
-def _verified(plan: "Plan", config: "ModelConfig", directory: Path, unmerged: "Unmerged") -> list[str]:
-    """What verifying a complete directory found, or why it was not verified. Raises CheckpointError
-    for a merge that is not what was tested."""
+def _plans(
+    asked: str | None, chains: "list[Chain]", weights: list[float]
+) -> "tuple[str | None, dict[str | None, tuple[Plan, ModelConfig]]]":
+    """What is merged into, and the merge; of adapters that were trained on a quantised base both
+    merges, the one that is written first. Raises UserError for a choice where there is none."""
+    from litlora.adapters.merge import plan_sum
+
+    top = chains[0].top
+    if not (top.base and top.base.quantized):
+        if asked is not None:
+            raise UserError(
+                f"--onto {asked}: {top.directory} was not trained with --quantize, so there is one base to "
+                "merge into; leave the option out"
+            )
+        return None, {None: plan_sum(chains, weights)}
+    # By default the model that was trained, as for every adapter: what was validated is what is written.
+    onto = asked or DEQUANTIZED
+    bases = {DEQUANTIZED: chains, ORIGINAL: [chain.on_original for chain in chains]}
+    order = sorted(bases, key=lambda name: name != onto)
+    return onto, {name: plan_sum(bases[name], weights) for name in order}
+
+
+def _verified(
+    plan: "Plan",
+    config: "ModelConfig",
+    directory: Path,
+    unmerged: "Unmerged",
+    plans: "dict[str | None, tuple[Plan, ModelConfig]]",
+) -> list[str]:
+    """What verifying a complete directory found, or why it was not verified, and how well each of two
+    plans fits. Raises CheckpointError for a merge that is not what was tested."""
+    from litlora.adapters.fit import fits, lines_of
+    from litlora.adapters.merge import retyped
     from litlora.adapters.verify import bytes_needed, probe_ids, verify
     from litlora.ram import free_ram
 
@@ -92,7 +127,11 @@ def _verified(plan: "Plan", config: "ModelConfig", directory: Path, unmerged: "U
     *lines, rounding = report.lines()
     if report.loses_much:
         rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"
-    return [*([f"note: {notice}"] if notice else []), *lines, rounding]
+    fit = []
+    if DEQUANTIZED in plans:
+        candidates = {name: retyped(other, like=plan) for name, (other, _) in plans.items()}
+        fit = lines_of(fits(plans[DEQUANTIZED][0], candidates, config, ids, unmerged), next(iter(plans)))
+    return [*([f"note: {notice}"] if notice else []), *lines, rounding, *fit]
 
 
 def _names(chains: "list[Chain]", weights: list[float]) -> list[str]:

@@ -41,7 +41,7 @@ def main(settings: ResizeLoRA) -> None:
     )
     write_adapter(
         inputs.out_dir,
-        resized.trained_on(reference_to(chain.inner.top, inputs.out_dir)),
+        resized.trained_on(reference_to(chain.inner.top, inputs.out_dir, adapter.base.quantized)),
         chain.config,
         sidecars_from=chain.sources,
         beside=Beside(hyperparameters=dump(settings)),

@@ -99,7 +99,11 @@ def _resolve(
 def _base(adapter: Adapter, chain: Chain | None) -> Description:
     """Where the base is, and whether it matches: None if it is missing, or if the adapter's format
     does not tell."""
-    wanted = adapter.base.fingerprint
+    wanted, quantized = adapter.base.fingerprint, adapter.base.quantized
+    described = {}
+    if quantized is not None:
+        how = {"name": quantized.quantizer.name, **quantized.quantizer.settings()}
+        described["quantized"] = {**how, "fingerprint": quantized.fingerprint}
     if chain is None:
         return {
             "path": adapter.base.absolute_path,
@@ -107,6 +111,7 @@ def _base(adapter: Adapter, chain: Chain | None) -> Description:
             "wanted": wanted,
             "fingerprint": None,
             "matches": None,
+            **described,
         }
     base = chain.inner.top
     matches = None if wanted is None else base.answers_to(wanted)
@@ -116,6 +121,7 @@ def _base(adapter: Adapter, chain: Chain | None) -> Description:
         "wanted": wanted,
         "fingerprint": base.fingerprint,
         "matches": matches,
+        **described,
     }
 
 
@@ -283,6 +289,9 @@ def table(d: Description) -> list[str]:
         lines.append(f"lora     {', '.join(shown)}")
     if base := d.get("base"):
         lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
+        if bits := base.get("quantized"):
+            name, found = bits["name"], bits["fingerprint"]
+            lines.append(f"         quantised to {name} in training (fingerprint {found})")
     if len(d.get("chain", [])) > 2:
         lines.append(f"chain    {' -> '.join(d['chain'])}")
     if layers := d.get("layers"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from litlora.adapters.quantised import as_trained
 from litlora.checkpoint import Chain
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
@@ -156,29 +157,37 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     return torch.where(taken, neighbour, nearest)
 
 
-def merge_chain(
-    chain: Chain, *, as_stored: Callable[[str], bool] = lambda name: False
-) -> tuple[dict[str, Tensor | Quantized], ModelConfig]:
+def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
     """The weights that a chain stands for: every adapter merged, one after the other, in the base's
-    dtype. Tensors without an update are the base's own, still memory-mapped; a quantized one is
-    dequantised unless its name is to stay `as_stored`."""
+    dtype. Tensors without an update are the base's own, still memory-mapped."""
     plan, config = plan_merge(chain)
+    return in_memory(plan), config
+
+
+def in_memory(
+    plan: Plan, *, as_stored: Callable[[str], bool] = lambda name: False
+) -> dict[str, Tensor | Quantized]:
+    """The tensors of a plan, which is emptied on the way, computed. Those without an update are the
+    base's own, still memory-mapped; a quantized one is dequantised unless its name is to stay
+    `as_stored`."""
 
     def weight(name: str, tensor: MergedTensor) -> Tensor | Quantized:
         stays = isinstance(tensor.start, Quantized) and not tensor.links and as_stored(name)
-        return tensor.start if stays else tensor.tensor()
+        return tensor.start.settled() if stays else tensor.tensor()
 
-    return {name: weight(name, tensor) for name, tensor in plan.items()}, config
+    return {name: weight(name, plan.pop(name)) for name in list(plan)}
 
 
 def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
-    """The same, with nothing computed yet."""
+    """What `merge_chain` computes, with nothing computed yet. An adapter that was trained on its base
+    in few bits is added to the values of these bits."""
     plan = {
         name: MergedTensor(name, tensor, tensor.dtype, tensor.dtype)
         for name, tensor in chain.base.tensors.items()
     }
     config = chain.config
     for adapter in chain.adapters:
+        plan = as_trained(plan, config, adapter, chain)
         plan, config = add_adapters(plan, config, [(adapter, 1.0)])
     return plan, config
 
@@ -187,6 +196,7 @@ def plan_sum(chains: list[Chain], weights: list[float]) -> tuple[Plan, ModelConf
     """The same for base + Σ weight · update over the outermost adapters of chains that share their
     base, which may be an adapter itself."""
     plan, config = plan_merge(chains[0].inner)
+    plan = as_trained(plan, config, chains[0].top, chains[0])
     tops = [(chain.top, weight) for chain, weight in zip(chains, weights, strict=True)]
     return add_adapters(plan, config, tops)
 
@@ -305,6 +315,11 @@ def _check_update(plan: Plan, name: str, update: Update, adapter: Adapter) -> No
     if shape != update.shape:
         size = " x ".join(map(str, update.shape))
         raise CheckpointError(f"{adapter.file}: updates {module} as {size}; the base has {shape}")
+
+
+def retyped(plan: Plan, *, like: Plan) -> Plan:
+    """The same tensors in the dtypes that another plan has, rounded to the nearest."""
+    return {name: dataclasses.replace(tensor, dtype=like[name].dtype) for name, tensor in plan.items()}
 
 
 def converted(plan: Plan, dtype: torch.dtype | None, *, seed: int | None = None) -> Plan:

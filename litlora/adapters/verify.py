@@ -133,7 +133,7 @@ def verify(
     with _workers(2, threads=max(1, torch.get_num_threads() // 2)) as pool:
         live, merged = pool.map(lambda model: logits(*model, ids), models)
     # A position at a time: the logits of a large vocabulary are large in float64.
-    columns = zip(*map(_compared, live, merged), strict=True)
+    columns = zip(*map(compared, live, merged), strict=True)
     squared_spread, squared_difference, largest, kl, agreement = (
         torch.tensor(column, dtype=torch.float64) for column in columns
     )
@@ -253,7 +253,7 @@ def logits(model: GPT, computed: Computed, ids: Tensor) -> Tensor:
         return model.eval()(ids)[0]
 
 
-def _compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float, bool]:
+def compared(live: Tensor, merged: Tensor) -> tuple[float, float, float, float, bool]:
     """Of two vectors of logits (V,): mean squares of live around its mean and of their difference,
     the largest difference, KL, and whether both put the same token first."""
     live, merged = live.double(), merged.double()

@@ -8,10 +8,11 @@
                            "taught": {"tokenizer", "prompt_style"},
                            "tokens": {"ids", "num_rows"}}}
 
-"merged" stands in merged models only, "tokens" in adapters that add some.
+"merged" stands in merged models only, "tokens" in adapters that add some. An adapter whose base was
+quantised for the training has format 2, and in its base "quantized": {"quantizer": {settings},
+"fingerprint"}. Versions that know format 1 alone refuse it: they would use the base in 16 bits.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
+from litlora.frozen.quantize import QuantizedBase, Quantizer
 from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
 from litlora.lora.rows import LEAF, TokenRows
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_torch
 
-FORMAT = 1
-"""Version of the layout, stored in every file; any other version is refused."""
+FORMAT, QUANTIZED_FORMAT = 1, 2
+"""Versions of the layout, one of which is stored in every file; any other one is refused. The second
+is that of an adapter whose base was quantised for the training."""
 
 _FIELDS = {
     "lora": {"rank": int, "alpha": float},
@@ -51,17 +54,17 @@ def open_directory(directory: Path) -> FullModel | Adapter:
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise CheckpointError(f'{file}: not written by litlora: it lacks the entries "model" and "litlora"')
     tensors, described = entries
-    if described.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file}: has format {described.get('format')!r}; this version of litlora reads format {FORMAT}"
-        )
+    kind, version = described.get("kind"), described.get("format")
+    if version != FORMAT and not (kind == "adapter" and version == QUANTIZED_FORMAT):
+        known = f"{FORMAT} and, of an adapter, {QUANTIZED_FORMAT}"
+        raise CheckpointError(f"{file}: has format {version!r}; this version of litlora reads format {known}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f'{file}: the entry {name!r} of "model" is not a tensor')
-    if described.get("kind") == "adapter":
+    if kind == "adapter":
         return _adapter(file, tensors, described)
-    if described.get("kind") != "full":
-        raise CheckpointError(f"{file}: kind is {described.get('kind')!r}; it must be full or adapter")
+    if kind != "full":
+        raise CheckpointError(f"{file}: kind is {kind!r}; it must be full or adapter")
     config = ModelConfig.load(directory / CONFIG_FILE)
     return FullModel(directory, file, tensors, config, _merged(file, described)).checked()
 
@@ -101,7 +104,9 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
         updates, whole = parse_tensors(rest, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    reference = BaseReference(base["path"], base["absolute_path"], base["fingerprint"])
+    reference = BaseReference(
+        base["path"], base["absolute_path"], base["fingerprint"], _quantized(file, described)
+    )
     taught = described.get("taught")
     facts = taught if isinstance(taught, dict) else None  # the first versions stored none
     return Adapter(config, updates, whole, reference, file, lora, facts, rows)
@@ -123,6 +128,21 @@ def _rows(stated: Any, tensors: dict[str, Tensor]) -> tuple[TokenRows | None, di
     return TokenRows(tuple(ids), num_rows, rows), rest
 
 
+def _quantized(file: Path, described: dict[str, Any]) -> QuantizedBase | None:
+    """In what few bits the base was. Raises CheckpointError unless that fits the format."""
+    stored = described["base"].get("quantized")
+    if (stored is None) == (described["format"] == QUANTIZED_FORMAT):
+        raise CheckpointError(f"{file}: has format {described['format']}, and base.quantized is {stored!r}")
+    if stored is None:
+        return None
+    try:
+        if stored.keys() != {"quantizer", "fingerprint"} or not isinstance(stored["fingerprint"], str):
+            raise ValueError(f"it states {stored!r}")
+        return QuantizedBase(Quantizer.parse(stored["quantizer"]), stored["fingerprint"])
+    except _UNUSABLE as error:
+        raise CheckpointError(f"{file}: its base.quantized is not usable: {error}") from None
+
+
 # ---- writing
 
 
@@ -134,13 +154,23 @@ def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
 
 def adapter_entry(adapter: Adapter, facts: dict[str, str]) -> dict[str, Any]:
     """The "litlora" entry of an adapter; `facts` are the `text_facts` of its directory."""
-    base, rows = adapter.base, adapter.rows
+    base, rows, quantized = adapter.base, adapter.rows, adapter.base.quantized
     tokens = {"tokens": {"ids": list(rows.ids), "num_rows": rows.num_rows}} if rows else {}
+    reference = {
+        "path": base.path,
+        "absolute_path": base.absolute_path,
+        "fingerprint": base.fingerprint,
+    }
+    if quantized is not None:
+        reference["quantized"] = {
+            "quantizer": quantized.quantizer.settings(),
+            "fingerprint": quantized.fingerprint,
+        }
     return {
-        "format": FORMAT,
+        "format": FORMAT if quantized is None else QUANTIZED_FORMAT,
         "kind": "adapter",
         "lora": adapter.settings,
-        "base": dataclasses.asdict(base),
+        "base": reference,
         "taught": facts,
         **tokens,
     }

@@ -22,7 +22,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
+from litlora.frozen.native import nf4_of_bitsandbytes
 from litlora.storage.blocks import LazyTensor, Memory, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.untrusted import parse_json
@@ -80,6 +81,14 @@ class Quantized(LazyTensor):
         """That of the stored tensors."""
 
     @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors that identify the matrix, by their names."""
+
+    def settled(self) -> "Quantized":
+        """The matrix as it is to be kept: one that is still to be quantised is quantised now."""
+        return self
+
+    @abstractmethod
     def _largest(self) -> Tensor:
         """The largest magnitude in each of the parts that share a scale, in fp32."""
 
@@ -93,6 +102,11 @@ class Quantized(LazyTensor):
 
     def size(self, axis: int) -> int:
         return self.shape[axis]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the stored tensors take."""
+        return sum(tensor.nbytes for tensor in _tensors(self))
 
     def take(self, stored_rows: Tensor) -> "Quantized":
         """The matrix of these stored rows, given by their numbers."""
@@ -113,7 +127,9 @@ class Quantized(LazyTensor):
         for start, stop in _runs(self.stored_rows):
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                W[row : row + last - first] = self._dequantised(first, last).to(self.dtype)
+                values = self._dequantised(first, last)
+                # Rounded to the dtype of the matrix, and then to that of W.
+                W[row : row + last - first] = values if W.dtype == self.dtype else values.to(self.dtype)
                 row += last - first
 
     def check_finite(self) -> None:
@@ -163,6 +179,10 @@ class FourBit(Quantized):
     def device(self) -> torch.device:
         return self.packed.device
 
+    def stored(self) -> dict[str, Tensor]:
+        scales = {"absmax": self.absmax} if isinstance(self.absmax, Tensor) else {}
+        return {"packed": self.packed, **scales}
+
     def _largest(self) -> Tensor:
         return self.absmax[0 : len(self.absmax)].float()  # the largest entry of both tables is 1
 
@@ -170,13 +190,27 @@ class FourBit(Quantized):
         start, stop = first * self.columns, last * self.columns
         block, end = start // self.blocksize, -(-stop // self.blocksize)
         packed = self.packed[block * self.blocksize // 2 : end * self.blocksize // 2]
-        # The two values of a byte are looked up as one entry of 8 bytes.
-        entries = _pairs(self.table, packed.device).index_select(0, packed.int()).view(torch.float32)
         scales = self.absmax[block:end].float()
-        whole = len(entries) // self.blocksize
-        entries[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
-        entries[whole * self.blocksize :].mul_(scales[-1])  # the last block may be shorter
-        return entries[start - block * self.blocksize :][: stop - start].view(-1, self.columns)
+        values = self._native(packed, scales)
+        if values is None:
+            # The two values of a byte are looked up as one entry of 8 bytes.
+            values = _pairs(self.table, packed.device).index_select(0, packed.int()).view(torch.float32)
+            whole = len(values) // self.blocksize
+            values[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
+            values[whole * self.blocksize :].mul_(scales[-1])  # the last block may be shorter
+        return values[start - block * self.blocksize :][: stop - start].view(-1, self.columns)
+
+    def _native(self, packed: Tensor, scales: Tensor) -> Tensor | None:
+        """The values of whole blocks by bitsandbytes' own code; None if that cannot be used."""
+        # Its fast form is off in the last bits of larger blocks.
+        usable = self.table == "nf4" and packed.device.type == "cpu" and self.blocksize <= 1024
+        if not usable or len(packed) * 2 != len(scales) * self.blocksize:
+            return None
+        if (dequantise := nf4_of_bitsandbytes()) is None:
+            return None
+        values = torch.empty(len(packed) * 2)
+        dequantise(packed.contiguous(), scales.contiguous(), values, self.blocksize)
+        return values
 
 
 @dataclass(frozen=True)
@@ -216,6 +250,9 @@ class EightBit(Quantized):
     def device(self) -> torch.device:
         return self.entries.device
 
+    def stored(self) -> dict[str, Tensor]:
+        return {"entries": self.entries, "largest": self.largest}
+
     def _largest(self) -> Tensor:
         return self.largest * (128 / 127)
 
@@ -229,6 +266,15 @@ def _runs(rows: range | Tensor) -> list[tuple[int, int]]:
         return [(rows.start, rows.stop)]
     stretches = rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1)
     return [(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a stored matrix, or in a part of one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 def _pairs(table: str, device: torch.device) -> Tensor:

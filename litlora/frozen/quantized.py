@@ -35,6 +35,11 @@ class QuantizedWeight(nn.Module, FrozenWeight):
     def device(self) -> torch.device:
         return self.matrix.device
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return self.matrix.nbytes
+
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.no_grad():  # the values are gone before a backward could read them
             return F.linear(x, self.values(x.dtype), bias)

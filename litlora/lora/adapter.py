@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError
+from litlora.frozen.quantize import QuantizedBase
 from litlora.lora.rows import TokenRows
 from litlora.lora.select import layer_rank, layer_scale
 from litlora.lora.update import LORA_A, LORA_B, PREFIX, Update
@@ -29,6 +30,8 @@ class BaseReference:
     """So that the adapter alone can be moved."""
     fingerprint: str | None
     """None: the adapter's format does not tell."""
+    quantized: QuantizedBase | None = None
+    """In what few bits it was while the adapter trained; None: as its files hold it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Adapter:
         facts = {"lora": self.settings, "base": self.base.fingerprint if self.base else None}
         if self.rows:
             facts["tokens"] = [self.rows.num_rows, *self.rows.ids]
+        if self.base and self.base.quantized:
+            facts["quantized"] = [self.base.quantized.quantizer.settings(), self.base.quantized.fingerprint]
         return fingerprint(self.tensors, json.dumps(facts, sort_keys=True))
 
     def answers_to(self, wanted: str) -> bool:

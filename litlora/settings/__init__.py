@@ -15,6 +15,7 @@ checkpoints.py  whole checkpoints: convert, download
 other_names.py  what other programs call them
 tokenizer.py    TokenizerConfig, the tokens that are added
 styles.py       the prompt styles that a setting may name
+quantize.py     in what few bits a base can be held
 checks.py       what a value must be
 stored.py       how files store settings
 """

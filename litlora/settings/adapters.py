@@ -32,6 +32,10 @@ class MergeLoRA:
     strength: float = 1.0
     """A factor of all of them: 0 gives the base's weights to the bit, 1 what was trained, -1 its
     opposite. It does not apply to a base that is an adapter itself."""
+    onto: Literal["dequantized", "original"] | None = None
+    """What the update of an adapter is added to that was trained with quantize. dequantized, the
+    default: the values of the bits that it was trained on, which gives the very model that was
+    trained; original: the base's weights as they are stored. Nothing is quantised again."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Number format of the result; default: the base's, tensor by tensor."""
     rounding: Literal["nearest", "stochastic"] = "nearest"

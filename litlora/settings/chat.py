@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litlora.settings.checks import check_positive, check_seed, check_value
+from litlora.settings.quantize import Quantization
 from litlora.settings.styles import check_prompt_style
 
 
@@ -33,6 +34,9 @@ class Chat:
     """Sample among the likeliest tokens that together have this probability."""
     seed: int | None = None
     """Seed of the sampling; default: a different answer each time."""
+    quantize: Quantization | Literal["none"] | None = None
+    """Hold the linear layers of the blocks in few bits: nf4, nf4-dq, int8, fp8; none: in the base's
+    number format. Default: what an adapter was trained on, else none."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto takes the fastest available."""
     base_checkpoint_dir: str | None = None

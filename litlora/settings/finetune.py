@@ -8,6 +8,7 @@ from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.quantize import Quantization
 from litlora.settings.styles import check_prompt_style
 from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
@@ -66,6 +67,9 @@ class Finetune:
     B stay in fp32; bf16-mixed: weights in fp32, multiplied in bf16. auto never rounds a base: one
     stored in bf16 trains in bf16 (bf16-true, or bf16-mixed if all weights train) where a short
     measurement finds that faster than fp32; all else trains in 32-true."""
+    quantize: Quantization | None = field(default=None, metadata={"stored": "unless default"})
+    """Hold the linear layers of the blocks in few bits while an adapter trains (QLoRA): nf4 (4 bits),
+    nf4-dq (the same, its scales in 8 bits), int8, fp8. Only for LoRA."""
     base_checkpoint_dir: str | None = None
     """If checkpoint_dir is an adapter: its base, when that is no longer where the adapter says."""
     allow_base_mismatch: bool = False
@@ -115,6 +119,11 @@ class FinetuneFull(Finetune):
         check(
             self.train.loraplus_lr_ratio == 1,
             f"{setting('loraplus_lr_ratio')} has no effect on full fine-tuning, which has no adapter",
+        )
+        check(
+            self.quantize is None,
+            f"{setting('quantize')} {self.quantize}: a full fine-tune trains all weights, and quantised ones "
+            f"cannot be trained; leave {setting('quantize')} out, or use finetune/lora.py",
         )
 
 

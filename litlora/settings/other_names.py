@@ -18,6 +18,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("save_steps", "save_every"), "save_interval"),
     "save_total_limit": "keep_checkpoints",
     **dict.fromkeys(("train_on_inputs", "train_on_input"), "mask_prompt"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "bits"), "quantize"),
     "auto_find_batch_size": "auto_batch",
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
     "lora_alpha": "alpha",

@@ -133,6 +133,7 @@ class Run:
             allow_base_mismatch=settings.allow_base_mismatch,
             device=self.parallel.device,
             dense=self.method.dense,
+            quantize=settings.quantize,
         )
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
@@ -211,6 +212,8 @@ class Run:
         self.facts = facts(
             self.objective, self.parallel.device, self.base.fingerprint, self.data.train, self.data.val
         )
+        if (quantized := self.loaded.quantized) is not None:
+            self.facts["quantised base"] = quantized.fingerprint
 
     def find_start(self) -> tuple[State | None, str | None]:
         """The state to resume from and its metrics.csv, if any. Raises UserError if the run there
@@ -356,7 +359,7 @@ class Run:
                 adapter = dataclasses.replace(
                     content,
                     whole=self._as_stored(content.whole),
-                    base=reference_to(self.base, directory),
+                    base=reference_to(self.base, directory, self.loaded.quantized),
                 )
                 write_adapter(directory, adapter, config, sidecars_from=sources, beside=beside, check=check)
             else:
@@ -379,6 +382,7 @@ class Run:
         everything = sum(w.shape.numel() for w in (*weights, *stored_weights(self.model).values()))
         frozen = everything - trainable or everything
         self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
+        self._say_quantised()
         self.say(f"precision: {precision.name} ({precision.reason})")
         if num_rounded:
             trains_base = self.method.trains_base
@@ -405,6 +409,15 @@ class Run:
                 f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
                 "its own; tokenizer.add_tokens auto adds them"
             )
+
+    def _say_quantised(self) -> None:
+        if (quantized := self.loaded.quantized) is None:
+            return
+        weights = list(stored_weights(self.model).values())
+        size = sum(weight.nbytes for weight in weights) / 2**20
+        dense = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights) / 2**20
+        how = quantized.quantizer.describe()
+        self.say(f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}")
 
     def _say_data(self) -> None:
         config, lengths = self.settings.train, self.objective.lengths(self.data.train)

@@ -1,0 +1,83 @@
+"""A model with the linear layers of its blocks in few bits: what an adapter was trained on, and what
+one is to be trained on (QLoRA)."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from litlora.checkpoint import Chain
+from litlora.config import ModelConfig
+from litlora.errors import UserError, setting
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.quantize import Expected, Quantizer, ToQuantize
+from litlora.lora import Adapter
+from litlora.model import GPT
+from litlora.storage.pages import Pages
+
+if TYPE_CHECKING:
+    from litlora.adapters.merge import Plan
+
+BLOCKS = "model.layers."
+"""What the names of all that lies in a block begin with."""
+
+
+def block_linears(config: ModelConfig) -> list[str]:
+    """The names of the weights that are quantised: those of the linear layers in the blocks."""
+    modules = GPT.without_weights(config).named_modules()
+    return [f"{name}.weight" for name, one in modules if type(one) is nn.Linear and name.startswith(BLOCKS)]
+
+
+def as_trained(plan: "Plan", config: ModelConfig, adapter: Adapter, chain: Chain) -> "Plan":
+    """The plan of an adapter's base as its training saw it: in few bits, if it was quantised for it.
+    Raises BaseMismatchError, once all is computed, for other bits than those."""
+    quantized = adapter.base and adapter.base.quantized
+    if not quantized:
+        return plan
+    expected = None
+    if not chain.allow_base_mismatch:
+        what = f"{adapter.file}: its base, quantised, does not have the bits that it was trained on"
+        expected = Expected(quantized.fingerprint, len(block_linears(config)), what)
+    return quantised(plan, config, quantized.quantizer, chain.base.file, expected=expected)
+
+
+def quantised(
+    plan: "Plan",
+    config: ModelConfig,
+    quantizer: Quantizer,
+    file: Path,
+    *,
+    kept: Collection[str] = (),
+    expected: Expected | None = None,
+) -> "Plan":
+    """The plan with the linear layers of the blocks quantised, each when it is first used, but not
+    those whose names are in `kept`. `file` is what an error about their values names.
+
+    Raises UserError for a layer that cannot be quantised, or is stored in few bits already.
+    """
+    names = [name for name in block_linears(config) if name not in kept]
+    pages, mapped, result = Pages(), {name for name in names if plan[name].is_stored}, dict(plan)
+
+    def done(values: Tensor, matrix: Quantized) -> None:
+        if matrix.name in mapped:
+            pages.done_with(values)
+        if expected is not None:
+            expected.add(matrix.name, matrix)
+
+    for name in names:
+        tensor, asked = plan[name], f"{setting('quantize')} {quantizer.name}"
+        stored = tensor.start
+        if isinstance(stored, Quantized) and not isinstance(stored, ToQuantize) and not tensor.links:
+            raise UserError(
+                f"{asked}: {file} holds {name} in few bits already ({stored.kind}), and it is used as it is "
+                f"stored; leave {setting('quantize')} out"
+            )
+        if problem := quantizer.problem(tensor.shape):
+            raise UserError(f"{asked}: {name} {problem}; int8 and fp8 have no blocks")
+        rows, columns = tensor.shape
+        facts = (name, file, tensor.dtype, columns, range(rows))
+        start = ToQuantize(*facts, tensor.tensor, quantizer, done)
+        result[name] = dataclasses.replace(tensor, start=start, links=())
+    return result
