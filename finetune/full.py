@@ -22,7 +22,8 @@ def main(settings: FinetuneFull) -> None:
     )
     dataset = read_dataset(settings.data)
 
-    from litlora.train.run import Method, finetune
+    from litlora.train.method import Method
+    from litlora.train.run import finetune
 
     full = Method(
         prepare=lambda model: model.requires_grad_(),

@@ -22,7 +22,8 @@ def main(settings: FinetuneLoRA) -> None:
     dataset = read_dataset(settings.data)
 
     from litlora.lora import adapter_of, add_lora
-    from litlora.train.run import Method, finetune
+    from litlora.train.method import Method
+    from litlora.train.run import finetune
 
     lora = Method(
         prepare=lambda model: add_lora(model, settings.lora),

@@ -21,7 +21,7 @@ from torch import Tensor
 from litlora.data.store import StoredExamples
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
-from litlora.settings import TrainConfig
+from litlora.settings import Finetune, TrainConfig
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml_mapping
 from litlora.train.objective import SFT, Objective
@@ -300,3 +300,19 @@ def set_generators(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type != "cpu" and "device" in states:
         torch.get_device_module(device).set_rng_state(states["device"])
+
+
+def as_measured(settings: Finetune, start: Path) -> Finetune:
+    """The settings with what the run in `start` measured at its beginning: measured again, it could
+    come out differently."""
+    stored = stored_settings(start)
+    train, precision = stored.get("train"), stored.get("precision")
+    if settings.train.auto_batch and isinstance(train, dict):
+        sizes = {name: train.get(name) for name in ("micro_batch_tokens", "micro_batch_size")}
+        sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        settings = dataclasses.replace(
+            settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes)
+        )
+    if settings.precision == "auto" and precision in ("32-true", "bf16-true", "bf16-mixed"):
+        settings = dataclasses.replace(settings, precision=precision)
+    return settings

@@ -4,9 +4,8 @@ parameters train, and on which objective."""
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.load import load, pick_device
 from litlora.lora import Adapter
-from litlora.model import GPT
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style, lacking_tokens
 from litlora.report.console import Console, duration
@@ -41,40 +39,18 @@ from litlora.train.claim import claimed
 from litlora.train.compile import check_compiler, compile_blocks
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
-from litlora.train.objective import SFT, Objective
+from litlora.train.method import Method
 from litlora.train.optim import check_optimizer
 from litlora.train.parallel import Parallel
 from litlora.train.plan import Plan, pack_tokens
 from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.prepare import Preparation
-from litlora.train.resume import State, changed_settings, facts, read_state, stored_settings
+from litlora.train.resume import State, as_measured, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
 from litlora.train.vocabulary import AddedTokens, missing_tokens
 
 MANY_STEPS = 10_000
 """Steps of an epoch above which they are not all planned beforehand."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What distinguishes one way of fine-tuning from another."""
-
-    prepare: Callable[[GPT], None]
-    """Marks what trains with requires_grad."""
-    trains_base: bool
-    """Whether the base's own weights change. They are then kept in fp32, in memory of their own."""
-    dense: Sequence[str] | None = None
-    """The modules that must not stay quantized, as they train: see `load`."""
-    content: Callable[[GPT], dict[str, Tensor] | Adapter]
-    """What a checkpoint stores: every weight, or an adapter."""
-    objective: type[Objective] = SFT
-    """What the run minimises."""
-    stores: str
-    """What the result holds, for the closing words."""
-    resume: str
-    """The command that resumes a run, with {script} and {config} in place of their paths."""
-    next: str
-    """The command that uses the result, with {result} in place of its path."""
 
 
 def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
@@ -445,22 +421,6 @@ def _kept(done: Done) -> str:
     if done.checkpoint is None:
         return "no checkpoint could be saved"
     return f"the newest checkpoint is {done.checkpoint}"
-
-
-def as_measured(settings: Finetune, start: Path) -> Finetune:
-    """The settings with what the run in `start` measured at its beginning: measured again, it could
-    come out differently."""
-    stored = stored_settings(start)
-    train, precision = stored.get("train"), stored.get("precision")
-    if settings.train.auto_batch and isinstance(train, dict):
-        sizes = {name: train.get(name) for name in ("micro_batch_tokens", "micro_batch_size")}
-        sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
-        settings = dataclasses.replace(
-            settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes)
-        )
-    if settings.precision == "auto" and precision in ("32-true", "bf16-true", "bf16-mixed"):
-        settings = dataclasses.replace(settings, precision=precision)
-    return settings
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:

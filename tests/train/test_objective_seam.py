@@ -18,8 +18,9 @@ from litlora.errors import UserError
 from litlora.lora import LoRAConfig, adapter_of, add_lora
 from litlora.settings import FinetuneLoRA
 from litlora.storage.tensors import open_torch
+from litlora.train.method import Method
 from litlora.train.objective import Objective
-from litlora.train.run import Method, finetune
+from litlora.train.run import finetune
 from litlora.train.run_directory import run_directory
 
 

@@ -1,0 +1,32 @@
+"""Method: what distinguishes one way of fine-tuning from another. Its entry file makes one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from litlora.lora import Adapter
+from litlora.model import GPT
+from litlora.train.objective import SFT, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What distinguishes one way of fine-tuning from another."""
+
+    prepare: Callable[[GPT], None]
+    """Marks what trains with requires_grad."""
+    trains_base: bool
+    """Whether the base's own weights change. They are then kept in fp32, in memory of their own."""
+    dense: Sequence[str] | None = None
+    """The modules that must not stay quantized, as they train: see `load`."""
+    content: Callable[[GPT], dict[str, Tensor] | Adapter]
+    """What a checkpoint stores: every weight, or an adapter."""
+    objective: type[Objective] = SFT
+    """What the run minimises."""
+    stores: str
+    """What the result holds, for the closing words."""
+    resume: str
+    """The command that resumes a run, with {script} and {config} in place of their paths."""
+    next: str
+    """The command that uses the result, with {result} in place of its path."""
