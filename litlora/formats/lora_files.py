@@ -97,7 +97,7 @@ class LoRAFile:
         settings = {
             "ranks": sorted({update.rank for update in updates.values() if update.rank is not None}),
             "alpha": self._alphas(),
-            "differences": len({**self.diffs, **self.whole}),
+            "differences": len({**self.diffs, **self.whole}) + len(self.biases),
         }
         return Outline(
             spelling if self.config is None else "PEFT",
