@@ -26,6 +26,7 @@ from litlora.train.optim import lr_at, make_optimizer
 from litlora.train.parallel import Parallel
 from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.resume import Position, State, capture
+from litlora.train.state_check import check_place_in_data
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Trainer:
         self.checkpoints, self.sink, self.interrupts = checkpoints, sink, interrupts
         self.lengths = [objective.length(example) for example in data.train]
         self.plan = Plan(self.lengths, config, data.seed, parallel.world_size)
-        self.total_steps = config.max_steps or config.epochs * len(self.plan.epoch(0))
+        self.steps_per_epoch = len(self.plan.epoch(0))
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         optimizer = make_optimizer(objective.parameters(), config)
         self.module, self.optimizer = parallel.setup(objective, optimizer)
         """The objective as called in a training step, and its optimizer."""
@@ -90,6 +92,11 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Continue from this state. Raises CheckpointError, and changes nothing, if it does not
         fit."""
+        if not state.is_forced:
+            try:
+                check_place_in_data(vars(state.at), self.steps_per_epoch, self.total_steps)
+            except ValueError as error:
+                raise state.misfit(str(error)) from None
         sums = state.restore(self.parallel, self.objective, self.optimizer, self.config, tuple(self.sums))
         self.sums |= sums
         self.at = state.at

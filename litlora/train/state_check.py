@@ -46,17 +46,31 @@ def check_position(at: Mapping[str, Any]) -> None:
         raise ValueError(f"after {at['step']} steps, seconds is {at['seconds']} and loss is {at['loss']}")
 
 
-def check_weights(stored: Mapping[str, Tensor]) -> None:
-    """What trained is finite floating-point numbers; names and shapes are compared elsewhere."""
+def check_place_in_data(at: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> None:
+    """A position is that of a run whose epochs have this many steps."""
+    step, epoch, done = (at[name] for name in ("step", "epoch", "step_in_epoch"))
+    if step != epoch * steps_per_epoch + done or step > total_steps:
+        raise ValueError(
+            f"its position is step {step}, which is step {done} of epoch {epoch}, in a run of {total_steps} "
+            f"steps, {steps_per_epoch} an epoch"
+        )
+
+
+def check_weights(stored: Mapping[str, Tensor], live: Mapping[str, Tensor] | None = None) -> None:
+    """What trained is finite floating-point numbers, of the precision of the `live` weights if these
+    are given; names and shapes are compared elsewhere."""
     for name, tensor in stored.items():
+        if live is not None and tensor.dtype != live[name].dtype:
+            raise ValueError(f"the weight {name} is of {tensor.dtype}, not {live[name].dtype}")
         _check_values(f"the weight {name}", tensor)
 
 
 def check_optimizer_state(
-    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig
+    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, *, any_precision: bool = False
 ) -> dict[str, Any]:
     """A stored `optimizer.state_dict()`, if `optimizer`, made of `config`, can continue from it; the
-    tensors are copies, so that the moments do not live in the file's memory."""
+    tensors are copies, so that the moments do not live in the file's memory. With `any_precision`,
+    a moment may have another one than its parameter."""
     if not isinstance(stored, dict) or stored.keys() != {"state", "param_groups"}:
         raise ValueError("the optimizer's state must consist of state and param_groups")
     _check_groups(stored["param_groups"], optimizer.state_dict()["param_groups"])
@@ -71,7 +85,7 @@ def check_optimizer_state(
         kind = tuple(parameter.shape), parameter.dtype
         if kind not in fresh:
             fresh[kind] = _fresh_slot(parameter, config)
-        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter)
+        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if any_precision else None)
     return {**stored, "state": {index: _copied(slot) for index, slot in slots.items()}}
 
 
@@ -126,8 +140,9 @@ def _fresh_slot(parameter: nn.Parameter, config: TrainConfig) -> dict[str, Any]:
     return optimizer.state_dict()["state"][0]
 
 
-def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor) -> None:
-    """`found` has the structure of `wanted`, and values that an optimizer can have."""
+def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor | None) -> None:
+    """`found` has the structure of `wanted`, and values that an optimizer can have. A moment of
+    `parameter`, if that is given, may have any precision."""
     if isinstance(wanted, dict):
         if not isinstance(found, dict) or found.keys() != wanted.keys():
             raise ValueError(f"{where} must have {', '.join(map(str, wanted))}")
@@ -135,7 +150,7 @@ def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor) -> None
             _check_alike(f"{where}.{name}", found[name], value, parameter)
     elif isinstance(wanted, Tensor):
         # A moment comes to the dtype of its parameter when it is loaded.
-        is_moment = wanted.shape == parameter.shape and wanted.is_floating_point()
+        is_moment = parameter is not None and wanted.shape == parameter.shape and wanted.is_floating_point()
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             raise ValueError(f"{where} is not a tensor of shape {tuple(wanted.shape)}")
         if found.dtype != wanted.dtype and not (is_moment and found.is_floating_point()):
