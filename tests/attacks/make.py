@@ -483,7 +483,7 @@ def a_blob_that_is_not_what_its_name_says(directory: Path) -> None:
     (directory / "base/config.json").symlink_to(blob)
 
 
-@attack("links", "not a checkpoint directory|no such directory")
+@attack("links", "is a link that leads nowhere")
 def a_link_to_itself(directory: Path) -> None:
     (directory / WEIGHTS).unlink()
     (directory / WEIGHTS).symlink_to(directory / WEIGHTS)
@@ -719,14 +719,21 @@ def an_architecture_without_end(directory: Path) -> None:
     (directory / "base/model_config.yaml").symlink_to("/dev/zero")
 
 
-@attack("pipes", "no such directory|not a checkpoint|missing")
+@attack("pipes", "lit_model.pth: it is a pipe")
 def weights_that_are_a_pipe(directory: Path) -> None:
     _pipe(directory / WEIGHTS)
 
 
-@attack("pipes", "no such file|needs its tokenizer|no tokenizer")
+@attack("pipes", "tokenizer.json: it is a pipe")
 def a_tokenizer_that_is_a_pipe(directory: Path) -> None:
     _pipe(directory / "base/tokenizer.json")
+
+
+@attack("pipes", "prompt_style.yaml: is a link that leads nowhere")
+def a_prompt_style_that_leads_nowhere(directory: Path) -> None:
+    style = directory / "base/prompt_style.yaml"
+    style.unlink(missing_ok=True)
+    style.symlink_to("nowhere")
 
 
 # ---- chat templates
