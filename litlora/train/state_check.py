@@ -125,7 +125,7 @@ def _check_groups(stored: Any, live: list[dict[str, Any]]) -> None:
             elif _is_number(value):  # the learning rate, the decay, epsilon
                 fits = _is_number(found) and 0 <= found <= LARGEST
             else:  # the weights' numbers, and switches between kernels
-                fits = type(found) is type(value) and found == value
+                fits = _is_same(found, value)
             if not fits:
                 raise ValueError(f"{where}: {name} is {str(found)[:60]}, and {str(value)[:60]} here")
 
@@ -184,19 +184,24 @@ def _check_generators(stored: Any, live: dict[str, Any]) -> None:
 
 def _check_python(state: Any) -> None:
     """`random.getstate()`: (version, 624 words and a position, a number in reserve)."""
-    if type(state) is not tuple or len(state) != 3 or state[0] != 3 or type(state[1]) is not tuple:
+    if (
+        type(state) is not tuple
+        or len(state) != 3
+        or not _is_same(state[0], 3)
+        or type(state[1]) is not tuple
+    ):
         raise ValueError("the state of Python's generator is not one of its version 3")
     _, words, reserve = state
     fits = len(words) == _MT19937_WORDS + 1 and all(type(word) is int for word in words)
     if not fits or not all(0 <= word < 2**32 for word in words) or words[-1] > _MT19937_WORDS:
         raise ValueError("the state of Python's generator is out of range")
     if reserve is not None and not _is_number(reserve):
-        raise ValueError(f"the state of Python's generator ends with {reserve!r}")
+        raise ValueError(f"the state of Python's generator ends with {repr(reserve)[:60]}")
 
 
 def _check_numpy(state: Any) -> None:
     """`np.random.get_state()` as `litlora.train.resume.generators` stores it."""
-    if type(state) is not list or len(state) != 5 or state[0] != "MT19937":
+    if type(state) is not list or len(state) != 5 or not _is_same(state[0], "MT19937"):
         raise ValueError("the state of numpy's generator is not one of its kind MT19937")
     _, keys, position, has_reserve, reserve = state
     if not isinstance(keys, Tensor) or keys.shape != (_MT19937_WORDS,) or keys.dtype != torch.int64:
@@ -206,14 +211,25 @@ def _check_numpy(state: Any) -> None:
     if not in_range or type(position) is not int or not 0 <= position <= _MT19937_WORDS:
         raise ValueError("the state of numpy's generator is out of range")
     if type(has_reserve) is not int or has_reserve not in (0, 1) or not _is_number(reserve):
-        raise ValueError(f"the state of numpy's generator ends with {has_reserve!r}, {reserve!r}")
+        raise ValueError(f"the state of numpy's generator ends with {repr(has_reserve)[:60]}, {repr(reserve)[:60]}")
 
 
 # ---- values
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Whether two plain values are equal; a tensor has no truth value to compare by."""
+    if type(found) is not type(wanted):
+        return False
+    if isinstance(wanted, list | tuple):
+        return len(found) == len(wanted) and all(map(_is_same, found, wanted))
+    return found == wanted
 
 
 def _check_values(where: str, tensor: Tensor, least: float | None = None) -> None:

@@ -115,6 +115,16 @@ BROKEN = {
     "a learning rate that is NaN": (change(*GROUP, "lr", math.nan), "lr is nan"),
     "a negative epsilon": (change(*GROUP, "eps", -1.0), "eps is -1.0"),
     "weights in another order": (change(*GROUP, "params", [1, 0, 2, 3]), "params is"),
+    "a weight number that is a vector": (change(*GROUP, "params", [torch.ones(3), 1, 2, 3]), "params is"),
+    "a switch that is a vector": (change(*GROUP, "amsgrad", torch.ones(3)), "amsgrad is"),
+    "a version of a generator that is a vector": (
+        change(*GENERATORS, "python", (torch.ones(3), (0,) * 625, None)),
+        "not one of its version 3",
+    ),
+    "a reserve beyond any float": (
+        change(*GENERATORS, "numpy", numpy_state(3, 1, 2**5000)),
+        "ends with",
+    ),
     "a weight number as text": (change(*GROUP, "params", ["0", 1, 2, 3]), "params is"),
     "another kernel": (change(*GROUP, "amsgrad", True), "amsgrad is True, and False here"),
     "no groups": (change("optimizer", "param_groups", []), "must have 1 groups"),
