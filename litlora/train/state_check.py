@@ -211,7 +211,7 @@ def _check_numpy(state: Any) -> None:
     if not in_range or type(position) is not int or not 0 <= position <= _MT19937_WORDS:
         raise ValueError("the state of numpy's generator is out of range")
     if type(has_reserve) is not int or has_reserve not in (0, 1) or not _is_number(reserve):
-        raise ValueError(f"the state of numpy's generator ends with {repr(has_reserve)[:60]}, {repr(reserve)[:60]}")
+        raise ValueError(f"the state of numpy's generator ends with {repr([has_reserve, reserve])[:99]}")
 
 
 # ---- values
