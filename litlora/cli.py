@@ -63,6 +63,9 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
         raise SystemExit(1) from None
     except (OSError, RuntimeError, MemoryError) as error:
         if is_lack_of_memory(error):
+            if os.environ.get("LITLORA_DEBUG") != "1":
+                # What failed holds on to all of its memory, and none may be left for the message.
+                error.__traceback__ = error.__context__ = None
             reason = one_line(str(error))[:200] or "MemoryError"
             _fail(
                 f"out of memory ({reason}): end other programs, or raise the limit that this process has "

@@ -1,6 +1,7 @@
 """The names in a checkpoint directory, and the checks of input and output paths. Torch-free: a
 command checks its paths before it imports torch."""
 
+import os
 from pathlib import Path
 
 from litlora import formats
@@ -8,6 +9,7 @@ from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
+from litlora.formats.folder import INDEX_SUFFIX
 from litlora.formats.not_ours import hub_name, inner_directories, instead
 from litlora.prompts import STYLE_FILE
 from litlora.settings import REPOSITORY
@@ -31,6 +33,11 @@ MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
 """What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
+READ_NAMES = (
+    *(*formats.NAMED_FILES, *CHECKPOINT_NAMES, *PEFT_NAMES, *HF_NAMES),
+    *(f"*{INDEX_SUFFIX}", "pytorch_model*.bin"),
+)
+"""What is read of a checkpoint directory of any format, as patterns."""
 FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
 """What file managers leave in a directory that they have shown."""
 
@@ -45,7 +52,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def checkpoint_dir(path: str | Path) -> Path:
     """The checkpoint directory at `path`, which may name the weights' file in it. Raises
-    CheckpointError if there is none. Opens small text files at most."""
+    CheckpointError if there is none, and for a part of it that is not a file: it would be taken for
+    missing, and another used in its place. Opens small text files at most."""
     path = Path(path)
     directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
     if directory.is_file():
@@ -55,6 +63,7 @@ def checkpoint_dir(path: str | Path) -> Path:
         raise CheckpointError(
             f"{directory}: no such directory; a checkpoint directory is needed{_elsewhere(directory)}"
         )
+    _check_files(directory)
     if formats.detect(directory) is not None:
         return directory
     inner = [str(place) for place in inner_directories(directory) if _is_readable_checkpoint(place)]
@@ -65,6 +74,16 @@ def checkpoint_dir(path: str | Path) -> Path:
     formats.missing_part(directory)
     what = instead(directory, setting("data")) or f"has no {WEIGHTS_FILE} and no {HF_CONFIG_FILE}"
     raise CheckpointError(f"{directory}: not a checkpoint directory: it {what}")
+
+
+def _check_files(directory: Path) -> None:
+    for path in sorted(directory.iterdir()):
+        if path.is_file() or not _matches(path.name, READ_NAMES):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link that leads nowhere; copy the file, or remove the link")
+        what = "a directory" if path.is_dir() else "a pipe, a device or a socket"
+        raise CheckpointError(f"{path}: it is {what}, not a file; copy the file, or remove it")
 
 
 def _of_file(file: Path) -> str:
@@ -131,6 +150,7 @@ def output_dir(
     `named` is the setting that the path comes from.
     """
     directory, option = Path(path), setting(named)
+    _check_link(option, directory)
     keep_inputs(directory, inputs, named)
     if replaced and Path.cwd().is_relative_to(directory.resolve()):
         raise UserError(
@@ -174,6 +194,7 @@ def output_file(path: str, suffixes: tuple[str, ...], inputs: list[Path], *, nam
     from.
     """
     file, option = Path(path if path.endswith(suffixes) else path + suffixes[0]), setting(named)
+    _check_link(option, file)
     for source in inputs:
         if file.resolve() == source.resolve():
             raise UserError(f"{option} {file}: is {source}, which is read; name another file")
@@ -195,6 +216,15 @@ def keep_inputs(out_dir: Path, inputs: list[Path], named: str = "out_dir") -> No
         if source.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(
                 f"{setting(named)} {out_dir}: holds {source}, which is read; name another directory"
+            )
+
+
+def _check_link(option: str, path: Path) -> None:
+    """Raise UserError for an output below a link that leads nowhere, perhaps in a circle."""
+    for place in (path, *path.absolute().parents):
+        if place.is_symlink() and not os.path.exists(place):
+            raise UserError(
+                f"{option} {path}: {place} is a link that leads nowhere; remove it, or name another"
             )
 
 

@@ -9,8 +9,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litlora import formats
-from litlora.cli import call, run
+from litlora import cli, formats
 from litlora.console import say
 from litlora.inputs import check_inputs
 from litlora.paths import WEIGHTS_FILE, output_dir
@@ -64,7 +63,7 @@ def main(settings: CombineLoRA) -> None:
     _say_how(settings, changes, inputs.adapter_dirs)
     result = inputs.out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {cli.call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
 def _prompt_style(chain: "Chain") -> bytes:
@@ -136,4 +135,4 @@ def _recipe(settings: CombineLoRA) -> "Recipe":
 
 
 if __name__ == "__main__":
-    run(main, CombineLoRA)
+    cli.run(main, CombineLoRA)

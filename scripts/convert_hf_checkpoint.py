@@ -7,8 +7,7 @@ python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/$repo_id \\
 
 from pathlib import Path
 
-from litlora import formats
-from litlora.cli import call, run
+from litlora import cli, formats
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.paths import CHECKPOINT_NAMES, WEIGHTS_FILE, checkpoint_dir, output_dir
@@ -40,8 +39,8 @@ def main(settings: ConvertHF) -> None:
     result = Path(out_dir) / WEIGHTS_FILE
     size = result.stat().st_size
     say(f"result: {result} ({size:,} bytes: the full model, fingerprint {source.fingerprint})")
-    say(f"next: {call('finetune/lora.py')} --checkpoint_dir {out_dir}")
+    say(f"next: {cli.call('finetune/lora.py')} --checkpoint_dir {out_dir}")
 
 
 if __name__ == "__main__":
-    run(main, ConvertHF)
+    cli.run(main, ConvertHF)

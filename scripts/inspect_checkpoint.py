@@ -13,8 +13,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from litlora import formats
-from litlora.cli import option_for, run
+from litlora import cli, formats
 from litlora.console import say
 from litlora.paths import checkpoint_dir
 from litlora.settings import InspectCheckpoint
@@ -28,7 +27,7 @@ def main(settings: InspectCheckpoint) -> None:
 
     from litlora.adapters.describe import describe, table
 
-    found = describe(path, base_dir=base_dir, option=partial(option_for, InspectCheckpoint))
+    found = describe(path, base_dir=base_dir, option=partial(cli.option_for, InspectCheckpoint))
     if settings.json:
         text = json.dumps(found, indent=2, allow_nan=False)
         say(*text.replace("\x7f", "\\u007f").split("\n"))
@@ -37,4 +36,4 @@ def main(settings: InspectCheckpoint) -> None:
 
 
 if __name__ == "__main__":
-    run(main, InspectCheckpoint)
+    cli.run(main, InspectCheckpoint)

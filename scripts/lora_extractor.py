@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litlora import formats
-from litlora.cli import run
+from litlora import cli, formats
 from litlora.console import say
 from litlora.errors import CheckpointError
 from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, write_config
@@ -263,4 +262,4 @@ def _check_comparable(
 
 
 if __name__ == "__main__":
-    run(main, LoRAExtractor)
+    cli.run(main, LoRAExtractor)

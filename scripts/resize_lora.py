@@ -7,8 +7,7 @@ is reported.
 
 from pathlib import Path
 
-from litlora import formats
-from litlora.cli import call, run
+from litlora import cli, formats
 from litlora.console import say
 from litlora.inputs import check_inputs
 from litlora.paths import WEIGHTS_FILE, output_dir
@@ -53,7 +52,7 @@ def main(settings: ResizeLoRA) -> None:
     say(*table(changes))
     result = inputs.out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {cli.call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
 
 
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:
@@ -96,4 +95,4 @@ def _resize_file(file: Path, settings: ResizeLoRA) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ResizeLoRA)
+    cli.run(main, ResizeLoRA)

@@ -109,3 +109,12 @@ def test_no_test_imports_a_private_name():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("litlora"):
                 assert not [name.name for name in node.names if name.name.startswith("_")], file.name
+
+
+@pytest.mark.parametrize("file", ENTRIES, ids=lambda file: file.name)
+def test_a_command_imports_its_edge_first(file):
+    """Which shows no traceback if Ctrl-C comes while the rest is imported."""
+    nodes = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom))
+    first = next((node for node in nodes if node.module.split(".")[0] == "litlora"), None)
+    if first is not None:
+        assert f"{first.module}.{first.names[0].name}".startswith("litlora.cli")

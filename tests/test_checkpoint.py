@@ -340,8 +340,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, base, tokenizer_dir, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("litlora.storage.torch_file.TorchFile.finish", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as raised:
         write_full(base, {}, tiny_config(), sidecars_from=[tokenizer_dir])
+    assert raised.value.filename in (str(base), str(base.resolve())), "what could not be written is named"
     assert (base / "lit_model.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "nothing half written may remain"
 

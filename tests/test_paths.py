@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from litlora.errors import CheckpointError
-from litlora.paths import checkpoint_dir
+from litlora.errors import CheckpointError, UserError
+from litlora.paths import checkpoint_dir, output_dir, output_file
+from litlora.train.run_directory import run_directory
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +83,34 @@ def test_a_file_instead_of_its_directory():
     assert "a GGUF file is made from a model and is not read" in refusal("a/model.gguf")
     assert refusal("b/notes.txt").endswith("a checkpoint directory is needed: b")
     assert "LoRA files of other tools are for scripts/lora_merger.py" in refusal("style.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "prompt_style.yaml", "model.safetensors", "adapter_model.safetensors"]
+)
+def test_a_part_that_is_not_a_file_is_not_taken_for_missing(name):
+    """Without it another file would be used, such as the base's tokenizer."""
+    touch("model/config.json", "model/pytorch_model.bin")
+    checkpoint_dir("model")
+    part = Path("model") / name
+    part.symlink_to("nowhere")
+    assert refusal("model") == f"{part}: is a link that leads nowhere; copy the file, or remove the link"
+    part.unlink()
+    part.symlink_to(part.name)
+    assert f"{part}: is a link that leads nowhere" in refusal("model")
+    part.unlink()
+    part.mkdir()
+    assert f"{part}: it is a directory, not a file" in refusal("model")
+
+
+def test_an_output_below_a_link_that_leads_nowhere():
+    for link, target in (("circle", "circle"), ("gone", "nowhere")):
+        Path(link).symlink_to(target)
+        for path in (link, f"{link}/inner/deeper"):
+            says = f"out_dir {path}: .*{link} is a link that leads nowhere; remove it"
+            with pytest.raises(UserError, match=says):
+                output_dir(path, overwrite=True, names=(), inputs=[Path()])
+            with pytest.raises(UserError, match=says):
+                run_directory(path, "out", overwrite=False, resume=None, inputs=[Path()])
+            with pytest.raises(UserError, match=says.replace("out_dir", "output")):
+                output_file(path, ("",), inputs=[Path()])

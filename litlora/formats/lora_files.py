@@ -213,7 +213,13 @@ def _own_adapter(directory: Path) -> LoRAFile:
         raise CheckpointError(
             f"{directory}: has the variant {adapter.config.variant}; merge it with scripts/merge_lora.py"
         )
-    return LoRAFile(adapter.file, adapter.updates, whole=adapter.whole, parts=PEFT_PARTS, alpha=True)
+    notice = (
+        f"{directory}: was trained on {adapter.base.absolute_path}; whether the model is that one is not "
+        "checked here, as it is by scripts/merge_lora.py"
+    )
+    return LoRAFile(
+        adapter.file, adapter.updates, whole=adapter.whole, parts=PEFT_PARTS, alpha=True, notices=[notice]
+    )
 
 
 def _usual_keys(module: str, parts: tuple[str, str]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ describes, and does not scale.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -181,19 +181,27 @@ def _scale_entries(key: str, value: str) -> list[tuple[str, float]]:
     if key.startswith(_DESCRIPTIONS):
         return []
     if key.lower() in (*_ALPHAS, *_SCALES):
-        number = _number(value)
-        return [] if number is None else [(key, number)]
+        try:
+            return [(key, float(value))]
+        except ValueError:
+            return []
     if not value.lstrip().startswith("{") or len(value) > MAX_JSON_BYTES:
         return []
     try:
         inner = parse_json(value)
     except (ValueError, RecursionError):
         return []
-    return [
-        (f"{key}.{name}", float(entry))
-        for name, entry in inner.items()
-        if name.lower() in _ALPHAS and type(entry) in (int, float)
-    ]
+    return [(f"{key}.{name}", number) for name, number in _alphas_in(inner)]
+
+
+def _alphas_in(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of each alpha in an object, however deep: objects hold objects, as those of a
+    configuration of several adapters do."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", number) for inner, number in _alphas_in(value))
+        elif name.lower() in _ALPHAS and type(value) in (int, float):
+            yield name, float(value)
 
 
 def _number(text: str | None) -> float | None:

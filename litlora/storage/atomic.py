@@ -9,6 +9,7 @@ While a target NAME is being written, and after a crash, these may exist beside 
     .NAME.PID.aside   the former NAME, complete, until its fate is decided
 """
 
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 LEFTOVERS = (".*.new", ".*.old", ".*.gone", ".*.aside")
 """Glob patterns of these names."""
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextmanager
@@ -42,6 +44,9 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
             directory.rename(old)
         staging.rename(directory)
         _sync(directory.parent)
+    except OSError as error:
+        _name(error, directory)
+        raise
     finally:
         if old.exists() and not directory.exists():
             old.rename(directory)
@@ -62,8 +67,17 @@ def replacing_file(file: Path) -> Iterator[Path]:
         _sync(staging)
         staging.replace(file)
         _sync(file.parent)
+    except OSError as error:
+        _name(error, file)
+        raise
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _name(error: OSError, target: Path) -> None:
+    """Let the error of a full disk name what was to be written: a failed write names nothing."""
+    if error.errno in _NO_ROOM:
+        error.filename = str(target)
 
 
 def remove_directory(directory: Path) -> None:

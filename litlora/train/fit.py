@@ -27,6 +27,7 @@ from litlora.train.optim import lr_at, make_optimizer, set_learning_rate
 from litlora.train.parallel import Parallel
 from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.resume import Position, State, capture
+from litlora.train.state_check import check_place_in_data
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Trainer:
     def restore(self, state: State) -> None:
         """Continue from this state. Raises CheckpointError, and changes nothing, if it does not
         fit."""
+        if not state.is_forced:
+            try:
+                check_place_in_data(vars(state.at), self.plan.steps_per_epoch, self.total_steps)
+            except ValueError as error:
+                raise state.misfit(str(error)) from None
         sums = state.restore(self.parallel, self.objective, self.optimizer, self.config, tuple(self.sums))
         self.sums |= sums
         self.at = state.at

@@ -116,6 +116,9 @@ class State:
     """For each rank: its generators, and its sums since the last logged line."""
     directory: Path
     """Where it was read from."""
+    is_forced: bool = False
+    """Whether it comes from a run that differs, so that the place in the data and the precision may
+    differ, too."""
 
     def restore(
         self,
@@ -137,15 +140,12 @@ class State:
                 f"not even with {setting('resume_force')}"
             )
         try:
-            check_weights(self.weights)
-            restored = check_optimizer_state(self.optimizer, optimizer, config)
+            check_weights(self.weights, None if self.is_forced else trained)
+            restored = check_optimizer_state(self.optimizer, optimizer, config, any_precision=self.is_forced)
             live = generators(parallel.device)
             ranks = [check_rank(rank, live, sums) for rank in self.ranks]
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.directory / STATE_FILE}: does not fit this run, or is broken: {error}; "
-                "resume from another step directory"
-            ) from None
+            raise self.misfit(str(error)) from None
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(self.weights[name])
@@ -156,6 +156,13 @@ class State:
         set_generators(rank["generators"], parallel.device)
         found = {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
         return {name: tensor.to(parallel.device) for name, tensor in found.items()}
+
+    def misfit(self, why: str) -> CheckpointError:
+        """The error of a state that does not fit the run."""
+        return CheckpointError(
+            f"{self.directory / STATE_FILE}: does not fit this run, or is broken: {why}; "
+            "resume from another step directory"
+        )
 
 
 def capture(
@@ -212,10 +219,14 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
         type(content.get(name)) is not kind for name, kind in kinds.items()
     ):
         raise CheckpointError(f"{file}: not the state of a training run: it lacks some of {', '.join(kinds)}")
-    if content["litlora"] != {"format": FORMAT, "kind": "state"}:
-        raise CheckpointError(
-            f"{file}: is {content['litlora']}; this version of litlora reads format {FORMAT}"
-        )
+    if not _are_text(content["facts"]):
+        raise CheckpointError(f"{file}: broken: its facts are not text")
+    tag = content["litlora"]
+    if any(type(value) not in (int, str) for value in tag.values()) or tag != {
+        "format": FORMAT,
+        "kind": "state",
+    }:
+        raise CheckpointError(f"{file}: is {str(tag)[:60]}; this version of litlora reads format {FORMAT}")
     position, fresh = content["position"], dataclasses.asdict(Position())
     if position.keys() != fresh.keys() or any(
         type(position[name]) not in _KINDS[type(fresh[name])] for name in fresh
@@ -230,6 +241,10 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
     weights = {name.removeprefix(OLD_PREFIX): tensor for name, tensor in content["weights"].items()}
     state = State(Position(**position), weights, content["optimizer"], content["ranks"], directory)
     return state, content["metrics"], _differences(here, content["facts"])
+
+
+def _are_text(values: dict[Any, Any]) -> bool:
+    return all(isinstance(entry, str) for pair in values.items() for entry in pair)
 
 
 def stored_settings(directory: Path) -> dict[str, Any]:

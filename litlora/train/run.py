@@ -217,6 +217,7 @@ class Run:
         for difference in differences:
             self.say(f"note: resumed although {difference}")
         if state is not None:
+            state.is_forced = bool(differences)
             self.say(f"resumed: {start}, {state.at.step} steps done")
         return state, rows
 

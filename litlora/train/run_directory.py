@@ -6,6 +6,7 @@ replaces these names only: whatever else was put into its directory, such as a m
 stays as it is.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ def _resumed_from(start: Path, out_dir: str | None, inputs: list[Path]) -> RunDi
         )
         raise CheckpointError(f"{resume}: has no {STATE_FILE}, the state of a run; {hint}")
     path = Path(out_dir) if out_dir else start.parent
-    is_own = path.resolve() == start.resolve().parent
+    is_own = (
+        Path(os.path.realpath(path)) == start.resolve().parent
+    )  # Path.resolve fails for a link in a circle
     if is_own and (path / FINAL).exists():
         raise UserError(
             f"{resume}: the run in {path} is complete; to continue differently from there, name another "

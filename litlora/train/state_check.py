@@ -48,17 +48,31 @@ def check_position(at: Mapping[str, Any]) -> None:
         raise ValueError(f"after {at['step']} steps, seconds is {at['seconds']} and loss is {at['loss']}")
 
 
-def check_weights(stored: Mapping[str, Tensor]) -> None:
-    """What trained is finite floating-point numbers; names and shapes are compared elsewhere."""
+def check_place_in_data(at: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> None:
+    """A position is that of a run whose epochs have this many steps."""
+    step, epoch, done = (at[name] for name in ("step", "epoch", "step_in_epoch"))
+    if step != epoch * steps_per_epoch + done or step > total_steps:
+        raise ValueError(
+            f"its position is step {step}, which is step {done} of epoch {epoch}, in a run of {total_steps} "
+            f"steps, {steps_per_epoch} an epoch"
+        )
+
+
+def check_weights(stored: Mapping[str, Tensor], live: Mapping[str, Tensor] | None = None) -> None:
+    """What trained is finite floating-point numbers, of the precision of the `live` weights if these
+    are given; names and shapes are compared elsewhere."""
     for name, tensor in stored.items():
+        if live is not None and tensor.dtype != live[name].dtype:
+            raise ValueError(f"the weight {name} is of {tensor.dtype}, not {live[name].dtype}")
         _check_values(f"the weight {name}", tensor)
 
 
 def check_optimizer_state(
-    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig
+    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, *, any_precision: bool = False
 ) -> dict[str, Any]:
     """A stored `optimizer.state_dict()`, if `optimizer`, made of `config`, can continue from it; the
-    tensors are copies, so that the moments do not live in the file's memory."""
+    tensors are copies, so that the moments do not live in the file's memory. With `any_precision`,
+    a moment may have another one than its parameter."""
     if not isinstance(stored, dict) or stored.keys() != {"state", "param_groups"}:
         raise ValueError("the optimizer's state must consist of state and param_groups")
     _check_groups(stored["param_groups"], optimizer.state_dict()["param_groups"])
@@ -73,7 +87,7 @@ def check_optimizer_state(
         kind = tuple(parameter.shape), parameter.dtype
         if kind not in fresh:
             fresh[kind] = _fresh_slot(parameter, config)
-        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter)
+        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if any_precision else None)
     return {**stored, "state": {index: _copied(slot) for index, slot in slots.items()}}
 
 
@@ -114,7 +128,7 @@ def _check_groups(stored: Any, live: list[dict[str, Any]]) -> None:
                 # Some exponents are negative, and never change.
                 fits = _is_number(found) and (0 <= found <= LARGEST or found == value < 0)
             else:  # the weights' numbers, and switches between kernels
-                fits = type(found) is type(value) and found == value
+                fits = _is_same(found, value)
             if not fits:
                 raise ValueError(f"{where}: {name} is {str(found)[:60]}, and {str(value)[:60]} here")
 
@@ -129,8 +143,9 @@ def _fresh_slot(parameter: nn.Parameter, config: TrainConfig) -> dict[str, Any]:
     return optimizer.state_dict()["state"][0]
 
 
-def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor) -> None:
-    """`found` has the structure of `wanted`, and values that an optimizer can have."""
+def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor | None) -> None:
+    """`found` has the structure of `wanted`, and values that an optimizer can have. A moment of
+    `parameter`, if that is given, may have any precision."""
     if isinstance(wanted, dict):
         if not isinstance(found, dict) or found.keys() != wanted.keys():
             raise ValueError(f"{where} must have {', '.join(map(str, wanted))}")
@@ -138,7 +153,7 @@ def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor) -> None
             _check_alike(f"{where}.{name}", found[name], value, parameter)
     elif isinstance(wanted, Tensor):
         # A moment comes to the dtype of its parameter when it is loaded.
-        is_moment = wanted.shape == parameter.shape and wanted.is_floating_point()
+        is_moment = parameter is not None and wanted.shape == parameter.shape and wanted.is_floating_point()
         if not isinstance(found, Tensor) or found.shape != wanted.shape:
             raise ValueError(f"{where} is not a tensor of shape {tuple(wanted.shape)}")
         if found.dtype != wanted.dtype and not (is_moment and found.is_floating_point()):
@@ -172,19 +187,24 @@ def _check_generators(stored: Any, live: dict[str, Any]) -> None:
 
 def _check_python(state: Any) -> None:
     """`random.getstate()`: (version, 624 words and a position, a number in reserve)."""
-    if type(state) is not tuple or len(state) != 3 or state[0] != 3 or type(state[1]) is not tuple:
+    if (
+        type(state) is not tuple
+        or len(state) != 3
+        or not _is_same(state[0], 3)
+        or type(state[1]) is not tuple
+    ):
         raise ValueError("the state of Python's generator is not one of its version 3")
     _, words, reserve = state
     fits = len(words) == _MT19937_WORDS + 1 and all(type(word) is int for word in words)
     if not fits or not all(0 <= word < 2**32 for word in words) or words[-1] > _MT19937_WORDS:
         raise ValueError("the state of Python's generator is out of range")
     if reserve is not None and not _is_number(reserve):
-        raise ValueError(f"the state of Python's generator ends with {reserve!r}")
+        raise ValueError(f"the state of Python's generator ends with {repr(reserve)[:60]}")
 
 
 def _check_numpy(state: Any) -> None:
     """`np.random.get_state()` as `litlora.train.resume.generators` stores it."""
-    if type(state) is not list or len(state) != 5 or state[0] != "MT19937":
+    if type(state) is not list or len(state) != 5 or not _is_same(state[0], "MT19937"):
         raise ValueError("the state of numpy's generator is not one of its kind MT19937")
     _, keys, position, has_reserve, reserve = state
     if not isinstance(keys, Tensor) or keys.shape != (_MT19937_WORDS,) or keys.dtype != torch.int64:
@@ -194,14 +214,25 @@ def _check_numpy(state: Any) -> None:
     if not in_range or type(position) is not int or not 0 <= position <= _MT19937_WORDS:
         raise ValueError("the state of numpy's generator is out of range")
     if type(has_reserve) is not int or has_reserve not in (0, 1) or not _is_number(reserve):
-        raise ValueError(f"the state of numpy's generator ends with {has_reserve!r}, {reserve!r}")
+        raise ValueError(f"the state of numpy's generator ends with {repr([has_reserve, reserve])[:99]}")
 
 
 # ---- values
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) <= LARGEST
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_same(found: Any, wanted: Any) -> bool:
+    """Whether two plain values are equal; a tensor has no truth value to compare by."""
+    if type(found) is not type(wanted):
+        return False
+    if isinstance(wanted, list | tuple):
+        return len(found) == len(wanted) and all(map(_is_same, found, wanted))
+    return found == wanted
 
 
 def _check_values(where: str, tensor: Tensor, least: float | None = None) -> None:

@@ -483,7 +483,7 @@ def a_blob_that_is_not_what_its_name_says(directory: Path) -> None:
     (directory / "base/config.json").symlink_to(blob)
 
 
-@attack("links", "not a checkpoint directory|no such directory")
+@attack("links", "is a link that leads nowhere")
 def a_link_to_itself(directory: Path) -> None:
     (directory / WEIGHTS).unlink()
     (directory / WEIGHTS).symlink_to(directory / WEIGHTS)
@@ -719,7 +719,7 @@ def an_architecture_without_end(directory: Path) -> None:
     (directory / "base/model_config.yaml").symlink_to("/dev/zero")
 
 
-@attack("pipes", "no such directory|not a checkpoint|missing")
+@attack("pipes", "lit_model.pth: it is a pipe")
 def weights_that_are_a_pipe(directory: Path) -> None:
     _pipe(directory / WEIGHTS)
 
@@ -737,6 +737,13 @@ def a_file_beside_the_weights_that_is_a_pipe(directory: Path) -> None:
 @attack("pipes", "special_tokens_map.json: is a link to nothing, which is not there")
 def a_file_beside_the_weights_that_is_a_link_to_nothing(directory: Path) -> None:
     (directory / "base/special_tokens_map.json").symlink_to("nothing")
+
+
+@attack("pipes", "prompt_style.yaml: is a link that leads nowhere")
+def a_prompt_style_that_leads_nowhere(directory: Path) -> None:
+    style = directory / "base/prompt_style.yaml"
+    style.unlink(missing_ok=True)
+    style.symlink_to("nowhere")
 
 
 # ---- chat templates

@@ -179,7 +179,7 @@ def test_a_prompt_style_that_is_a_pipe_is_refused(valid, forked, tmp_path):
     (tmp_path / "it/base/prompt_style.yaml").unlink(missing_ok=True)
     os.mkfifo(tmp_path / "it/base/prompt_style.yaml")
     line = forked.refuses("chat/base.py", "--checkpoint_dir", "it/base", "--prompt", "a", cwd=tmp_path)
-    assert "prompt_style.yaml: cannot be read: it is a pipe" in line
+    assert "prompt_style.yaml: it is a pipe" in line
 
 
 def test_every_attack_has_a_document_and_every_document_an_attack():

@@ -140,6 +140,9 @@ def test_a_combination_of_files_with_alpha_in_the_header_is_their_sum(tmp_path):
         ),
         ({"lora_alpha": "8"}, "says lora_alpha 8"),
         ({"scale": "0.5"}, "says scale 0.5"),
+        ({"alpha": "1e999"}, "says alpha inf"),
+        ({"network_alpha": "nan"}, "says network_alpha nan"),
+        ({"lora_config": '{"adapters": {"default": {"lora_alpha": 8}}}'}, "adapters.default.lora_alpha 8"),
         ({"lora_config": json.dumps({"rank": 16, "alpha": 8})}, "says lora_config.alpha 8"),
     ],
 )

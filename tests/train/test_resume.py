@@ -271,6 +271,22 @@ def test_what_is_no_step_directory_is_refused(run, tmp_path):
             "reads format 1",
         ),
         (
+            lambda file, content: torch.save(
+                {**content, "litlora": {"format": torch.ones(3), "kind": "state"}}, file
+            ),
+            "reads format 1",
+        ),
+        (
+            lambda file, content: torch.save({**content, "facts": {"base": torch.ones(3)}}, file),
+            "facts are not text",
+        ),
+        (
+            lambda file, content: torch.save(
+                {**content, "position": {**content["position"], "step": 2}}, file
+            ),
+            "its position is step 2, which is step 1 of epoch 0",
+        ),
+        (
             lambda file, content: torch.save({**content, "position": {"where": 3}}, file),
             "broken: its position is .*where",
         ),

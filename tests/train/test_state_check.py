@@ -18,7 +18,7 @@ from litlora.train.objective import SFT
 from litlora.train.optim import make_optimizer
 from litlora.train.parallel import Parallel
 from litlora.train.resume import Position, State, capture
-from litlora.train.state_check import check_position
+from litlora.train.state_check import check_place_in_data, check_position
 
 CONFIG = TrainConfig()
 AT = Position(step=3, epoch=1, step_in_epoch=1, tokens=90, seconds=2.5, loss=1.5, interval_tokens=30)
@@ -31,8 +31,11 @@ def make() -> tuple[SFT, torch.optim.Optimizer]:
     return objective, make_optimizer(objective.trainable(), CONFIG)
 
 
-def restore(content: dict, objective: SFT, optimizer: torch.optim.Optimizer) -> dict:
-    state = State(AT, content["weights"], content["optimizer"], content["ranks"], Path("run/step-000003"))
+def restore(
+    content: dict, objective: SFT, optimizer: torch.optim.Optimizer, *, is_forced: bool = False
+) -> dict:
+    where = Path("run/step-000003")
+    state = State(AT, content["weights"], content["optimizer"], content["ranks"], where, is_forced)
     return state.restore(Parallel(), objective, optimizer, CONFIG, ("loss",))
 
 
@@ -112,6 +115,16 @@ BROKEN = {
     "a learning rate that is NaN": (change(*GROUP, "lr", math.nan), "lr is nan"),
     "a negative epsilon": (change(*GROUP, "eps", -1.0), "eps is -1.0"),
     "weights in another order": (change(*GROUP, "params", [1, 0, 2, 3]), "params is"),
+    "a weight number that is a vector": (change(*GROUP, "params", [torch.ones(3), 1, 2, 3]), "params is"),
+    "a switch that is a vector": (change(*GROUP, "amsgrad", torch.ones(3)), "amsgrad is"),
+    "a version of a generator that is a vector": (
+        change(*GENERATORS, "python", (torch.ones(3), (0,) * 625, None)),
+        "not one of its version 3",
+    ),
+    "a reserve beyond any float": (
+        change(*GENERATORS, "numpy", numpy_state(3, 1, 2**5000)),
+        "ends with",
+    ),
     "a weight number as text": (change(*GROUP, "params", ["0", 1, 2, 3]), "params is"),
     "another kernel": (change(*GROUP, "amsgrad", True), "amsgrad is True, and False here"),
     "no groups": (change("optimizer", "param_groups", []), "must have 1 groups"),
@@ -164,6 +177,25 @@ def test_a_weight_is_a_finite_float(stored, weight):
         restore(stored, *make())
 
 
+def test_a_weight_of_another_precision_is_for_a_forced_resume(stored):
+    name = next(iter(stored["weights"]))
+    stored["weights"][name] = stored["weights"][name].half()
+    with pytest.raises(CheckpointError, match="is of torch.float16, not torch.float32"):
+        restore(stored, *make())
+    restore(stored, *make(), is_forced=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "done"), [(4, 1, 1), (3, 0, 1), (3, 1, 0), (9, 4, 1), (2**53, 2**52, 0)]
+)
+def test_a_place_in_the_data_that_the_run_does_not_have_is_refused(step, epoch, done):
+    check_place_in_data({**vars(AT), "step": 3, "epoch": 1, "step_in_epoch": 1}, 2, 8)
+    with pytest.raises(
+        ValueError, match=f"step {step}, which is step {done} of epoch {epoch}, in a run of 8"
+    ):
+        check_place_in_data({**vars(AT), "step": step, "epoch": epoch, "step_in_epoch": done}, 2, 8)
+
+
 def test_a_weight_of_another_shape_cannot_be_forced(stored):
     stored["weights"][next(iter(stored["weights"]))] = torch.ones(3)
     with pytest.raises(UserError, match="other weights train there"):
@@ -202,10 +234,12 @@ def test_a_loss_of_skipped_steps_is_not_a_number_and_is_accepted():
 
 
 def test_moments_of_another_precision_come_to_that_of_the_weights(stored):
-    """A resume that is forced may change the precision."""
+    """A resume that is forced may change the precision; no other may."""
     for slot in stored["optimizer"]["state"].values():
         slot["exp_avg"] = slot["exp_avg"].to(torch.bfloat16)
     objective, optimizer = make()
-    restore(stored, objective, optimizer)
+    with pytest.raises(CheckpointError, match="exp_avg is of torch.bfloat16, not torch.float32"):
+        restore(stored, objective, optimizer)
+    restore(stored, objective, optimizer, is_forced=True)
     assert all(isinstance(p, nn.Parameter) for p in objective.trainable().values())
     assert {slot["exp_avg"].dtype for slot in optimizer.state_dict()["state"].values()} == {torch.float32}
