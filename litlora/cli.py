@@ -181,6 +181,10 @@ def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
     for action in parser._actions:  # no public way leads to an argument that a class has made
         if action.dest in flags:
             action.nargs, action.const = "?", True  # `--overwrite` alone means true
+        if action.dest == "data":
+            # jsonargparse would add all settings of the default, and the full names of the classes.
+            action._jsonargparse_preexpanded_help = True
+            action.help += f" Sources: {', '.join(_data_sources())}."
     return parser
 
 
@@ -213,6 +217,9 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
             continue
         if kind not in (None, bool) and not equals and not following:
             raise UserError(f"--{name}: needs a value")
+        if kind is None and word.startswith(f"{OPTION_DATA}.") and not equals and not following:
+            if not name.endswith(".help"):
+                raise UserError(f"{word}: no such option{_did_you_mean(word, types)}; see {HELP_OF_FILES}")
         word = word.replace(typed, name, 1)
         if kind is DataSource and _is_path(value if equals else following[0]):
             path = value if equals else following.pop(0)
@@ -267,6 +274,7 @@ def _with_source(words: list[str], given: list[str]) -> list[str]:
 
 
 OPTION_DATA, DATA_PATH, DATA_SOURCES = "--data", "--data.path", "--data.sources"
+HELP_OF_FILES = "--data.help Files"
 FILES_SUFFIXES = (
     *(".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather"),
     *(".ndjson", ".gz", ".zst", ".zstd", ".txt", ".xlsx"),
@@ -413,6 +421,9 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal\[(.+?)\]", lambda found: found[1].replace("'", "")),
     (r", NoneType", ""),
+    # what is typed for a list, and for a mapping
+    (r"Expected an? tuple\. Got value: (.*)", r"expected a list, '[\1]', got \1"),
+    (r"Expected an? dict\. Got value: ", "expected a mapping, '{NAME: VALUE}', got "),
     # a value of another type than the several, or the one, that a setting takes
     (r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ", r"expected \1, got "),
     (r"Expected an? (.+?)\. Got value: ", r"expected \1, got "),
@@ -430,6 +441,10 @@ def _explain(error: Exception, types: dict[str, Any], config: str) -> str:
         text = re.sub(pattern, replacement, text)
     if found := re.search(r"no such setting as ([\w.]+)", text):
         text += _did_you_mean(f"--{found[1]}", types)
+    if found := re.match(r"--data\.(\w+): (\w+) has no such setting", text):
+        source = "Files" if found[2] == "JSON" else found[2]  # a file's name stands for JSON, see _source_of
+        meant = _did_you_mean(f"{OPTION_DATA}.{found[1]}", types)
+        return f"{OPTION_DATA}.{found[1]}: {source} has no such setting{meant}; see --data.help {source}"
     if NO_SOURCE in text:
         return f"{text}; there are {', '.join(sorted(_data_sources()))}"
     in_file = config and not text.startswith("--")  # a message that names no option is about a file's content
@@ -448,6 +463,7 @@ def _did_you_mean(option: str, types: Mapping[str, Any]) -> str:
     known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind) or name == "data"]
     for meant in (last, OTHER_NAMES.get(last)):
         if found := [name for name in known if name.rpartition(".")[2] == meant]:
-            return f", did you mean --{min(found, key=lambda name: name.count('.'))}?"
+            nearest = min(found, key=lambda name: name.count("."))
+            return f", did you mean --{nearest}?" if nearest != typed else ""
     close = difflib.get_close_matches(typed, [*known, "config", "print_config", "help"], n=1)
     return f", did you mean --{close[0]}?" if close else ""

@@ -336,6 +336,25 @@ def test_what_does_not_tell_its_form_is_refused(record, says):
         choose_form([(place, record)], None, {}, ())
 
 
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"question": "prompt"},
+            r"columns question: no form .*; the form's name stands first: '{prompt: question}'",
+        ),
+        ({"promt": "q"}, "columns promt: no form has a field of this name$"),
+        (
+            {"prompt": "q", "completion": "b"},
+            r'has no "b", which columns gives .* of completion; it has "q", "a"',
+        ),
+    ],
+)
+def test_columns_that_name_nothing_are_refused(columns, says):
+    with pytest.raises(UserError, match=says):
+        choose_form([(place, {"q": "x", "a": "y"})], None, columns, ())
+
+
 def test_a_table_has_a_null_for_each_field_that_a_record_lacks():
     rows = [{"messages": None, "text": "a"}, {"messages": None, "text": "b"}]
     assert choose_form([(place, row) for row in rows], None, {}, ()) == "text"
