@@ -108,9 +108,7 @@ def _quantised_by(chain: "Chain") -> str:
     if quantized is None:
         return ""
     name = quantized.quantizer.name
-    say(
-        f"note: trained on the base's values in {name}; on the base as it is stored, its answers differ"
-    )
+    say(f"note: trained on the base's values in {name}; on the base as it is stored, its answers differ")
     return QUANTIZED_BY.get(name, "")
 
 
