@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from litlora.data.conversation import Conversation, Message
+from litlora.data.conversation import Conversation, Message, is_document
 from litlora.errors import DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
 from litlora.prompts.exchange import Passage, TurnText, passages
@@ -153,11 +153,6 @@ class Encoder:
             drafts[-1:] = [Draft(new.ids, (*before.turns, turn))]
         else:
             drafts.append(new)
-
-
-def is_document(conversation: Conversation) -> bool:
-    """Whether it is a text that stands alone, and not a conversation."""
-    return [message.role for message in conversation.messages] == ["text"]
 
 
 def _up_to(cut: Cut, ids: list[int]) -> list[int]:

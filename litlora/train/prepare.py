@@ -30,9 +30,12 @@ class Preparation:
         max_seq_length: int,
         say: Callable[[str], None],
         parallel: Parallel | None = None,
+        tokenize: Callable[..., Examples] = tokenize,
     ) -> None:
+        """`tokenize` makes examples of what is in memory."""
         self._source, self._tokenizer, self._style = source, tokenizer, style
         self._limit, self._parallel, self._say = max_seq_length, parallel, say
+        self._tokenize = tokenize
 
     def examples(self, dataset: Dataset) -> tuple[Examples, Examples | None]:
         """(training, validation). Raises DataError if no example is left."""
@@ -48,7 +51,7 @@ class Preparation:
     def _all(self, data: list[Conversation] | Records) -> Examples:
         if not isinstance(data, list):
             return self._stored(data).split(0, 0, self._limit)[0]
-        return tokenize(data, self._tokenizer, self._style, self._limit)
+        return self._tokenize(data, self._tokenizer, self._style, self._limit)
 
     def _stored(self, records: Records) -> Store:
         """The records in the cache. One process makes it, however long that takes: the others wait

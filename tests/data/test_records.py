@@ -341,12 +341,12 @@ def test_what_does_not_tell_its_form_is_refused(record, says):
     [
         (
             {"question": "prompt"},
-            r"columns question: no form .*; the form's name stands first: '{prompt: question}'",
+            r"question: no .*; the form's name stands first: '{prompt: question}'",
         ),
         ({"promt": "q"}, "columns promt: no form has a field of this name$"),
         (
             {"prompt": "q", "completion": "b"},
-            r'has no "b", which columns gives .* of completion; it has "q", "a"',
+            r'no "b", which columns gives .* of completion; it has "q", "a"',
         ),
     ],
 )

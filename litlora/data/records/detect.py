@@ -81,8 +81,8 @@ def _unrecognised(record: Record, forms: Mapping[str, RecordForm]) -> str:
             return without(missing)
         if missing in record.columns:
             return (
-                f"{record.place}: has no {quoted(record.named(missing))}, which {setting('columns')} gives as "
-                f"the name of {missing}; it has {has}"
+                f"{record.place}: has no {quoted(record.named(missing))}, which {setting('columns')} gives "
+                f"as the name of {missing}; it has {has}"
             )
         return (
             f'{record.place}: has no "{missing}", which records of the form {near[0].name} have; '
