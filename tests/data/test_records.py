@@ -452,7 +452,7 @@ BAD = [
     ("sharegpt", {"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "message twice"),
     ("prompt_completion", {"prompt": None, "completion": "a"}, '"prompt" must be text, not NoneType'),
     ("prompt_completion", {"prompt": "a", "completion": [ASKED]}, "must begin with the assistant's"),
-    ("prompt_completion", {"prompt": "a"}, 'has no "completion"; it has \'prompt\''),
+    ("prompt_completion", {"prompt": "a"}, 'has no "completion"; it has "prompt"'),
     ("text", {"text": ""}, '"text" is empty'),
     ("text", {"text": ["a"]}, '"text" must be text, not list'),
 ]  # fmt: skip
