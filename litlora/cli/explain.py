@@ -70,7 +70,8 @@ def explain(error: Exception, types: Mapping[str, Any], config: str, sources: It
         text += did_you_mean(f"--{found[1]}", types)
     if found := re.match(r"(--data\.\w+): (\w+) has no such setting", text):
         source = "Files" if found[2] == "JSON" else found[2]  # a file's name alone stands for JSON
-        return f"{found[1]}: {source} has no such setting{did_you_mean(found[1], types)}; see --data.help {source}"
+        meant = did_you_mean(found[1], types)
+        return f"{found[1]}: {source} has no such setting{meant}; see --data.help {source}"
     if NO_SOURCE in text:
         return f"{text}; there are {', '.join(sorted(sources))}"
     in_file = config and not text.startswith("--")  # a message that names no option is about a file's content
