@@ -380,7 +380,7 @@ def test_pairs_are_refused_with_the_way_to_learn_what_was_chosen(tmp_path):
     ):
         path = write(tmp_path / "x.jsonl", record)
         [(ours, theirs)], left_out = columns.items(), ", ".join(ignore)
-        says = rf"is of the form preference, .*finetune/dpo.py .*: columns '{{{ours}: {theirs}}}' ignore '\[{left_out}\]'$"
+        says = rf"preference, .*finetune/dpo.py .*: columns '{{{ours}: {theirs}}}' ignore '\[{left_out}\]'$"
         for format in (None, "preference"):
             with pytest.raises(DataError, match=says):
                 read_dataset(JSON(path=path, on_bad="skip", format=format))
