@@ -24,11 +24,10 @@ def main(settings: ShowData) -> None:
     dataset = read_dataset(settings.data)
 
     from litlora.checkpoint import resolve
-    from litlora.load import load_text
     from litlora.train import preview
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    found = preview.preview(settings, dataset, load_text(chain), chain.config.max_position_embeddings)
+    found = preview.preview(settings, dataset, chain)
     if settings.json:
         say(json.dumps(found))
         return

@@ -98,6 +98,19 @@ def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
         (["--data", "JSON"], "--data.path: required"),
         (["--data", "JSON", "--data.path"], "--data.path: needs a value"),
         (["--data", "Alpaca", "--data.path", "x"], "--data.path: Alpaca has no such setting"),
+        (
+            ["--data", "a.jsonl", "--data.fromat", "x"],
+            "--data.fromat: Files has no such setting, did you mean --data.format?; see --data.help Files",
+        ),
+        (
+            ["--data", "a.jsonl", "--data.learn_last"],
+            "--data.learn_last: no such option, did you mean --data.learn?",
+        ),
+        (
+            ["--data", "a.jsonl", "--data.ignore", "id, a"],
+            "--data.ignore: expected a list, '[id, a]', got id, a",
+        ),
+        (["--data.columns", "a=b"], "--data.columns: expected a mapping, '{NAME: VALUE}', got a=b"),
         (["--data", "x.jsonl", "--data.path", "y"], "--data.path: --data names the data already"),
         (
             ["--data", "a.jsonl", "--data.val_path", "b", "--data.val_fraction", "0.1"],
@@ -476,3 +489,11 @@ def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(script):
         [sys.executable, "-c", INTERRUPTED, str(REPO / script)], capture_output=True, text=True, cwd=REPO
     )
     assert done.returncode == -2 and done.stderr == "\ninterrupted\n"
+
+
+def test_help_names_the_sources_and_leaves_their_settings_to_their_own_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(FinetuneLoRA, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Sources: Alpaca, Files, JSON, Mix, AlpacaGPT4, LIMA" in text
+    assert "class_path" not in text and "litlora.settings" not in text

@@ -52,6 +52,20 @@ def test_figures_are_those_of_the_run(tmp_path, output, show):
     assert stored["train"] == found["train"] and stored["steps"] == found["steps"]
 
 
+def test_tokens_that_a_run_adds_are_shown_as_such(tmp_path, output, show):
+    data = write(tmp_path / "x.jsonl", *[{"instruction": "a", "output": "b"}] * 2)
+    words = ("--data", data, "--data.val_fraction", 0, "--prompt_style", "chatml")
+    words += ("--tokenizer.add_tokens", "auto", "--train.max_steps", 1, "--precision", "32-true")
+    run = output("finetune/lora.py", *words, "--out_dir", tmp_path / "out")
+    found = show(*words)
+    assert re.search(r" 0 to validate; (\d+) tokens", run).group(1) == str(found["train"]["tokens"])
+    assert found["notices"][0] == "tokenizer: added <|im_start|> (2048), <|im_end|> (2049)" in run
+    ((tokens,),) = [conversation["examples"] for conversation in found["conversations"][:1]]
+    assert (tokens[0]["id"], tokens[0]["text"]) == (2048, "<|im_start|>")
+    assert [(t["id"], t["text"]) for t in tokens if t["learned"]][-1] == (2049, "<|im_end|>")
+    assert not any("into pieces" in notice for notice in found["notices"])
+
+
 def test_tokens_and_their_marks(tmp_path, output, show):
     """An answer in Chinese, whose characters are spread over tokens."""
     record = {"instruction": "Say \u4f60\u597d \U0001f600.", "output": "\u4f60\u597d \U0001f600"}
@@ -95,6 +109,7 @@ def test_duplicates_and_what_is_left_out(tmp_path, show):
     [
         (["--examples", -1], "--examples -1: must be at least 0"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--tokenizer.add_tokens", "auto"], "--tokenizer.add_tokens auto: the prompt style alpaca has no"),
         (["--checkpoint_dir", "nowhere"], "nowhere"),
         (["--data", "x.jsonl", "--exampels", 1], "no such option, did you mean --examples"),
     ],

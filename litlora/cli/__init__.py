@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
-from litlora.cli.explain import explain
+from litlora.cli.explain import did_you_mean, explain
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
@@ -180,6 +180,10 @@ def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
     for action in parser._actions:  # no public way leads to an argument that a class has made
         if action.dest in flags:
             action.nargs, action.const = "?", True  # `--overwrite` alone means true
+        if action.dest == "data":
+            # jsonargparse would add all settings of the default, and the full names of the classes.
+            action._jsonargparse_preexpanded_help = True
+            action.help += f" Sources: {', '.join(_data_sources())}."
     return parser
 
 
@@ -212,6 +216,9 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
             continue
         if kind not in (None, bool) and not equals and not following:
             raise UserError(f"--{name}: needs a value")
+        if kind is None and word.startswith(f"{OPTION_DATA}.") and not equals and not following:
+            if not name.endswith(".help"):
+                raise UserError(f"{word}: no such option{did_you_mean(word, types)}; see {HELP_OF_FILES}")
         word = word.replace(typed, name, 1)
         if kind is DataSource and _is_path(value if equals else following[0]):
             path = value if equals else following.pop(0)
@@ -266,6 +273,7 @@ def _with_source(words: list[str], given: list[str]) -> list[str]:
 
 
 OPTION_DATA, DATA_PATH, DATA_SOURCES = "--data", "--data.path", "--data.sources"
+HELP_OF_FILES = "--data.help Files"
 FILES_SUFFIXES = (
     *(".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather"),
     *(".ndjson", ".gz", ".zst", ".zstd", ".txt", ".xlsx"),

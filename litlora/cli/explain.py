@@ -47,6 +47,9 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"typing\.Literal\[(.+?)\]", lambda found: found[1].replace("'", "")),
     (r", NoneType", ""),
+    # what is typed for a list, and for a mapping
+    (r"Expected an? tuple\. Got value: (.*)", r"expected a list, '[\1]', got \1"),
+    (r"Expected an? dict\. Got value: ", "expected a mapping, '{NAME: VALUE}', got "),
     # a value of another type than the several, or the one, that a setting takes
     (r"Does not validate against .*? Subtypes: \[(.+?)\] Errors: .*? Given value: ", r"expected \1, got "),
     (r"Expected an? (.+?)\. Got value: ", r"expected \1, got "),
@@ -60,11 +63,15 @@ def explain(error: Exception, types: Mapping[str, Any], config: str, sources: It
     those of the command's settings, `sources` the names of the data sources."""
     text = " ".join(str(error).split())
     if found := re.match(r"unrecognized arguments: (\S+)", text):
-        return f"{found[1]}: no such option{_did_you_mean(found[1].split('=')[0], types)}; see --help"
+        return f"{found[1]}: no such option{did_you_mean(found[1].split('=')[0], types)}; see --help"
     for pattern, replacement in EXPLANATIONS:
         text = re.sub(pattern, replacement, text)
     if found := re.search(r"no such setting as ([\w.]+)", text):
-        text += _did_you_mean(f"--{found[1]}", types)
+        text += did_you_mean(f"--{found[1]}", types)
+    if found := re.match(r"(--data\.\w+): (\w+) has no such setting", text):
+        source = "Files" if found[2] == "JSON" else found[2]  # a file's name alone stands for JSON
+        meant = did_you_mean(found[1], types)
+        return f"{found[1]}: {source} has no such setting{meant}; see --data.help {source}"
     if NO_SOURCE in text:
         return f"{text}; there are {', '.join(sorted(sources))}"
     in_file = config and not text.startswith("--")  # a message that names no option is about a file's content
@@ -76,13 +83,14 @@ def _options(names: str) -> str:
     return ", ".join(f"--{name}" for name in names.split(", "))
 
 
-def _did_you_mean(option: str, types: Mapping[str, Any]) -> str:
+def did_you_mean(option: str, types: Mapping[str, Any]) -> str:
     """`, did you mean --train.learning_rate?` for --lr, --train.lr and --train.learnin_rate."""
     typed = option.removeprefix("--").replace("-", "_")
     last = typed.rpartition(".")[2]
     known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind) or name == "data"]
     for meant in (last, OTHER_NAMES.get(last)):
         if found := [name for name in known if name.rpartition(".")[2] == meant]:
-            return f", did you mean --{min(found, key=lambda name: name.count('.'))}?"
+            nearest = min(found, key=lambda name: name.count("."))
+            return f", did you mean --{nearest}?" if nearest != typed else ""
     close = difflib.get_close_matches(typed, [*known, "config", "print_config", "help"], n=1)
     return f", did you mean --{close[0]}?" if close else ""

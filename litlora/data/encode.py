@@ -214,12 +214,12 @@ def _of_style(style: PromptStyle, conversation: Conversation) -> list[Passage]:
     roles = [message.role for message in messages[first:]]
     while roles and roles[-1] == "user":
         roles.pop()
+    _check_place_for(style, conversation)
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise DataError(
-            f"{conversation.place}: must have turns of user and assistant, after at most one system message; "
-            f"it has {_some([m.role for m in messages])}"
+            f"{conversation.place}: must have turns of user and assistant in the prompt style {style.name}; "
+            f"it has {_some([m.role for m in messages])}; {setting('prompt_style')} chatml takes any order"
         )
-    _check_place_for(style, conversation)
     found = []
     for index in range(first + 1, first + len(roles), 2):
         prompt = style.render(messages[index - 1].content, messages[index - 1].input)
@@ -238,7 +238,10 @@ def _check_place_for(style: PromptStyle, conversation: Conversation) -> None:
     what = "tools" if conversation.tools else what
     helps = ""
     if messages and messages[0].role == "system":
-        what, helps = "a system message", f"; {setting('ignore')} '[system]' leaves it out"
+        what, helps = (
+            "a system message",
+            f"; {setting('ignore')} '[system]' leaves out a record's field of this name",
+        )
     if what:
         raise DataError(
             f"{conversation.place}: has {what}, for which the prompt style {style.name} has no place: "

@@ -33,7 +33,7 @@ class DataSource(ABC):
     """The form of the records; default: what the first of them show. alpaca: instruction, input,
     output. messages: OpenAI's, with tools. sharegpt: conversations of from and value.
     prompt_completion: each as text or messages. text: plain documents, all learned. preference:
-    chosen and rejected, which no command learns yet."""
+    chosen and rejected, for finetune/dpo.py."""
     columns: dict[str, str] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
     """What the records call the fields of their form, where that is another name: {prompt: question,
     completion: answer}."""

@@ -81,8 +81,9 @@ class LongForm(KnownSet):
 
 @dataclass(frozen=True, kw_only=True)
 class FLAN(KnownSet):
-    """FLAN's tasks, in ten wordings each: large. With --data.urls, some of them:
-    hf://datasets/Muennighoff/flan/train/cola_10templates_train.jsonl"""
+    """FLAN's tasks, in ten wordings each; large, so name some of the files in data.urls.
+
+    hf://datasets/Muennighoff/flan/train/cola_10templates_train.jsonl is one of them."""
 
     ADDRESSES = ("hf://datasets/Muennighoff/flan/train/*_10templates_train.jsonl",)
     FORM = "prompt_completion"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from litlora.checkpoint import Chain
 from litlora.console import say
 from litlora.data.batches import num_supervised, padding_share
 from litlora.data.conversation import Conversation
@@ -19,12 +20,13 @@ from litlora.data.examples import Example, tokenize
 from litlora.data.sources import Dataset
 from litlora.data.store import lengths_of
 from litlora.errors import DataError
-from litlora.load import TextSide
+from litlora.load import load_text
 from litlora.prompts import PromptStyle, choose_style, lacking_tokens
 from litlora.settings import ShowData, TrainConfig
 from litlora.tokenizer import Tokenizer
 from litlora.train.plan import Plan, pack_tokens
 from litlora.train.prepare import Preparation
+from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
 
 Description = dict[str, Any]
 """As JSON holds it."""
@@ -131,17 +133,25 @@ def steps(examples: Sequence[Example], config: TrainConfig, seed: int) -> Descri
     return found | {"packed_tokens": capacity, "packed_share": sum(lengths) / (num_micro_batches * capacity)}
 
 
-def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) -> Description:
-    """Everything that `scripts/show_data.py` shows. `context` is the model's, in tokens."""
+def preview(settings: ShowData, dataset: Dataset, chain: Chain) -> Description:
+    """Everything that `scripts/show_data.py` shows of a run on this model."""
+    text = load_text(chain)
+    tokenizer = text.tokenizer
     style, reason = choose_style(
-        settings.prompt_style, text.prompt_style, text.template, default="alpaca", tokenizer=text.tokenizer
+        settings.prompt_style, text.prompt_style, text.template, default="alpaca", tokenizer=tokenizer
     )
-    cut = lacking_tokens(style, text.tokenizer) if style.called else []
-    notes = [f"the tokenizer cuts {', '.join(cut)} into pieces, here even if a run adds them"] if cut else []
-    limit = min(settings.train.max_seq_length, context)
-    reading = Reading(text.tokenizer, style, limit, settings.train.mask_prompt)
+    notes, asked = [], settings.tokenizer.add_tokens
+    if asked:
+        added = AddedTokens()
+        if tokens := missing_tokens(asked, style, tokenizer):
+            tokenizer = added.extend_tokenizer(tokenizer, chain.sources, tokens)
+        notes.append(f"tokenizer: {added.notice}")
+    if cut := lacking_tokens(style, tokenizer) if style.called else []:
+        notes.append(cut_notice(cut))
+    limit = min(settings.train.max_seq_length, chain.config.max_position_embeddings)
+    reading = Reading(tokenizer, style, limit, settings.train.mask_prompt)
     told = partial(say, file=sys.stderr)
-    prepare = Preparation(settings.data, text.tokenizer, style, limit, told)
+    prepare = Preparation(settings.data, tokenizer, style, limit, told)
     made, made_val = prepare.examples(dataset)
     said = (dataset.notice, *dataset.notices, *dataset.late_notices())
     return {

@@ -47,7 +47,7 @@ from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.resume import State, as_measured, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
-from litlora.train.vocabulary import AddedTokens, missing_tokens
+from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
 
 MANY_STEPS = 10_000
 """Steps of an epoch above which they are not all planned beforehand."""
@@ -387,10 +387,7 @@ class Run:
         if self.settings.tokenizer.add_tokens:
             self.say(f"tokenizer: {self.added.notice}")
         if self.style.called and (needed := lacking_tokens(self.style, self.loaded.tokenizer)):
-            self.say(
-                f"note: the tokenizer cuts {', '.join(needed)} into pieces, as they are not tokens of "
-                "its own; tokenizer.add_tokens auto adds them"
-            )
+            self.say(f"note: {cut_notice(needed)}")
 
     def _say_quantised(self) -> None:
         if (quantized := self.loaded.quantized) is None:

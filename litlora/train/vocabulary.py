@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +43,34 @@ class AddedTokens:
     def extend(self, loaded: Loaded, tokens: list[str]) -> Loaded:
         """Add tokens that the tokenizer does not have, to it and to the model. Raises CheckpointError
         for a tokenizer without a tokenizer.json."""
-        tokenizer, model = loaded.tokenizer, loaded.model
-        place = Path(tempfile.mkdtemp(prefix="litlora-"))
-        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
-        known = tokenizer.vocab_size
+        model, known = loaded.model, loaded.tokenizer.vocab_size
         if known > model.config.vocab_size:
             raise CheckpointError(
                 f"{loaded.chain.sources[0]}: its tokenizer has {known:,} tokens and its embedding "
                 f"{model.config.vocab_size:,} rows; no token can be added"
             )
-        ids = {token: known + number for number, token in enumerate(tokens)}
-        for file in find_sidecars(loaded.chain.sources):
-            if file.name not in (GENERATION_FILE, "config.json"):
-                shutil.copyfile(file, place / file.name)
-        _extend_files(place, ids)
-        extended = Tokenizer([place, *loaded.chain.sources])
-        if extended.encode_batch(tokens) != [[number] for number in ids.values()]:
-            raise CheckpointError(
-                f"{loaded.chain.sources[0]}: its tokenizer does not take up new tokens with the next numbers"
-            )
-        self.tokens, self.ids, self.sources = tokens, list(ids.values()), [place]
+        extended = self.extend_tokenizer(loaded.tokenizer, loaded.chain.sources, tokens)
         self.base_rows = model.config.vocab_size
         _extend_model(model, self.ids, known)
         return dataclasses.replace(loaded, tokenizer=extended)
+
+    def extend_tokenizer(self, tokenizer: Tokenizer, sources: Sequence[Path], tokens: list[str]) -> Tokenizer:
+        """The same for the tokenizer of these directories alone."""
+        place = Path(tempfile.mkdtemp(prefix="litlora-"))
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        known = tokenizer.vocab_size
+        ids = {token: known + number for number, token in enumerate(tokens)}
+        for file in find_sidecars(sources):
+            if file.name not in (GENERATION_FILE, "config.json"):
+                shutil.copyfile(file, place / file.name)
+        _extend_files(place, ids)
+        extended = Tokenizer([place, *sources])
+        if extended.encode_batch(tokens) != [[number] for number in ids.values()]:
+            raise CheckpointError(
+                f"{sources[0]}: its tokenizer does not take up new tokens with the next numbers"
+            )
+        self.tokens, self.ids, self.sources = tokens, list(ids.values()), [place]
+        return extended
 
     def train(self, model: GPT) -> None:
         """Let the rows of the tokens train in a model whose embedding and output head are frozen.
@@ -108,6 +114,14 @@ def missing_tokens(asked: str | list[str], style: PromptStyle, tokenizer: Tokeni
                 "the tokens"
             )
     return tokenizer.cut_up(asked) if asked else []
+
+
+def cut_notice(tokens: list[str]) -> str:
+    """That these tokens of a style are not tokens of the tokenizer."""
+    return (
+        f"the tokenizer cuts {', '.join(tokens)} into pieces, as they are not tokens of its own; "
+        "tokenizer.add_tokens auto adds them"
+    )
 
 
 def _extend_files(place: Path, ids: dict[str, int]) -> None:

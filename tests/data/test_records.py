@@ -336,6 +336,25 @@ def test_what_does_not_tell_its_form_is_refused(record, says):
         choose_form([(place, record)], None, {}, ())
 
 
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"question": "prompt"},
+            r"question: no .*; the form's name stands first: '{prompt: question}'",
+        ),
+        ({"promt": "q"}, "columns promt: no form has a field of this name$"),
+        (
+            {"prompt": "q", "completion": "b"},
+            r'no "b", which columns gives .* of completion; it has "q", "a"',
+        ),
+    ],
+)
+def test_columns_that_name_nothing_are_refused(columns, says):
+    with pytest.raises(UserError, match=says):
+        choose_form([(place, {"q": "x", "a": "y"})], None, columns, ())
+
+
 def test_a_table_has_a_null_for_each_field_that_a_record_lacks():
     rows = [{"messages": None, "text": "a"}, {"messages": None, "text": "b"}]
     assert choose_form([(place, row) for row in rows], None, {}, ()) == "text"
@@ -361,7 +380,7 @@ def test_pairs_are_refused_with_the_way_to_learn_what_was_chosen(tmp_path):
     ):
         path = write(tmp_path / "x.jsonl", record)
         [(ours, theirs)], left_out = columns.items(), ", ".join(ignore)
-        says = rf"is of the form preference, .*: columns '{{{ours}: {theirs}}}' ignore '\[{left_out}\]'$"
+        says = rf"preference, .*finetune/dpo.py .*: columns '{{{ours}: {theirs}}}' ignore '\[{left_out}\]'$"
         for format in (None, "preference"):
             with pytest.raises(DataError, match=says):
                 read_dataset(JSON(path=path, on_bad="skip", format=format))
@@ -433,7 +452,7 @@ BAD = [
     ("sharegpt", {"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "message twice"),
     ("prompt_completion", {"prompt": None, "completion": "a"}, '"prompt" must be text, not NoneType'),
     ("prompt_completion", {"prompt": "a", "completion": [ASKED]}, "must begin with the assistant's"),
-    ("prompt_completion", {"prompt": "a"}, 'has no "completion"; it has \'prompt\''),
+    ("prompt_completion", {"prompt": "a"}, 'has no "completion"; it has "prompt"'),
     ("text", {"text": ""}, '"text" is empty'),
     ("text", {"text": ["a"]}, '"text" must be text, not list'),
 ]  # fmt: skip

@@ -58,7 +58,7 @@ def test_json_jsonl_and_directories_agree(tmp_path):
         (
             "x.json",
             json.dumps([RECORD, {"prompt": "a", "output": "b"}]),
-            r'x\.json, record 1: has no "instruction"; it has \'prompt\'',
+            r'x\.json, record 1: has no "instruction"; it has "prompt"',
         ),
         ("x.json", json.dumps([{"instruction": "a"}]), r'record 0: has no "output"'),
         (

@@ -16,7 +16,7 @@ from litlora.data.conversation import Conversation, Message, Place, is_document
 from litlora.data.files import Entry
 from litlora.data.records.alpaca import AlpacaForm
 from litlora.data.records.detect import FIRST, detect, fitting_forms, without
-from litlora.data.records.fields import Record, Unused, read_record, some, unknown_fields
+from litlora.data.records.fields import Record, Unused, quoted, read_record, some, unknown_fields
 from litlora.data.records.form import RecordForm
 from litlora.data.records.messages import MessagesForm
 from litlora.data.records.preference import Pair, PreferenceForm
@@ -114,7 +114,7 @@ class RecordReader:
         others = [other for other in fitting_forms(record, FORMS) if other != self.form]
         if others:
             return f"is of the form {others[0]}, and the data of the form {self.form}; write all in one form"
-        has = some(list(map(repr, record.fields))) or "nothing"
+        has = some([quoted(name) for name in record.fields]) or "nothing"
         return f'has no "{record.named(name)}"; it has {has}'
 
     def _settled(self, conversation: Conversation) -> Conversation:
@@ -143,7 +143,13 @@ def choose_form(
     entries: Iterable[Entry], form: str | None, columns: Mapping[str, str], ignore: tuple[str, ...]
 ) -> str | None:
     """The form to read records in: the given one, or that of the first records; none if there are no
-    records. Raises DataError for records that do not tell."""
+    records. Raises DataError for records that do not tell, and UserError for a name in `columns` that
+    no form has."""
+    fields = {name for each in FORMS.values() for name in each.fields}
+    for name, theirs in columns.items():
+        if name not in fields:
+            turned = f"; the form's name stands first: '{{{theirs}: {name}}}'" if theirs in fields else ""
+            raise UserError(f"{setting('columns')} {name}: no form has a field of this name{turned}")
     return form or detect(islice(entries, FIRST), FORMS, columns, ignore)
 
 

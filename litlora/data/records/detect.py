@@ -73,12 +73,17 @@ def fitting_forms(record: Record, forms: Mapping[str, RecordForm]) -> list[str]:
 
 
 def _unrecognised(record: Record, forms: Mapping[str, RecordForm]) -> str:
-    has = some([quoted(name) for name in record.fields]) or "nothing"
+    has = some([quoted(record.named(name)) for name in record.fields]) or "nothing"
     near = [form for form in forms.values() if set(form.required) & record.fields.keys()]
     if len(near) == 1:
         missing = next(name for name in near[0].required if name not in record.fields)
         if record.named(missing) in record.ignore:
             return without(missing)
+        if missing in record.columns:
+            return (
+                f"{record.place}: has no {quoted(record.named(missing))}, which {setting('columns')} gives "
+                f"as the name of {missing}; it has {has}"
+            )
         return (
             f'{record.place}: has no "{missing}", which records of the form {near[0].name} have; '
             f"it has {has}; if it has another name: {setting('columns')} '{{{missing}: NAME}}'"

@@ -47,8 +47,8 @@ class PreferenceForm(RecordForm):
             else "write each as a record of messages"
         )
         record.wrong(
-            "is of the form preference, a pair of answers, and this training learns single ones; to learn "
-            f"the chosen answers alone: {to_learn}"
+            "is of the form preference, a pair of answers, and this training learns single ones; "
+            f"finetune/dpo.py learns from pairs; to learn the chosen answers alone: {to_learn}"
         )
 
     def pair(self, record: Record) -> Pair:

@@ -1,0 +1,77 @@
+"""README.md and docs/: their commands are understood, their examples are what they are said to be."""
+
+import importlib.util
+import json
+import re
+import shlex
+
+import pytest
+from conftest import REPO
+
+from litlora import cli
+from litlora.data.conversation import Place
+from litlora.data.records import FORMS, choose_form
+from litlora.errors import UserError
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {
+        line.split("  #")[0].split("&& ")[-1].strip()
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if re.match(r" {4,}.*\bpython (finetune|chat|scripts)/", line)
+    }
+)
+FORMS_TABLE = (REPO / "docs/data.md").read_text().split("| form | a record |")[1].split("\n\n")[0]
+EXAMPLES = re.findall(r"^\| `(\w+)` \| `(\{.+\})` \|$", FORMS_TABLE, re.MULTILINE)
+LINKS = [
+    (page, link)
+    for page in PAGES
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
+    if ":" not in link
+]
+
+
+def settings_of(script: str, monkeypatch) -> type:
+    """The settings that a command takes: what it hands to `cli.run`."""
+    taken = []
+    monkeypatch.setattr(cli, "run", lambda main, settings: taken.append(settings))
+    spec = importlib.util.spec_from_file_location("__main__", REPO / script)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return taken[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command, monkeypatch):
+    _, script, *words = shlex.split(command)
+    monkeypatch.chdir(REPO)
+    if any("hyperparameters.yaml" in word for word in words):  # of a run that is not there
+        words = words[2:]
+    try:
+        cli.parse(settings_of(script, monkeypatch), words)
+    except UserError as error:
+        pytest.fail(str(error))
+
+
+def test_the_commands_of_the_pages_are_found():
+    scripts = {command.split()[1] for command in COMMANDS}
+    assert {"finetune/lora.py", "finetune/full.py", "chat/base.py", "scripts/show_data.py"} <= scripts
+
+
+def test_there_is_an_example_of_every_form():
+    assert [form for form, _ in EXAMPLES] == list(FORMS)
+
+
+@pytest.mark.parametrize(("form", "record"), EXAMPLES)
+def test_an_example_is_of_its_form(form, record):
+    assert choose_form([(Place("x.jsonl", "line 1"), json.loads(record))], None, {}, ()) == form
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_a_link_leads_somewhere(page, link):
+    file, _, heading = link.partition("#")
+    target = page.parent / file if file else page
+    assert target.exists()
+    headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
+    assert not heading or heading in slugs
