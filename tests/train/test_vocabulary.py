@@ -165,6 +165,24 @@ def test_what_cannot_be_added_is_refused(model_folder, run, tmp_path, forked):
     assert "adds tokens, whose rows cannot be combined" in line
 
 
+def test_an_adapter_with_tokens_is_merged_alone_and_at_strength_1(base, run, tmp_path, forked):
+    """Also where the base has rows to spare: two adapters may have different tokens in the same row,
+    and the base has no value to take a part of."""
+    words = ("--checkpoint_dir", base, *STEPS, "--prompt_style", "alpaca")
+    one = run("lora", tmp_path / "one", *words, "--tokenizer.add_tokens", "<a>") / "final"
+    two = run("lora", tmp_path / "two", *words, "--tokenizer.add_tokens", "<b>") / "final"
+    none = run("lora", tmp_path / "none", *words) / "final"
+    for paths, more in (
+        ((one, two), ()),
+        ((none, one), ()),
+        ((one,), ("--strength", 0.5)),
+        ((one,), ("--strength", 0)),
+    ):
+        words = ("scripts/merge_lora.py", "--lora_path", *paths, *more, "--out_dir", tmp_path / "sum")
+        line = forked.refuses(*words, cwd=tmp_path)
+        assert f"{one / 'lit_model.pth'}: adds tokens; such an adapter can only be merged alone" in line
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
