@@ -134,6 +134,23 @@ def test_a_chain_on_added_tokens_and_a_resumed_run(model_folder, run, succeeds, 
     assert load(tmp_path / "merged").model.config.vocab_size == known + 3
 
 
+def test_what_lies_below_may_untie_the_head_and_then_takes_no_tokens(model_folder, run, tmp_path):
+    base, _ = model_folder(0, True)
+    first = ("--checkpoint_dir", base, *STEPS, "--lora.targets", "[q_proj, lm_head]")
+    first = run("lora", tmp_path / "first", *first) / "final"
+    second = run("lora", tmp_path / "second", "--checkpoint_dir", first, *STEPS) / "final"
+    ids = [1, 2, 3]
+    assert torch.allclose(
+        logits(load(second).model, ids), logits(load(second, live=True).model, ids), atol=1e-5
+    )
+    with pytest.raises(
+        CheckpointError, match="first/final: updates lm_head.weight by LoRA, and .* merge .*second"
+    ):
+        run("lora", tmp_path / "third", "--checkpoint_dir", second, *STEPS, "--tokenizer.add_tokens", "<a>")
+    full = ("--checkpoint_dir", second, *STEPS, "--tokenizer.add_tokens", "<a>")
+    assert load(run("full", tmp_path / "full", *full) / "final").tokenizer.cut_up(["<a>"]) == []
+
+
 def test_a_full_fine_tune_has_the_larger_vocabulary(model_folder, run, succeeds, tmp_path):
     base, known = model_folder(0, False)
     final = run("full", tmp_path / "out", "--checkpoint_dir", base, *CHATML, *STEPS) / "final"
