@@ -237,8 +237,9 @@ def _check_base(adapter: Adapter, base: FullModel | Adapter) -> None:
     trained = ModelConfig.load(here) if here.is_file() else None
     config = base.config if isinstance(base, FullModel) else None
     if trained is not None and config is None and there.is_file():
-        # Adapters below may add tokens; their fingerprints tell.
-        config = replace(ModelConfig.load(there), vocab_size=trained.vocab_size)
+        # Adapters below may add tokens and untie the output head; their fingerprints tell.
+        changed = {name: getattr(trained, name) for name in ("vocab_size", "tie_word_embeddings")}
+        config = replace(ModelConfig.load(there), **changed)
     if trained is not None and config is not None and trained != config:
         ours, theirs = trained.to_dict(), config.to_dict()
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))

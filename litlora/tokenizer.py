@@ -4,7 +4,7 @@ decoding a stream piece by piece. Torch-free."""
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,6 +212,10 @@ class Tokenizer:
     def added_tokens(self, text: str) -> list[int]:
         """The added tokens, special ones among them, that a text has, in order."""
         return [token for token in self.encode(text) if token in self._added]
+
+    def leading_added(self, text: str) -> list[int]:
+        """The added tokens with which a text begins, up to the first other one."""
+        return [*takewhile(self._added.__contains__, self.encode(text))]
 
     @property
     def begin_ids(self) -> list[int]:

@@ -72,6 +72,8 @@ def describe(
         }
     if isinstance(found, Adapter):
         described["lora"] = found.settings
+        if found.rows is not None:
+            described["tokens"] = {"ids": [*found.rows.ids], "num_rows": found.rows.num_rows}
         described["base"] = _base(found, chain)
         described["chain"] = [
             str(place) for place in (chain.directories if chain else [described["base"]["path"], directory])
@@ -287,6 +289,9 @@ def table(d: Description) -> list[str]:
     if lora := d.get("lora"):
         shown = (f"{name} {_plain(value)}" for name, value in lora.items() if value not in ({}, [], False))
         lines.append(f"lora     {', '.join(shown)}")
+    if tokens := d.get("tokens"):
+        numbers = ", ".join(map(str, tokens["ids"][:8])) + (", ..." if len(tokens["ids"]) > 8 else "")
+        lines.append(f"tokens   adds {numbers}; vocabulary {tokens['num_rows']:,} with them")
     if base := d.get("base"):
         lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
         if bits := base.get("quantized"):

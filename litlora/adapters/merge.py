@@ -211,8 +211,10 @@ def add_adapters(
     head, or of the embedding that it is tied to, unties them: the result has a head of its own, and
     its config says so. The weight below such an update serves both (`whole_of`). A whole embedding
     of more or fewer rows changes the size of the vocabulary. An adapter of weight 0 changes nothing
-    at all. Raises CheckpointError for a layer that the base lacks or whose shape differs.
+    at all. Raises CheckpointError for a layer that the base lacks or whose shape differs, and for
+    adapters that cannot be added up.
     """
+    _check_tokens(adapters)
     adapters = [
         (dataclasses.replace(adapter, whole=whole_of(adapter, config)), weight)
         for adapter, weight in adapters
@@ -259,6 +261,17 @@ def whole_of(adapter: Adapter, config: ModelConfig) -> dict[str, Tensor]:
             if name in whole and name in names_of(adapter.updates) and other not in whole:
                 whole = {**whole, other: whole[name]}
     return whole
+
+
+def _check_tokens(adapters: list[tuple[Adapter, float]]) -> None:
+    """Raises CheckpointError if one of several adapters adds tokens, or one at another weight than 1:
+    the base has no values for their rows, and one number may stand for different tokens."""
+    for adapter, weight in adapters:
+        if adapter.rows is not None and (len(adapters) > 1 or weight != 1):
+            raise CheckpointError(
+                f"{adapter.file}: adds tokens; such an adapter can only be merged alone and at strength 1, "
+                "and others trained on the result"
+            )
 
 
 def _vocabulary(config: ModelConfig, adapters: list[tuple[Adapter, float]], *, sole: bool) -> int:

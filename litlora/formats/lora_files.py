@@ -209,6 +209,10 @@ def _own_adapter(directory: Path) -> LoRAFile:
     adapter = litlora.open_directory(directory)
     if not isinstance(adapter, Adapter):
         raise CheckpointError(f"{directory}: is a full model, not an adapter")
+    if adapter.rows is not None:
+        raise CheckpointError(
+            f"{directory}: adds tokens, which need its tokenizer; merge it with scripts/merge_lora.py"
+        )
     if not variant_named(adapter.config.variant).is_plain:
         raise CheckpointError(
             f"{directory}: has the variant {adapter.config.variant}; merge it with scripts/merge_lora.py"

@@ -94,21 +94,26 @@ def _as_asked(template: ChatTemplate, asked: Asked, index: int, prompt: str, fin
     content, ending = message["content"], template.ending
     shown = content.strip()
     is_plain = not message.get("tool_calls") and thought_of(message) is None
-    head = finished.removesuffix(shown + ending)
+    spellings = (content, content.lstrip(), content.rstrip(), shown)
+    written = next((text for text in spellings if finished.endswith(text + ending)), None)
+    head = finished if written is None else finished.removesuffix(written + ending)
+    opening = prompt[len(head) :]  # what the prompt has beyond the text before the answer
     if not (is_plain and head != finished and prompt.startswith(head)):
         begin, opening = _where_it_answers(template, asked, index, prompt, finished)
-        if begin is not None and not (is_plain and opening):
+        # An answer may stand behind the end of the thought that the prompt begins.
+        is_behind = begin is not None and not finished[begin:].lstrip().startswith(shown or ending.lstrip())
+        if begin is not None and not (is_plain and opening and (opening.strip() or not is_behind)):
             return prompt + finished[begin:]
         if not is_plain:
             raise UserError(
                 f"{template.path}: the chat template shows message {index} otherwise than it asks for it, "
                 f"after {prompt[-30:]!r}; choose another {setting('prompt_style')}, or leave the record out"
             )
-        mark = opening.strip()
-        if mark and content.lstrip().startswith(mark):  # the content has the thought that was begun
-            return prompt + content.lstrip()[len(mark) :].lstrip("\n") + ending
-        if shown and not finished.endswith(shown + ending):
-            raise UserError(answer_left_out(template, content))
+    mark = opening.strip()
+    if mark and content.lstrip().startswith(mark):  # the content has the thought that was begun
+        return prompt + content.lstrip()[len(mark) :].lstrip("\n") + ending
+    if shown and written is None:
+        raise UserError(answer_left_out(template, content))
     return prompt + (content if shown else "") + ending
 
 

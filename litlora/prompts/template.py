@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,8 +139,18 @@ class ChatTemplate:
     @cached_property
     def ending(self) -> str:
         """What the template puts after an answer; nothing, if it does not show answers."""
-        probe = [template_message("user", "?"), template_message("assistant", "ANSWER")]
-        _, shown, after = self.render(probe, add_generation_prompt=False).rpartition("ANSWER")
+        return self._after_answer([])
+
+    @cached_property
+    def _ending_within(self) -> str:
+        """What it puts after an answer that a question follows."""
+        with suppress(Refusal):
+            return self._after_answer([template_message("user", "?")])
+        return ""
+
+    def _after_answer(self, more: list[Message]) -> str:
+        talk = [template_message("user", "?"), template_message("assistant", "ANSWER"), *more]
+        _, shown, after = self.render(talk, add_generation_prompt=False).rpartition("ANSWER")
         return after if shown else ""
 
     @cached_property
@@ -149,7 +160,10 @@ class ChatTemplate:
 
     def turn_ends(self, tokenizer: Tokenizer) -> TurnEnds:
         """How the template ends the assistant's turns."""
-        text = tokenizer.turn_end(self.ending)
+        # Of several marks that follow every answer at once, the turn ends with the one that ends a text.
+        marks = tokenizer.leading_added(commonprefix([self.ending, self._ending_within]))
+        known = [token for token in marks if token in tokenizer.stop_ids]
+        text = known[0] if known else tokenizer.turn_end(self.ending)
         between, after = self._around_calls
         inside = {*tokenizer.added_tokens(between)}
         ends = [token for token in tokenizer.added_tokens(after) if token not in inside]

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litlora.adapters.merge import EMBEDDING, HEAD
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.load import Loaded, set_vocabulary
-from litlora.lora import LoRALinear
+from litlora.lora import Adapter, LoRALinear
+from litlora.lora.adapter import names_of
 from litlora.lora.rows import RowsEmbedding, RowsHead
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, control_tokens
@@ -37,6 +39,8 @@ class AddedTokens:
         self.ids: list[int] = []
         self.sources: list[Path] = []
         """A directory with the extended files of the tokenizer, which exists as long as this object."""
+        self._below: list[Adapter] = []
+        """What the run is on top of."""
         self.base_rows = 0
         """The rows of the base's embedding."""
 
@@ -50,6 +54,7 @@ class AddedTokens:
                 f"{model.config.vocab_size:,} rows; no token can be added"
             )
         extended = self.extend_tokenizer(loaded.tokenizer, loaded.chain.sources, tokens)
+        self._below = loaded.chain.adapters
         self.base_rows = model.config.vocab_size
         _extend_model(model, self.ids, known)
         return dataclasses.replace(loaded, tokenizer=extended)
@@ -77,6 +82,13 @@ class AddedTokens:
         Raises UserError if an adapter or the settings train these otherwise."""
         if not self.ids:
             return
+        for adapter in self._below:
+            if touched := {EMBEDDING, HEAD}.intersection(names_of(adapter.updates)):
+                raise CheckpointError(
+                    f"{adapter.directory}: updates {min(touched)} by LoRA, and a further adapter cannot add "
+                    f"rows to that; merge {self._below[-1].directory} with scripts/merge_lora.py, and train "
+                    "on the result"
+                )
         embedding, head = model.model.embed_tokens, model.lm_head
         adapted = isinstance(head, LoRALinear)
         if adapted or any(p.requires_grad for p in (*embedding.parameters(), *head.parameters())):

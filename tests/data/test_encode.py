@@ -45,6 +45,12 @@ THOUGHTFUL = (  # earlier answers lose their thoughts, the last one gets one
     "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CLOSES_THE_THOUGHT = (  # what it asks with is not the begin of what it shows
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{{ (m.content if '<think>' in m.content else '<think></think>' + m.content) + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(["\n\n", " a", "e "])
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -307,6 +313,59 @@ def test_the_end_of_a_short_answer_is_not_searched_for_in_the_mark(place):
     (example,) = tokenize([conversation(("dog", "e"))], tokenizer, style, 500).examples
     ((start, stop),) = example.learned
     assert list(map(tokenizer.token, example.ids[start:stop])) == ["e", "<|im_end|>"]
+
+
+def test_an_answer_may_have_spaces_around_it_where_a_template_drops_the_thought_it_asks_with(place):
+    tokenizer, style = place("byte-level", OPENS_A_THOUGHT.replace("m.content.strip()", "m.content"))
+    (example,) = tokenize([conversation(("dog", " fox \n\n"))], tokenizer, style, 500).examples
+    ((start, stop),) = example.learned
+    asked = style.template.render([{"role": "user", "content": "dog"}])
+    assert asked.endswith("<think>\n") and list(example.ids[:start]) == tokenizer.encode(asked)
+    assert tokenizer.decode(list(example.ids[start:stop])) == " fox \n\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        ("fox", "</think>fox<|im_end|>"),
+        ("", "</think><|im_end|>"),
+        ("<think>\nwhy\n</think>\nfox", "why\n</think>\nfox<|im_end|>"),
+        ("<think>why</think>fox", "why</think>fox<|im_end|>"),
+    ],
+)
+def test_an_answer_ends_the_thought_that_its_prompt_begins_as_the_template_does(answer, learned, place):
+    """Nemotron 3 asks with <think> and a line end, and writes an answer without a thought after
+    <think></think>."""
+    tokenizer, style = place("byte-level", CLOSES_THE_THOUGHT)
+    (encoded,) = Encoder(tokenizer, style).encode([conversation(("dog", answer))])
+    (draft,) = encoded.drafts
+    (turn,) = draft.turns
+    asked = style.template.render([{"role": "user", "content": "dog"}])
+    assert asked.endswith("assistant\n<think>\n") and draft.ids[: turn.start] == tokenizer.encode(asked)
+    assert draft.ids[turn.start : turn.stop] == tokenizer.encode(learned)
+
+
+@pytest.mark.parametrize(
+    ("marks", "at_the_end", "end"),
+    [
+        ("<|im_end|></s>", "", ["<|im_end|>", "</s>"]),  # as Command A does
+        ("<|im_end|>", "</s>", ["<|im_end|>"]),  # as Phi 4 mini does
+    ],
+)
+def test_a_turn_ends_with_the_mark_at_which_generation_stops_if_every_turn_has_it(
+    marks, at_the_end, end, place
+):
+    template = CHATML.replace("<|im_end|>", marks) + (
+        f"{{% if not add_generation_prompt %}}{{{{ '{at_the_end}' }}}}{{% endif %}}"
+    )
+    template = template.replace("'\n' }}{% endfor", "' }}{% endfor").replace(f"{marks}\n", marks)
+    tokenizer, style = place("byte-level", template)
+    (encoded,) = Encoder(tokenizer, style).encode([TALK])
+    (draft,) = encoded.drafts
+    assert len(draft.turns) == 3
+    for turn in draft.turns:
+        assert list(map(tokenizer.token, draft.ids[turn.start : turn.stop]))[-len(end) :] == end
+        assert draft.ids[turn.start : turn.stop].count(draft.ids[turn.stop - 1]) == 1
 
 
 def test_a_thought_that_the_prompt_begins_is_learned_from_there(place):

@@ -105,7 +105,8 @@ def test_an_adapter_stores_the_rows_of_its_tokens_alone(
         theirs.resize_token_embeddings(known + 2, mean_resizing=False)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
     assert torch.allclose(logits(theirs, asked), expected, atol=1e-4)
-    assert succeeds("scripts/inspect_checkpoint.py", final)
+    said = succeeds("scripts/inspect_checkpoint.py", final)
+    assert f"adds {known}, {known + 1}; vocabulary {max(known + 2, known + spare)} with them" in said
 
 
 def test_a_chain_on_added_tokens_and_a_resumed_run(model_folder, run, succeeds, tmp_path, capsys):
@@ -131,6 +132,23 @@ def test_a_chain_on_added_tokens_and_a_resumed_run(model_folder, run, succeeds, 
     assert load(small).model.config.vocab_size == known + 3
     succeeds("scripts/merge_lora.py", "--lora_path", third, "--out_dir", tmp_path / "merged")
     assert load(tmp_path / "merged").model.config.vocab_size == known + 3
+
+
+def test_what_lies_below_may_untie_the_head_and_then_takes_no_tokens(model_folder, run, tmp_path):
+    base, _ = model_folder(0, True)
+    first = ("--checkpoint_dir", base, *STEPS, "--lora.targets", "[q_proj, lm_head]")
+    first = run("lora", tmp_path / "first", *first) / "final"
+    second = run("lora", tmp_path / "second", "--checkpoint_dir", first, *STEPS) / "final"
+    ids = [1, 2, 3]
+    assert torch.allclose(
+        logits(load(second).model, ids), logits(load(second, live=True).model, ids), atol=1e-5
+    )
+    with pytest.raises(
+        CheckpointError, match="first/final: updates lm_head.weight by LoRA, and .* merge .*second"
+    ):
+        run("lora", tmp_path / "third", "--checkpoint_dir", second, *STEPS, "--tokenizer.add_tokens", "<a>")
+    full = ("--checkpoint_dir", second, *STEPS, "--tokenizer.add_tokens", "<a>")
+    assert load(run("full", tmp_path / "full", *full) / "final").tokenizer.cut_up(["<a>"]) == []
 
 
 def test_a_full_fine_tune_has_the_larger_vocabulary(model_folder, run, succeeds, tmp_path):
@@ -163,6 +181,28 @@ def test_what_cannot_be_added_is_refused(model_folder, run, tmp_path, forked):
         *("scripts/combine_lora.py", "--lora_path", final, other, "--out_dir", tmp_path / "sum"), cwd=tmp_path
     )
     assert "adds tokens, whose rows cannot be combined" in line
+
+
+def test_an_adapter_with_tokens_is_merged_alone_and_at_strength_1(model_folder, run, tmp_path, forked):
+    """Also where the base has rows to spare: two adapters may have different tokens in the same row,
+    and the base has no value to take a part of."""
+    base, _ = model_folder(5, True)
+    words = ("--checkpoint_dir", base, *STEPS, "--prompt_style", "alpaca")
+    one = run("lora", tmp_path / "one", *words, "--tokenizer.add_tokens", "<a>") / "final"
+    two = run("lora", tmp_path / "two", *words, "--tokenizer.add_tokens", "<b>") / "final"
+    none = run("lora", tmp_path / "none", *words) / "final"
+    for paths, more in (
+        ((one, two), ()),
+        ((none, one), ()),
+        ((one,), ("--strength", 0.5)),
+        ((one,), ("--strength", 0)),
+    ):
+        words = ("scripts/merge_lora.py", "--lora_path", *paths, *more, "--out_dir", tmp_path / "sum")
+        line = forked.refuses(*words, cwd=tmp_path)
+        assert f"{one / 'lit_model.pth'}: adds tokens; such an adapter can only be merged alone" in line
+    words = ("--source_model", base, "--lora_model", one, "--output", tmp_path / "merged.safetensors")
+    line = forked.refuses("scripts/lora_merger.py", *words, "--allow_unmatched", cwd=tmp_path)
+    assert f"{one}: adds tokens, which need its tokenizer; merge it with scripts/merge_lora.py" in line
 
 
 @pytest.mark.parametrize(
