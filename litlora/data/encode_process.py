@@ -27,6 +27,7 @@ from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
 from litlora.data.parts import Part, Setup
 from litlora.data.records import RecordReader
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError
 
 CHARACTERS = 2**21
@@ -66,7 +67,7 @@ def entries(question: dict[str, Any]) -> Iterator[Entry]:
 
 def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[str, Any]) -> Part:
     """The examples of the records of a piece."""
-    skipped: list[DataError] = []
+    skipped = Skipped()
     survey = Survey(reader.ignore)
     records = entries(question)
     if question["source"] is not None:  # else the run itself has seen them
@@ -75,7 +76,7 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
     examples, (sizes, lengths, numbers, events) = bytearray(), (array("i") for _ in range(4))
     number = 0
     for chunk in chunks(conversations, CHARACTERS):
-        for encoded in encoder.encode(chunk):
+        for encoded in encoder.encode(chunk, skipped if reader.on_bad == "skip" else None):
             counts: Counter[str] = Counter()
             for example in examples_of(encoded, setup.max_seq_length, counts):
                 spans = array("i", [bound for span in example.learned for bound in span])
@@ -95,7 +96,8 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
         conversations=numbers.tobytes(),
         events=events.tobytes(),
         first=str(conversations[0].place) if conversations else "",
-        skipped=[str(error) for error in skipped],
+        num_skipped=skipped.number,
+        skipped=[str(error) for error in skipped.first],
         source=question["source"],
         hashes=survey.hashes.tobytes(),
     )

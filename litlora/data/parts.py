@@ -38,8 +38,10 @@ class Part:
     events: bytes
     first: str
     """The place of the first conversation; empty if there is none."""
+    num_skipped: int
+    """Records that were left out."""
     skipped: list[str]
-    """Messages about records that were left out."""
+    """Messages about the first of them."""
     source: int | None
     """Which of the records' parts was read there, not by the run itself."""
     hashes: bytes

@@ -24,9 +24,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from litlora.data.dataset import NAMED
 from litlora.data.examples import EVENTS, Example, Examples, drawn, no_example_left
 from litlora.data.parts import Part
+from litlora.data.skipped import NAMED, skipped_notice
 from litlora.errors import DataError
 from litlora.storage.atomic import replacing_file
 
@@ -75,7 +75,7 @@ class StoreWriter:
         self._offset += int(sizes.sum(dtype=np.int64))
         self.num_conversations += part.num_conversations
         self._first = self._first or part.first
-        self.num_skipped += len(part.skipped)
+        self.num_skipped += part.num_skipped
         self.skipped += part.skipped[: NAMED - len(self.skipped)]
 
     def finish(self) -> None:
@@ -147,6 +147,10 @@ class Store:
                 found += more
         return found
 
+    def notices(self) -> list[str]:
+        """What the user must know of the records that were left out."""
+        return [skipped_notice(self.num_skipped, self.skipped)] if self.num_skipped else []
+
     def split(
         self, val_fraction: float, seed: int, max_seq_length: int
     ) -> "tuple[Examples, Examples | None]":
@@ -168,7 +172,7 @@ class Store:
         counts = np.bincount(events[:, 1], events[:, 2], minlength=len(EVENTS)).astype(int).tolist()
         found = StoredExamples(self, chosen)
         if not len(found):
-            raise no_example_left(max_seq_length, self.first)
+            raise no_example_left(max_seq_length, self.first, self.notices())
         return Examples(found, *counts)
 
 

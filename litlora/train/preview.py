@@ -133,7 +133,7 @@ def preview(settings: ShowData, dataset: Dataset, text: TextSide, context: int) 
     told = partial(say, file=sys.stderr)
     prepare = Preparation(settings.data, text.tokenizer, style, limit, told)
     made, made_val = prepare.examples(dataset)
-    said = (dataset.notice, *dataset.notices, *dataset.late_notices())
+    said = (dataset.notice, *dataset.notices, *dataset.late_notices(), *prepare.notices)
     return {
         "prompt_style": style.title,
         "prompt_style_reason": reason,

@@ -156,7 +156,7 @@ class Run:
         prepare = Preparation(settings.data, tokenizer, self.style, limit, self.say, self.parallel)
         made, made_val = prepare.examples(self.dataset)
         self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
-        for notice in self.dataset.late_notices():
+        for notice in (*self.dataset.late_notices(), *prepare.notices):
             self.say(f"data: {notice}")
         self._say_data()
         for notice in made.notices(limit):

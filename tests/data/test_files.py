@@ -191,8 +191,12 @@ def test_an_error_late_in_a_long_list_names_its_line(tmp_path):
 @pytest.mark.parametrize(("name", "before"), [("x.jsonl", "{}\n"), ("x.json", "[1, ")])
 def test_a_record_that_is_too_long_is_refused(tmp_path, name, before):
     (tmp_path / name).write_text(f'{before}{{"a": "{"x" * (MAX_RECORD + 10)}"}}\n')
-    place = "line 2" if name == "x.jsonl" else "record 1"
-    assert f"{name}, {place}: is longer than 67,108,864 characters" in refusal(tmp_path / name)
+    if name == "x.jsonl":
+        (_, first), (place, value) = entries(tmp_path / name)
+        assert first == {} and place.record == "line 2"
+        assert f"{name}, line 2: is longer than 67,108,864 characters" in str(value)
+    else:
+        assert f"{name}, record 1: is longer than 67,108,864 characters" in refusal(tmp_path / name)
 
 
 def test_a_broken_line_can_be_left_out(tmp_path):
