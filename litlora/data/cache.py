@@ -60,7 +60,12 @@ class DataCache:
     def key(self, records: Records, setup: Setup) -> str:
         """A hash of all that the examples depend on."""
         facts = {
-            "files": [[_suffixes(file), self._content(file)] for file in _files(records)],
+            "files": [
+                [_suffixes(file), self._content(file)]
+                for part in records.parts
+                if part.held is None  # else they are among the facts, and a pipe is read only once
+                for file in part.files
+            ],
             "records": [_chosen_by(part) for part in records.parts],
             "tokenizer": setup.tokenizer.fingerprint,
             "style": [setup.style_name, setup.template.fingerprint if setup.template else None],

@@ -134,6 +134,8 @@ class Dataset:
     """What the user must know about where the conversations come from."""
     notices: tuple[str, ...] = ()
     """What else is said when training begins: what was left out, and what was chosen."""
+    read_once: Path | None = None
+    """A file that can be read only once, such as a pipe."""
     validation: Conversations | None = None
     """Validation data of its own; None: a part of the conversations is held out."""
 
@@ -248,7 +250,7 @@ def _held(records: Records) -> Records:
 
 
 def _bytes(records: Records) -> int:
-    return sum(map(bytes_in_memory, records.files))
+    return sum(bytes_in_memory(file, LARGE) for file in records.files if records.held is None)
 
 
 def _check_any(conversations: Conversations, name: str, use: str) -> None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, command, succeeds, tune
+from conftest import REPO, command, fails, succeeds, tune
 
 from litlora.data import cache as caching
 from litlora.data import parallel
@@ -580,3 +581,22 @@ def test_of_two_devices_one_tokenises_and_both_learn_or_fail_together(base, tmp_
     failed = command(*on_disk, "--overwrite")
     assert failed.returncode == 2 and failed.stderr.count("error: ") == 1
     assert 'data.jsonl, line 121: has no "output"' in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_devices_refuse_a_pipe(base, tmp_path):
+    words = ["--checkpoint_dir", base, "--data", "/dev/stdin", "--out_dir", tmp_path / "out"]
+    lines = "".join(json.dumps(record) + "\n" for record in records(9))
+    says = fails("finetune/lora.py", *words, "--accelerator", "cpu", "--devices", 2, input=lines)
+    assert "/dev/stdin: can be read only once, and each of 2 devices reads the data" in says
+
+
+@pytest.mark.parametrize("harm", [lambda found: [*found, found[0]], lambda found: found[:-1]])
+def test_data_that_changes_after_it_was_counted_is_refused(harm, tmp_path):
+    found = records(9)
+    data = written(tmp_path / "a.json", found)
+    data = replace(data, times=array("B", [2] * 9))
+    assert len(list(data)) == 18
+    written(tmp_path / "a.json", harm(found))
+    with pytest.raises(DataError, match=r"a\.json: the data was changed while it was read"):
+        list(data)

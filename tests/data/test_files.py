@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from litlora.data.files import MAX_RECORD, entries, find_files
+from litlora.data.files import MAX_RECORD, bytes_in_memory, entries, find_files
 from litlora.data.records import RecordReader
 from litlora.errors import DataError, MissingExtraError
 
@@ -420,3 +420,18 @@ def test_a_saved_data_set_that_is_not_whole(tmp_path):
     state = {"_data_files": [{"filename": "../../secret.arrow"}]}
     (tmp_path / "saved/test/state.json").write_text(json.dumps(state))
     assert "whose file ../../secret.arrow is missing" in refusal(tmp_path / "saved/test")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet"])
+def test_what_a_small_file_unpacks_to_counts(tmp_path, name):
+    file, text = tmp_path / name, "lazy dog " * 20
+    if name == "x.parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"text": [text] * 200_000}), file)
+    else:
+        file.write_bytes(gzip.compress(f'{{"text": "{text}"}}\n'.encode() * 200_000))
+    assert file.stat().st_size < 200_000
+    assert bytes_in_memory(file, 10**7) > 10**7
+    assert bytes_in_memory(file, 10**9) >= (64 if name == "x.parquet" else 180) * 200_000
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"{}" * 9)[:-9])  # which is said when it is read
+    assert bytes_in_memory(tmp_path / "x.gz", 10**7) <= 18
