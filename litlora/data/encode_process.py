@@ -25,7 +25,7 @@ from litlora.data.choosing import Survey
 from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
-from litlora.data.parts import Part, Setup
+from litlora.data.parts import Part, Setup, checksum
 from litlora.data.records import RecordReader
 from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError
@@ -80,8 +80,9 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
             counts: Counter[str] = Counter()
             for example in examples_of(encoded, setup.max_seq_length, counts):
                 spans = array("i", [bound for span in example.learned for bound in span])
-                examples += example.ids.tobytes() + spans.tobytes()
-                sizes.append(len(example.ids) + len(spans))
+                content = example.ids.tobytes() + spans.tobytes()
+                examples += content + checksum(content)
+                sizes.append(len(example.ids) + len(spans) + 1)
                 lengths.append(len(example.ids))
                 numbers.append(number)
             for event, name in enumerate(EVENTS):

@@ -203,12 +203,19 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def _damage(path):
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
         ("examples.bin", _cut),
         ("offsets.bin", _cut),
         ("events.bin", Path.unlink),
+        *((f"{part}.bin", _damage) for part in ("offsets", "lengths", "conversations", "events")),
         (HEADER, lambda path: path.write_text(path.read_text().replace('"num_conversations": 9', "8"))),
         (HEADER, lambda path: path.write_text(path.read_text().replace(": 9,", ": 8,"))),
         (HEADER, lambda path: path.write_text("[]")),
@@ -223,6 +230,15 @@ def test_a_broken_store_is_found_and_made_anew(name, harm, cache, said, tokenize
     again = store(cache, data, setup)
     assert list(again.split(0, 0, LIMIT)[0].examples) == before
     assert len(said) == 5 and name in said[2] and said[2].endswith("it is made anew")
+
+
+def test_damaged_examples_are_not_learned(cache, tokenizer, tmp_path):
+    found = store(cache, written(tmp_path / "a.jsonl", records(9)), setup_of(tokenizer))
+    _damage(found.directory / "examples.bin")
+    examples = found.split(0, 0, LIMIT)[0].examples
+    for read in (lambda: examples[0], lambda: list(examples)):
+        with pytest.raises(DataError, match=rf"examples\.bin: is damaged; remove {found.directory}, and"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
