@@ -1,7 +1,9 @@
 """Files of data: each kind gives the records that the libraries give that write it, as a stream; a
 broken or foreign file is named, with the place and the way out."""
 
+import csv
 import gzip
+import io
 import json
 import random
 import shutil
@@ -435,3 +437,15 @@ def test_what_a_small_file_unpacks_to_counts(tmp_path, name):
     assert bytes_in_memory(file, 10**9) >= (64 if name == "x.parquet" else 180) * 200_000
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"{}" * 9)[:-9])  # which is said when it is read
     assert bytes_in_memory(tmp_path / "x.gz", 10**7) <= 18
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("rows", [[["a", "b"]], [["a", "b"], ["c\nd", "e"], ["f", ""]]])
+def test_a_table_may_end_without_a_line_end(tmp_path, end, last, rows):
+    pytest.importorskip("pyarrow")
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([["prompt", "completion"], *rows])
+    whole = text.getvalue() if last else text.getvalue().removesuffix(end)
+    (tmp_path / "x.csv").write_bytes(whole.encode())
+    assert [list(row.values()) for _, row in entries(tmp_path / "x.csv")] == rows

@@ -124,7 +124,8 @@ def _whole_rows(file: Path, stream: BinaryIO) -> Iterator[bytes]:
             f'{file}: a quote is never closed in what follows "{line}"; within a cell in quotes write each '
             "quote twice"
         )
-    yield rest
+    if rest:
+        yield rest + b"\n"  # pyarrow does not see a single row without it
 
 
 def _row_end(text: bytes) -> int:
