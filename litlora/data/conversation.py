@@ -40,3 +40,8 @@ class Conversation:
     place: Place
     tools: tuple[dict[str, Any], ...] = ()
     """The functions that the assistant may call, as JSON schemas in OpenAI's form."""
+
+
+def is_document(conversation: Conversation) -> bool:
+    """Whether it is a text that stands alone, and not a conversation."""
+    return [message.role for message in conversation.messages] == ["text"]

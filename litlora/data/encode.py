@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from litlora.data.conversation import Conversation, Message
+from litlora.data.conversation import Conversation, Message, is_document
 from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
@@ -85,7 +85,9 @@ class Encoder:
         self._begins_anew = template is None
         self._now = time.time()  # a template that writes the time must not change from text to text
 
-    def encode(self, conversations: list[Conversation], skipped: Skipped | None = None) -> list[Encoded]:
+    def encode(
+        self, conversations: list[Conversation], skipped: Skipped | list[DataError] | None = None
+    ) -> list[Encoded]:
         """Each conversation in token ids. Raises DataError, naming the record, if the style has no
         form for it; or, with `skipped`, adds the error to it and gives no draft."""
         found = [self._passages_unless(conversation, skipped) for conversation in conversations]
@@ -100,7 +102,9 @@ class Encoder:
             for conversation, of_one in zip(conversations, found, strict=True)
         ]
 
-    def _passages_unless(self, conversation: Conversation, skipped: Skipped | None) -> list[Passage]:
+    def _passages_unless(
+        self, conversation: Conversation, skipped: Skipped | list[DataError] | None
+    ) -> list[Passage]:
         try:
             return self._passages(conversation)
         except DataError as error:
@@ -166,11 +170,6 @@ class Encoder:
             drafts[-1:] = [Draft(new.ids, (*before.turns, turn))]
         else:
             drafts.append(new)
-
-
-def is_document(conversation: Conversation) -> bool:
-    """Whether it is a text that stands alone, and not a conversation."""
-    return [message.role for message in conversation.messages] == ["text"]
 
 
 def _up_to(cut: Cut, ids: list[int]) -> list[int]:

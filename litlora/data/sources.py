@@ -17,16 +17,19 @@ from litlora import console
 from litlora.data.dataset import Dataset, Mixture, Records, settled
 from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
 from litlora.data.files import entries, find_files
-from litlora.data.records import RecordReader, choose_form
+from litlora.data.records import RecordReader, check_form, choose_form
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 
 
-def read_dataset(source: DataSource) -> Dataset:
-    """Everything that a source holds. Raises DataError, naming the file and the record, for
-    anything that cannot be trained on; of a stream, when it is read."""
+def read_dataset(source: DataSource, *, pairs: bool = False) -> Dataset:
+    """Everything that a source holds: conversations, or, with `pairs`, pairs of them, all in memory.
+    Raises DataError, naming the file and the record, for anything that cannot be trained on; of a
+    stream, when it is read."""
+    if pairs and source.cache:
+        return replace(read_dataset(replace(source, cache=False), pairs=True), source=source)
     found = READERS[type(source)](source)
     validation = None
     if source.val_path is not None:
@@ -34,6 +37,9 @@ def read_dataset(source: DataSource) -> Dataset:
         validation = own.conversations
         notices = tuple(dict.fromkeys((*found.notices, *own.notices)))
         found = replace(found, notices=notices, read_once=found.read_once or own.read_once)
+    for records in (*found.conversations.parts, *(() if validation is None else validation.parts)):
+        for first in islice(records.entries(), 1):
+            check_form(records.reader, first, pairs=pairs)
     return settled(found, validation)
 
 

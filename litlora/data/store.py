@@ -252,6 +252,13 @@ class StoredExamples(Sequence[Example]):
         return digest.hexdigest()[:16]
 
 
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """The number of ids of each example, which those on the disk have at hand."""
+    if isinstance(examples, StoredExamples):
+        return examples.lengths
+    return array("i", (len(example.ids) for example in examples))
+
+
 def _close(descriptors: dict[str, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)

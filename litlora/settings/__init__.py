@@ -34,7 +34,15 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
-from litlora.settings.finetune import QUICKSTART, REPOSITORY, Finetune, FinetuneFull, FinetuneLoRA, ShowData
+from litlora.settings.finetune import (
+    QUICKSTART,
+    REPOSITORY,
+    Finetune,
+    FinetuneDPO,
+    FinetuneFull,
+    FinetuneLoRA,
+    ShowData,
+)
 from litlora.settings.known_sets import (
     FLAN,
     LIMA,
@@ -76,6 +84,7 @@ __all__ = [
     "FileType",
     "Files",
     "Finetune",
+    "FinetuneDPO",
     "FinetuneFull",
     "FinetuneLoRA",
     "InspectCheckpoint",

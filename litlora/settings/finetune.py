@@ -8,6 +8,7 @@ from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.preference import PreferenceConfig
 from litlora.settings.quantize import Quantization
 from litlora.settings.styles import check_prompt_style
 from litlora.settings.tokenizer import TokenizerConfig
@@ -125,6 +126,19 @@ class FinetuneFull(Finetune):
             f"{setting('quantize')} {self.quantize}: a full fine-tune trains all weights, and quantised ones "
             f"cannot be trained; leave {setting('quantize')} out, or use finetune/lora.py",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDPO(FinetuneLoRA):
+    """Learn from pairs of answers with LoRA, by DPO, IPO, SimPO or ORPO. The result,
+    OUT_DIR/final/lit_model.pth, holds the adapter only."""
+
+    data: DataSource
+    """Pairs of answers: a file or directory of records with chosen and rejected, as text or as
+    messages, and a prompt, of its own or at the beginning of both. --data.help NAME lists the
+    settings of a source."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-5, epochs=1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from litlora.data.examples import Examples, tokenize
 from litlora.lora import Adapter
 from litlora.model import GPT
 from litlora.train.objective import SFT, Objective
@@ -22,8 +23,11 @@ class Method:
     """The modules that must not stay quantized, as they train: see `load`."""
     content: Callable[[GPT], dict[str, Tensor] | Adapter]
     """What a checkpoint stores: every weight, or an adapter."""
-    objective: type[Objective] = SFT
-    """What the run minimises."""
+    objective: Callable[..., Objective] = SFT
+    """Makes what the run minimises, of (model, settings of the loop, contexts)."""
+    tokenize: Callable[..., Examples] = tokenize
+    """Makes the objective's examples, of (what the data holds, tokenizer, prompt style, longest
+    length)."""
     stores: str
     """What the result holds, for the closing words."""
     resume: str

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.data.batches import Batch, collate, num_supervised
 from litlora.data.examples import Example, content_line
-from litlora.data.store import StoredExamples
+from litlora.data.store import lengths_of
 from litlora.errors import UserError, setting
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
@@ -177,8 +177,7 @@ class SFT(Objective):
         return len(example.ids)
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
-        # Examples that stay on the disk have their lengths at hand.
-        return examples.lengths if isinstance(examples, StoredExamples) else super().lengths(examples)
+        return lengths_of(examples)
 
     def content(self, example: Example) -> bytes:
         """Every token, and where the answer begins."""

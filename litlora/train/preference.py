@@ -6,7 +6,8 @@ memory; a resumed run computes the same ones before its state is restored.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from litlora.data.batches import Batch, collate
 from litlora.data.examples import Example, content_line
+from litlora.data.pairs import PairExample
 from litlora.errors import UserError, setting
 from litlora.model import GPT
 from litlora.settings import PreferenceConfig, TrainConfig
@@ -22,16 +24,6 @@ from litlora.train.fit import evaluating
 from litlora.train.objective import Context, Objective
 from litlora.train.parallel import Parallel
 from litlora.train.plan import evaluation_plan
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two answers to one prompt; of both the answer alone is learned."""
-
-    chosen: Example
-    rejected: Example
-    reference: tuple[float, float] | None = None
-    """The log-probabilities of the two answers before training."""
 
 
 class PairBatch(NamedTuple):
@@ -148,7 +140,7 @@ class Preference(Objective):
             )
 
     @torch.no_grad()
-    def prepared(self, pairs: Sequence[Pair], parallel: Parallel) -> list[Pair]:
+    def prepared(self, pairs: Sequence[PairExample], parallel: Parallel) -> list[PairExample]:
         """The pairs with the log-probabilities of this model, which must not have been trained yet,
         if the loss needs them. All ranks call this together and get the same."""
         if not self.preference.needs_reference:
@@ -156,13 +148,13 @@ class Preference(Objective):
         found = torch.zeros(len(pairs), 2, device=parallel.device)
         micro_batches = evaluation_plan([self.length(pair) for pair in pairs], self.config)
         with evaluating(self):
-            for micro in micro_batches[parallel.rank :: parallel.world_size]:
+            for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
                 batch = self.batch([pairs[index] for index in micro], parallel.device)
                 found[micro] = self.in_contexts(lambda batch=batch: self.log_probs(batch)).to(found.dtype)
         rows = parallel.sum(found).tolist()
         return [replace(pair, reference=tuple(row)) for pair, row in zip(pairs, rows, strict=True)]
 
-    def batch(self, examples: Sequence[Pair], device: torch.device) -> PairBatch:
+    def batch(self, examples: Sequence[PairExample], device: torch.device) -> PairBatch:
         answers = [answer for pair in examples for answer in (pair.chosen, pair.rejected)]
         batch = collate(answers, mask_prompt=True, packed=self.config.packing)
         num_tokens = torch.tensor([_num_learned(answer) for answer in answers])
@@ -190,16 +182,16 @@ class Preference(Objective):
         summed = losses.new_zeros(batch.num_tokens.numel()).index_add(0, batch.owners, losses)
         return -summed.view_as(batch.num_tokens)
 
-    def weight(self, example: Pair) -> int:
+    def weight(self, example: PairExample) -> int:
         return 1
 
-    def num_learned(self, example: Pair) -> int:
+    def num_learned(self, example: PairExample) -> int:
         return _num_learned(example.chosen) + _num_learned(example.rejected)
 
-    def length(self, example: Pair) -> int:
+    def length(self, example: PairExample) -> int:
         return len(example.chosen.ids) + len(example.rejected.ids)
 
-    def content(self, example: Pair) -> bytes:
+    def content(self, example: PairExample) -> bytes:
         answers = (example.chosen, example.rejected)
         return b"".join(content_line(answer).encode() + answer.ids.tobytes() for answer in answers)
 

@@ -31,9 +31,12 @@ class Preparation:
         max_seq_length: int,
         say: Callable[[str], None],
         parallel: Parallel | None = None,
+        tokenize: Callable[..., Examples] = tokenize,
     ) -> None:
+        """`tokenize` makes examples of what is in memory."""
         self._source, self._tokenizer, self._style = source, tokenizer, style
         self._limit, self._parallel, self._say = max_seq_length, parallel, say
+        self._tokenize = tokenize
         self.notices: list[str] = []
         """What the user must know of the records that were left out of `examples`."""
 
@@ -53,7 +56,7 @@ class Preparation:
         if not isinstance(data, list):
             return self._stored(data).split(0, 0, self._limit)[0]
         skipped = Skipped() if self._source.on_bad == "skip" else None
-        found = tokenize(data, self._tokenizer, self._style, self._limit, skipped)
+        found = self._tokenize(data, self._tokenizer, self._style, self._limit, skipped)
         self.notices += skipped.notices() if skipped is not None else []
         return found
 

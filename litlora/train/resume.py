@@ -141,7 +141,7 @@ class State:
             )
         try:
             check_weights(self.weights, None if self.is_forced else trained)
-            restored = check_optimizer_state(self.optimizer, optimizer, config, any_precision=self.is_forced)
+            restored = check_optimizer_state(self.optimizer, optimizer, config, is_forced=self.is_forced)
             live = generators(parallel.device)
             ranks = [check_rank(rank, live, sums) for rank in self.ranks]
         except ValueError as error:

@@ -158,7 +158,9 @@ class Run:
         """Split the records and tokenise them."""
         settings, tokenizer = self.settings, self.loaded.tokenizer
         limit = min(settings.train.max_seq_length, self.model.config.max_position_embeddings)
-        prepare = Preparation(settings.data, tokenizer, self.style, limit, self.say, self.parallel)
+        prepare = Preparation(
+            settings.data, tokenizer, self.style, limit, self.say, self.parallel, self.method.tokenize
+        )
         made, made_val = prepare.examples(self.dataset)
         self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
         for notice in (*self.dataset.late_notices(), *prepare.notices):
@@ -241,11 +243,14 @@ class Run:
             newest=None if state is None else state.directory,
             prunes=self.parallel.is_main,
         )
+        parts = (self.data.train, self.data.val)
+        train, val = (self.objective.prepared(part, self.parallel) for part in parts)
+        data = Data(train, val, self.data.seed)
         sink = Sinks()
         trainer = Trainer(
             self.parallel,
             self.objective,
-            self.data,
+            data,
             self.config,
             checkpoints,
             sink=sink,

@@ -68,14 +68,14 @@ def check_weights(stored: Mapping[str, Tensor], live: Mapping[str, Tensor] | Non
 
 
 def check_optimizer_state(
-    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, *, any_precision: bool = False
+    stored: Any, optimizer: torch.optim.Optimizer, config: TrainConfig, *, is_forced: bool = False
 ) -> dict[str, Any]:
     """A stored `optimizer.state_dict()`, if `optimizer`, made of `config`, can continue from it; the
-    tensors are copies, so that the moments do not live in the file's memory. With `any_precision`,
-    a moment may have another one than its parameter."""
+    tensors are copies, so that the moments do not live in the file's memory. If the resume
+    `is_forced`, settings may differ, and the precision of moments."""
     if not isinstance(stored, dict) or stored.keys() != {"state", "param_groups"}:
         raise ValueError("the optimizer's state must consist of state and param_groups")
-    _check_groups(stored["param_groups"], optimizer.state_dict()["param_groups"])
+    _check_groups(stored["param_groups"], optimizer.state_dict()["param_groups"], is_forced)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots = stored["state"]
     # Before the first step that was finite there is none.
@@ -87,7 +87,7 @@ def check_optimizer_state(
         kind = tuple(parameter.shape), parameter.dtype
         if kind not in fresh:
             fresh[kind] = _fresh_slot(parameter, config)
-        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if any_precision else None)
+        _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if is_forced else None)
     return {**stored, "state": {index: _copied(slot) for index, slot in slots.items()}}
 
 
@@ -110,9 +110,9 @@ def check_rank(stored: Any, generators: dict[str, Any], sums: Iterable[str]) -> 
 # ---- the optimizer
 
 
-def _check_groups(stored: Any, live: list[dict[str, Any]]) -> None:
-    """The stored groups have the settings of the live ones, in range. Their values may differ: a
-    resume that is forced keeps those of the file."""
+def _check_groups(stored: Any, live: list[dict[str, Any]], is_forced: bool) -> None:
+    """The stored groups have the settings of the live ones. Of a resume that is forced, their values
+    may differ within their range, and are kept."""
     if not isinstance(stored, list) or len(stored) != len(live):
         raise ValueError(f"the optimizer must have {len(live)} groups of weights")
     for number, (group, wanted) in enumerate(zip(stored, live, strict=True)):
@@ -121,7 +121,9 @@ def _check_groups(stored: Any, live: list[dict[str, Any]]) -> None:
             raise ValueError(f"{where} must have {', '.join(map(str, wanted))}")
         for name, value in wanted.items():
             found = group[name]
-            if name == "betas":
+            if name != "lr" and not is_forced:  # the learning rate is set before every step
+                fits = _is_same(found, value) or (name == "betas" and _is_same(found, list(value)))
+            elif name == "betas":
                 fits = type(found) in (tuple, list) and len(found) == len(value)
                 fits = fits and all(_is_number(beta) and 0 <= beta < 1 for beta in found)
             elif _is_number(value):  # the learning rate, the decay, epsilon
@@ -183,6 +185,10 @@ def _check_generators(stored: Any, live: dict[str, Any]) -> None:
         found, wanted = stored[name], live[name]
         if not isinstance(found, Tensor) or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
             raise ValueError(f"the state of the generator {name} is not one of this version of torch")
+    try:
+        torch.Generator().set_state(stored["torch"])
+    except RuntimeError as error:
+        raise ValueError(f"the state of the generator torch: {error}") from None
 
 
 def _check_python(state: Any) -> None:

@@ -110,6 +110,7 @@ def fused(W, name: str, tensors: dict, scale: float) -> torch.Tensor:
     return (m.double() / whole.norm(dim=1))[:, None] * whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_dora", [False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_embeddings_and_dora_are_fused_as_in_mlx(is_dora, is_tied, tmp_path):
@@ -140,6 +141,7 @@ def test_embeddings_and_dora_are_fused_as_in_mlx(is_dora, is_tied, tmp_path):
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_experts_are_fused_as_in_mlx(family, tmp_path):
     settings = MOE | {"num_experts": 3} if family == "qwen2_moe" else {"num_local_experts": 3}

@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from litlora.config import ModelConfig
 from litlora.data.examples import Example
+from litlora.data.pairs import PairExample
 from litlora.errors import UserError
 from litlora.lora import add_lora
 from litlora.model import GPT
 from litlora.settings import LoRAConfig, PreferenceConfig, TrainConfig
-from litlora.train.preference import Pair, Preference
+from litlora.train.preference import Preference
 
 CPU = torch.device("cpu")
 ALONE = SimpleNamespace(rank=0, world_size=1, device=CPU, sum=lambda tensor: tensor)
@@ -50,7 +51,9 @@ def answer(prompt, ids):
 
 
 def pairs_of(records):
-    return [Pair(answer(r["prompt"], r["chosen"]), answer(r["prompt"], r["rejected"])) for r in records]
+    return [
+        PairExample(answer(r["prompt"], r["chosen"]), answer(r["prompt"], r["rejected"])) for r in records
+    ]
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -121,6 +121,12 @@ BROKEN = {
         change(*GENERATORS, "python", (torch.ones(3), (0,) * 625, None)),
         "not one of its version 3",
     ),
+    "a torch generator that is out of range": (
+        change(*GENERATORS, "torch", torch.full_like(torch.get_rng_state(), 255)),
+        "generator torch: ",
+    ),
+    "another decay": (change(*GROUP, "weight_decay", 1.5), "weight_decay is 1.5"),
+    "other betas": (change(*GROUP, "betas", (0.0, 0.95)), "betas is"),
     "a reserve beyond any float": (
         change(*GENERATORS, "numpy", numpy_state(3, 1, 2**5000)),
         "ends with",

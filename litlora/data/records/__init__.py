@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
-from litlora.data.conversation import Conversation, Message, Place
+from litlora.data.conversation import Conversation, Message, Place, is_document
 from litlora.data.files import Entry
 from litlora.data.records.alpaca import AlpacaForm
 from litlora.data.records.detect import FIRST, detect, fitting_forms, without
 from litlora.data.records.fields import Record, Unused, read_record, some, unknown_fields
 from litlora.data.records.form import RecordForm
 from litlora.data.records.messages import MessagesForm
-from litlora.data.records.preference import PreferenceForm
+from litlora.data.records.preference import Pair, PreferenceForm
 from litlora.data.records.prompt_completion import PromptCompletionForm
 from litlora.data.records.sharegpt import ShareGPTForm
 from litlora.data.records.text import TextForm
@@ -69,10 +69,10 @@ class RecordReader:
             if is_set and not form.is_chat:
                 raise UserError(f"{setting(name)}: records of the form {self.form} are not conversations")
 
-    def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Conversation]:
-        """One conversation a record. Raises DataError for a record that cannot be used, or, where
-        bad ones are skipped, adds it to `skipped` and goes on; and for fields that are neither used
-        nor in `ignore`, those of the first records all together."""
+    def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Conversation | Pair]:
+        """One conversation a record, or two of a form of pairs. Raises DataError for a record that
+        cannot be used, or, where bad ones are skipped, adds it to `skipped` and goes on; and for
+        fields that are neither used nor in `ignore`, those of the first records all together."""
         unknown: dict[str, Unused] = {}
         for number, (place, value) in enumerate(entries):
             if unknown and number == TOGETHER:
@@ -93,7 +93,7 @@ class RecordReader:
         if unknown:
             raise DataError(unknown_fields(unknown))
 
-    def _read(self, place: Place, value: Any) -> tuple[Record, Conversation]:
+    def _read(self, place: Place, value: Any) -> tuple[Record, Conversation | Pair]:
         form = FORMS[self.form]
         try:
             record = read_record(value, place, self.columns, self.ignore, form.required)
@@ -103,6 +103,8 @@ class RecordReader:
             used = record.used(record.fields, form.fields)
             # A null is told apart from a field that is missing.
             record.fields = {name: used.get(name) for name in form.fields if name in record.fields}
+            if form.is_pairs:
+                return record, Pair(*map(self._settled, form.pair(record)))
             return record, self._settled(form.conversation(record))
         except RecursionError:
             raise DataError(f"{place}: is nested too deeply") from None
@@ -117,7 +119,7 @@ class RecordReader:
     def _settled(self, conversation: Conversation) -> Conversation:
         """The conversation with the system message, and with nothing learned but what is to be."""
         messages = conversation.messages
-        if not FORMS[self.form].is_chat:
+        if not FORMS[self.form].is_chat or is_document(conversation):
             return conversation
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         if not answers:
@@ -140,14 +142,21 @@ def choose_form(
     entries: Iterable[Entry], form: str | None, columns: Mapping[str, str], ignore: tuple[str, ...]
 ) -> str | None:
     """The form to read records in: the given one, or that of the first records; none if there are no
-    records. Raises DataError for records that do not tell, and for pairs, which no supervised
-    training learns."""
-    entries = list(islice(entries, FIRST))
-    chosen = form or detect(entries, FORMS, columns, ignore)
-    if chosen is not None and FORMS[chosen].is_pairs:
-        for place, value in entries[:1]:
-            FORMS[chosen].conversation(read_record(value, place, columns, ignore, FORMS[chosen].required))
-    return chosen
+    records. Raises DataError for records that do not tell."""
+    return form or detect(islice(entries, FIRST), FORMS, columns, ignore)
 
 
-__all__ = ["FORMS", "RecordForm", "RecordReader", "choose_form"]
+def check_form(reader: RecordReader, first: Entry, *, pairs: bool) -> None:
+    """Raise DataError for records of pairs where single answers are learned, and the other way
+    round; `first` is one of them."""
+    form, (place, value) = FORMS[reader.form], first
+    if form.is_pairs and not pairs:
+        form.conversation(read_record(value, place, reader.columns, reader.ignore, form.required))
+    if pairs and not form.is_pairs:
+        raise DataError(
+            f"{place}: is of the form {reader.form}, one answer to a prompt; a preference is learned from "
+            f"two, chosen and rejected: {setting('format')} preference"
+        )
+
+
+__all__ = ["FORMS", "Pair", "RecordForm", "RecordReader", "check_form", "choose_form"]

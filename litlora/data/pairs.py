@@ -1,0 +1,80 @@
+"""Pairs of conversations to pairs of examples. Torch-free."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from litlora.data.conversation import is_document
+from litlora.data.encode import Encoder
+from litlora.data.examples import EVENTS, Example, Examples, chunks, examples_of, no_example_left
+from litlora.data.records import Pair
+from litlora.data.skipped import Skipped
+from litlora.errors import DataError
+from litlora.prompts import PromptStyle
+from litlora.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample:
+    """Two answers to one prompt as token ids; of both the answer alone is learned."""
+
+    chosen: Example
+    rejected: Example
+    reference: tuple[float, float] | None = None
+    """The log-probabilities of the two answers before training."""
+
+
+def tokenize_pairs(
+    pairs: list[Pair],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    skipped: Skipped | None = None,
+) -> Examples:
+    """Encode every pair. One of which an answer does not fit is left out. Raises DataError if none
+    is left, for a conversation that the style has no form for, unless there is `skipped` to note it,
+    and for answers that are the same."""
+    encoder = Encoder(tokenizer, style)
+    sides = [side for pair in pairs for side in pair]
+    errors: list[DataError] | None = None if skipped is None else []
+    encoded = [one for chunk in chunks(sides) for one in encoder.encode(chunk, errors)]
+    refusals = iter(errors or ())
+    found: list[PairExample] = []
+    counts: Counter[str] = Counter()
+    for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
+        if refused := [next(refusals) for side in (chosen, rejected) if not side.drafts]:
+            skipped.append(refused[0])
+            continue
+        of_pair: Counter[str] = Counter()
+        examples = [examples_of(side, max_seq_length, of_pair) for side in (chosen, rejected)]
+        if of_pair["split"] or of_pair["pieces"]:
+            raise DataError(
+                f"{pair.chosen.place}: each of its two sides must be one example, and one is several: "
+                "let both be short, and learn their last answer alone"
+            )
+        if not all(examples):
+            counts["left out"] += 1
+            continue
+        both = PairExample(*(example for (example,) in examples))
+        if is_document(pair.chosen) and is_document(pair.rejected):
+            both = _after_shared(both)
+        if list(both.chosen.ids) == list(both.rejected.ids):
+            raise DataError(f"{pair.chosen.place}: chosen and rejected are the same")
+        counts += of_pair
+        found.append(both)
+    if not found:
+        left_out = [] if skipped is None else skipped.notices()
+        raise no_example_left(max_seq_length, pairs[0].chosen.place, left_out)
+    return Examples(found, *(counts[name] for name in EVENTS))
+
+
+def _after_shared(pair: PairExample) -> PairExample:
+    """Of two texts, what they do not share is learned: the prompt is what both begin with."""
+    ids = (pair.chosen.ids, pair.rejected.ids)
+    shared = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
+    sides = (pair.chosen, pair.rejected)
+    # One that is the beginning of the other still ends there.
+    starts = (min(shared, len(side.ids) - 1) for side in sides)
+    chosen, rejected = (
+        replace(side, learned=((start, len(side.ids)),)) for side, start in zip(sides, starts, strict=True)
+    )
+    return replace(pair, chosen=chosen, rejected=rejected)

@@ -1,0 +1,202 @@
+"""finetune/dpo.py, as a user runs it."""
+
+import csv
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from conftest import QUICKSTART, AfterStep, extra_sinks
+
+from litlora.cli import parse
+from litlora.data.pairs import tokenize_pairs
+from litlora.data.sources import read_dataset
+from litlora.errors import DataError
+from litlora.prompts import STYLES
+from litlora.settings import Files, FinetuneDPO
+from litlora.storage.tensors import open_torch
+from litlora.tokenizer import Tokenizer
+
+DPO = "finetune/dpo.py"
+EXACT = ("--precision", "32-true", "--train.epochs", 9)
+
+
+def write(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Answers that the quickstart's sample has, and the answers to other questions."""
+    from litlora.data.sources import SAMPLE_FILE
+
+    records = [record for record in json.loads(SAMPLE_FILE.read_text())[:60] if not record["input"]]
+    draw = random.Random(0)
+    found = []
+    for record in records:
+        other = draw.choice([r["output"] for r in records if r["output"] != record["output"]])
+        found.append({"prompt": record["instruction"], "chosen": record["output"], "rejected": other})
+    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", found)
+
+
+def rows(out):
+    return [row for row in csv.DictReader((out / "metrics.csv").read_text().splitlines()) if row["loss"]]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+def test_it_learns_to_prefer_and_merges(loss, pairs, forked, tmp_path):
+    words = [
+        "--data",
+        pairs,
+        "--out_dir",
+        tmp_path / "out",
+        "--preference.loss",
+        loss,
+        "--precision",
+        "32-true",
+    ]
+    words += [
+        "--train.max_steps",
+        6,
+        "--train.log_interval",
+        1,
+        "--train.learning_rate",
+        1e-3,
+        "--train.epochs",
+        9,
+    ]
+    done = forked.run(DPO, *words, cwd=tmp_path)
+    assert done["status"] == 0, done["stderr"]
+    assert "the records are of the form preference" in done["stdout"] and "| accuracy " in done["stdout"]
+    logged = rows(tmp_path / "out")
+    assert float(logged[-1]["margin"]) > float(logged[0]["margin"])
+    assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
+    if loss == "dpo":
+        assert float(logged[0]["loss"]) == pytest.approx(0.693147, abs=1e-5)
+    if loss != "dpo":
+        return
+    merged = ["--lora_path", tmp_path / "out/final/lit_model.pth", "--out_dir", tmp_path / "merged"]
+    done = forked.run("scripts/merge_lora.py", *merged, cwd=tmp_path)
+    assert done["status"] == 0 and "verified" in done["stdout"], done
+
+
+def run_in_process(*words):
+    import importlib.util
+
+    from conftest import REPO
+
+    spec = importlib.util.spec_from_file_location("finetune_dpo", REPO / DPO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(parse(FinetuneDPO, [str(word) for word in words]))
+
+
+def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
+    """DPO on an adapter: the reference is the model with that adapter, also after a resume."""
+    sft = [
+        "--data.source",
+        "sample",
+        "--train.max_steps",
+        2,
+        "--out_dir",
+        tmp_path / "sft",
+        "--precision",
+        "32-true",
+    ]
+    assert forked.run("finetune/lora.py", *sft, cwd=tmp_path)["status"] == 0
+    words = ["--checkpoint_dir", tmp_path / "sft/final", "--data", pairs, "--train.max_steps", 6]
+    words += [*EXACT, "--lora.dropout", 0.1, "--train.log_interval", 2]
+    run_in_process(*words, "--out_dir", tmp_path / "expected")
+    out = [*words, "--out_dir", tmp_path / "out", "--resume", "auto"]
+    with extra_sinks(AfterStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM))), pytest.raises(SystemExit):
+        run_in_process(*out)
+    run_in_process(*out)
+    one, two = ((tmp_path / name / "final/lit_model.pth").read_bytes() for name in ("expected", "out"))
+    assert open_torch(tmp_path / "out/final/lit_model.pth")["litlora"]["base"]["path"].endswith("sft/final")
+    assert len(one) == len(two)
+    first, second = (
+        open_torch(tmp_path / name / "final/lit_model.pth")["model"] for name in ("expected", "out")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def made(tmp_path, *records, style="plain"):
+    source = Files(path=str(write(tmp_path / "x.jsonl", records)), val_fraction=0.0)
+    data = read_dataset(source, pairs=True).conversations
+    return tokenize_pairs(data, Tokenizer(QUICKSTART), STYLES[style], 64)
+
+
+def learned(example):
+    ids = [list(example.ids[start:stop]) for start, stop in example.learned]
+    return [Tokenizer(QUICKSTART).decode(each) for each in ids]
+
+
+USER, BETTER, WORSE = (
+    {"role": "user", "content": "Say hi."},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "assistant", "content": "No!"},
+)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Say hi.", "chosen": "Hi.", "rejected": "No!"},
+        {"prompt": [USER], "chosen": [BETTER], "rejected": [WORSE]},
+        {"chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+    ],
+    ids=["text", "messages", "prompt in both"],
+)
+def test_every_layout_is_the_same_pair(record, tmp_path):
+    (pair,) = made(tmp_path, record).examples
+    assert learned(pair.chosen) == ["Hi."] and learned(pair.rejected) == ["No!"]
+    eos = Tokenizer(QUICKSTART).eos_id
+    assert pair.chosen.ids[-1] == pair.rejected.ids[-1] == eos
+    begin = pair.chosen.learned[0][0]
+    assert begin > 0 and pair.chosen.ids[:begin] == pair.rejected.ids[:begin]
+
+
+def test_of_two_texts_what_they_share_is_the_prompt(tmp_path):
+    """As Anthropic's helpful-harmless data has them."""
+    texts = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"}
+    (pair,) = made(tmp_path, texts).examples
+    (start, stop), ids = pair.chosen.learned[0], pair.chosen.ids
+    assert ids[:start] == pair.rejected.ids[:start] and ids[start] != pair.rejected.ids[start]
+    assert "hello".endswith(learned(pair.chosen)[0].strip()) and stop == len(ids)
+
+
+def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
+    long = {"prompt": "word " * 100, "chosen": "a", "rejected": "b"}
+    found = made(tmp_path, long, {"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert len(found.examples) == 1 and found.num_left_out == 1
+    with pytest.raises(DataError, match=r"x.jsonl, line 1: chosen and rejected are the same"):
+        made(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "a"})
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "--data: required"),
+        (
+            ["--data", "sft.jsonl"],
+            "sft.jsonl, line 1: is of the form prompt_completion, one",
+        ),
+        (["--data", "pairs.jsonl", "--preference.beta", 0], "--preference.beta 0.0: must be a positive"),
+        (
+            ["--data", "pairs.jsonl", "--train.mask_prompt", "false"],
+            "--train.mask_prompt false: both",
+        ),
+        (["--data", "pairs.jsonl", "--preference.loss", "kto"], "--preference.loss"),
+        (
+            ["--data", "pairs.jsonl", "--preference.loss", "orpo", "--preference.label_smoothing", 0.1],
+            "--preference.label_smoothing has no effect on --preference.loss orpo",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(words, says, pairs, forked, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(pairs.read_text())
+    write(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert says in forked.refuses(DPO, *words, cwd=tmp_path)
