@@ -60,7 +60,12 @@ class DataCache:
     def key(self, records: Records, setup: Setup) -> str:
         """A hash of all that the examples depend on."""
         facts = {
-            "files": [[_suffixes(file), self._content(file)] for file in _files(records)],
+            "files": [
+                [_suffixes(file), self._content(file)]
+                for part in records.parts
+                if part.held is None  # else they are among the facts, and a pipe is read only once
+                for file in part.files
+            ],
             "records": [_chosen_by(part) for part in records.parts],
             "tokenizer": setup.tokenizer.fingerprint,
             "style": [setup.style_name, setup.template.fingerprint if setup.template else None],
@@ -118,7 +123,6 @@ class DataCache:
 
     def _make(self, key: str, records: Records, setup: Setup) -> Store:
         started, directory = time.monotonic(), self.place / key
-        before = [_facts_of(file) for file in _files(records)]
         num_bytes = sum(file.stat().st_size for file in _files(records))
         self._say(
             f"data: tokenising {num_bytes / 1e6:,.0f} MB, once, in {num_processes(num_bytes)} processes; "
@@ -128,7 +132,7 @@ class DataCache:
             self._remove_unused()
             with replacing_directory(directory) as staging:
                 written = self._write(staging, records, setup, num_bytes)
-                if [_facts_of(file) for file in _files(records)] != before:
+                if self.key(records, setup) != key:
                     raise DataError(
                         f"{_files(records)[0]}: the data was changed while it was read; start again"
                     )

@@ -2,7 +2,7 @@
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,10 @@ from litlora.data.choosing import (
 from litlora.data.conversation import Conversation
 from litlora.data.files import Entry, bytes_in_memory, entries, in_lines
 from litlora.data.records import RecordReader
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError
 from litlora.settings import DataSource, Mix
 
-NAMED = 3
-"""How many of the records that are left out are named."""
 LARGE = 16 * 2**20
 """Bytes of files above which their records stay on the disk: see `data/cache.py`."""
 
@@ -64,22 +63,30 @@ class Records:
     def __iter__(self) -> Iterator[Conversation]:
         return self.read()
 
-    def read(self, skipped: list[DataError] | None = None) -> Iterator[Conversation]:
+    def read(self, skipped: Skipped | None = None) -> Iterator[Conversation]:
         """The conversations; a bad record is raised, or added to `skipped`, as the reader says."""
         return self.reader.read(self.entries(), skipped)
 
     def _taken(self) -> Iterator[Entry]:
         seen = Survey() if self.survey is None else Survey(self.survey.ignore)
         try:
+            number = -1
             for number, entry in enumerate(self._all()):
+                if self.times is not None and number == len(self.times):
+                    raise self._changed()
                 if self.survey is not None and not self.survey.complete:
                     seen.add(*entry)
                 for _ in range(1 if self.times is None else self.times[number]):
                     yield entry
+            if self.times is not None and number + 1 < len(self.times):
+                raise self._changed()
             seen.complete = True
         finally:
             if self.survey is not None and (seen.complete or self.most is not None):
                 self.survey.keep(seen)
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.files[0]}: the data was changed while it was read; start again")
 
     def note(self, hashes: bytes) -> None:
         """Add to the survey the next records, which another process has read."""
@@ -108,7 +115,7 @@ class Mixture:
     def __iter__(self) -> Iterator[Conversation]:
         return self.read()
 
-    def read(self, skipped: list[DataError] | None = None) -> Iterator[Conversation]:
+    def read(self, skipped: Skipped | None = None) -> Iterator[Conversation]:
         """The conversations, as `Records.read` gives them."""
         return itertools.chain.from_iterable(part.read(skipped) for part in self.parts)
 
@@ -127,6 +134,8 @@ class Dataset:
     """What the user must know about where the conversations come from."""
     notices: tuple[str, ...] = ()
     """What else is said when training begins: what was left out, and what was chosen."""
+    read_once: Path | None = None
+    """A file that can be read only once, such as a pipe."""
     validation: Conversations | None = None
     """Validation data of its own; None: a part of the conversations is held out."""
 
@@ -156,13 +165,12 @@ def settled(found: Dataset, validation: Records | None) -> Dataset:
         parts = (replace(parts[0], most=source.max_examples),)
     conversations, val = _joined(parts), _joined(val_parts) if val_parts else None
     if is_small:
-        skipped: list[DataError] = []
+        skipped = Skipped()
         conversations = list(conversations.read(skipped))
         val = None if val is None else list(val.read(skipped))
-        if skipped and not conversations:
-            raise DataError(f"{skipped[0].args[0]}; and no other record can be trained on")
-        if skipped:
-            notices = (*notices, skipped_notice(len(skipped), map(str, skipped[:NAMED])))
+        if skipped.first and not conversations:
+            raise DataError(f"{skipped.first[0].args[0]}; and no other record can be trained on")
+        notices = (*notices, *skipped.notices())
     _check_any(conversations, getattr(source, "path", source.name), "train")
     if val is not None:
         _check_any(val, source.val_path or source.name, "validate")
@@ -242,13 +250,7 @@ def _held(records: Records) -> Records:
 
 
 def _bytes(records: Records) -> int:
-    return sum(map(bytes_in_memory, records.files))
-
-
-def skipped_notice(number: int, first: Iterable[str]) -> str:
-    """How many records were left out, with the places and reasons of the first NAMED."""
-    reasons = [*first] + [f"and {number - NAMED:,} more"] * (number > NAMED)
-    return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"
+    return sum(bytes_in_memory(file, LARGE) for file in records.files if records.held is None)
 
 
 def _check_any(conversations: Conversations, name: str, use: str) -> None:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from litlora.data.conversation import Conversation, Message, is_document
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
 from litlora.prompts.exchange import Passage, TurnText, passages
@@ -64,7 +65,8 @@ class Encoded:
 
     drafts: list[Draft]
     """One with all answers; or several, if the style shows an earlier turn otherwise than it asks
-    for it: then each answer stands in the form in which it is asked for."""
+    for it: then each answer stands in the form in which it is asked for. None, if the style has no
+    form for the conversation, and such ones are left out."""
     num_apart: int
     """Answers whose first characters share a token with the prompt in the whole text. Prompt and
     answer are then encoded apart, as chat encodes the prompt alone."""
@@ -83,10 +85,12 @@ class Encoder:
         self._begins_anew = template is None
         self._now = time.time()  # a template that writes the time must not change from text to text
 
-    def encode(self, conversations: list[Conversation]) -> list[Encoded]:
+    def encode(
+        self, conversations: list[Conversation], skipped: Skipped | list[DataError] | None = None
+    ) -> list[Encoded]:
         """Each conversation in token ids. Raises DataError, naming the record, if the style has no
-        form for it."""
-        found = [self._passages(conversation) for conversation in conversations]
+        form for it; or, with `skipped`, adds the error to it and gives no draft."""
+        found = [self._passages_unless(conversation, skipped) for conversation in conversations]
         texts = [
             (passage.text, [place for turn in passage.turns for place in (turn.start, turn.stop)])
             for of_one in found
@@ -98,6 +102,17 @@ class Encoder:
             for conversation, of_one in zip(conversations, found, strict=True)
         ]
 
+    def _passages_unless(
+        self, conversation: Conversation, skipped: Skipped | list[DataError] | None
+    ) -> list[Passage]:
+        try:
+            return self._passages(conversation)
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(error)
+            return []
+
     def _passages(self, conversation: Conversation) -> list[Passage]:
         """The texts of a conversation."""
         if self._style.template is not None and not is_document(conversation):
@@ -107,6 +122,8 @@ class Encoder:
     def _encoded(
         self, conversation: Conversation, found: list[tuple[Passage, list[int], list[Cut]]]
     ) -> Encoded:
+        if not found:
+            return Encoded([], 0)
         messages = conversation.messages
         # A chat template writes the begin-of-text token itself.
         begin = self._tokenizer.begin_ids if self._begins_anew or is_document(conversation) else []

@@ -25,8 +25,9 @@ from litlora.data.choosing import Survey
 from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
-from litlora.data.parts import Part, Setup
+from litlora.data.parts import Part, Setup, checksum
 from litlora.data.records import RecordReader
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError
 
 CHARACTERS = 2**21
@@ -66,7 +67,7 @@ def entries(question: dict[str, Any]) -> Iterator[Entry]:
 
 def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[str, Any]) -> Part:
     """The examples of the records of a piece."""
-    skipped: list[DataError] = []
+    skipped = Skipped()
     survey = Survey(reader.ignore)
     records = entries(question)
     if question["source"] is not None:  # else the run itself has seen them
@@ -75,12 +76,13 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
     examples, (sizes, lengths, numbers, events) = bytearray(), (array("i") for _ in range(4))
     number = 0
     for chunk in chunks(conversations, CHARACTERS):
-        for encoded in encoder.encode(chunk):
+        for encoded in encoder.encode(chunk, skipped if reader.on_bad == "skip" else None):
             counts: Counter[str] = Counter()
             for example in examples_of(encoded, setup.max_seq_length, counts):
                 spans = array("i", [bound for span in example.learned for bound in span])
-                examples += example.ids.tobytes() + spans.tobytes()
-                sizes.append(len(example.ids) + len(spans))
+                content = example.ids.tobytes() + spans.tobytes()
+                examples += content + checksum(content)
+                sizes.append(len(example.ids) + len(spans) + 1)
                 lengths.append(len(example.ids))
                 numbers.append(number)
             for event, name in enumerate(EVENTS):
@@ -95,7 +97,8 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
         conversations=numbers.tobytes(),
         events=events.tobytes(),
         first=str(conversations[0].place) if conversations else "",
-        skipped=[str(error) for error in skipped],
+        num_skipped=skipped.number,
+        skipped=[str(error) for error in skipped.first],
         source=question["source"],
         hashes=survey.hashes.tobytes(),
     )

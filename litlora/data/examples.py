@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from litlora.data.conversation import Conversation, Place
 from litlora.data.encode import Draft, Encoded, Encoder
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError, setting
 from litlora.prompts import PromptStyle
 from litlora.tokenizer import Tokenizer
@@ -101,21 +102,27 @@ EVENTS = ("cut", "shortened", "left out", "empty", "split", "apart", "trailing",
 
 
 def tokenize(
-    conversations: list[Conversation], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int
+    conversations: list[Conversation],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    skipped: Skipped | None = None,
 ) -> Examples:
     """Encode every conversation. Each example ends with the end of an answer, even where a long
     answer is cut.
 
-    Raises DataError if no example is left, or for a conversation that the style has no form for.
+    Raises DataError if no example is left, or for a conversation that the style has no form for,
+    unless there is `skipped` to note it.
     """
     encoder = Encoder(tokenizer, style)
     examples: list[Example] = []
     counts: Counter[str] = Counter()
     for chunk in chunks(conversations):
-        for encoded in encoder.encode(chunk):
+        for encoded in encoder.encode(chunk, skipped):
             examples += examples_of(encoded, max_seq_length, counts)
     if not examples:
-        raise no_example_left(max_seq_length, conversations[0].place)
+        left_out = [] if skipped is None else skipped.notices()
+        raise no_example_left(max_seq_length, conversations[0].place, left_out)
     return Examples(examples, *(counts[name] for name in EVENTS))
 
 
@@ -141,11 +148,13 @@ def examples_of(encoded: Encoded, max_seq_length: int, counts: Counter[str]) -> 
     return examples
 
 
-def no_example_left(max_seq_length: int, first: Place | str) -> DataError:
-    """The error of a data set without an example; `first` is the place of its first record."""
+def no_example_left(max_seq_length: int, first: Place | str, left_out: list[str]) -> DataError:
+    """The error of a data set without an example; `first` is the place of its first record,
+    `left_out` what is said of records that were."""
     return DataError(
         f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
         f"({setting('max_seq_length')} or the model's context); the first is {first}"
+        + "".join(f"; {notice}" for notice in left_out)
     )
 
 

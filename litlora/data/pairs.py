@@ -7,6 +7,7 @@ from litlora.data.conversation import is_document
 from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, Example, Examples, chunks, examples_of, no_example_left
 from litlora.data.records import Pair
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError
 from litlora.prompts import PromptStyle
 from litlora.tokenizer import Tokenizer
@@ -23,16 +24,26 @@ class PairExample:
 
 
 def tokenize_pairs(
-    pairs: list[Pair], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int
+    pairs: list[Pair],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_length: int,
+    skipped: Skipped | None = None,
 ) -> Examples:
     """Encode every pair. One of which an answer does not fit is left out. Raises DataError if none
-    is left, for a conversation that the style has no form for, and for answers that are the same."""
+    is left, for a conversation that the style has no form for, unless there is `skipped` to note it,
+    and for answers that are the same."""
     encoder = Encoder(tokenizer, style)
     sides = [side for pair in pairs for side in pair]
-    encoded = [one for chunk in chunks(sides) for one in encoder.encode(chunk)]
+    errors: list[DataError] | None = None if skipped is None else []
+    encoded = [one for chunk in chunks(sides) for one in encoder.encode(chunk, errors)]
+    refusals = iter(errors or ())
     found: list[PairExample] = []
     counts: Counter[str] = Counter()
     for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
+        if refused := [next(refusals) for side in (chosen, rejected) if not side.drafts]:
+            skipped.append(refused[0])
+            continue
         of_pair: Counter[str] = Counter()
         examples = [examples_of(side, max_seq_length, of_pair) for side in (chosen, rejected)]
         if of_pair["split"] or of_pair["pieces"]:
@@ -51,7 +62,8 @@ def tokenize_pairs(
         counts += of_pair
         found.append(both)
     if not found:
-        raise no_example_left(max_seq_length, pairs[0].chosen.place)
+        left_out = [] if skipped is None else skipped.notices()
+        raise no_example_left(max_seq_length, pairs[0].chosen.place, left_out)
     return Examples(found, *(counts[name] for name in EVENTS))
 
 

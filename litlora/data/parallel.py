@@ -4,6 +4,7 @@ encode them, and come back in the order of the data. Torch-free."""
 import base64
 import os
 import pickle
+import re
 import sys
 import time
 from collections import deque
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from litlora import errors
+from litlora.data.conversation import Place
+from litlora.data.files import MAX_RECORD, Entry
 from litlora.data.parts import Part, Setup
 from litlora.data.sources import Records
 from litlora.errors import DataError, UserError
@@ -27,6 +30,8 @@ from litlora.worker import Worker
 
 PIECE = 2**20
 """Bytes of a file, or characters of records, that a process gets at a time, about."""
+LONGEST_LINE = 4 * MAX_RECORD
+"""Bytes after which a line has more than MAX_RECORD characters, whatever they are."""
 PROCESS_MEMORY = 2**29
 """Bytes that a process may take, with its tokenizer and chat template. Most take a quarter."""
 SECONDS_A_LINE = 30
@@ -153,13 +158,41 @@ def _line_pieces(file: Path) -> Iterator[Piece]:
     try:
         with file.open("rb") as opened:
             while content := opened.read(PIECE):
-                content += opened.readline()
+                more = opened.readline(LONGEST_LINE)
+                content += more
+                stop, passed = start + len(content), 0
+                if len(more) == LONGEST_LINE and not more.endswith(b"\n"):
+                    if b"\r" in more:  # which ends lines too
+                        content = content[: content.rindex(b"\r") + 1]
+                        stop = opened.seek(start + len(content))
+                    else:  # the reader refuses the line, whatever follows
+                        content, passed = _whole_characters(content), 1
+                        stop += _pass_line(opened)
                 question = {"file": str(file), "start": start, "stop": start + len(content), "line": line}
-                yield Piece(question, len(content))
-                start += len(content)
-                line += content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")
+                yield Piece(question, stop - start)
+                start = stop
+                line += content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n") + passed
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """The text without a character at its end of which only a part is there."""
+    for size in range(1, min(4, len(text)) + 1):
+        if text[-size] & 0xC0 != 0x80:  # where a character begins
+            return text if text[-size] < 0x80 else text[:-size]
+    return text
+
+
+def _pass_line(opened: BinaryIO) -> int:
+    """Go to the start of the next line; returns how many bytes away it was."""
+    passed = 0
+    while more := opened.read(PIECE):
+        if end := re.search(rb"\r\n?|\n", more):
+            opened.seek(end.end() - len(more), os.SEEK_CUR)
+            return passed + end.end()
+        passed += len(more)
+    return passed
 
 
 def _entry_pieces(records: Records) -> Iterator[Piece]:
@@ -168,19 +201,42 @@ def _entry_pieces(records: Records) -> Iterator[Piece]:
         group.append(entry)
         size += _characters(entry[1])
         if size >= PIECE:
-            yield Piece({"entries": _pickled(group)}, size)
+            yield _entry_piece(group, size)
             group, size = [], 0
     if group:
-        yield Piece({"entries": _pickled(group)}, size)
+        yield _entry_piece(group, size)
+
+
+def _entry_piece(group: list[Entry], size: int) -> Piece:
+    try:
+        return Piece({"entries": _pickled(group)}, size)
+    except RecursionError:
+        return Piece({"entries": _pickled([_flat(place, value) for place, value in group])}, size)
+
+
+def _flat(place: Place, value: Any) -> Entry:
+    """The entry, if it can be sent to another process; else with the error that says why not."""
+    try:
+        _pickled(value)
+        return place, value
+    except RecursionError:
+        return place, DataError(f"{place}: is nested too deeply")
 
 
 def _characters(value: Any) -> int:
     """How long a record is as JSON, about."""
-    if isinstance(value, dict):
-        return sum(len(name) + 6 + _characters(content) for name, content in value.items())
-    if isinstance(value, list):
-        return sum(2 + _characters(content) for content in value)
-    return len(value) + 2 if isinstance(value, str) else 8
+    size, inside = 0, [value]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, dict):
+            size += sum(len(name) + 6 for name in value)
+            inside += value.values()
+        elif isinstance(value, list):
+            size += 2 * len(value)
+            inside += value
+        else:
+            size += len(value) + 2 if isinstance(value, str) else 8
+    return size
 
 
 def _pickled(value: Any) -> str:

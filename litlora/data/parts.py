@@ -1,9 +1,16 @@
 """What passes between a run and the processes that encode its data. Torch-free."""
 
+import sys
+import zlib
 from dataclasses import dataclass, replace
 
 from litlora.prompts import STYLES, ChatTemplate, PromptStyle
 from litlora.tokenizer import Tokenizer
+
+
+def checksum(content: bytes) -> bytes:
+    """Four bytes that tell whether the content was damaged."""
+    return zlib.crc32(content).to_bytes(4, sys.byteorder)
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,10 @@ class Part:
     events: bytes
     first: str
     """The place of the first conversation; empty if there is none."""
+    num_skipped: int
+    """Records that were left out."""
     skipped: list[str]
-    """Messages about records that were left out."""
+    """Messages about the first of them."""
     source: int | None
     """Which of the records' parts was read there, not by the run itself."""
     hashes: bytes

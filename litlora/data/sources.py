@@ -35,7 +35,8 @@ def read_dataset(source: DataSource, *, pairs: bool = False) -> Dataset:
     if source.val_path is not None:
         own = READERS[Files](source.of_files(source.val_path))
         validation = own.conversations
-        found = replace(found, notices=tuple(dict.fromkeys((*found.notices, *own.notices))))
+        notices = tuple(dict.fromkeys((*found.notices, *own.notices)))
+        found = replace(found, notices=notices, read_once=found.read_once or own.read_once)
     for records in (*found.conversations.parts, *(() if validation is None else validation.parts)):
         for first in islice(records.entries(), 1):
             check_form(records.reader, first, pairs=pairs)
@@ -130,6 +131,7 @@ def _read_mix(source: Mix) -> Dataset:
         source,
         notice="; ".join(part.notice for part in found if part.notice) or None,
         notices=tuple(notice for part in found for notice in part.notices),
+        read_once=next((part.read_once for part in found if part.read_once), None),
     )
 
 
@@ -148,7 +150,8 @@ def _read_files(files: Sequence[Path], source: DataSource, form: str | None = No
     they show."""
     every = (entry for file in files for entry in entries(file))
     held = None
-    if not all(map(Path.is_file, files)):  # a pipe can be read only once
+    once = next((file for file in files if not file.is_file()), None)
+    if once is not None:
         held = every = tuple(every)
     known = source.format or form
     looked_at = islice(every, None if source.shuffle else source.max_examples)
@@ -157,4 +160,4 @@ def _read_files(files: Sequence[Path], source: DataSource, form: str | None = No
         form, files = "alpaca", ()  # no records at all, as `settled` says
     reader = RecordReader(form, source.ignore, source.columns, source.on_bad, source.learn, source.system)
     notices = () if known or not files else (f"the records are of the form {form}",)
-    return Dataset(Records(tuple(files), reader, held=held), source, notices=notices)
+    return Dataset(Records(tuple(files), reader, held=held), source, notices=notices, read_once=once)

@@ -1,7 +1,7 @@
 """Examples in a directory on the disk, for data larger than memory. Torch-free.
 
     header.json        what the other files hold, and a hash of itself
-    examples.bin       of each example its ids, then (start, stop) of its learned spans
+    examples.bin       of each example its ids, then (start, stop) of its learned spans, and a checksum
     offsets.bin        where each of them begins in examples.bin, in 32-bit integers
     lengths.bin        the number of ids of each
     conversations.bin  the number of the conversation that each comes from
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import weakref
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -24,9 +25,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from litlora.data.dataset import NAMED
 from litlora.data.examples import EVENTS, Example, Examples, drawn, no_example_left
-from litlora.data.parts import Part
+from litlora.data.parts import Part, checksum
+from litlora.data.skipped import NAMED, skipped_notice
 from litlora.errors import DataError
 from litlora.storage.atomic import replacing_file
 
@@ -50,6 +51,7 @@ class StoreWriter:
         }
         self._offset = self.num_conversations = self.num_skipped = 0
         self._first, self.skipped = "", []
+        self._checksums = dict.fromkeys(PARTS, 0)
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -71,16 +73,21 @@ class StoreWriter:
             "events": (events + np.array([self.num_conversations, 0, 0], np.int32)).tobytes(),
         }
         for name, bytes_ in content.items():
-            self._files[name].write(bytes_)
+            self._write(name, bytes_)
         self._offset += int(sizes.sum(dtype=np.int64))
         self.num_conversations += part.num_conversations
         self._first = self._first or part.first
-        self.num_skipped += len(part.skipped)
+        self.num_skipped += part.num_skipped
         self.skipped += part.skipped[: NAMED - len(self.skipped)]
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._files[name].write(content)
+        if name != "examples":  # of which each has its own
+            self._checksums[name] = zlib.crc32(content, self._checksums[name])
 
     def finish(self) -> None:
         """Write the header: only now it is a store."""
-        self._files["offsets"].write(np.array([self._offset], np.int64).tobytes())
+        self._write("offsets", np.array([self._offset], np.int64).tobytes())
         self._stack.close()
         header = {
             "num_conversations": self.num_conversations,
@@ -88,6 +95,7 @@ class StoreWriter:
             "num_skipped": self.num_skipped,
             "skipped": self.skipped,
             "sizes": {name: (self._directory / f"{name}.bin").stat().st_size for name in PARTS},
+            "checksums": self._checksums,
         }
         text = json.dumps({**header, "hash": _header_hash(header)})
         (self._directory / HEADER).write_text(text, encoding="utf-8")
@@ -117,10 +125,18 @@ class Store:
             size = os.fstat(self._descriptors[name]).st_size
             if size != header["sizes"][name]:
                 raise Broken(f"{path}: has {size:,} bytes instead of {header['sizes'][name]:,}")
+            if name != "examples" and self._checksum(name, size) != header["checksums"][name]:
+                raise Broken(f"{path}: is damaged")
         self.num_conversations: int = header["num_conversations"]
         self.first: str = header["first"]
         self.num_skipped: int = header["num_skipped"]
         self.skipped: list[str] = header["skipped"]
+
+    def _checksum(self, name: str, size: int) -> int:
+        found = 0
+        for start in range(0, size, 2**20):
+            found = zlib.crc32(self._bytes(name, start, min(2**20, size - start)), found)
+        return found
 
     def array(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
         """Values of one of the files."""
@@ -133,7 +149,11 @@ class Store:
         """The example of so many ids that stands there in examples.bin."""
         content = self._bytes("examples", 4 * start, 4 * (stop - start))
         ids = array("i", content[: 4 * length])
-        bounds = iter(array("i", content[4 * length :]))
+        if checksum(content[:-4]) != content[-4:]:
+            raise DataError(
+                f"{self.directory / 'examples.bin'}: is damaged; remove {self.directory}, and start again"
+            )
+        bounds = iter(array("i", content[4 * length : -4]))
         return Example(ids, tuple(zip(bounds, bounds, strict=True)))
 
     def _bytes(self, name: str, start: int, count: int) -> bytes | bytearray:
@@ -146,6 +166,10 @@ class Store:
                     raise DataError(f"{self.directory / f'{name}.bin'}: was cut while it was in use")
                 found += more
         return found
+
+    def notices(self) -> list[str]:
+        """What the user must know of the records that were left out."""
+        return [skipped_notice(self.num_skipped, self.skipped)] if self.num_skipped else []
 
     def split(
         self, val_fraction: float, seed: int, max_seq_length: int
@@ -168,7 +192,7 @@ class Store:
         counts = np.bincount(events[:, 1], events[:, 2], minlength=len(EVENTS)).astype(int).tolist()
         found = StoredExamples(self, chosen)
         if not len(found):
-            raise no_example_left(max_seq_length, self.first)
+            raise no_example_left(max_seq_length, self.first, self.notices())
         return Examples(found, *counts)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from litlora.data.cache import DataCache, default_place
 from litlora.data.conversation import Conversation
-from litlora.data.dataset import Dataset, Records, skipped_notice
+from litlora.data.dataset import Dataset, Records
 from litlora.data.examples import Examples, split, tokenize
 from litlora.data.parts import Setup
+from litlora.data.skipped import Skipped
 from litlora.data.store import Store
 from litlora.errors import UserError
 from litlora.prompts import PromptStyle
@@ -36,9 +37,12 @@ class Preparation:
         self._source, self._tokenizer, self._style = source, tokenizer, style
         self._limit, self._parallel, self._say = max_seq_length, parallel, say
         self._tokenize = tokenize
+        self.notices: list[str] = []
+        """What the user must know of the records that were left out of `examples`."""
 
     def examples(self, dataset: Dataset) -> tuple[Examples, Examples | None]:
-        """(training, validation). Raises DataError if no example is left."""
+        """(training, validation). Raises DataError if no example is left, or for a record that
+        cannot be used, unless such ones are left out."""
         fraction, seed = self._source.val_fraction, self._source.split_seed
         data = dataset.conversations
         if dataset.validation is not None:
@@ -51,7 +55,10 @@ class Preparation:
     def _all(self, data: list[Conversation] | Records) -> Examples:
         if not isinstance(data, list):
             return self._stored(data).split(0, 0, self._limit)[0]
-        return self._tokenize(data, self._tokenizer, self._style, self._limit)
+        skipped = Skipped() if self._source.on_bad == "skip" else None
+        found = self._tokenize(data, self._tokenizer, self._style, self._limit, skipped)
+        self.notices += skipped.notices() if skipped is not None else []
+        return found
 
     def _stored(self, records: Records) -> Store:
         """The records in the cache. One process makes it, however long that takes: the others wait
@@ -64,8 +71,7 @@ class Preparation:
             store = cache.get(cache.key(records, setup), records, setup)
         else:
             store = self._made_by_one(cache, records, setup)
-        if store.num_skipped:
-            self._say(f"data: {skipped_notice(store.num_skipped, store.skipped)}")
+        self.notices += store.notices()
         return store
 
     def _made_by_one(self, cache: DataCache, records: Records, setup: Setup) -> Store:

@@ -153,7 +153,7 @@ def preview(settings: ShowData, dataset: Dataset, chain: Chain) -> Description:
     told = partial(say, file=sys.stderr)
     prepare = Preparation(settings.data, tokenizer, style, limit, told)
     made, made_val = prepare.examples(dataset)
-    said = (dataset.notice, *dataset.notices, *dataset.late_notices())
+    said = (dataset.notice, *dataset.notices, *dataset.late_notices(), *prepare.notices)
     return {
         "prompt_style": style.title,
         "prompt_style_reason": reason,

@@ -86,6 +86,11 @@ class Run:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
         self.interrupts = Interrupts(settings.train.max_time)
         self.parallel = Parallel(pick_device(settings.accelerator), settings.devices)
+        if dataset.read_once is not None and self.parallel.world_size > 1:
+            raise UserError(
+                f"{dataset.read_once}: can be read only once, and each of {self.parallel.world_size} devices "
+                "reads the data: write it to a file first"
+            )
         self.parallel.launch(settings.seed)
         self.say = console.say if self.parallel.is_main else lambda *_: None
         if place.start is not None:
@@ -158,7 +163,7 @@ class Run:
         )
         made, made_val = prepare.examples(self.dataset)
         self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
-        for notice in self.dataset.late_notices():
+        for notice in (*self.dataset.late_notices(), *prepare.notices):
             self.say(f"data: {notice}")
         self._say_data()
         for notice in made.notices(limit):

@@ -9,20 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, command, succeeds, tune
+from conftest import REPO, command, fails, succeeds, tune
 
 from litlora.data import cache as caching
 from litlora.data import parallel
 from litlora.data.cache import DataCache
 from litlora.data.choosing import Survey
 from litlora.data.examples import split, tokenize
+from litlora.data.files import MAX_RECORD
 from litlora.data.parts import Setup
 from litlora.data.records import RecordReader
+from litlora.data.skipped import Skipped
 from litlora.data.sources import Dataset, Records, read_dataset
 from litlora.data.store import HEADER
 from litlora.errors import DataError, UserError
@@ -200,12 +203,19 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def _damage(path):
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
         ("examples.bin", _cut),
         ("offsets.bin", _cut),
         ("events.bin", Path.unlink),
+        *((f"{part}.bin", _damage) for part in ("offsets", "lengths", "conversations", "events")),
         (HEADER, lambda path: path.write_text(path.read_text().replace('"num_conversations": 9', "8"))),
         (HEADER, lambda path: path.write_text(path.read_text().replace(": 9,", ": 8,"))),
         (HEADER, lambda path: path.write_text("[]")),
@@ -220,6 +230,15 @@ def test_a_broken_store_is_found_and_made_anew(name, harm, cache, said, tokenize
     again = store(cache, data, setup)
     assert list(again.split(0, 0, LIMIT)[0].examples) == before
     assert len(said) == 5 and name in said[2] and said[2].endswith("it is made anew")
+
+
+def test_damaged_examples_are_not_learned(cache, tokenizer, tmp_path):
+    found = store(cache, written(tmp_path / "a.jsonl", records(9)), setup_of(tokenizer))
+    _damage(found.directory / "examples.bin")
+    examples = found.split(0, 0, LIMIT)[0].examples
+    for read in (lambda: examples[0], lambda: list(examples)):
+        with pytest.raises(DataError, match=rf"examples\.bin: is damaged; remove {found.directory}, and"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
@@ -432,7 +451,92 @@ def test_records_that_are_left_out_are_counted(tokenizer, tmp_path, said, monkey
     prepare = Preparation(source, tokenizer, STYLES["alpaca"], LIMIT, said.append)
     made, _ = prepare.examples(Dataset(data, source))
     assert list(made.examples) == tokenize(list(data), tokenizer, STYLES["alpaca"], LIMIT).examples
-    assert said[-1] == "data: 5 records were left out: line 1 | line 5 | line 9 | and 2 more"
+    assert prepare.notices == ["5 records were left out: line 1 | line 5 | line 9 | and 2 more"]
+
+
+REFUSING = (
+    "{% for m in messages %}{% if m.role == messages[loop.index0 - 1].role and loop.index0 %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_what_a_template_refuses_is_left_out_the_same_in_memory_and_on_the_disk(name, tokenizer, tmp_path):
+    answer = {"role": "assistant", "content": "dog"}
+    users = [{"role": "user", "content": f"fox {n}"} for n in range(40)]
+    found = [{"messages": [users[n]] * (1 + (n % 4 == 1)) + [answer] * (n % 9 != 2)} for n in range(40)]
+    refused = [n for n in range(40) if n % 4 == 1 or n % 9 == 2]
+    path = tmp_path / name
+    path.write_text(json.dumps(found) if name == "a.json" else "\n".join(map(json.dumps, found)))
+    style = ChatTemplate(REFUSING, tmp_path / "t.jinja", {}).style
+    made = []
+    for on_disk in (False, True):
+        source = JSON(path=str(path), cache_dir=str(tmp_path / "cache"), on_bad="skip", val_fraction=0.2)
+        data = read_dataset(source)
+        if on_disk:
+            reader = RecordReader("messages", on_bad="skip")
+            data = replace(data, conversations=Records((path,), reader), notices=())
+        prepare = Preparation(source, tokenizer, style, LIMIT, lambda _: None)
+        parts = prepare.examples(data)
+        left_out = sum(int(text.split()[0]) for text in (*data.notices[1:], *prepare.notices))
+        assert left_out == len(refused)
+        made.append([list(part.examples) for part in parts])
+        assert sum(map(len, made[-1])) == 40 - len(refused)
+    assert any("roles must alternate" in text for text in prepare.notices)
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("depth", [300, 900])
+def test_deep_nesting_does_not_stop_the_processes(depth, cache, tokenizer, tmp_path):
+    deep = json.dumps(records(9))[:-1] + ', {"instruction": "a", "output": "b", "x": ' + "[" * depth
+    (tmp_path / "a.json").write_text(deep + "]" * depth + "}]")
+    data = Records((tmp_path / "a.json",), RecordReader("alpaca", ignore=("x",), on_bad="skip"))
+    setup = Setup(tokenizer, "alpaca", None, LIMIT)
+    store = cache.get(cache.key(data, setup), data, setup)
+    assert store.num_conversations + store.num_skipped == 10
+    assert store.num_skipped == (depth == 900)  # more than pickle can send
+    assert not store.skipped or "record 9: is nested too deeply" in store.skipped[0]
+
+
+@pytest.mark.slow
+def test_a_line_without_an_end_is_not_read_into_memory(cache, tokenizer, tmp_path):
+    good = json.dumps(records(1)[0]).encode() + b"\n"
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as opened:
+        opened.write(good * 150)
+        opened.truncate(len(good) * 150 + 5 * MAX_RECORD)  # all zeros
+        opened.seek(0, os.SEEK_END)
+        opened.write(b"\n" + good * 2 + b"{oops}\n" + good)
+    sizes = [
+        piece.question["stop"] - piece.question["start"]
+        for piece in parallel.pieces(Records((file,), RecordReader("alpaca", on_bad="skip")))
+    ]
+    assert max(sizes) < 4 * MAX_RECORD + 1000
+    for on_bad in ("skip", "error"):
+        data = Records((file,), RecordReader("alpaca", on_bad=on_bad))
+        setup = Setup(tokenizer, "alpaca", None, LIMIT)
+        if on_bad == "error":
+            with pytest.raises(DataError, match="line 151: is longer than 67,108,864 characters"):
+                cache.get(cache.key(data, setup), data, setup)
+            continue
+        store = cache.get(cache.key(data, setup), data, setup)
+        assert store.num_conversations == 153
+        assert [text.partition(": ")[0] for text in store.skipped] == [
+            f"{file}, line 151",
+            f"{file}, line 154",
+        ]
+        skipped = Skipped()
+        assert len(list(data.read(skipped))) == 153
+        assert list(map(str, skipped.first)) == store.skipped
+
+
+def test_data_that_changes_between_its_key_and_its_reading_makes_no_store(cache, tokenizer, tmp_path):
+    data, setup = written(tmp_path / "a.jsonl", records(9)), Setup(tokenizer, "alpaca", None, LIMIT)
+    key = cache.key(data, setup)
+    written(tmp_path / "a.jsonl", records(12))
+    with pytest.raises(DataError, match=r"a\.jsonl: the data was changed while it was read; start again"):
+        cache.get(key, data, setup)
+    assert cache.get(cache.key(data, setup), data, setup).num_conversations == 12
 
 
 def test_the_number_of_processes_is_bounded(monkeypatch):
@@ -493,3 +597,22 @@ def test_of_two_devices_one_tokenises_and_both_learn_or_fail_together(base, tmp_
     failed = command(*on_disk, "--overwrite")
     assert failed.returncode == 2 and failed.stderr.count("error: ") == 1
     assert 'data.jsonl, line 121: has no "output"' in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_devices_refuse_a_pipe(base, tmp_path):
+    words = ["--checkpoint_dir", base, "--data", "/dev/stdin", "--out_dir", tmp_path / "out"]
+    lines = "".join(json.dumps(record) + "\n" for record in records(9))
+    says = fails("finetune/lora.py", *words, "--accelerator", "cpu", "--devices", 2, input=lines)
+    assert "/dev/stdin: can be read only once, and each of 2 devices reads the data" in says
+
+
+@pytest.mark.parametrize("harm", [lambda found: [*found, found[0]], lambda found: found[:-1]])
+def test_data_that_changes_after_it_was_counted_is_refused(harm, tmp_path):
+    found = records(9)
+    data = written(tmp_path / "a.json", found)
+    data = replace(data, times=array("B", [2] * 9))
+    assert len(list(data)) == 18
+    written(tmp_path / "a.json", harm(found))
+    with pytest.raises(DataError, match=r"a\.json: the data was changed while it was read"):
+        list(data)

@@ -1,7 +1,9 @@
 """Files of data: each kind gives the records that the libraries give that write it, as a stream; a
 broken or foreign file is named, with the place and the way out."""
 
+import csv
 import gzip
+import io
 import json
 import random
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from litlora.data.files import MAX_RECORD, entries, find_files
+from litlora.data.files import MAX_RECORD, bytes_in_memory, entries, find_files
 from litlora.data.records import RecordReader
 from litlora.errors import DataError, MissingExtraError
 
@@ -191,8 +193,12 @@ def test_an_error_late_in_a_long_list_names_its_line(tmp_path):
 @pytest.mark.parametrize(("name", "before"), [("x.jsonl", "{}\n"), ("x.json", "[1, ")])
 def test_a_record_that_is_too_long_is_refused(tmp_path, name, before):
     (tmp_path / name).write_text(f'{before}{{"a": "{"x" * (MAX_RECORD + 10)}"}}\n')
-    place = "line 2" if name == "x.jsonl" else "record 1"
-    assert f"{name}, {place}: is longer than 67,108,864 characters" in refusal(tmp_path / name)
+    if name == "x.jsonl":
+        (_, first), (place, value) = entries(tmp_path / name)
+        assert first == {} and place.record == "line 2"
+        assert f"{name}, line 2: is longer than 67,108,864 characters" in str(value)
+    else:
+        assert f"{name}, record 1: is longer than 67,108,864 characters" in refusal(tmp_path / name)
 
 
 def test_a_broken_line_can_be_left_out(tmp_path):
@@ -416,3 +422,30 @@ def test_a_saved_data_set_that_is_not_whole(tmp_path):
     state = {"_data_files": [{"filename": "../../secret.arrow"}]}
     (tmp_path / "saved/test/state.json").write_text(json.dumps(state))
     assert "whose file ../../secret.arrow is missing" in refusal(tmp_path / "saved/test")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet"])
+def test_what_a_small_file_unpacks_to_counts(tmp_path, name):
+    file, text = tmp_path / name, "lazy dog " * 20
+    if name == "x.parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"text": [text] * 200_000}), file)
+    else:
+        file.write_bytes(gzip.compress(f'{{"text": "{text}"}}\n'.encode() * 200_000))
+    assert file.stat().st_size < 200_000
+    assert bytes_in_memory(file, 10**7) > 10**7
+    assert bytes_in_memory(file, 10**9) >= (64 if name == "x.parquet" else 180) * 200_000
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"{}" * 9)[:-9])  # which is said when it is read
+    assert bytes_in_memory(tmp_path / "x.gz", 10**7) <= 18
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("rows", [[["a", "b"]], [["a", "b"], ["c\nd", "e"], ["f", ""]]])
+def test_a_table_may_end_without_a_line_end(tmp_path, end, last, rows):
+    pytest.importorskip("pyarrow")
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([["prompt", "completion"], *rows])
+    whole = text.getvalue() if last else text.getvalue().removesuffix(end)
+    (tmp_path / "x.csv").write_bytes(whole.encode())
+    assert [list(row.values()) for _, row in entries(tmp_path / "x.csv")] == rows

@@ -428,6 +428,7 @@ BAD_MESSAGES = [
     (calling(name="", arguments="{}"), r"tool_calls\[0\]\.function has no name"),
     (calling(name="f", arguments="{'a'"), r"function\.arguments must be JSON, and is not: Expecting"),
     (calling(name="f", arguments='{"a": NaN}'), "must be JSON, and is not: it has NaN"),
+    (calling(name="f", arguments={"a": [float("inf")]}), r"arguments\.a\[0\] is inf, which JSON has no"),
     (calling(name="f", arguments='{"a": 1, "a": 2}'), 'is not: it has "a" twice'),
     (calling(name="f", arguments="[1]"), r"function\.arguments must be an object, not list"),
     (calling(name="f", arguments="[" * 5000), "must be JSON, and is not"),
@@ -520,6 +521,9 @@ def test_unknown_fields_of_messages_are_told_together_and_can_be_ignored(tmp_pat
         read_dataset(JSON(path=late))
     skipping = read_dataset(JSON(path=late, on_bad="skip"))
     assert len(skipping.conversations) == 1200 and skipping.notices[1].startswith("2 records were left out")
+    early = write(tmp_path / "z.jsonl", ALPACA, {**ALPACA, "id": 5}, ALPACA)
+    skipping = read_dataset(JSON(path=early, on_bad="skip"))
+    assert len(skipping.conversations) == 2 and "line 2: has a field" in skipping.notices[1]
 
 
 # ---- settings

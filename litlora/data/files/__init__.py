@@ -10,6 +10,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from litlora.data.files.find import Found, find_files
@@ -22,8 +23,8 @@ from litlora.data.files.json_text import (
     json_entries,
     line_entries,
 )
-from litlora.data.files.kinds import Kind, bytes_in_memory, kind_of
-from litlora.data.files.tables import arrow_entries, csv_entries, parquet_entries
+from litlora.data.files.kinds import Kind, kind_of
+from litlora.data.files.tables import arrow_entries, csv_entries, parquet_bytes, parquet_entries
 from litlora.data.files.unpacked import unpacked
 from litlora.errors import DataError
 from litlora.storage.untrusted import require_file
@@ -56,6 +57,23 @@ def entries(file: Path, ignore: tuple[str, ...] = ()) -> Iterator[Entry]:
         raise DataError(f"{file}: cannot be unpacked, it may be incomplete: {error}") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def bytes_in_memory(file: Path, most: int) -> int:
+    """About how much text a file holds, counted up to `most`: packed files and Parquet hold more
+    than they are long, by any factor."""
+    kind, size = kind_of(file), file.stat().st_size
+    if size > most:
+        return size
+    if kind.name == "parquet":
+        return max(4 * size, parquet_bytes(file))
+    if kind.compression is None:
+        return size
+    size = 0
+    with suppress(DataError, OSError, EOFError, zlib.error), unpacked(file, kind.compression) as stream:
+        while size <= most and (more := stream.read(2**20)):  # reading says what is wrong
+            size += len(more)
+    return size
 
 
 def _not_utf8(file: Path, kind: Kind) -> str:

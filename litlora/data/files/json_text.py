@@ -89,7 +89,10 @@ class _Lines:
             self.number += 1
             place = Place(str(self.file), f"line {self.number}")
             if len(line) > MAX_RECORD:
-                _too_long(place)
+                yield place, _too_long(place)
+                while line and not line.endswith("\n"):
+                    line = self.text.readline(CHUNK)
+                continue
             if not line.strip():
                 continue
             try:
@@ -120,10 +123,12 @@ def line_entries(file: Path, content: bytes, start: int, first: int) -> Iterator
     """The records of a piece of such a file: whole lines, from the byte `start` on; `first` is the
     number of the first of them."""
     try:
-        text = content.decode("utf-8-sig" if start == 0 else "utf-8")
+        content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8") from None
-    return _Lines(file, io.StringIO(text, newline=None), first - 1, "").entries()
+    # Not io.StringIO, in which each character takes four bytes.
+    encoding = "utf-8-sig" if start == 0 else "utf-8"
+    return _Lines(file, io.TextIOWrapper(io.BytesIO(content), encoding), first - 1, "").entries()
 
 
 class _Window:
@@ -155,7 +160,7 @@ class _Window:
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)
                 if end - self._at > MAX_RECORD:
-                    _too_long(place)
+                    raise _too_long(place)
                 if end < len(self._text) or self._ended:  # else a number may go on
                     self._at = end
                     return value
@@ -167,7 +172,7 @@ class _Window:
             except ValueError as error:  # an integer of thousands of digits
                 raise DataError(f"{place}: not usable JSON: {error}") from None
             if len(self._text) - self._at > MAX_RECORD:
-                _too_long(place)
+                raise _too_long(place)
             self._read_more(size)
             size *= 2  # a long record is parsed again each time
 
@@ -228,8 +233,8 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: not usable JSON: {error}") from None
 
 
-def _too_long(place: Place) -> NoReturn:
-    raise DataError(
+def _too_long(place: Place) -> DataError:
+    return DataError(
         f"{place}: is longer than {MAX_RECORD:,} characters, the most that a record may have; "
         "divide it, or look for a bracket or a quote that is not closed"
     )

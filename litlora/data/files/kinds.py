@@ -55,12 +55,6 @@ def kind_of(file: Path) -> Kind:
     return Kind(name, suffix, compression)
 
 
-def bytes_in_memory(file: Path) -> int:
-    """About how much text a file holds: packed files and Parquet hold more than they are long."""
-    kind = kind_of(file)
-    return file.stat().st_size * (4 if kind.compression or kind.name == "parquet" else 1)
-
-
 def _suffix(file: Path) -> str:
     """The last part of a name, before that of a packed file."""
     suffix = file.suffix.lower()

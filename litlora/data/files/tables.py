@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROWS = 256
 """Rows that become objects at a time."""
+ROW_BYTES = 64
+"""Of text that a row holds, at least, in an estimate."""
 CSV_CHUNK = 2**20
 """Bytes of a CSV file that are parsed at a time."""
 LONGEST_ROW = 64 * 2**20
@@ -45,6 +47,16 @@ def parquet_entries(file: Path, ignore: tuple[str, ...] = ()) -> Iterator[Entry]
             columns = kept if len(kept) + sum(name in ignore for name in names) == len(names) else None
             batches = opened.iter_batches(batch_size=ROWS, columns=columns, use_threads=False)
             yield from _rows(file, batches, ignore)
+
+
+def parquet_bytes(file: Path) -> int:
+    """About how long the text of a Parquet file is. A row counts as ROW_BYTES at least, as a
+    column that repeats a value stores it once."""
+    parquet = pyarrow(file, "a Parquet file", "pyarrow.parquet")
+    with _explained(file):
+        facts = parquet.read_metadata(file)
+        groups = (facts.row_group(number) for number in range(facts.num_row_groups))
+        return max(ROW_BYTES * facts.num_rows, sum(group.total_byte_size for group in groups))
 
 
 def arrow_entries(file: Path, ignore: tuple[str, ...] = ()) -> Iterator[Entry]:
@@ -112,7 +124,8 @@ def _whole_rows(file: Path, stream: BinaryIO) -> Iterator[bytes]:
             f'{file}: a quote is never closed in what follows "{line}"; within a cell in quotes write each '
             "quote twice"
         )
-    yield rest
+    if rest:
+        yield rest + b"\n"  # pyarrow does not see a single row without it
 
 
 def _row_end(text: bytes) -> int:

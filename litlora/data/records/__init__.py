@@ -23,6 +23,7 @@ from litlora.data.records.preference import Pair, PreferenceForm
 from litlora.data.records.prompt_completion import PromptCompletionForm
 from litlora.data.records.sharegpt import ShareGPTForm
 from litlora.data.records.text import TextForm
+from litlora.data.skipped import Skipped
 from litlora.errors import DataError, UserError, setting
 
 FORMS: dict[str, RecordForm] = {
@@ -68,9 +69,7 @@ class RecordReader:
             if is_set and not form.is_chat:
                 raise UserError(f"{setting(name)}: records of the form {self.form} are not conversations")
 
-    def read(
-        self, entries: Iterable[Entry], skipped: list[DataError] | None = None
-    ) -> Iterator[Conversation | Pair]:
+    def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Conversation | Pair]:
         """One conversation a record, or two of a form of pairs. Raises DataError for a record that
         cannot be used, or, where bad ones are skipped, adds it to `skipped` and goes on; and for
         fields that are neither used nor in `ignore`, those of the first records all together."""
@@ -80,7 +79,7 @@ class RecordReader:
                 break
             try:
                 record, conversation = self._read(place, value)
-                if record.unused and number >= TOGETHER:
+                if record.unused and (number >= TOGETHER or self.on_bad == "skip"):
                     raise DataError(unknown_fields(record.unused))
             except DataError as error:
                 if self.on_bad == "error":

@@ -1,6 +1,7 @@
 """The fields of a record: checked, and the messages about them. Torch-free."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def parsed(value: str, name: str, place: Place) -> Any:
 
 def plain(value: Any, name: str, place: Place) -> Any:
     """Any JSON value, whose texts and keys must be whole characters and whose objects have no key
-    twice."""
+    twice. NaN and Infinity are not JSON."""
     if isinstance(value, dict):
         mapping(value, name, place)
         for key, content in value.items():
@@ -130,6 +131,8 @@ def plain(value: Any, name: str, place: Place) -> Any:
             plain(content, f"{name}[{number}]", place)
     elif isinstance(value, str):
         text(value, name, place)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{place}: {name} is {value}, which JSON has no number for")
     return value
 
 

@@ -1,0 +1,32 @@
+"""Records that cannot be used and are left out. Torch-free."""
+
+from collections.abc import Iterable
+
+from litlora.errors import DataError
+
+NAMED = 3
+"""How many of them are named."""
+
+
+class Skipped:
+    """How many records were left out, and the errors of the first of them: there may be millions."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.first: list[DataError] = []
+
+    def append(self, error: DataError) -> None:
+        """Note one more."""
+        self.number += 1
+        if len(self.first) < NAMED:
+            self.first.append(error)
+
+    def notices(self) -> list[str]:
+        """What the user must know of them; nothing if there are none."""
+        return [skipped_notice(self.number, map(str, self.first))] if self.number else []
+
+
+def skipped_notice(number: int, first: Iterable[str]) -> str:
+    """How many records were left out, with the places and reasons of the first NAMED."""
+    reasons = [*first] + [f"and {number - NAMED:,} more"] * (number > NAMED)
+    return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"
