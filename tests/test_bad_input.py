@@ -61,6 +61,7 @@ def sound(tmp_path_factory, tokenizer_dir) -> Path:
         json.dumps({"peft_type": "LORA", "r": 2, "base_model_name_or_path": "../base"})
     )
     (place / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    (place / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
     return place
 
 
@@ -83,7 +84,8 @@ def words(script: str, checkpoint: str = "base") -> list[str]:
         if name in names:
             found += [f"--{name}", value]
     if "train" in names:
-        found += ["--data", "JSON", "--data.path", "data.jsonl", "--train.max_steps", "1"]
+        data = "pairs.jsonl" if "preference" in names else "data.jsonl"
+        found += ["--data", "JSON", "--data.path", data, "--train.max_steps", "1"]
     return [*found, "--rank", "1"] if script == "scripts/resize_lora.py" else found
 
 
@@ -122,7 +124,13 @@ def test_there_is_a_table():
     }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+SHARED_OPTIONS = ("finetune/dpo.py", "finetune/full.py", "scripts/show_data.py")
+"""Most of their options are those of finetune/lora.py."""
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=pytest.mark.slow) if s in SHARED_OPTIONS else s for s in SCRIPTS]
+)
 def test_wrong_values_of_every_option(script, forked, sound):
     for _, option, value in (case for case in OPTIONS if case[0] == script):
         line = forked.refuses(*words(script), option, value, cwd=sound)

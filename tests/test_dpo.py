@@ -12,6 +12,7 @@ from conftest import QUICKSTART, AfterStep, extra_sinks
 
 from litlora.cli import parse
 from litlora.data.pairs import tokenize_pairs
+from litlora.data.skipped import Skipped
 from litlora.data.sources import read_dataset
 from litlora.errors import DataError
 from litlora.prompts import STYLES
@@ -94,6 +95,7 @@ def run_in_process(*words):
     module.main(parse(FinetuneDPO, [str(word) for word in words]))
 
 
+@pytest.mark.slow
 def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
     """DPO on an adapter: the reference is the model with that adapter, also after a resume."""
     sft = [
@@ -123,10 +125,10 @@ def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def made(tmp_path, *records, style="plain"):
+def made(tmp_path, *records, style="plain", skipped=None):
     source = Files(path=str(write(tmp_path / "x.jsonl", records)), val_fraction=0.0)
     data = read_dataset(source, pairs=True).conversations
-    return tokenize_pairs(data, Tokenizer(QUICKSTART), STYLES[style], 64)
+    return tokenize_pairs(data, Tokenizer(QUICKSTART), STYLES[style], 64, skipped)
 
 
 def learned(example):
@@ -172,8 +174,13 @@ def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
     long = {"prompt": "word " * 100, "chosen": "a", "rejected": "b"}
     found = made(tmp_path, long, {"prompt": "p", "chosen": "a", "rejected": "b"})
     assert len(found.examples) == 1 and found.num_left_out == 1
+    same = {"prompt": "p", "chosen": "a", "rejected": "a"}
     with pytest.raises(DataError, match=r"x.jsonl, line 1: chosen and rejected are the same"):
-        made(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "a"})
+        made(tmp_path, same)
+    skipped = Skipped()
+    found = made(tmp_path, same, {**same, "rejected": "b"}, skipped=skipped)
+    assert len(found.examples) == 1 and skipped.number == 1
+    assert "line 1: chosen and rejected are the same" in skipped.notices()[0]
 
 
 @pytest.mark.parametrize(

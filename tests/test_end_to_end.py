@@ -79,6 +79,7 @@ def test_the_stored_configuration_repeats_the_run(adapter, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_the_second_round(adapter, tmp_path):
     """Adapter -> second adapter on it -> chat -> merge -> full fine-tune of the merge -> chat."""
     _, first = adapter
@@ -266,7 +267,9 @@ class _Payload:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py"])
+@pytest.mark.parametrize(
+    "script", ["finetune/lora.py", pytest.param("finetune/full.py", marks=pytest.mark.slow)]
+)
 def test_bad_input_to_training_leaves_nothing_behind(script, tmp_path):
     out = tmp_path / "out"
 
@@ -345,6 +348,7 @@ def test_bad_input_to_merging(adapter, tmp_path):
     succeeds(*words, "--checkpoint_dir", tmp_path / "other", "--allow_base_mismatch")
 
 
+@pytest.mark.slow
 def test_the_default_output_directory_is_named_by_method_and_data(tmp_path, alpaca_file):
     words = ["--checkpoint_dir", QUICKSTART, "--train.max_steps", 1]
     succeeds("finetune/lora.py", *words, cwd=tmp_path)

@@ -75,6 +75,7 @@ def stops_in(folder: Path) -> None:
         assert json.loads((folder / name).read_text())["eos_token_id"] == [0, turn_end]
 
 
+@pytest.mark.slow
 def test_what_was_taught_stops_every_way_out(chat_base, alpaca_file, tmp_path):
     stock = transformers.AutoModelForCausalLM.from_pretrained(chat_base)
     tokenizer = Tokenizer(chat_base)

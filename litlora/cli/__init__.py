@@ -202,6 +202,7 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
     types = setting_types(settings_class)
     lists: dict[str, list[str]] = {}
     words: list[str] = []
+    named_by_data = False
     split = [
         (word, _full_name(settings_class, word.removeprefix("--").partition("=")[0]), following)
         for word, following in _by_option(argv)
@@ -222,6 +223,7 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
         word = word.replace(typed, name, 1)
         if kind is DataSource and _is_path(value if equals else following[0]):
             path = value if equals else following.pop(0)
+            named_by_data = True
             words.append(_source_of(path))
             word = f"{DATA_PATH}={path}"
             if following and all(map(os.path.exists, following)):
@@ -238,7 +240,7 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
         words += [word] * bool(word) + following[:own]
         words += _named(settings_class, following[own:], words)
     given = [word.partition("=")[0] for word in words]
-    if OPTION_DATA in given and given.count(DATA_PATH) > 1:
+    if named_by_data and given.count(DATA_PATH) > 1:
         raise UserError(f"{DATA_PATH}: {OPTION_DATA} names the data already; use only one")
     if "data" in types and "data" not in stored and OPTION_DATA not in given:
         words = _with_source(words, given)

@@ -31,8 +31,7 @@ def tokenize_pairs(
     skipped: Skipped | None = None,
 ) -> Examples:
     """Encode every pair. One of which an answer does not fit is left out. Raises DataError if none
-    is left, for a conversation that the style has no form for, unless there is `skipped` to note it,
-    and for answers that are the same."""
+    is left; and for a pair that cannot be learned, unless there is `skipped` to note it."""
     encoder = Encoder(tokenizer, style)
     sides = [side for pair in pairs for side in pair]
     errors: list[DataError] | None = None if skipped is None else []
@@ -46,25 +45,35 @@ def tokenize_pairs(
             continue
         of_pair: Counter[str] = Counter()
         examples = [examples_of(side, max_seq_length, of_pair) for side in (chosen, rejected)]
-        if of_pair["split"] or of_pair["pieces"]:
-            raise DataError(
-                f"{pair.chosen.place}: each of its two sides must be one example, and one is several: "
-                "let both be short, and learn their last answer alone"
-            )
+        if (problem := _problem(examples, of_pair)) is not None:
+            error = DataError(f"{pair.chosen.place}: {problem}")
+            if skipped is None:
+                raise error
+            skipped.append(error)
+            continue
         if not all(examples):
             counts["left out"] += 1
             continue
         both = PairExample(*(example for (example,) in examples))
         if is_document(pair.chosen) and is_document(pair.rejected):
             both = _after_shared(both)
-        if list(both.chosen.ids) == list(both.rejected.ids):
-            raise DataError(f"{pair.chosen.place}: chosen and rejected are the same")
         counts += of_pair
         found.append(both)
     if not found:
         left_out = [] if skipped is None else skipped.notices()
         raise no_example_left(max_seq_length, pairs[0].chosen.place, left_out)
     return Examples(found, *(counts[name] for name in EVENTS))
+
+
+def _problem(sides: list[list[Example]], counts: Counter[str]) -> str | None:
+    """Why a pair cannot be learned, if so."""
+    if counts["split"] or counts["pieces"]:
+        return (
+            "each of its two sides must be one example, and one is several: "
+            "let both be short, and learn their last answer alone"
+        )
+    same = all(sides) and sides[0][0].ids == sides[1][0].ids
+    return "chosen and rejected are the same" if same else None
 
 
 def _after_shared(pair: PairExample) -> PairExample:

@@ -371,6 +371,7 @@ def test_the_command_adds_what_the_adapters_change(mode, adapters, tmp_path):
     assert open_checkpoint(out).base.fingerprint == resolve(adapters[0]).base.fingerprint
 
 
+@pytest.mark.slow
 def test_a_combination_can_be_talked_to_trained_further_and_exported(adapters, tmp_path, alpaca_file):
     out = tmp_path / "out"
     words = ["--lora_path", adapters[0], adapters[1], "--mode", "dare_ties", "--density", 0.5, "--rank", 6]
@@ -458,6 +459,7 @@ def test_another_base_is_refused_unless_allowed(adapters, make_checkpoint, tmp_p
     succeeds(*words, "--allow_base_mismatch")
 
 
+@pytest.mark.slow
 def test_what_is_no_plain_adapter_is_refused_by_name(adapters, tmp_path, base):
     words = ["scripts/combine_lora.py", "--out_dir", tmp_path / "out", "--lora_path"]
     assert "is a full model; --lora_path needs an adapter" in fails(*words, base, adapters[0])

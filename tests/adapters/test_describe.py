@@ -180,6 +180,7 @@ def test_anything_but_a_checkpoint_is_an_error(tmp_path, base):
             describe(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_a_problem_without_a_size(tmp_path, make_checkpoint, value):
     adapter = write_adapter(tmp_path / "adapter", make_checkpoint("base"))

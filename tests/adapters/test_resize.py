@@ -169,6 +169,7 @@ def logits(directory, *, live):
         return load(directory, live=live).model(torch.arange(20).view(1, 20))
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_adapter_that_every_command_takes(base, tmp_path):
     adapter = random_adapter(tmp_path / "adapter", base, SETTINGS)
     done = succeeds(

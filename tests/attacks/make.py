@@ -734,7 +734,7 @@ def a_file_beside_the_weights_that_is_a_pipe(directory: Path) -> None:
     _pipe(directory / "base/generation_config.json")
 
 
-@attack("pipes", "special_tokens_map.json: is a link to nothing, which is not there")
+@attack("pipes", "special_tokens_map.json: is a link that leads nowhere")
 def a_file_beside_the_weights_that_is_a_link_to_nothing(directory: Path) -> None:
     (directory / "base/special_tokens_map.json").symlink_to("nothing")
 

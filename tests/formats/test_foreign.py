@@ -14,6 +14,7 @@ from litlora.checkpoint import open_checkpoint, resolve
 from litlora.load import load
 
 
+@pytest.mark.slow
 def test_a_peft_adapter_is_taken_wherever_one_of_ours_is(base, alpaca_file, tmp_path):
     adapter = write_peft(tmp_path / "peft", base)
     said = succeeds("chat/base.py", "--checkpoint_dir", adapter, "--prompt", "the fox", "--max_new_tokens", 3)

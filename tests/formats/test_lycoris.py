@@ -109,6 +109,7 @@ def test_inspect_shows_what_a_file_without_a_plain_rank_holds(kind):
         assert layer["delta_norm"] == pytest.approx(change.norm().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
 def test_resize_and_combine_refuse_by_name_and_say_what_works(tmp_path, kind):
     file = FILES / f"{kind}.safetensors"

@@ -148,6 +148,7 @@ def test_it_is_part_of_the_state_and_moves_with_the_model():
     assert storage.device.type == "meta" and isinstance(storage, FrozenWeight)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
 def test_a_compiled_block_learns_the_same_in_one_graph():
     stored, dense = pair(num_hidden_layers=1)

@@ -138,6 +138,7 @@ def test_thousands_of_names_are_matched_together():
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.slow
 def test_patterns_that_cost_too_much_together_are_refused():
     found = Patterns([".*a" * 100 + f"{n}.*" for n in range(2000)], ends=True)
     with pytest.raises(CheckpointError, match="2,000 patterns .* take too long"):

@@ -33,6 +33,7 @@ def gradients(objective, batches):
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packed", "how"), [(True, "none"), (True, "full"), (False, "selective")])
 def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
     if not shutil.which(os.environ.get("CXX", "g++")):

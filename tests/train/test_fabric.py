@@ -37,6 +37,7 @@ def test_a_run_that_compiles_nothing_imports_no_compiler(script, tmp_path):
     assert said_by(run, script, *settings) == "False"
 
 
+@pytest.mark.slow
 def test_fabric_knows_a_compiled_module():
     code = """
 import torch

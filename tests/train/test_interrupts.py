@@ -69,7 +69,10 @@ def expected(tmp_path_factory):
     return (out / "final/lit_model.pth").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, expected, number, status):
     out = tmp_path / "out"
     code, said, errors = signalled(out, number)
