@@ -569,10 +569,10 @@ TWO_DEVICES = """
 import importlib.util
 
 from litlora import cli
-from litlora.data import sources
+from litlora.data import dataset
 from litlora.settings import FinetuneLoRA
 
-sources.LARGE = 0
+dataset.LARGE = 0
 spec = importlib.util.spec_from_file_location("command", {script!r})
 command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
