@@ -274,6 +274,12 @@ class Forked:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def succeeds(self, *words: object, cwd: Path) -> str:
+        """What a command that must succeed prints."""
+        done = self.run(*words, cwd=cwd)
+        assert done["status"] == 0, done
+        return done["stdout"]
+
     def refuses(self, *words: object, cwd: Path) -> str:
         """The one line of a command that must refuse, with status 2, and change nothing below
         `cwd`."""

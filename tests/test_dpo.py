@@ -47,18 +47,13 @@ def rows(out):
     return [row for row in csv.DictReader((out / "metrics.csv").read_text().splitlines()) if row["loss"]]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
-def test_it_learns_to_prefer_and_merges(loss, pairs, forked, tmp_path):
-    words = [
-        "--data",
-        pairs,
-        "--out_dir",
-        tmp_path / "out",
-        "--preference.loss",
-        loss,
-        "--precision",
-        "32-true",
-    ]
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [("dpo", ()), ("dpo", ("--quantize", "nf4")), ("ipo", ()), ("simpo", ()), ("orpo", ())],
+    ids=["dpo", "dpo-nf4", "ipo", "simpo", "orpo"],
+)
+def test_it_learns_to_prefer_and_merges(loss, more, pairs, forked, tmp_path):
+    words = ["--data", pairs, "--out_dir", tmp_path / "out", "--preference.loss", loss, *more, *EXACT]
     words += [
         "--train.max_steps",
         6,
@@ -71,6 +66,7 @@ def test_it_learns_to_prefer_and_merges(loss, pairs, forked, tmp_path):
     ]
     done = forked.run(DPO, *words, cwd=tmp_path)
     assert done["status"] == 0, done["stderr"]
+    assert ("reference: computing" in done["stdout"]) == (loss in ("dpo", "ipo"))
     assert "the records are of the form preference" in done["stdout"] and "| accuracy " in done["stdout"]
     logged = rows(tmp_path / "out")
     assert float(logged[-1]["margin"]) > float(logged[0]["margin"])

@@ -3,6 +3,7 @@
 import json
 import re
 from array import array
+from functools import partial
 
 import pytest
 from conftest import QUICKSTART
@@ -18,13 +19,7 @@ SHOW = "scripts/show_data.py"
 @pytest.fixture
 def output(forked, tmp_path):
     """What a command prints."""
-
-    def output(*words):
-        done = forked.run(*words, cwd=tmp_path)
-        assert done["status"] == 0, done["stderr"]
-        return done["stdout"]
-
-    return output
+    return partial(forked.succeeds, cwd=tmp_path)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ function from these settings to a `Dataset`.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from litlora.data.files import entries, find_files
 from litlora.data.records import RecordReader, check_form, choose_form
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
+from litlora.storage.atomic import replacing_file
 
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 
@@ -63,18 +63,15 @@ def _read_alpaca(source: Alpaca) -> Dataset:
 
 def _download_list(url: str, file: Path) -> None:
     """Fetch a JSON list into `file`, which appears complete or not at all. Raises OSError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     made = [folder for folder in file.parents if not folder.exists()]
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        download(url, partial, console.say)
-        if not isinstance(json.loads(partial.read_bytes()), list):
-            raise OSError("the answer is not a JSON list")
-        os.replace(partial, file)
+        with replacing_file(file) as staging:
+            download(url, staging, console.say)
+            if not isinstance(json.loads(staging.read_bytes()), list):
+                raise OSError("the answer is not a JSON list")
     except ValueError as error:
         raise OSError(str(error)) from None
     finally:
-        partial.unlink(missing_ok=True)
         for folder in made:
             with suppress(OSError):  # not empty
                 folder.rmdir()

@@ -36,7 +36,8 @@ class AlpacaGPT4(KnownSet):
     """Alpaca's 52,002 instructions, answered by GPT-4."""
 
     ADDRESSES = (
-        "https://raw.githubusercontent.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM/main/data/alpaca_gpt4_data.json",
+        "https://raw.githubusercontent.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM/main/data/"
+        "alpaca_gpt4_data.json",
     )
     FORM = "alpaca"
 

@@ -43,6 +43,8 @@ class Objective(nn.Module, ABC):
 
     figures: tuple[str, ...] = ()
     """What `loss` measures besides the loss: names of figures, each a sum like the loss."""
+    ahead: str | None = None
+    """What `prepared` computes, if that takes long: it is said before."""
 
     def __init__(
         self, model: GPT, config: TrainConfig | None = None, contexts: Sequence[Context] = ()

@@ -133,6 +133,8 @@ class Preference(Objective):
         """Raises UserError for settings of the loop under which a pair is not a pair."""
         super().__init__(model, config, contexts)
         self.preference = preference or PreferenceConfig()
+        if self.preference.needs_reference:
+            self.ahead = "reference: computing the log-probabilities of the answers before training, once"
         if not self.config.mask_prompt:
             raise UserError(
                 f"{setting('mask_prompt')} false: both answers of a pair have the same prompt, "

@@ -243,6 +243,8 @@ class Run:
             newest=None if state is None else state.directory,
             prunes=self.parallel.is_main,
         )
+        if self.objective.ahead is not None:
+            self.say(self.objective.ahead)
         parts = (self.data.train, self.data.val)
         train, val = (self.objective.prepared(part, self.parallel) for part in parts)
         data = Data(train, val, self.data.seed)

@@ -3,6 +3,7 @@ other programs take the result."""
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -43,12 +44,8 @@ def model_folder(tmp_path):
 
 @pytest.fixture
 def succeeds(forked, tmp_path):
-    def run(*words: object) -> str:
-        done = forked.run(*words, cwd=tmp_path)
-        assert done["status"] == 0, done
-        return done["stdout"]
-
-    return run
+    """What a command prints."""
+    return partial(forked.succeeds, cwd=tmp_path)
 
 
 def logits(model, ids):
