@@ -49,7 +49,8 @@ def _free_in_groups(root: Path) -> Iterator[int]:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error of Python's, torch's or the system's says that memory ran out."""
     if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
+        # linecache takes a MemoryError for an empty file, and inspect then says this without a number.
+        return error.errno == errno.ENOMEM or str(error) == "could not get source code"
     marks = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "can't start new thread")
     return isinstance(error, MemoryError) or any(mark in str(error) for mark in marks)
 
