@@ -18,7 +18,9 @@ def said_by(code: str, *words: object) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py"])
+@pytest.mark.parametrize(
+    "script", ["finetune/lora.py", pytest.param("finetune/full.py", marks=pytest.mark.slow)]
+)
 def test_a_run_that_compiles_nothing_imports_no_compiler(script, tmp_path):
     run = (
         "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "

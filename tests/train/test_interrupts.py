@@ -99,6 +99,11 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
     out = tmp_path / "out"
     terminal, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 80))
+
+    def in_a_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     process = subprocess.Popen(
         [sys.executable, str(REPO / "finetune/lora.py"), "--out_dir", str(out), "--train.max_steps", "5000"],
         cwd=REPO,
@@ -107,7 +112,7 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
         stderr=side,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=in_a_terminal,
     )
     os.close(side)
     said = b""

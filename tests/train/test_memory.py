@@ -1,5 +1,9 @@
 """The memory of a training step: how much there is, and what a batch needs."""
 
+import errno
+import inspect
+import linecache
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -8,7 +12,7 @@ from torch import nn
 from litlora.data.batches import Batch
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
-from litlora.ram import free_ram
+from litlora.ram import free_ram, is_lack_of_memory
 from litlora.settings import TrainConfig
 from litlora.train import memory
 from litlora.train.memory import DryRun, Trial, expected_peak, generous_peak, saved_bytes
@@ -78,6 +82,20 @@ def test_free_memory_is_the_least_of_the_machine_and_every_group(tmp_path):
     assert free_ram(tmp_path) == 12000
     put(f"{v1}/memory.usage_in_bytes", "50000\n")
     assert free_ram(tmp_path) == 0
+
+
+def test_a_function_without_source_means_a_lack_of_memory(monkeypatch):
+    """linecache takes a MemoryError for an empty file: inspect then fails without a number."""
+
+    def unreadable(*args):
+        raise MemoryError
+
+    linecache.clearcache()
+    monkeypatch.setattr(linecache, "updatecache", unreadable)
+    with pytest.raises(OSError) as raised:
+        inspect.getsource(free_ram)
+    assert is_lack_of_memory(raised.value)
+    assert not is_lack_of_memory(OSError("another")) and is_lack_of_memory(OSError(errno.ENOMEM, "no room"))
 
 
 def test_this_machine_tells_its_memory():

@@ -130,10 +130,10 @@ def test_lora_plus_gives_every_b_a_rate_of_its_own():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optimizer": "sgd", "learning_rate": 0.3},
-        {"optimizer": "adafactor", "learning_rate": 0.03},
+        pytest.param({"optimizer": "sgd", "learning_rate": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "adafactor", "learning_rate": 0.03}, marks=pytest.mark.slow),
         {"optimizer": "lion"},
-        {"optimizer": "lion_8bit"},
+        pytest.param({"optimizer": "lion_8bit"}, marks=pytest.mark.slow),
         {"loraplus_lr_ratio": 4.0, "schedule": "wsd"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

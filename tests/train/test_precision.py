@@ -113,9 +113,10 @@ def test_mixed_computes_products_in_bf16_and_the_loss_in_fp32():
     ("stored", "precision", "close"),
     [
         (torch.bfloat16, "bf16-true", 2e-2),
-        (torch.bfloat16, "bf16-mixed", 2e-2),
-        (torch.bfloat16, "32-true", 2e-2),  # the merge rounds to the base's bf16
-        (torch.float32, "bf16-true", 2e-2),
+        pytest.param(torch.bfloat16, "bf16-mixed", 2e-2, marks=pytest.mark.slow),
+        # The merge rounds to the base's bf16.
+        pytest.param(torch.bfloat16, "32-true", 2e-2, marks=pytest.mark.slow),
+        pytest.param(torch.float32, "bf16-true", 2e-2, marks=pytest.mark.slow),
         (torch.float32, "32-true", 1e-4),
     ],
     ids=str,
@@ -176,7 +177,7 @@ def test_the_run_stores_what_auto_meant(base, alpaca_file, tmp_path, capsys):
     assert "precision: 32-true\n" in (tmp_path / "out/hyperparameters.yaml").read_text()
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-mixed", marks=pytest.mark.slow), "bf16-true"])
 def test_a_full_run_stores_the_dtype_of_the_base(precision, make_checkpoint, alpaca_file, tmp_path, capsys):
     base = make_checkpoint("base", dtype=torch.bfloat16, tie_word_embeddings=True)
     before = (base / "lit_model.pth").read_bytes()
@@ -193,6 +194,7 @@ def test_a_full_run_stores_the_dtype_of_the_base(precision, make_checkpoint, alp
     assert (base / "lit_model.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_small_updates_are_kept_where_full_trains_by_default(make_checkpoint, alpaca_file, tmp_path):
     """Steps of a thousandth of a weight: fp32 adds them up, bf16-true loses them."""
     base, moved = make_checkpoint("base", dtype=torch.bfloat16), {}

@@ -40,15 +40,18 @@ def same(out, expected):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("lora", ["--lora.dropout", 0.3]),
-        (
+        pytest.param("lora", ["--lora.dropout", 0.3], id="lora"),
+        pytest.param(
             "lora",
             ["--lora.dropout", 0.3, "--lora.modules_to_save", "[lm_head, norm]", "--lora.targets", "qv"],
+            id="lora and whole modules",
+            marks=pytest.mark.slow,
         ),
-        ("lora", ["--lora.dropout", 0.3, "--train.packing", "false"]),
-        ("full", []),
+        pytest.param(
+            "lora", ["--lora.dropout", 0.3, "--train.packing", "false"], id="padded", marks=pytest.mark.slow
+        ),
+        pytest.param("full", [], id="full", marks=pytest.mark.slow),
     ],
-    ids=["lora", "lora and whole modules", "padded", "full"],
 )
 def test_a_run_stopped_again_and_again_is_the_run_that_was_not(run, tmp_path, capsys, method, words):
     expected = run(method, tmp_path / "expected", *words)
@@ -163,7 +166,10 @@ def test_a_setting_that_matters_must_be_what_it_was(run, tmp_path, words, says):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("change", [{"output": "Other."}, {"history": [["Before?", "Then."]]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"output": "Other."}, pytest.param({"history": [["Before?", "Then."]]}, marks=pytest.mark.slow)],
+)
 def test_other_data_or_another_base_is_refused_unless_forced(
     run, tmp_path, alpaca_file, make_checkpoint, capsys, change
 ):

@@ -54,8 +54,15 @@ def logits(model, ids):
     return getattr(found, "logits", found)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize(
+    ("tied", "spare"),
+    [
+        pytest.param(True, 0, id="tied"),
+        pytest.param(False, 5, id="untied, spare rows"),
+        pytest.param(True, 5, id="tied, spare rows", marks=pytest.mark.slow),
+        pytest.param(False, 0, id="untied", marks=pytest.mark.slow),
+    ],
+)
 def test_an_adapter_stores_the_rows_of_its_tokens_alone(
     spare, tied, model_folder, run, succeeds, tmp_path, capsys
 ):
