@@ -20,6 +20,7 @@ from litlora import formats
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
+from litlora.formats.huggingface import parts_of
 from litlora.formats.litlora import adapter_entry, full_entry
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QuantizedBase
@@ -286,9 +287,12 @@ def write_full(
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a full model; see `_write`. `merged_from` is the fingerprint of the chain that it was
-    merged from and can stand for."""
+    merged from and can stand for. What a multimodal model has beside its language model is copied
+    from the first of `sidecars_from` that has it."""
 
     def entry(staging: Path, file: TorchFile, written: dict[str, Written]) -> dict[str, Any]:
+        if (parts := parts_of(sidecars_from)) is not None:
+            parts.write(staging)
         if merged_from is None:
             return full_entry()
         found = fingerprint({name: file.read(tensor) for name, tensor in written.items()})

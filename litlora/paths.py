@@ -9,7 +9,7 @@ from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES, WEIGHTS_FILE
 from litlora.formats.families import HF_CONFIG_FILE
-from litlora.formats.folder import INDEX_SUFFIX
+from litlora.formats.folder import INDEX_SUFFIX, PARTS_FILE
 from litlora.formats.not_ours import hub_name, inner_directories, instead
 from litlora.prompts import STYLE_FILE
 from litlora.settings import REPOSITORY
@@ -21,7 +21,7 @@ STATE_FILE = "state.pth"
 FINAL = "final"
 CHECKPOINTS = Path("checkpoints")
 """Where downloads go."""
-CHECKPOINT_NAMES = (WEIGHTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
+CHECKPOINT_NAMES = (WEIGHTS_FILE, PARTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
 """What a checkpoint directory that we write holds."""
 PEFT_NAMES = (
     PEFT_CONFIG_FILE,

@@ -15,6 +15,8 @@ from litlora.worker import Worker
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 GENERATION_FILE = "generation_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""How a multimodal model reads images and videos; not used here."""
 SIDECAR_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -27,6 +29,7 @@ SIDECAR_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
+    *PROCESSOR_FILES,
 )
 """The files that travel with a model's weights; every command copies those that the base has."""
 LARGEST_TOKENIZER = 256 * 2**20
@@ -53,7 +56,8 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     )
     found = []
     for name in SIDECAR_FILES:
-        places = directories if name in (GENERATION_FILE, "config.json") else [home] if home else []
+        anywhere = (GENERATION_FILE, "config.json", *PROCESSOR_FILES)
+        places = directories if name in anywhere else [home] if home else []
         found += [own_file(place / name) for place in places if has_file(place / name)][:1]
     return found
 

@@ -67,7 +67,7 @@ def main(settings: ExportPEFT) -> None:
     base = chain.base
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
-    tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name)
+    tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name, base.parts)
     if settings.format == "mlx":
         _write_mlx(out_dir, *to_mlx(tensors, config, chain.config.num_hidden_layers))
         return
@@ -100,7 +100,8 @@ def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[
             f"note: answers end with {', '.join(added)}, at which the base does not stop; generate with "
             f'generation_config=GenerationConfig.from_pretrained("{out_dir}")'
         )
-    model = f"AutoModelForCausalLM.from_pretrained({json.dumps(base_name)}{how})"
+    loader = "AutoModelForImageTextToText" if base.parts else "AutoModelForCausalLM"
+    model = f"{loader}.from_pretrained({json.dumps(base_name)}{how})"
     if rows is not None and rows.num_rows > chain.config.vocab_size:
         say(
             f"note: it adds {len(rows.ids)} tokens, for which the base has too few rows: call "

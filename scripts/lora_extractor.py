@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from litlora import cli, formats
 from litlora.console import say
 from litlora.errors import CheckpointError
-from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, write_config
+from litlora.formats.families import FAMILIES, HF_CONFIG_FILE
 from litlora.formats.folder import WRITTEN_SUFFIXES, files_beside, model_files
 from litlora.paths import (
     CHECKPOINT_NAMES,
     PEFT_NAMES,
+    WEIGHTS_FILE,
     checkpoint_dir,
     keep_inputs,
     output_dir,
@@ -123,8 +124,8 @@ def extract_adapter(settings: LoRAExtractor) -> None:
         write_adapter(output, adapter, base.config, sidecars_from=[*tuned.sources, *base.sources])
         report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
         return
-    family = _model_type(source) or write_config(base.config)["model_type"]
-    folder = to_peft(adapter, family, base.config, base.base.tensors, base_name=str(source.resolve()))
+    full, name = base.base, str(source.resolve())
+    folder = to_peft(adapter, full.family(), base.config, full.tensors, name, full.parts)
     with replacing_directory(output) as staging:
         write_peft(staging, *folder)
     report.sum_up(
@@ -143,7 +144,7 @@ def _is_language_model(path: Path) -> bool:
     has names for; another Hugging Face folder is only a folder of tensors."""
     if not path.is_dir() or formats.detect(path) is None:
         return False
-    return _model_type(path) in (None, *FAMILIES)
+    return _model_type(path) in (None, *FAMILIES) or (path / WEIGHTS_FILE).is_file()
 
 
 def _model_type(directory: Path) -> str | None:

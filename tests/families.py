@@ -186,3 +186,94 @@ def save_folder(
     model = make_model(name, **changes)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+VISUAL = {"depth": 1, "num_heads": 2, "patch_size": 14}
+GRID = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+QWEN3_GRID = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3Config",
+        {**GROUPED, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 6},
+        VISION,
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {**GROUPED, "model_type": "mistral", "tie_word_embeddings": False},
+        {**VISION, "model_type": "pixtral", "head_dim": 8},
+    ),
+    "llava": (
+        "LlavaConfig",
+        {**GROUPED, "model_type": "llama"},
+        {**VISION, "model_type": "clip_vision_model"},
+    ),
+    "idefics3": ("Idefics3Config", {**GROUPED, "model_type": "llama"}, VISION),
+    "smolvlm": ("SmolVLMConfig", {**GROUPED, "model_type": "llama"}, VISION),
+    "internvl": (
+        "InternVLConfig",
+        {**GROUPED, "model_type": "qwen2"},
+        {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+    ),
+    "llava_next": (
+        "LlavaNextConfig",
+        {**GROUPED, "model_type": "mistral"},
+        {**VISION, "model_type": "clip_vision_model"},
+    ),
+    "llava_onevision": (
+        "LlavaOnevisionConfig",
+        {**GROUPED, "model_type": "qwen2"},
+        {**VISION, "model_type": "siglip_vision_model"},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        {**GROUPED, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        {**VISUAL, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {**GROUPED, "rope_scaling": GRID},
+        {
+            **VISUAL,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        {**GROUPED, "head_dim": 16, "rope_scaling": QWEN3_GRID},
+        {
+            **VISUAL,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+    ),
+}
+"""(class of the configuration, settings of the language model, of the image encoder)."""
+
+
+def save_multimodal(name: str, directory: Path, **changes: Any) -> torch.nn.Module:
+    """Write a random model with an image encoder as a Hugging Face folder without a tokenizer."""
+    import transformers
+
+    kind, text, vision = MULTIMODAL[name]
+    config = getattr(transformers, kind)(text_config={**text, **changes}, vision_config=vision)
+    config.tie_word_embeddings = name == "gemma3"
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return model

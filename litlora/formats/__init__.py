@@ -3,6 +3,7 @@ Torch-free.
 
     litlora.py      our own: lit_model.pth, full or adapter
     huggingface.py  model folders, with families.py (config.json) and layout.py (names, fused tensors)
+    parts.py        what a multimodal model has beside its language model
     peft.py         PEFT adapter folders
     mlx.py          adapter folders of mlx-lm
     litgpt.py       litgpt's directories and adapters

@@ -11,6 +11,8 @@ from litlora.formats.families import HF_CONFIG_FILE
 from litlora.storage.untrusted import read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+PARTS_FILE = "other_modalities.safetensors"
+"""Where a litlora directory keeps what a multimodal model has beside its language model."""
 INDEX_SUFFIX = ".index.json"
 GENERIC_SUFFIXES = {"safetensors": (".safetensors", ".sft"), "pytorch": (".pt", ".pth", ".bin", ".ckpt")}
 """The suffixes of files of tensors that are read."""
@@ -141,8 +143,8 @@ def files_beside(path: Path, kind: Literal["safetensors", "pytorch"], files: Ite
 
 
 def _all_files(path: Path, kind: str) -> list[Path]:
-    suffixes = GENERIC_SUFFIXES[kind]
-    return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in suffixes)
+    files = (file for file in path.iterdir() if file.is_file() and file.name != PARTS_FILE)
+    return sorted(file for file in files if file.suffix in GENERIC_SUFFIXES[kind])
 
 
 def _check_one_copy(where: str, files: list[Path]) -> None:

@@ -12,6 +12,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import notice
+from litlora.formats.parts import Parts
 from litlora.frozen import bitsandbytes
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.model import GPT
@@ -36,6 +37,8 @@ class FullModel:
     weights at that time, the "result"."""
     shards: tuple[Path, ...] = ()
     """The files that hold the weights; none: `file` alone."""
+    parts: Parts | None = None
+    """What a multimodal model has beside its language model, which these weights are."""
 
     kind: ClassVar[str] = "full"
 
@@ -52,7 +55,8 @@ class FullModel:
     @property
     def notices(self) -> list[str]:
         """What every command tells about these weights, a line each."""
-        lines = (bitsandbytes.notice(self.directory, self.tensors), notice(self.file))
+        parts = self.parts.notice if self.parts else None
+        lines = (bitsandbytes.notice(self.directory, self.tensors), notice(self.file), parts)
         return [line for line in lines if line]
 
     @property

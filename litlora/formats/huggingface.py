@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,26 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.formats import WEIGHTS_FILE
 from litlora.formats.chat_template import add_template
-from litlora.formats.families import HF_CONFIG_FILE, adapt_config, load_config, write_config
-from litlora.formats.folder import weight_files
+from litlora.formats.families import (
+    HF_CONFIG_FILE,
+    adapt_config,
+    load_config,
+    multimodal_of,
+    read_config,
+    write_config,
+)
+from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
+from litlora.formats.parts import Parts, divide, kept_parts
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.prompts import STYLE_FILE
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors, save_safetensors
-from litlora.storage.untrusted import has_file, own_file
+from litlora.storage.untrusted import has_file, own_file, read_json_object
 from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,12 +70,25 @@ def open_folder(directory: Path) -> FullModel:
         where |= dict.fromkeys(tensors, shard)
     theirs = find_quantized(theirs, where)
     try:
+        theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
             ours, config = _tied(ours, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return FullModel(directory, file, ours, config, shards=tuple(shards)).checked()
+    return FullModel(directory, file, ours, config, shards=tuple(shards), parts=parts).checked()
+
+
+def parts_of(sources: list[Path]) -> Parts | None:
+    """What a multimodal model has beside its language model, from the first of the directories that
+    has it; None if it is not multimodal."""
+    for directory in sources:
+        if (kept := kept_parts(directory)) is not None:
+            return kept
+        if is_model_folder(directory) and not has_file(directory / WEIGHTS_FILE):
+            if multimodal_of(read_json_object(directory / HF_CONFIG_FILE)) is not None:
+                return open_folder(directory).parts
+    return None
 
 
 def _tied(
@@ -102,7 +125,7 @@ def write_folder(
     among them is used if it describes this model, except for the vocabulary's size and whether the
     head is tied; otherwise one is written from `config`. Both it and the generation config name
     every token that the model was taught to end its answers with. A model without a chat template gets one
-    that asks in the prompt style of its training.
+    that asks in the prompt style of its training. A multimodal model is written whole.
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
@@ -110,12 +133,11 @@ def write_folder(
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
     hint = add_template(directory, sources, tokenizer)
-    original = read_settings(files.get(HF_CONFIG_FILE))
-    values = adapt_config(original, config) if original else None
-    origin = f"as in {files[HF_CONFIG_FILE]}" if values is not None else "made from model_config.yaml"
+    parts = parts_of(sources)
+    values, origin = _config_of(files.get(HF_CONFIG_FILE), config, parts)
+    if multimodal_of(values) is None:
+        parts = None
     stops = stops_of(sources, tokenizer)
-    if values is None:
-        values = {**write_config(config), "eos_token_id": None}
     values = with_stops(values, stops)
     [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype_name(dtype)
@@ -131,8 +153,22 @@ def write_folder(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         write_json(directory / "tokenizer_config.json", settings)
-    write_weights(directory, tensors, config, values["model_type"], max_shard_size)
+    write_weights(directory, tensors, config, read_config(values)[0], max_shard_size, parts)
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
+
+
+def _config_of(original: Path | None, config: ModelConfig, parts: Parts | None) -> tuple[dict[str, Any], str]:
+    """(the config.json to write, where it comes from)."""
+    values = read_settings(original)
+    adapted = adapt_config(values, config) if values else None
+    whole = values and multimodal_of(values) is not None
+    if adapted is not None and not (whole and parts is None):
+        return adapted, f"as in {original}"
+    origin = "made from model_config.yaml"
+    if whole:
+        why = "they are not beside the weights" if parts is None else "the language model is another one now"
+        origin += f", without the other parts of {multimodal_of(values).architecture}: {why}"
+    return {**write_config(config), "eos_token_id": None}, origin
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -140,17 +176,26 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_weights(
-    directory: Path, tensors: dict[str, Tensor], config: ModelConfig, model_type: str, max_shard_size: int
+    directory: Path,
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    model_type: str,
+    max_shard_size: int,
+    parts: Parts | None = None,
 ) -> None:
-    """Write our tensors as `model.safetensors`, or as shards with an index, each of at most
-    `max_shard_size` bytes or one tensor.
+    """Write our tensors, and the parts beside them if there are any, as `model.safetensors`, or as
+    shards with an index, each of at most `max_shard_size` bytes or one tensor.
 
     Fused tensors are joined again; those of one shard are in memory at a time.
     """
     names = layout(model_type, config)
+
+    def written(ours: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        return names.write(ours) if parts is None else parts.named(names.write(ours))
+
     sizes = {
         name: tensor.nbytes
-        for name, tensor in names.write({name: tensor.to("meta") for name, tensor in tensors.items()})
+        for name, tensor in written({name: tensor.to("meta") for name, tensor in tensors.items()})
     }
     shards: list[list[str]] = [[]]
     filled = 0
@@ -160,7 +205,7 @@ def write_weights(
             filled = 0
         shards[-1].append(name)
         filled += size
-    stream = names.write(tensors)
+    stream = iter(written(tensors))
     umask = os.umask(0)
     os.umask(umask)
     mode = 0o666 & ~umask

@@ -22,6 +22,7 @@ from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
+from litlora.formats.parts import kept_parts
 from litlora.frozen.quantize import QuantizedBase, Quantizer
 from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
 from litlora.lora.rows import LEAF, TokenRows
@@ -66,7 +67,8 @@ def open_directory(directory: Path) -> FullModel | Adapter:
     if kind != "full":
         raise CheckpointError(f"{file}: kind is {kind!r}; it must be full or adapter")
     config = ModelConfig.load(directory / CONFIG_FILE)
-    return FullModel(directory, file, tensors, config, _merged(file, described)).checked()
+    parts = kept_parts(directory)
+    return FullModel(directory, file, tensors, config, _merged(file, described), parts=parts).checked()
 
 
 def _merged(file: Path, described: dict[str, Any]) -> dict[str, str] | None:

@@ -364,7 +364,11 @@ class _Names:
 def _of_language_model(module: str) -> str:
     """The name that a module has in the language model alone; `module` may be that of a model which
     takes images or sound as well."""
-    for inside, alone in (("model.language_model.", "model."), ("language_model.", "")):
+    for inside, alone in (
+        ("model.language_model.", "model."),
+        ("model.text_model.", "model."),
+        ("language_model.", ""),
+    ):
         if module.startswith(inside):
             return alone + module.removeprefix(inside)
     return module

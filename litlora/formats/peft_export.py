@@ -29,6 +29,7 @@ from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.layout import Layout, Rule
 from litlora.formats.layout import layout as layout_of
+from litlora.formats.parts import Parts
 from litlora.formats.peft_config import EXPERTS
 from litlora.formats.peft_keys import PREFIX
 from litlora.frozen.bitsandbytes import Quantized
@@ -46,26 +47,38 @@ _LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
 def to_peft(
-    adapter: Adapter, model_type: str, model: ModelConfig, base: Mapping[str, Tensor], base_name: str
+    adapter: Adapter,
+    model_type: str,
+    model: ModelConfig,
+    base: Mapping[str, Tensor],
+    base_name: str,
+    parts: Parts | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the tensors by PEFT's keys, adapter_config.json) of a PEFT folder for this adapter.
 
     `model_type` is the Hugging Face family that the folder is for. `model` and `base` describe the
     base, whose tensors complete the modules that PEFT stores whole; `base_name` is what the folder
-    will call it. Raises CheckpointError for a tensor that has no place in the Hugging Face model,
-    and for a variant of LoRA that we do not write as PEFT.
+    will call it. With `parts`, the base is the language model of a multimodal model, by whose names
+    the folder calls its layers. Raises CheckpointError for a tensor that has no place in the Hugging
+    Face model, and for a variant of LoRA that we do not write as PEFT.
     """
     if not (variant_named(adapter.config.variant).is_plain or _is_dora(adapter)):
         raise CheckpointError(
             f"a PEFT folder cannot hold the variant {adapter.config.variant}; merge the adapter and "
             "export the merged model"
         )
-    found = _Found(_groups(layout_of(model_type, model), base))
+    beside = [] if parts is None else [name.rpartition(".")[0] for name in parts.tensors]
+    found = _Found(_groups(layout_of(model_type, model), base, parts), beside)
     made = {*adapter.rows.tensors} if adapter.rows else set()
     as_parameters = set()
     if model.num_experts is not None and not _are_joined_rightly(adapter, base):
         as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name)}
     if as_parameters:
+        if parts is not None:
+            raise CheckpointError(
+                f"{min(as_parameters)}: experts inside {parts.outer.architecture} cannot be written as PEFT; "
+                "merge the adapter and export the merged model"
+            )
         found.add_parameters(as_parameters, adapter, base, model.num_experts)
     left = {*adapter.updates, *adapter.whole} - made - as_parameters
     for theirs, (rule, _) in found.groups.items():
@@ -92,6 +105,8 @@ class _Found:
     """What goes into the folder, as it is collected."""
 
     groups: dict[str, tuple[Rule, list[str]]]
+    beside: list[str]
+    """The modules of the other parts of a multimodal model."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
@@ -189,6 +204,7 @@ class _Found:
             for values in (self.ranks, self.alphas)
         )
         modules = [name.rpartition(".")[0] for name in self.groups if name.endswith(".weight")]
+        modules += self.beside
         adapted = [name for name in self.ranks if name not in self.parameters]
         layers = [part for rule, _ in self.groups.values() for part in rule.ours]
         parameters = _shortened(self.parameters, layers)
@@ -264,7 +280,9 @@ def _are_joined_rightly(adapter: Adapter, base: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule, list[str]]]:
+def _groups(
+    layout: Layout, base: Mapping[str, Tensor], parts: Parts | None
+) -> dict[str, tuple[Rule, list[str]]]:
     """Every tensor of the Hugging Face model: the rule of its module, and the tensors of ours that
     it consists of."""
     groups = {}
@@ -273,7 +291,9 @@ def _groups(layout: Layout, base: Mapping[str, Tensor]) -> dict[str, tuple[Rule,
         # transformers 5 calls a router so in every family; it renames only the factors in a PEFT folder
         is_router = module.endswith(".mlp.gate")
         rule = Rule(module, (module,)) if is_router else layout.to_theirs(module)
-        groups[f"{rule.theirs}.{leaf}"] = rule, [f"{part}.{leaf}" for part in rule.ours]
+        theirs = f"{rule.theirs}.{leaf}"
+        theirs = theirs if parts is None else parts.outer.spellings[0].outer(theirs)
+        groups[theirs] = rule, [f"{part}.{leaf}" for part in rule.ours]
     return groups
 
 

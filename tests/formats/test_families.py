@@ -190,7 +190,7 @@ NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
             llama(architectures=["LlamaForSequenceClassification"]),
             "LlamaForSequenceClassification.* of the family llama only LlamaForCausalLM is covered",
         ),
-        (llama(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3"), "an image encoder"),
+        (llama(architectures=["PaliGemmaForX"], model_type="paligemma", vision_config={"a": 1}), "an image"),
         (llama(architectures=None, model_type=None), "is not covered: config.json names no model_type"),
         (llama(rope_scaling={"rope_type": "magic", "factor": 2.0}), "'magic' is not implemented"),
         (
@@ -234,12 +234,10 @@ def test_what_is_not_covered_is_refused_by_name(values, message, tmp_path):
 
 
 WHAT_IS_MISSING = {
-    "gemma3": "an image encoder; .* alone is covered .Gemma3ForCausalLM, model_type gemma3_text",
     "qwen3_5": "an image encoder, and its language model needs linear attention",
     "qwen3_next": "linear attention .gated delta rule. and gated attention",
     "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
     "glm4": "interleaved rotary embeddings",
-    "mistral3": "an image encoder; .* alone is covered .MistralForCausalLM, model_type mistral",
     "cohere2": "interleaved rotary embeddings, a layer norm without bias and a logit scale",
     "granite": "multipliers of embeddings, residuals, attention scores and logits",
     "lfm2": "short convolutions",

@@ -13,19 +13,30 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families.hf_config import HFConfig, standard_settings
 from litlora.formats.families.missing import why_not_covered
+from litlora.formats.families.multimodal import MULTIMODAL, Multimodal, text_settings, with_vocabulary
 from litlora.formats.families.table import FAMILIES
 from litlora.storage.untrusted import read_json_object
 
-__all__ = ["FAMILIES", "HF_CONFIG_FILE", "adapt_config", "load_config", "read_config", "write_config"]
+__all__ = [
+    "FAMILIES",
+    "HF_CONFIG_FILE",
+    "adapt_config",
+    "load_config",
+    "multimodal_of",
+    "read_config",
+    "write_config",
+]
 
 HF_CONFIG_FILE = "config.json"
 
 
 def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
-    """(model_type, ModelConfig) of a config.json. Raises CheckpointError for an architecture or a
-    setting that is not covered, naming it, with what is missing."""
-    kind, architectures = values.get("model_type"), values.get("architectures")
-    named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    """(model_type, ModelConfig) of a config.json; of a multimodal model, those of its language
+    model. Raises CheckpointError for an architecture or a setting that is not covered, naming it,
+    with what is missing."""
+    if (outer := multimodal_of(values)) is not None and (text := text_settings(outer, values)) is not None:
+        values = text
+    kind, named = values.get("model_type"), _architecture(values)
     covered = isinstance(kind, str) and kind in FAMILIES
     if not covered or (named is not None and named != FAMILIES[kind].architecture):
         why = why_not_covered(kind, named, values)
@@ -39,6 +50,18 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         # values of unexpected types
         raise CheckpointError(f"not a usable configuration: {error}") from None
+
+
+def multimodal_of(values: dict[str, Any]) -> Multimodal | None:
+    """The multimodal family of a config.json whose language model can be read; None if it has none."""
+    kind = values.get("model_type")
+    outer = MULTIMODAL.get(kind) if isinstance(kind, str) else None
+    return outer if outer is not None and _architecture(values) in (None, outer.architecture) else None
+
+
+def _architecture(values: dict[str, Any]) -> str | None:
+    architectures = values.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else None
 
 
 def _check_quantization(settings: Any) -> None:
@@ -101,7 +124,10 @@ def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] 
     # quantized.
     dropped = ("auto_map", "quantization_config")
     values = {name: value for name, value in values.items() if name not in dropped}
-    adapted = {**values, "vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    size, tied = config.vocab_size, config.tie_word_embeddings
+    adapted = {**values, "vocab_size": size, "tie_word_embeddings": tied}
+    if (outer := multimodal_of(values)) is not None:
+        adapted = with_vocabulary(outer, values, size, tied=tied)
     try:
         return adapted if read_config(adapted)[1] == config else None
     except CheckpointError:

@@ -4,6 +4,7 @@ config.json says. Torch-free."""
 from typing import Any
 
 from litlora.formats.families.hf_config import ACTIVATIONS
+from litlora.formats.families.multimodal import MULTIMODAL, text_part
 from litlora.formats.families.table import FAMILIES
 
 _LATENT = "multi-head latent attention"
@@ -49,7 +50,6 @@ NEEDS = {
     "falcon_mamba": _STATE_SPACE,
     "flex_olmo": "a reader of its settings (OLMo 2's layers with experts)",
     "fuyu": "image patches as tokens",
-    "gemma3": "an image encoder",
     "gemma3n": "image and audio encoders",
     "gemma3n_text": "AltUp, LAuReL and per-layer embeddings",
     "gemma4": "image and audio encoders",
@@ -102,14 +102,11 @@ NEEDS = {
     "phi4_multimodal": "image and audio encoders",
     "phimoe": "its router (sparsemixer) and layer norms with experts",
     "qwen2_5_omni_text": _GRID,
-    "qwen2_5_vl_text": _GRID,
-    "qwen2_vl_text": _GRID,
     "qwen3_5_moe_text": f"{_DELTA}, and {_GRID}",
     "qwen3_5_text": f"{_DELTA}, and {_GRID}",
     "qwen3_next": _DELTA,
     "qwen3_omni_moe_text": f"{_GRID}, and a reader of its experts",
     "qwen3_vl_moe_text": f"{_GRID}, and a reader of its experts",
-    "qwen3_vl_text": _GRID,
     "recurrent_gemma": "recurrent layers (RG-LRU)",
     "reformer": "hashed attention and reversible layers",
     "RefinedWeb": f"{_CODE} (the later FalconForCausalLM is covered)",
@@ -168,6 +165,12 @@ def why_not_covered(kind: Any, named: str | None, values: dict[str, Any]) -> str
         return f"of the family {kind} only {FAMILIES[kind].architecture} is covered"
     if not isinstance(kind, str):
         return f"config.json names no model_type; {_covered()}"
+    if kind in MULTIMODAL:
+        if named not in (None, MULTIMODAL[kind].architecture):
+            return f"of the family {kind} only {MULTIMODAL[kind].architecture} is covered"
+        text = text_part(MULTIMODAL[kind], values)[1]
+        text_kind = text.get("model_type") or MULTIMODAL[kind].text
+        return f"it needs {_lacks(text_kind, text)} in its language model ({text_kind}); {_covered()}"
     found = next((name for name in _TEXT_PARTS if isinstance(values.get(name), dict)), None)
     parts = list(dict.fromkeys(what for name, what in _PARTS.items() if values.get(name)))
     if found is None and not parts:
@@ -184,7 +187,7 @@ def why_not_covered(kind: Any, named: str | None, values: dict[str, Any]) -> str
 
 
 def _covered() -> str:
-    names = [family.architecture for family in FAMILIES.values()]
+    names = [family.architecture for family in (*FAMILIES.values(), *MULTIMODAL.values())]
     return f"covered: {', '.join(names[:6])} and {len(names) - 6} more, which README.md lists"
 
 
