@@ -138,23 +138,34 @@ class ModelConfig(_Facts):
     """Width of one head; in most architectures hidden_size / num_attention_heads."""
     max_position_embeddings: int
     """Context length in tokens."""
-    norm: Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plain"] = "rmsnorm"
-    """rmsnorm_plus_one (Gemma) multiplies by 1 + weight; layernorm_plain (OLMo 1) has no
-    weights."""
+    norm: Literal[
+        "rmsnorm",
+        "rmsnorm_plus_one",
+        "layernorm",
+        "layernorm_plain",
+        "layernorm_no_bias",
+        "layernorm_plus_one",
+    ] = "rmsnorm"
+    """The two that end with plus_one (Gemma, Nemotron) multiply by 1 + weight; layernorm_plain
+    (OLMo 1) has no weights."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
     """What is normalised: the input of attention and MLP (Llama), their output (OLMo 2), or both
     (Gemma 2)."""
-    qk_norm: Literal["none", "head", "each_head", "all_heads"] = "none"
-    """How queries and keys are normalised: each head with shared weights (Qwen 3), each head with
-    its own weights (StableLM), or all heads together (OLMo 2)."""
+    qk_norm: Literal["none", "head", "head_rotated", "each_head", "all_heads"] = "none"
+    """How queries and keys are normalised: each head with shared weights (Qwen 3), the same after
+    the rotation (Hunyuan), each head with its own weights (StableLM), or all heads together
+    (OLMo 2)."""
+    residual_multiplier: float | None = None
+    """What attention and MLP give is multiplied by it (Granite)."""
     parallel_residual: bool = False
     """x + attention(norm(x)) + mlp(norm(x)): the MLP does not see the output of attention."""
     shared_norm: bool = False
     """With parallel_residual: one norm serves both."""
     mlp: Literal["gated", "plain"] = "gated"
     """gated: down(act(gate(x)) · up(x)); plain: down(act(up(x)))."""
-    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    """relu2 is the square of relu."""
     attention_bias: bool = False
     """Biases in the query, key, value and output projections."""
     attention_output_bias: bool | None = None
@@ -165,6 +176,10 @@ class ModelConfig(_Facts):
     """The output head is the embedding matrix; the checkpoint stores it once."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by √hidden_size (Gemma)."""
+    embedding_multiplier: float | None = None
+    """Embeddings are multiplied by it (Granite)."""
+    logit_scale: float | None = None
+    """Logits are multiplied by it (Cohere, Granite)."""
 
     positions: Literal["rotary", "learned"] = "rotary"
     """rotary: queries and keys are rotated; learned: each position adds a vector to the embedding
@@ -177,8 +192,13 @@ class ModelConfig(_Facts):
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of each head that is rotated."""
+    rope_interleaved: bool = False
+    """Pairs of neighbouring dimensions are rotated (GLM), not of the two halves of a head."""
     layers_without_rope: tuple[int, ...] = ()
     """Numbers of the layers without rotary embeddings (SmolLM 3)."""
+    query_scale_beta: float | None = None
+    """Queries at position p are multiplied by 1 + beta · ln(1 + ⌊p / o⌋), where o is rope_scaling's
+    original_max_position_embeddings (Ministral 3)."""
 
     sliding_window: int | None = None
     """Tokens that a layer with a window sees, the current one included."""
@@ -262,6 +282,17 @@ class ModelConfig(_Facts):
             )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError("shared_norm needs parallel_residual")
+        if self.residual_multiplier is not None and self.norm_position != "before":
+            raise CheckpointError(
+                f"residual_multiplier with norm_position {self.norm_position} is not a supported architecture"
+            )
+        if self.logit_scale is not None and self.lm_head_bias:
+            raise CheckpointError("logit_scale with lm_head_bias is not a supported architecture")
+        original = self.rope_scaling and self.rope_scaling.original_max_position_embeddings
+        if self.query_scale_beta is not None and not original:
+            raise CheckpointError(
+                "query_scale_beta needs a rope_scaling with original_max_position_embeddings"
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -20,9 +20,9 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
-from litlora.kernels.norm import rms_norm
-from litlora.kernels.rotary import Rope, RotaryTable, rotate
+from litlora.kernels.rotary import Rope, RotaryTable, halves, rotate
 from litlora.lora import gated_mlp, project
+from litlora.norms import make_head_norm, make_norm
 
 
 class KVCache:
@@ -70,6 +70,8 @@ class Context(NamedTuple):
     positions: Tensor | None = None
     """(M,), places of the flattened B · T tokens: the others are attended to, and not computed any
     further."""
+    query_scale: Tensor | None = None
+    """(T, 1): factor of each token's queries, if the architecture has one."""
 
 
 class Attention(nn.Module):
@@ -92,6 +94,8 @@ class Attention(nn.Module):
         # An attribute, since compiled blocks leave it uncompiled: see litlora.train.compile.
         self.packed_attention = packed_attention
         self.norm_all_heads = config.qk_norm == "all_heads"
+        self.norm_rotated = config.qk_norm == "head_rotated"
+        self.interleaved_dim = config.rotary_dim if config.rope_interleaved else None
         self.q_norm = make_head_norm(config, H)
         self.k_norm = make_head_norm(config, G)
 
@@ -104,12 +108,18 @@ class Attention(nn.Module):
         if self.norm_all_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in (q, k, v))  # (B, T, H·D) -> (B, T, H, D)
-        if self.q_norm is not None and not self.norm_all_heads:
+        if self.q_norm is not None and not (self.norm_all_heads or self.norm_rotated):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D); k and v (B, G, T, D)
         if context.rope is not None:
+            if self.interleaved_dim is not None:
+                q, k = (halves(part, self.interleaved_dim) for part in (q, k))
             # Under autocast this gives fp32; attention needs one dtype.
             q, k = (rotate(part, *context.rope).to(v.dtype) for part in (q, k))
+        if self.norm_rotated:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.query_scale is not None:
+            q = q * context.query_scale
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
             if T == 1 and self.window is not None:
@@ -198,6 +208,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.norm_position = config.norm_position
+        self.multiplier = config.residual_multiplier
         self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
         # The names are those of the families: where only inputs are normalised, the norm of the
         # MLP's input is called post_attention_layernorm.
@@ -215,16 +226,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, context)
+        attended = self._scaled(self.self_attn(normed, context))
         x = pick(x, context.positions)
         if self.parallel:
             normed = pick(normed, context.positions)
-            return x + attended + self.mlp(normed if self.shared_norm else self.post_attention_layernorm(x))
+            normed = normed if self.shared_norm else self.post_attention_layernorm(x)
+            return x + attended + self._scaled(self.mlp(normed))
         if self.norm_position == "before":
             x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.multiplier is None else x * self.multiplier
 
 
 class Decoder(nn.Module):
@@ -271,13 +286,27 @@ class Decoder(nn.Module):
             rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x)
             for rope, table in self._tables.items()
         }
+        scale = self._query_scale(start, T, pack, x)
         for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
             last = block is self.layers[-1]
-            context = Context(ropes.get(rope), masks.get(window), cache, pack, positions if last else None)
+            places = positions if last else None
+            context = Context(ropes.get(rope), masks.get(window), cache, pack, places, scale)
             x = block(x, context)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        # Here, so that whatever multiplies by the head's weight has scaled logits.
+        x, factor = self.norm(x), self.config.logit_scale
+        return x if factor is None else x * factor
+
+    def _query_scale(self, start: int, T: int, pack: Pack | None, like: Tensor) -> Tensor | None:
+        """(T, 1): the factors of the queries at each position; None if the architecture has none."""
+        beta, scaling = self.config.query_scale_beta, self.config.rope_scaling
+        if beta is None:
+            return None
+        spans = [range(start, start + T)] if pack is None else [range(length) for length in pack.lengths]
+        places = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(like.device)
+        turns = places // scaling.original_max_position_embeddings
+        return (1 + beta * torch.log1p(turns.to(torch.float32)))[:, None].to(like.dtype)
 
     def _embed(self, input_ids: Tensor, start: int, pack: Pack | None) -> Tensor:
         """(B, T) -> (B, T, C); the first token has the position `start`."""
@@ -285,6 +314,8 @@ class Decoder(nn.Module):
         if self.config.scale_embeddings:
             # rounded to the embedding's dtype, as in training
             x = x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))
+        if self.config.embedding_multiplier is not None:
+            x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
             spans = [(start, input_ids.size(1))] if pack is None else [(0, length) for length in pack.lengths]
             places = torch.cat([torch.arange(first, first + length) for first, length in spans])
@@ -375,57 +406,6 @@ class _SkipInit(TorchFunctionMode):
 def pick(x: Tensor, positions: Tensor | None) -> Tensor:
     """x (B, T, C) at these positions (M,) of the B · T tokens: (1, M, C); x itself for None."""
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in fp32; with a frozen weight, it keeps little for the backward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class RMSNormPlusOne(nn.Module):
-    """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). 1 + weight is not stored:
-    it would round in bf16."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return rms_norm(x, 1 + exact, self.eps)
-
-
-class HeadNorms(nn.Module):
-    """A LayerNorm for each head: (..., H, D) -> (..., H, D)."""
-
-    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(head_dim, eps, bias=False) for _ in range(num_heads))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([norm(head) for norm, head in zip(self.norms, x.unbind(-2), strict=True)], dim=-2)
-
-
-def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
-    """The architecture's normalisation over the last dimension, of hidden_size unless another size
-    is given."""
-    size = size or config.hidden_size
-    if config.norm == "layernorm_plain":
-        return nn.LayerNorm(size, config.norm_eps, elementwise_affine=False)
-    kinds = {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}
-    return kinds[config.norm](size, config.norm_eps)
-
-
-def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
-    """The normalisation of queries or keys, if there is one."""
-    if config.qk_norm == "none":
-        return None
-    if config.qk_norm == "each_head":
-        return HeadNorms(num_heads, config.head_dim, config.norm_eps)
-    return make_norm(config, config.head_dim if config.qk_norm == "head" else num_heads * config.head_dim)
 
 
 def shorten(names: list[str], most: int = 6) -> str:

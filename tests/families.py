@@ -161,6 +161,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3Config",
         {**GROUPED, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 6},
     ),
+    "olmo3": ("Olmo3Config", {**GROUPED, "num_hidden_layers": 5, "sliding_window": 6}),
+    "olmo3-yarn": (
+        "Olmo3Config",
+        {**GROUPED, "num_hidden_layers": 4, "sliding_window": 6, "rope_scaling": YARN},
+    ),
+    "olmoe": ("OlmoeConfig", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "exaone4": ("Exaone4Config", {**GROUPED, "num_hidden_layers": 5, "sliding_window": 6}),
+    "exaone4-full": (
+        "Exaone4Config",
+        {**GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "seed-oss": ("SeedOssConfig", {**GROUPED, "head_dim": 16}),
+    "starcoder2": ("Starcoder2Config", {**GROUPED, "sliding_window": 7}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **GROUPED,
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 0.4,
+        },
+    ),
+    "cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.75}),
+    "cohere2": (
+        "Cohere2Config",
+        {**GROUPED, "num_hidden_layers": 5, "sliding_window": 6, "logit_scale": 2.0},
+    ),
+    "glm": ("GlmConfig", {**GROUPED, "head_dim": 16}),
+    "glm4": ("Glm4Config", {**GROUPED, "head_dim": 16, "attention_bias": False}),
+    "ernie4-5": ("Ernie4_5Config", {**GROUPED, "head_dim": 16, "use_bias": True}),
+    "nemotron": ("NemotronConfig", {**GROUPED, "head_dim": 16}),
+    "hunyuan": (
+        "HunYuanDenseV1Config",
+        {**GROUPED, "head_dim": 16}
+        | {"rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+    ),
+    "arcee": ("ArceeConfig", {**GROUPED, "head_dim": 16}),
+    "helium": ("HeliumConfig", {**GROUPED, "head_dim": 8}),
+    "ministral": (
+        "MinistralConfig",
+        {**GROUPED, "head_dim": 16, "sliding_window": 6}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "rope_parameters": {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.7},
+        },
+    ),
 }
 
 
@@ -174,7 +226,8 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            is_norm = parameter.ndim == 1 and parameter_name.endswith("weight") and "gemma" not in name
+            is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
+            is_norm &= not name.startswith(("gemma", "nemotron"))
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
     return model
 

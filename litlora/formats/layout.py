@@ -229,6 +229,34 @@ def _phi3(config: ModelConfig) -> list[Rule]:
     ]
 
 
+def _glm(config: ModelConfig) -> list[Rule]:
+    gate_up = (LAYER + "mlp.gate_proj", LAYER + "mlp.up_proj")
+    return [Rule(LAYER + "mlp.gate_up_proj", gate_up, sizes=(config.intermediate_size,) * 2)]
+
+
+def _glm4(config: ModelConfig) -> list[Rule]:
+    return [
+        *_glm(config),
+        Rule(LAYER + "post_self_attn_layernorm", (LAYER + "post_attention_layernorm",)),
+        Rule(LAYER + "post_attention_layernorm", (LAYER + "pre_feedforward_layernorm",)),
+        Rule(LAYER + "post_mlp_layernorm", (LAYER + "post_feedforward_layernorm",)),
+    ]
+
+
+def _starcoder2(config: ModelConfig) -> list[Rule]:
+    return [
+        Rule(LAYER + "mlp.c_fc", (LAYER + "mlp.up_proj",)),
+        Rule(LAYER + "mlp.c_proj", (LAYER + "mlp.down_proj",)),
+    ]
+
+
+def _hunyuan(config: ModelConfig) -> list[Rule]:
+    return [
+        Rule(LAYER + "self_attn.query_layernorm", (LAYER + "self_attn.q_norm",)),
+        Rule(LAYER + "self_attn.key_layernorm", (LAYER + "self_attn.k_norm",)),
+    ]
+
+
 def _stablelm(config: ModelConfig) -> list[Rule]:
     return [
         Rule(LAYER + "self_attn.q_layernorm.norms.{}", (LAYER + "self_attn.q_norm.norms.{}",)),
@@ -253,6 +281,10 @@ LAYOUTS = {
     "phi": (_phi, "model."),
     "phi3": (_phi3, "model."),
     "stablelm": (_stablelm, "model."),
+    "glm": (_glm, "model."),
+    "glm4": (_glm4, "model."),
+    "starcoder2": (_starcoder2, "model."),
+    "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
 }
 

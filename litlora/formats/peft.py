@@ -52,6 +52,7 @@ _FAMILIES = (
     (r"(^|\.)layers\.\d+\.(attention\.|mlp\.dense_)|^gpt_neox\.|^embed_(in|out)$", "gpt_neox"),
     (r"(^|\.)h\.\d+\.(attn|mlp)\.c_|^transformer\.(wte|wpe)$|(^|\.)h\.\d+\.ln_[12]", "gpt2"),
     (r"(^|\.)h\.\d+\.|^transformer\.", "falcon"),
+    (r"(^|\.)layers\.\d+\.mlp\.c_(fc|proj)", "starcoder2"),
     (r"self_attn\.qkv_proj|mlp\.gate_up_proj", "phi3"),
     (r"self_attn\.(dense|[qk]_layernorm)$|mlp\.fc[12]", "phi"),
     (r"block_sparse_moe", "mixtral"),

@@ -31,6 +31,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 _DERIVATIVES = {
@@ -38,6 +39,7 @@ _DERIVATIVES = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda upstream, x: torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"),
     "relu": lambda upstream, x: torch.ops.aten.threshold_backward(upstream, x, 0),
+    "relu2": lambda upstream, x: upstream * (2 * F.relu(x)),
 }
 
 

@@ -126,3 +126,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((rotate(rotated, cos, sin), rest), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def halves(x: Tensor, dim: int) -> Tensor:
+    """x (..., D) with the pairs (x_2i, x_2i+1) of its first `dim` dimensions where `rotate` expects
+    them, at i and i + dim/2. Products of queries and keys do not change."""
+    pairs = x[..., :dim].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return pairs if dim == x.size(-1) else torch.cat((pairs, x[..., dim:]), dim=-1)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from litlora.config import ModelConfig
-from litlora.errors import CheckpointError
 from litlora.formats.families.hf_config import (
     HFConfig,
     activation_name,
@@ -11,6 +10,7 @@ from litlora.formats.families.hf_config import (
     layer_types,
     window_fields,
 )
+from litlora.formats.families.rope import rope_by_kind
 
 
 def read_gemma(c: HFConfig) -> dict[str, Any]:
@@ -62,19 +62,13 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gemma3(c: HFConfig) -> dict[str, Any]:
-    by_kind, pattern = c.get("rope_parameters") or {}, c.get("sliding_window_pattern", 6)
+    pattern = c.get("sliding_window_pattern", 6)
     kinds = c.get("layer_types") or [
         "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in c.layers
     ]
-    local = by_kind.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            "rope_parameters: scaling in the layers with a sliding window is not implemented"
-        )
-    scaling = {**(by_kind.get("full_attention") or {}), **(c.get("rope_scaling") or {})}
-    source = c.replace(layer_types=kinds, rope_parameters=None)
+    source, scaling, local = rope_by_kind(c.replace(layer_types=kinds))
     fields = read_gemma2(source, caps=(None, None), theta=1e6, scaling=scaling)
-    base = local.get("rope_theta") or c.get("rope_local_base_freq") or 10_000.0
+    base = local or c.get("rope_local_base_freq") or 10_000.0
     differs = base != fields["rope_theta"] or fields["rope_scaling"] is not None
     local_base = base if differs and "sliding_window" in fields else None
     return {**fields, "qk_norm": "head", "rope_local_base_freq": local_base}

@@ -1,11 +1,11 @@
-"""Families with layer norm, most of them with a plain MLP: GPT-2, GPT-NeoX, Phi, Falcon, StableLM.
-Torch-free."""
+"""Families with layer norm, most of them with a plain MLP: GPT-2, GPT-NeoX, Phi, Falcon, StableLM,
+StarCoder 2, Nemotron. Torch-free."""
 
 from typing import Any
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.formats.families.hf_config import HFConfig, activation_name, common_fields
+from litlora.formats.families.hf_config import HFConfig, activation_name, common_fields, window_fields
 
 
 def read_gpt2(c: HFConfig) -> dict[str, Any]:
@@ -158,4 +158,43 @@ def write_stablelm(config: ModelConfig) -> dict[str, Any]:
         "use_parallel_residual": config.parallel_residual,
         "use_qkv_bias": config.attention_bias,
         "qk_layernorm": config.qk_norm == "each_head",
+    }
+
+
+def read_starcoder2(c: HFConfig) -> dict[str, Any]:
+    bias, act = c.get("use_bias", True), ("hidden_act", "gelu_pytorch_tanh")
+    return {
+        **common_fields(c, eps=("norm_epsilon", 1e-5), activation=act, tied=True),
+        **window_fields(c.replace(layer_types=None), c.get("sliding_window"), lambda layer: True),
+        "norm": "layernorm",
+        "mlp": "plain",
+        "attention_bias": bias,
+        "mlp_bias": bias,
+    }
+
+
+def write_starcoder2(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "norm_epsilon": config.norm_eps,
+        "sliding_window": config.sliding_window,
+        "use_bias": config.attention_bias,
+    }
+
+
+def read_nemotron(c: HFConfig) -> dict[str, Any]:
+    return {
+        **common_fields(c, eps=("norm_eps", 1e-5), activation=("hidden_act", "relu2"), partial=0.5),
+        "norm": "layernorm_plus_one",
+        "mlp": "plain",
+        "attention_bias": c.get("attention_bias", False),
+        "mlp_bias": c.get("mlp_bias", False),
+    }
+
+
+def write_nemotron(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "norm_eps": config.norm_eps,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
     }

@@ -47,6 +47,20 @@ def rope_fields(
     }
 
 
+def rope_by_kind(c: "HFConfig") -> tuple["HFConfig", dict[str, Any], float | None]:
+    """(the settings without `rope_parameters`, those of the layers without a window, the base in
+    layers with one) where `rope_parameters` has one entry for each kind of layer. Files of before
+    2025 have `rope_scaling`, which is meant for the layers without a window."""
+    by_kind = c.get("rope_parameters") or {}
+    local = by_kind.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise CheckpointError(
+            "rope_parameters: scaling in the layers with a sliding window is not implemented"
+        )
+    scaling = {**(by_kind.get("full_attention") or {}), **(c.get("rope_scaling") or {})}
+    return c.replace(rope_parameters=None), scaling, local.get("rope_theta")
+
+
 def _scaling(c: "HFConfig", values: dict[str, Any]) -> dict[str, Any] | None:
     """The fields of RopeScaling. Absent ones are derived from the others."""
     kind = values.get("rope_type") or values.get("type") or "default"

@@ -1,6 +1,6 @@
 """The families that are covered. Torch-free."""
 
-from litlora.formats.families import gemma, gpt, llama, qwen
+from litlora.formats.families import gemma, gpt, interleaved, llama, near_llama, qwen
 from litlora.formats.families.hf_config import Family
 
 _NOT_FALCON = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps")
@@ -32,6 +32,29 @@ FAMILIES = {
     "olmo": Family("OlmoForCausalLM", llama.read_olmo, llama.write_olmo, ("head_dim", "rms_norm_eps")),
     "olmo2": Family("Olmo2ForCausalLM", llama.read_olmo2, llama.write_olmo2, ("head_dim",)),
     "smollm3": Family("SmolLM3ForCausalLM", llama.read_smollm3, llama.write_smollm3),
+    "olmo3": Family("Olmo3ForCausalLM", near_llama.read_olmo3, near_llama.write_olmo3,
+                    ("head_dim", "rope_theta", "rope_scaling")),
+    "olmoe": Family("OlmoeForCausalLM", near_llama.read_olmoe, near_llama.write_olmoe, ("head_dim",)),
+    "exaone4": Family("Exaone4ForCausalLM", near_llama.read_exaone4, near_llama.write_exaone4),
+    "seed_oss": Family("SeedOssForCausalLM", near_llama.read_seed_oss, near_llama.write_seed_oss),
+    "starcoder2": Family("Starcoder2ForCausalLM", gpt.read_starcoder2, gpt.write_starcoder2,
+                         ("head_dim", "rms_norm_eps")),
+    "granite": Family("GraniteForCausalLM", near_llama.read_granite, near_llama.write_granite, ("head_dim",)),
+    "cohere": Family("CohereForCausalLM", interleaved.read_cohere, interleaved.write_cohere,
+                     ("head_dim", "rms_norm_eps")),
+    "cohere2": Family("Cohere2ForCausalLM", interleaved.read_cohere2, interleaved.write_cohere2,
+                      ("head_dim", "rms_norm_eps")),
+    "glm": Family("GlmForCausalLM", interleaved.read_glm, interleaved.write_glm),
+    "glm4": Family("Glm4ForCausalLM", interleaved.read_glm4, interleaved.write_glm),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", interleaved.read_ernie4_5, interleaved.write_ernie4_5),
+    "nemotron": Family("NemotronForCausalLM", gpt.read_nemotron, gpt.write_nemotron, ("rms_norm_eps",)),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", near_llama.read_hunyuan,
+                               near_llama.write_hunyuan),
+    "arcee": Family("ArceeForCausalLM", near_llama.read_arcee, llama.write_llama),
+    "helium": Family("HeliumForCausalLM", interleaved.read_helium, interleaved.write_helium),
+    "ministral": Family("MinistralForCausalLM", near_llama.read_ministral, near_llama.write_ministral),
+    "ministral3": Family("Ministral3ForCausalLM", near_llama.read_ministral3, near_llama.write_ministral3,
+                         ("rope_theta", "rope_scaling")),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
