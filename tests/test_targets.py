@@ -9,7 +9,19 @@ from litlora.settings import PRESETS
 from litlora.settings.targets import ByTarget, in_preset
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head", "q_proj"]
-TARGETS = ["qv", "attention", "all-linear", "q_proj", "self_attn.q_proj", r".*\.up_proj", "up.proj", *NAMES]
+NAMES += ["model.layers.0.mlp.experts.3.up_proj"]
+TARGETS = [
+    "qv",
+    "attention",
+    "mlp",
+    "experts",
+    "all-linear",
+    "q_proj",
+    "self_attn.q_proj",
+    r".*\.up_proj",
+    "up.proj",
+    *NAMES,
+]
 
 
 def one_by_one(values, name):

@@ -10,6 +10,7 @@ arXiv:2312.03732).
     unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
-from litlora.frozen.linear import FrozenLinear, frozen_weight
+from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import lora as kernels
 from litlora.lora.adapter import Adapter
@@ -26,6 +27,7 @@ from litlora.lora.select import check_patterns, layer_alpha, layer_rank, select_
 from litlora.lora.update import Update, scale_of
 from litlora.lora.variants import check_dropout, variant_named
 from litlora.settings import LoRAConfig
+from litlora.settings.targets import kind_of
 
 
 class LoRALinear(nn.Module):
@@ -277,6 +279,25 @@ def unwrap_lora(model: nn.Module) -> None:
     its update."""
     for name, layer in _lora_layers(model).items():
         model.set_submodule(name, layer.linear)
+
+
+def describe_choice(model: nn.Module) -> str | None:
+    """The kinds of linear layers that have an adapter, and those that have none, each with its count;
+    None for a model without adapters."""
+    adapted = _lora_layers(model)
+    if not adapted:
+        return None
+    inside = {id(layer.linear) for layer in adapted.values()}
+    others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and id(module) not in inside
+    ]
+    chosen, left = (
+        ", ".join(f"{count} {kind}" for kind, count in Counter(map(kind_of, names)).items())
+        for names in (adapted, others)
+    )
+    return f"{chosen}; none on {left}" if left else chosen
 
 
 def lora_updates(model: nn.Module) -> dict[str, Update]:

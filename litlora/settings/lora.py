@@ -19,9 +19,10 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout probability of the adapter's input in training; the input of W has no dropout."""
     targets: str | list[str] = "all-linear"
-    """Layers to adapt: qv, attention, all-linear (every linear layer but the output head), or a
-    list of layer names (q_proj, layers.0.mlp.up_proj) and regular expressions that match a whole
-    name. Their time is linear, unless one has look-around, references or the like."""
+    """Layers to adapt: qv, attention, mlp (of experts, too), experts (those that a router picks),
+    all-linear (every linear layer but the output head), or a list of these, of layer names (q_proj,
+    layers.0.mlp.up_proj) and of regular expressions that match a whole name. Their time is linear,
+    unless one has look-around, references or the like."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023), so that a high rank learns
     as fast as a low one."""

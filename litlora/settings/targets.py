@@ -1,19 +1,35 @@
 """What settings call a layer: a preset, a name or the end of one, a pattern. Torch-free."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from litlora.storage.patterns import Patterns
 
-PRESETS = ("qv", "attention", "all-linear")
+PRESETS = ("qv", "attention", "mlp", "experts", "all-linear")
 OUTPUT_HEAD = "lm_head"
-_SUFFIXES = {"qv": ("q_proj", "v_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+_SUFFIXES = {
+    "qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_EXPERTS = re.compile(r"(?:.*\.)?experts\.\d+\.[^.]+")
 
 
 def in_preset(name: str, preset: str) -> bool:
     """Whether a preset means the layer of this name."""
     leaf = name.rpartition(".")[2]
+    if preset == "experts":
+        return _EXPERTS.fullmatch(name) is not None
     return leaf != OUTPUT_HEAD if preset == "all-linear" else leaf in _SUFFIXES[preset]
+
+
+def kind_of(name: str) -> str:
+    """What layers of this name are called whatever their number: q_proj, experts.up_proj."""
+    leaf = name.rpartition(".")[2]
+    if _EXPERTS.fullmatch(name):
+        return f"experts.{leaf}"
+    return f"shared_expert.{leaf}" if ".shared_expert." in name else leaf
 
 
 class ByTarget:

@@ -22,7 +22,7 @@ from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.load import load, pick_device
-from litlora.lora import Adapter
+from litlora.lora import Adapter, describe_choice
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style, lacking_tokens
 from litlora.report.console import Console, duration
@@ -371,6 +371,8 @@ class Run:
         everything = sum(w.shape.numel() for w in (*weights, *stored_weights(self.model).values()))
         frozen = everything - trainable or everything
         self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
+        if choice := describe_choice(self.model):
+            self.say(f"adapters: {choice}")
         self._say_quantised()
         self.say(f"precision: {precision.name} ({precision.reason})")
         if num_rounded:

@@ -11,10 +11,11 @@ from families import FAMILIES, SIZES, make_model, save_folder
 from safetensors.torch import load_file
 
 from litlora.checkpoint import open_checkpoint
-from litlora.errors import CheckpointError
+from litlora.errors import CheckpointError, UserError
 from litlora.formats.families import FAMILIES as COVERED
 from litlora.formats.families import adapt_config, load_config, read_config, write_config
 from litlora.formats.huggingface import write_weights
+from litlora.lora import LoRAConfig, add_lora, describe_choice, select_layers
 from litlora.model import GPT, KVCache
 
 TOKENS = 30
@@ -96,6 +97,41 @@ def test_packed_sequences_equal_separate_ones(name, folder):
     assert (packed - separate).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "name",
+    # a router's scores are fp32, too coarse for such small steps
+    [
+        pytest.param(name, marks=() if name == "granite" else pytest.mark.slow)
+        for name in LATE
+        if name != "olmoe"
+    ],
+)
+def test_gradients_are_the_slope_of_the_loss(name, folder):
+    """Of adapters on all linear layers, packed, in float64, along a random direction."""
+    model, settings = open_model(folder(name)[0]).double(), LoRAConfig(rank=4, targets="all-linear")
+    add_lora(model, settings, torch.float64)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids, lengths = torch.randint(SIZES["vocab_size"], (1, TOKENS)), [13, 17]
+
+    def loss() -> torch.Tensor:
+        return model.logits(model.model(ids, lengths=lengths)).logsumexp(-1).sum()
+
+    def moved(step: float) -> float:
+        with torch.no_grad():
+            for parameter, part in zip(trained, direction, strict=True):
+                parameter += step * part
+            return loss().item()
+
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    direction = [torch.randn_like(parameter) for parameter in trained]
+    loss().backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(trained, direction, strict=True)).item()
+    measured = (moved(1e-6) - moved(-2e-6)) / 2e-6
+    assert abs(slope) > 0.01 and abs(measured - slope) <= 1e-6 * abs(slope) + 1e-6
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_there_and_back_gives_the_same_bytes(name, folder, tmp_path):
     directory, _ = folder(name)
@@ -132,6 +168,36 @@ def test_some_family_can_express_every_model(name, folder):
     config = load_config(folder(name)[0])[1]
     values = write_config(config)
     assert read_config(values)[1] == config
+
+
+def test_presets_mean_the_same_in_every_family():
+    """Together they choose every linear layer but the head, and a run says so by kind."""
+    import transformers
+
+    for name, (kind, settings) in FAMILIES.items():
+        config = getattr(transformers, kind)(**settings)
+        model = GPT.without_weights(read_config(config.to_dict())[1])
+        linears = [part for part, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        chosen = {preset: select_layers(model, preset) for preset in ("attention", "mlp", "all-linear", "qv")}
+        assert sorted(chosen["attention"] + chosen["mlp"] + ["lm_head"]) == sorted(linears), name
+        assert all(".self_attn." in layer for layer in chosen["attention"]), name
+        assert chosen["all-linear"] == [layer for layer in linears if layer != "lm_head"], name
+        assert set(chosen["qv"]) < set(chosen["attention"]), name
+        if model.config.num_experts is None:
+            with pytest.raises(UserError, match="targets experts: no linear layer"):
+                select_layers(model, "experts")
+        else:
+            experts = select_layers(model, "experts")
+            assert experts == [layer for layer in chosen["mlp"] if ".mlp.experts." in layer], name
+
+
+def test_what_a_preset_chose_is_said_by_kind():
+    model = GPT(read_config({**LLAMA, "num_hidden_layers": 3})[1])
+    assert describe_choice(model) is None
+    add_lora(model, LoRAConfig(targets="mlp"))
+    attention = "3 q_proj, 3 k_proj, 3 v_proj, 3 o_proj"
+    chosen = "3 gate_proj, 3 up_proj, 3 down_proj"
+    assert describe_choice(model) == f"{chosen}; none on {attention}, 1 lm_head"
 
 
 def test_every_covered_family_is_tested(folder):

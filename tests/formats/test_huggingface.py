@@ -112,7 +112,10 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
     assert open_checkpoint(directory).fingerprint == before
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe")
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])
 def test_fine_tune_merge_and_export_from_a_folder(family, make_folder, tmp_path, alpaca_file):
     """All commands in turn; transformers then gives the logits of the merged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

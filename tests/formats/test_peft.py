@@ -2,6 +2,7 @@
 settings."""
 
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.merge import merge_chain
@@ -53,6 +55,16 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SIZES, **LLAMA, **MOE, shared_expert_intermediate_size=24
     ),
 }
+LATE = ("olmo3", "olmoe", "exaone4", "starcoder2", "granite", "cohere2", "glm", "glm4", "ernie4-5")
+LATE += ("nemotron", "hunyuan", "arcee", "helium", "ministral3", "seed-oss")
+
+
+def of_family(name: str) -> Any:
+    kind, settings = FAMILIES[name]
+    return getattr(transformers, kind)(**{**settings, "vocab_size": SIZES["vocab_size"]})
+
+
+MODELS |= {name: functools.partial(of_family, name) for name in LATE}
 LLAMA_CASES = {
     "r_not_alpha": {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"]},
     "rslora": {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": "all-linear"},
@@ -341,6 +353,9 @@ OWN_CASES |= {
 }
 
 
+OWN_CASES |= {name: (name, LoRAConfig(rank=3, alpha=7.0)) for name in LATE}
+
+
 def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.Module:
     """An adapter of our own with random weights, and the model that has it."""
     chain = resolve(base_dir)
@@ -352,7 +367,9 @@ def make_own(directory: Path, base_dir: Path, settings: LoRAConfig) -> torch.nn.
     return model
 
 
-@pytest.mark.parametrize("case", OWN_CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LATE else case for case in OWN_CASES]
+)
 def test_an_adapter_made_here_gives_the_same_logits_in_peft(case, bases, tmp_path):
     name, settings = OWN_CASES[case]
     base, base_dir = bases(name)
