@@ -164,8 +164,8 @@ class ModelConfig(_Facts):
     """With parallel_residual: one norm serves both."""
     mlp: Literal["gated", "plain"] = "gated"
     """gated: down(act(gate(x)) · up(x)); plain: down(act(up(x)))."""
-    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
-    """relu2 is the square of relu."""
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"] = "silu"
+    """relu2 is the square of relu; xielu (Apertus) has two weights in each layer."""
     attention_bias: bool = False
     """Biases in the query, key, value and output projections."""
     attention_output_bias: bool | None = None
@@ -282,6 +282,8 @@ class ModelConfig(_Facts):
             )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError("shared_norm needs parallel_residual")
+        if self.hidden_act == "xielu" and (self.mlp != "plain" or self.num_experts is not None):
+            raise CheckpointError("hidden_act xielu needs a plain mlp, without experts")
         if self.residual_multiplier is not None and self.norm_position != "before":
             raise CheckpointError(
                 f"residual_multiplier with norm_position {self.norm_position} is not a supported architecture"

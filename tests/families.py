@@ -198,6 +198,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GROUPED, "head_dim": 16}
         | {"rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
     ),
+    "apertus": ("ApertusConfig", {**GROUPED, "rope_scaling": LLAMA3}),
     "arcee": ("ArceeConfig", {**GROUPED, "head_dim": 16}),
     "helium": ("HeliumConfig", {**GROUPED, "head_dim": 8}),
     "ministral": (

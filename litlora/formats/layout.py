@@ -33,6 +33,10 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|m
 computed here."""
 
 
+CONSTANTS = {"beta": 0.5, "eps": -1e-6}
+"""What is stored beside the weights of the activation xIELU, and is the same in every model."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One module of theirs and the modules of ours that share its rows. `{}` stands for the number
@@ -114,7 +118,7 @@ class Layout:
         sources: dict[str, str] = {}
         bare = bool(tensors) and not any(name.startswith(self.prefix) for name in tensors)
         for name, tensor in tensors.items():
-            if NOT_WEIGHTS.search(name):
+            if NOT_WEIGHTS.search(name) or _is_constant(name, tensor):
                 continue
             module, _, parameter = name.rpartition(".")
             if bare and module not in ("lm_head", "embed_out"):
@@ -140,6 +144,9 @@ class Layout:
             if len(rule.ours) > 1:
                 tensor = rule.join([tensors[f"{part}.{parameter}"] for part in rule.ours])
             yield f"{rule.theirs}.{parameter}", tensor.t() if rule.transposed and tensor.ndim == 2 else tensor
+            if module.endswith(".act_fn") and parameter == "alpha_p":
+                for constant, value in CONSTANTS.items():
+                    yield f"{rule.theirs}.{constant}", torch.tensor(value, dtype=tensor.dtype)
 
 
 def layout(model_type: str, config: ModelConfig) -> Layout:
@@ -250,6 +257,13 @@ def _starcoder2(config: ModelConfig) -> list[Rule]:
     ]
 
 
+def _apertus(config: ModelConfig) -> list[Rule]:
+    return [
+        Rule(LAYER + "attention_layernorm", (LAYER + "input_layernorm",)),
+        Rule(LAYER + "feedforward_layernorm", (LAYER + "post_attention_layernorm",)),
+    ]
+
+
 def _hunyuan(config: ModelConfig) -> list[Rule]:
     return [
         Rule(LAYER + "self_attn.query_layernorm", (LAYER + "self_attn.q_norm",)),
@@ -284,9 +298,22 @@ LAYOUTS = {
     "glm": (_glm, "model."),
     "glm4": (_glm4, "model."),
     "starcoder2": (_starcoder2, "model."),
+    "apertus": (_apertus, "model."),
     "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
 }
+
+
+def _is_constant(name: str, tensor: Tensor | Quantized) -> bool:
+    """Whether it is a constant of xIELU. Raises CheckpointError for another value."""
+    module, _, parameter = name.rpartition(".")
+    if not module.endswith(".mlp.act_fn") or parameter not in CONSTANTS:
+        return False
+    value = CONSTANTS[parameter]
+    # 1%: files in bf16 round it
+    if tuple(tensor.shape) not in ((), (1,)) or not abs(tensor.item() - value) <= 0.01 * abs(value):
+        raise CheckpointError(f"{name} is not {value}; another value is not implemented")
+    return True
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -256,7 +256,7 @@ NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
         (llama(**NEW, n_routed_experts=64), r"mixture of experts \(64 experts\)"),
         (llama(**NEW, residual_multiplier=0.22), r"it needs residual_multiplier \(0.22\)"),
         (llama(**NEW, residual_multiplier=1.0, alibi=True), "it needs ALiBi positions;"),
-        (llama(**NEW, hidden_act="xielu"), "it needs the activation 'xielu'"),
+        (llama(**NEW, hidden_act="laplace"), "it needs the activation 'laplace'"),
         (llama(**NEW, add_attention_sink=True), "it needs attention sinks"),
         (llama(**NEW, quantization_config={"quant_method": "fp8"}), "it needs weights quantized by 'fp8'"),
         (llama(**NEW, auto_map={"AutoConfig": "x.Y"}), "it needs its own remote code"),
@@ -319,7 +319,6 @@ WHAT_IS_MISSING = {
     "qwen3_5": "an image encoder, and its language model needs linear attention",
     "qwen3_next": "linear attention .gated delta rule. and gated attention",
     "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
-    "apertus": "the activation xIELU",
     "granitemoe": "a reader of its fused experts",
     "lfm2": "short convolutions",
 }

@@ -56,7 +56,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 LATE = ("olmo3", "olmoe", "exaone4", "starcoder2", "granite", "cohere2", "glm", "glm4", "ernie4-5")
-LATE += ("nemotron", "hunyuan", "arcee", "helium", "ministral3", "seed-oss")
+LATE += ("nemotron", "hunyuan", "apertus", "arcee", "helium", "ministral3", "seed-oss")
 
 
 def of_family(name: str) -> Any:

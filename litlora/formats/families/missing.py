@@ -18,7 +18,6 @@ _BERT = "an encoder's layer with norms after the residual sums"
 _TOKENS = "image tokens, which its language model reads and writes"
 
 NEEDS = {
-    "apertus": "the activation xIELU",
     "baichuan": _CODE,
     "bamba": _STATE_SPACE,
     "bert-generation": _BERT,

@@ -13,6 +13,32 @@ def read_arcee(c: HFConfig) -> dict[str, Any]:
     return {**read_llama(c.replace(hidden_act="silu")), **fields, "mlp": "plain"}
 
 
+_APERTUS_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def read_apertus(c: HFConfig) -> dict[str, Any]:
+    if "rope_parameters" not in c.values and "rope_scaling" not in c.values:
+        c = c.replace(rope_scaling=_APERTUS_ROPE)
+    act = ("hidden_act", "xielu")
+    return {
+        **common_fields(c, eps=("rms_norm_eps", 1e-5), activation=act, theta=12_000_000.0),
+        "mlp": "plain",
+        "qk_norm": "head",
+        "attention_bias": c.get("attention_bias", False),
+    }
+
+
+def write_apertus(config: ModelConfig) -> dict[str, Any]:
+    rope = {"rope_type": "default", **(rope_settings(config) or {}), "rope_theta": config.rope_theta}
+    return {"attention_bias": config.attention_bias, "rope_parameters": rope}
+
+
 def read_seed_oss(c: HFConfig) -> dict[str, Any]:
     bias, out = c.get("attention_bias", True), c.get("attention_out_bias", False)
     return {

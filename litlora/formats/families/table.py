@@ -51,6 +51,8 @@ FAMILIES = {
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", near_llama.read_hunyuan,
                                near_llama.write_hunyuan),
     "arcee": Family("ArceeForCausalLM", near_llama.read_arcee, llama.write_llama),
+    "apertus": Family("ApertusForCausalLM", near_llama.read_apertus, near_llama.write_apertus,
+                      ("head_dim", "rope_theta", "rope_scaling")),
     "helium": Family("HeliumForCausalLM", interleaved.read_helium, interleaved.write_helium),
     "ministral": Family("MinistralForCausalLM", near_llama.read_ministral, near_llama.write_ministral),
     "ministral3": Family("Ministral3ForCausalLM", near_llama.read_ministral3, near_llama.write_ministral3,
