@@ -192,8 +192,9 @@ class ModelConfig(_Facts):
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of each head that is rotated."""
-    rope_interleaved: bool = False
-    """Pairs of neighbouring dimensions are rotated (GLM), not of the two halves of a head."""
+    rope_interleaved: bool | None = None
+    """Pairs of neighbouring dimensions are rotated (GLM), not of the two halves of a head. None, and
+    not false, is the default: files of models without it stay as they were."""
     layers_without_rope: tuple[int, ...] = ()
     """Numbers of the layers without rotary embeddings (SmolLM 3)."""
     query_scale_beta: float | None = None
