@@ -41,7 +41,9 @@ class Parts:
         sizes: Counter[str] = Counter()
         for name, tensor in self.tensors.items():
             sizes[name.removeprefix("model.").partition(".")[0]] += tensor.nbytes
-        listed = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items()) or "none"
+        largest = [f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.most_common(4)]
+        more = [f"{len(sizes) - 4} more"] if len(sizes) > 4 else []
+        listed = ", ".join(largest + more) or "none"
         return (
             f"{self.file.parent}: only the language model of {self.outer.architecture} is used; its other "
             f"parts ({listed}) stay as they are, and every full model made from it keeps them"

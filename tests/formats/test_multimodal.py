@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused_by_name(folder, tmp_path):
     with pytest.raises(CheckpointError, match="holds no weights of the language model .model.language_mo"):
         open_checkpoint(empty)
     values = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
-    needs = "'LlavaForConditionalGeneration'.* it needs learned positions.*in its language model .opt"
+    needs = "'LlavaForConditionalGeneration'.* it needs learned positions.*in its language model ..opt"
     with pytest.raises(CheckpointError, match=needs):
         read_config({**values, "text_config": {"model_type": "opt"}, "vision_config": {"depth": 2}})
     with pytest.raises(CheckpointError, match="LlavaForOther.* only LlavaForConditionalGeneration is cov"):

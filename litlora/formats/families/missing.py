@@ -149,7 +149,7 @@ def why_not_covered(kind: Any, named: str | None, values: dict[str, Any]) -> str
             return f"of the family {kind} only {MULTIMODAL[kind].architecture} is covered"
         text = text_part(MULTIMODAL[kind], values)[1]
         text_kind = text.get("model_type") or MULTIMODAL[kind].text
-        return f"it needs {_lacks(text_kind, text)} in its language model ({text_kind}); {_covered()}"
+        return f"it needs {_lacks(text_kind, text)} in its language model ({text_kind!r}); {_covered()}"
     found = next((name for name in _TEXT_PARTS if isinstance(values.get(name), dict)), None)
     parts = list(dict.fromkeys(what for name, what in _PARTS.items() if values.get(name)))
     if found is None and not parts:
