@@ -26,19 +26,18 @@ def main(settings: Chat) -> None:
     if settings.prompt is not None and not settings.prompt.strip():
         raise UserError(f"{setting('prompt')}: is empty; ask something")
 
-    from litlora.load import load, pick_device
+    from litlora.checkpoint import resolve
+    from litlora.load import load_chain, pick_device
     from litlora.prompts import choose_style, lacking_tokens
     from litlora.serve.conversation import ChatSession
     from litlora.serve.engine import Engine, Sampling
+    from litlora.streaming import gib, streams
 
-    loaded = load(
-        directory,
-        base_dir=base_dir,
-        allow_base_mismatch=settings.allow_base_mismatch,
-        device=pick_device(settings.accelerator),
-        quantize=settings.quantize,
-        live=None,
-    )
+    chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    device, asked = pick_device(settings.accelerator), settings.stream_base
+    in_few_bits = settings.quantize not in (None, "none")
+    stream = streams(False if in_few_bits else asked, chain, device)
+    loaded = load_chain(chain, device=device, quantize=settings.quantize, live=None, stream=stream)
     style, reason = choose_style(
         settings.prompt_style,
         loaded.prompt_style,
@@ -53,6 +52,13 @@ def main(settings: Chat) -> None:
     if loaded.quantized is not None:
         how = loaded.quantized.quantizer.describe()
         say(f"note: the linear layers of the blocks are in {how}", file=sys.stderr)
+    if (streamed := loaded.stream) is not None:
+        size = streamed.nbytes + streamed.head_bytes
+        say(
+            f"note: the base stays in its file; a token reads {gib(size)}, which takes "
+            f"{size / streamed.speed:.2g} s at the {gib(streamed.speed)} a second just measured",
+            file=sys.stderr,
+        )
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -16,12 +16,14 @@ from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
+from litlora.frozen.streamed import Stream
 from litlora.lora import Adapter, attach_lora
 from litlora.model import GPT, Router
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
 from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.fingerprint import check_finite
+from litlora.streaming import stream_base
 from litlora.tokenizer import Tokenizer, find_sidecars
 
 
@@ -44,6 +46,8 @@ class Loaded(TextSide):
     chain: Chain
     quantized: QuantizedBase | None = None
     """In what few bits the frozen weights of its blocks are, if they were quantised while loading."""
+    stream: Stream | None = None
+    """What reads the base's weights from their file, if they stay there."""
 
 
 def load(
@@ -71,10 +75,24 @@ def load(
     missing or does not fit, and UserError for what cannot be quantised.
     """
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=allow_base_mismatch)
+    return load_chain(chain, live=live, device=device, dense=dense, quantize=quantize)
+
+
+def load_chain(
+    chain: Chain,
+    *,
+    live: bool | None = False,
+    device: torch.device | str = "cpu",
+    dense: Sequence[str] | None = None,
+    quantize: str | None = None,
+    stream: bool = False,
+) -> Loaded:
+    """As `load`. With `stream`, which `streams` allows, the base's weights stay in their file, and the
+    outermost adapter is live."""
     top = chain.top
     text = load_text(chain)
     live_adapter = None
-    if isinstance(top, Adapter) and (_is_quantised(top, quantize) if live is None else live):
+    if isinstance(top, Adapter) and (stream or (_is_quantised(top, quantize) if live is None else live)):
         live_adapter = top
     tensors, config, quantized = _weights(chain, live_adapter, dense, quantize)
     model = build(config, tensors, chain.base)
@@ -83,8 +101,9 @@ def load(
     if notice := text.tokenizer.fit(model.config.vocab_size):
         chain.notices.append(notice)
     model = model.to(device).eval()
+    streamed = stream_base(model, chain.base.file) if stream else None
     check_finite(dict(model.named_parameters()), top.file)
-    return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain, quantized)
+    return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain, quantized, streamed)
 
 
 def load_text(chain: Chain) -> TextSide:

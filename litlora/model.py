@@ -18,6 +18,7 @@ from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantized import QuantizedWeight
+from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.rotary import Rope, RotaryTable, halves, rotate
@@ -361,6 +362,12 @@ class GPT(nn.Module):
         logits = self.lm_head(hidden)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device in which the model computes."""
+        embedding = self.model.embed_tokens
+        return embedding.like if isinstance(embedding, StreamedEmbedding) else embedding.weight
 
     @classmethod
     def without_weights(cls, config: ModelConfig) -> "GPT":

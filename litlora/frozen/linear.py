@@ -42,12 +42,14 @@ LINEAR = (nn.Linear, FrozenLinear)
 
 
 def stored_weights(model: nn.Module) -> dict[str, FrozenWeight]:
-    """The weights of a model that are not parameters, by their names."""
-    return {
-        f"{name}.weight": module.storage
-        for name, module in model.named_modules()
-        if isinstance(module, FrozenLinear)
-    }
+    """The weights of a model that are not parameters, by their names; one that two modules share has
+    the name of the first."""
+    found: dict[str, FrozenWeight] = {}
+    for name, module in model.named_modules():
+        storage = getattr(module, "storage", None)
+        if isinstance(storage, FrozenWeight) and not any(storage is other for other in found.values()):
+            found[f"{name}.weight"] = storage
+    return found
 
 
 def frozen_weight(linear: nn.Linear | FrozenLinear) -> FrozenWeight:

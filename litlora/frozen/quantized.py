@@ -1,6 +1,5 @@
 """A frozen weight that stays in the few bits in which a file stores it."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
 
 
@@ -53,7 +53,7 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """W in this dtype, valid until this thread asks for another one."""
-        W = _scratch(self.shape, dtype, self.device)
+        W = scratch(self.shape, dtype, self.device)
         self.matrix.write_to(W)
         return W
 
@@ -66,19 +66,6 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
     def extra_repr(self) -> str:
         return f"{self.matrix.kind}, {tuple(self.shape)}"
-
-
-_memory = threading.local()
-
-
-def _scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of this thread, as large as the largest tensor that it was asked for:
-    fresh memory for each use would cost more than dequantising."""
-    buffers = _memory.__dict__.setdefault("buffers", {})
-    size = shape.numel() * dtype.itemsize
-    if device not in buffers or buffers[device].numel() < size:
-        buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
-    return buffers[device][:size].view(dtype).view(shape)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -5,12 +5,17 @@ That works since the gradient of a token's loss is softmax - onehot, times the o
 from whatever follows the loss: nothing need be kept or computed again.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from litlora.frozen.streamed import StreamedHead
+
+    Head = Tensor | StreamedHead
 
 
 class Tiles(NamedTuple):
@@ -41,12 +46,12 @@ def plain_head_loss(
     return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction=reduction)
 
 
-def head_loss(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
+def head_loss(hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None) -> Tensor:
     """As plain_head_loss, in chunks. The weight gets no gradient: it must be frozen."""
     return _HeadLoss.apply(hidden, targets, weight, cap, True)
 
 
-def head_losses(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None = None) -> Tensor:
+def head_losses(hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None) -> Tensor:
     """As head_loss, of each token: (N,)."""
     return _HeadLoss.apply(hidden, targets, weight, cap, False)
 
@@ -54,9 +59,9 @@ def head_losses(hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | No
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, targets: Tensor, weight: Tensor, cap: float | None, summed: bool
+        ctx, hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None, summed: bool
     ) -> Tensor:
-        N, V, exact = len(hidden), len(weight), exact_dtype(hidden)
+        N, V, exact = len(hidden), weight.shape[0], exact_dtype(hidden)
         limits = TILES.get(hidden.device.type, TILES["cuda"])
         # Blocks of equal size, a multiple of 32: few sizes, see litlora.kernels.buckets.
         blocks = max(1, -(-N // limits.rows))
@@ -107,7 +112,7 @@ class _Buffers(NamedTuple):
 
 
 def _block_loss(
-    x: Tensor, labels: Tensor, weight: Tensor, cap: float | None, buffers: _Buffers, *, needs_dx: bool
+    x: Tensor, labels: Tensor, weight: "Head", cap: float | None, buffers: _Buffers, *, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses (n, 1) of x (n, C) and their gradients (n, C), both in fp32 or better; labels (n, 1).
 
@@ -122,7 +127,8 @@ def _block_loss(
     others, picked = torch.zeros_like(top), torch.zeros_like(top)
     mean = x.new_zeros((n, C), dtype=exact)
     for first in range(0, V, buffers.columns):
-        part = weight[first : first + buffers.columns]
+        rows = slice(first, first + buffers.columns)
+        part = weight[rows] if isinstance(weight, Tensor) else weight.tile(rows, x.dtype)
         z, e = buffers.tile(n, len(part))
         torch.mm(x, part.t(), out=z)
         if e.dtype != z.dtype:
@@ -151,7 +157,8 @@ def _block_loss(
             mean.mul_(shrink).addcmul_(torch.mm(shares, part), local_sum)
     d = others.log() + top - picked
     losses = torch.logaddexp(d, torch.zeros_like(d))
-    own = weight[labels[:, 0]].to(exact)
+    own = weight[labels[:, 0]] if isinstance(weight, Tensor) else weight.picked(labels[:, 0])
+    own = own.to(exact)
     if cap is not None:
         own = own * (1 - (picked / cap).square())
     return losses, mean.div_(others).sub_(own).mul_(d.sigmoid())

@@ -51,7 +51,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.model.embed_tokens.weight.device
+        return self.model.like.device
 
     def generate(
         self,
@@ -87,12 +87,12 @@ def generate(
             f"the prompt has {len(prompt_ids)} tokens; the model's context holds {context}, the answer "
             f"included"
         )
-    weight = model.model.embed_tokens.weight
+    like = model.like
     length = min(context, len(prompt_ids) + sampling.max_new_tokens)
-    cache = KVCache(model.config, 1, length, dtype=weight.dtype, device=weight.device)
-    new_ids = torch.tensor([prompt_ids], device=weight.device)
+    cache = KVCache(model.config, 1, length, dtype=like.dtype, device=like.device)
+    new_ids = torch.tensor([prompt_ids], device=like.device)
     for _ in range(length - len(prompt_ids)):
-        is_single = new_ids.numel() == 1 and weight.device.type == "cpu"
+        is_single = new_ids.numel() == 1 and like.device.type == "cpu"
         computing = _one_dnn.off() if is_single else nullcontext()
         with computing:
             hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head needs the last position only

@@ -6,6 +6,7 @@ from typing import Literal
 
 from litlora.settings.checks import check_positive, check_seed, check_value
 from litlora.settings.quantize import Quantization
+from litlora.settings.streaming import StreamBase, check_streamed
 from litlora.settings.styles import check_prompt_style
 
 
@@ -37,6 +38,10 @@ class Chat:
     quantize: Quantization | Literal["none"] | None = None
     """Hold the linear layers of the blocks in few bits: nf4, nf4-dq, int8, fp8; none: in the base's
     number format. Default: what an adapter was trained on, else none."""
+    stream_base: StreamBase = "auto"
+    """Leave the base in its file: its layers are read ahead of their use and dropped behind it. An
+    adapter is then live instead of merged. true, false, or auto: where the base exceeds the free
+    memory."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto takes the fastest available."""
     base_checkpoint_dir: str | None = None
@@ -51,3 +56,4 @@ class Chat:
         usable = math.isfinite(self.temperature) and self.temperature >= 0
         check_value(self, "temperature", usable, "must be 0 or more, and finite")
         check_value(self, "top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
+        check_streamed(self, quantize=self.quantize not in (None, "none"))

@@ -10,6 +10,7 @@ from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.quantize import Quantization
+from litlora.settings.streaming import StreamBase, check_streamed
 from litlora.settings.styles import check_prompt_style
 from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import TrainConfig
@@ -71,6 +72,10 @@ class Finetune:
     quantize: Quantization | None = field(default=None, metadata={"stored": "unless default"})
     """Hold the linear layers of the blocks in few bits while an adapter trains (QLoRA): nf4 (4 bits),
     nf4-dq (the same, its scales in 8 bits), int8, fp8. Only for LoRA."""
+    stream_base: StreamBase = field(default="auto", metadata={"stored": "unless default"})
+    """Leave the base in its file while an adapter trains: its layers are read ahead of their use and
+    dropped behind it, so that about one is in memory. The result is the same. true, false, or auto:
+    where the base exceeds the free memory. Only for LoRA, on the CPU."""
     base_checkpoint_dir: str | None = None
     """If checkpoint_dir is an adapter: its base, when that is no longer where the adapter says."""
     allow_base_mismatch: bool = False
@@ -90,6 +95,8 @@ class Finetune:
             f"{setting('resume_force')} has no effect without {setting('resume')}",
         )
         self._check_batch()
+        compiled, added = self.train.compile, self.tokenizer.add_tokens
+        check_streamed(self, quantize=self.quantize, compile=compiled, add_tokens=added)
 
     def _check_batch(self) -> None:
         """Without packing, every device takes the same number of examples."""
@@ -108,6 +115,10 @@ class FinetuneLoRA(Finetune):
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_streamed(self, modules_to_save=self.lora.modules_to_save)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneFull(Finetune):
@@ -125,6 +136,11 @@ class FinetuneFull(Finetune):
             self.quantize is None,
             f"{setting('quantize')} {self.quantize}: a full fine-tune trains all weights, and quantised ones "
             f"cannot be trained; leave {setting('quantize')} out, or use finetune/lora.py",
+        )
+        check(
+            self.stream_base is not True,
+            f"{setting('stream_base')} true: a full fine-tune trains all weights, which have to be in "
+            f"memory; leave {setting('stream_base')} out, or use finetune/lora.py",
         )
 
 

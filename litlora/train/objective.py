@@ -24,6 +24,8 @@ from litlora.data.batches import Batch, collate, num_supervised
 from litlora.data.examples import Example, content_line
 from litlora.data.store import lengths_of
 from litlora.errors import UserError, setting
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.streamed import StreamedHead
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
 from litlora.model import GPT
@@ -111,24 +113,25 @@ class Objective(nn.Module, ABC):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The model's hidden states (M, C) at the learned positions."""
-        like = self.model.model.embed_tokens.weight
-        ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, like)
+        ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, self.model.like)
         return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
 
     def token_losses(self, batch: Batch) -> Tensor:
         """-log p of each learned token in nats, in fp32 or better: (M,)."""
         hidden = self.hidden(batch)
-        if self._has_plain_head(hidden):
-            head = self.model.lm_head
-            return head_losses(hidden, batch.targets, head.weight, self.model.config.final_logit_softcapping)
+        if (head := self._plain_head(hidden)) is not None:
+            return head_losses(hidden, batch.targets, head, self.model.config.final_logit_softcapping)
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         return torch.cat(_chunk_losses(hidden, batch.targets, self.model.logits, rows, "none"))
 
-    def _has_plain_head(self, hidden: Tensor) -> bool:
-        """Whether the output head is a frozen matrix, which the fused functions take."""
+    def _plain_head(self, hidden: Tensor) -> Tensor | StreamedHead | None:
+        """The output head, if it is a frozen matrix, which the fused functions take."""
         head = self.model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-        return plain and not torch.is_autocast_enabled(hidden.device.type)
+        if torch.is_autocast_enabled(hidden.device.type) or getattr(head, "bias", None) is not None:
+            return None
+        if isinstance(head, FrozenLinear) and isinstance(head.storage, StreamedHead):
+            return head.storage
+        return head.weight if type(head) is nn.Linear and not head.weight.requires_grad else None
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains, by the model's own names; parameters of the objective by theirs."""
@@ -166,9 +169,8 @@ class SFT(Objective):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum in nats, in fp32 or better."""
         hidden = self.hidden(batch)
-        if self._has_plain_head(hidden):
-            cap = self.model.config.final_logit_softcapping
-            return head_loss(hidden, batch.targets, self.model.lm_head.weight, cap), {}
+        if (head := self._plain_head(hidden)) is not None:
+            return head_loss(hidden, batch.targets, head, self.model.config.final_logit_softcapping), {}
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         return summed_cross_entropy(hidden, batch.targets, self.model.logits, rows), {}
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litlora.frozen.linear import stored_weights
+from litlora.frozen.streamed import StreamedEmbedding
 from litlora.storage.dtypes import dtype_name
 
 FAST = 1.2
@@ -93,6 +94,9 @@ def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
     for parameter in model.parameters():
         rounded += torch.promote_types(parameter.dtype, dtype) != dtype
         parameter.data = parameter.data.to(dtype, copy=copy)
+    for module in model.modules():
+        if isinstance(module, StreamedEmbedding):
+            module.dtype = dtype
     return rounded
 
 

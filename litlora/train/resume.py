@@ -37,6 +37,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_dir",
         "base_checkpoint_dir",
         "allow_base_mismatch",
+        "stream_base",
         # a hash of the examples instead of the place of the data,
         "data.class_path",
         "data.init_args.path",
@@ -322,7 +323,8 @@ def as_measured(settings: Finetune, start: Path) -> Finetune:
     come out differently."""
     stored = stored_settings(start)
     train, precision = stored.get("train"), stored.get("precision")
-    if settings.train.auto_batch and isinstance(train, dict):
+    streamed = stored.get("stream_base") is True and settings.train.micro_batch_tokens is None
+    if (settings.train.auto_batch or streamed) and isinstance(train, dict):
         sizes = {name: train.get(name) for name in ("micro_batch_tokens", "micro_batch_size")}
         sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
         settings = dataclasses.replace(

@@ -21,7 +21,7 @@ from litlora.data.batches import padding_share
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
-from litlora.load import load, pick_device
+from litlora.load import pick_device
 from litlora.lora import Adapter, describe_choice
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style, lacking_tokens
@@ -47,6 +47,7 @@ from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.resume import State, as_measured, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
+from litlora.train.streamed import load_base, settle_packs
 from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
 
 MANY_STEPS = 10_000
@@ -107,15 +108,7 @@ class Run:
     def load(self) -> None:
         """Load the model to start from, and choose the prompt style."""
         settings = self.settings
-        base_dir = settings.base_checkpoint_dir
-        self.loaded = load(
-            Path(settings.checkpoint_dir),
-            base_dir=Path(base_dir) if base_dir else None,
-            allow_base_mismatch=settings.allow_base_mismatch,
-            device=self.parallel.device,
-            dense=self.method.dense,
-            quantize=settings.quantize,
-        )
+        self.loaded = load_base(settings, self.method, self.parallel)
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
         self.style, self.style_reason = choose_style(
@@ -172,9 +165,10 @@ class Run:
     def fit_to_memory(self) -> None:
         """Settle what depends on the memory of this machine. With that, the settings are
         resolved."""
-        self.config = config = fit_to_memory(
-            self.parallel, self.objective, self.data.train, self.settings.train, self.say
-        )
+        config, stream = self.settings.train, self.loaded.stream
+        if stream is not None:
+            config = settle_packs(stream, config, self.precision.dtype, self.parallel, self.say)
+        self.config = config = fit_to_memory(self.parallel, self.objective, self.data.train, config, self.say)
         if config.compile:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
         # The configuration repeats this run: how its directory was found does not belong to it.
@@ -184,6 +178,7 @@ class Run:
             prompt_style=self.style.name,
             tokenizer=dataclasses.replace(self.settings.tokenizer, add_tokens=self.added.tokens),
             precision=self.precision.name,
+            stream_base=self.settings.stream_base if stream is None else True,
             train=config,
             out_dir=str(self.path),
             overwrite=False,

@@ -1,0 +1,22 @@
+"""Memory in which the values of a weight are computed for one use."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_memory = threading.local()
+
+
+def scratch(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
+) -> Tensor:
+    """Uninitialised memory of this thread, as large as the largest tensor that it was asked for:
+    fresh memory for each use would cost more than dequantising. `strides` must leave no gaps."""
+    buffers = _memory.__dict__.setdefault("buffers", {})
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if device not in buffers or buffers[device].numel() < size:
+        buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+    flat = buffers[device][:size].view(dtype)
+    return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
