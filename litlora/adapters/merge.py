@@ -72,6 +72,9 @@ class MergedTensor(LazyTensor):
         """Whether a file already holds this very tensor."""
         return not self.links and self.start.dtype == self.dtype and isinstance(self.start, Tensor)
 
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.start,) if isinstance(self.start, Tensor) else ()
+
     def blocks(self, memory: Memory | None = None) -> Iterator[Tensor]:
         if self.is_stored:
             yield from row_blocks(self.start)

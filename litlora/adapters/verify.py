@@ -22,6 +22,7 @@ from litlora.lora import LoRALinear, Update
 from litlora.lora.variants import variant_named
 from litlora.model import GPT
 from litlora.storage.blocks import row_blocks, rows_at_a_time
+from litlora.storage.pages import MAX_HELD, Pages
 from litlora.tokenizer import Tokenizer
 
 PROBE = """\
@@ -92,12 +93,13 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def bytes_needed(plan: Plan) -> int:
-    """Memory for the base and the merged model side by side, both mapped, and for the largest layer
-    in fp32."""
-    largest = max(tensor.shape.numel() for tensor in plan.values()) * torch.float32.itemsize
-    return largest + sum(
+    """Memory for parts of the base and of the merged model, which are mapped and given back once they
+    were read, and for the largest layer in fp32."""
+    sizes = [tensor.shape.numel() for tensor in plan.values()]
+    mapped = sum(
         tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values()
     )
+    return max(sizes) * torch.float32.itemsize + min(mapped, 4 * MAX_HELD)
 
 
 def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | None]:
@@ -298,17 +300,23 @@ class _RowsAtATime(TorchFunctionMode):
 
     def __init__(self, computed: Computed) -> None:
         super().__init__()
-        self._computed = computed
+        self._computed, self._pages = computed, Pages()
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        result = self._call(func, args, kwargs or {})
+        if func is F.linear and args[1] not in self._computed:
+            self._pages.done_with(args[1].detach())
+        return result
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is F.embedding and args[1] in self._computed:
             part = self._computed[args[1]]
             rows = [part(slice(i, i + 1)) for i in args[0].flatten().tolist()]
             return torch.cat(rows).view(*args[0].shape, -1)
         if func is not F.linear or (args[1].dtype == torch.float32 and args[1] not in self._computed):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         x, weight, bias = (*args, None)[:3]
         part = self._computed.get(weight, weight.__getitem__)
         step = rows_at_a_time(weight.shape, torch.float32.itemsize)
@@ -341,7 +349,7 @@ def _rounding_losses(plan: Plan, written: dict[str, Tensor]) -> tuple[float, tup
 def _squares(plan: Plan, written: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Of every tensor the squares of what rounding took and of its updates. Raises CheckpointError
     for one that is not the sum, rounded."""
-    squares = {}
+    squares, pages = {}, Pages()
     with _workers(torch.get_num_threads(), threads=1) as pool:  # one thread, as the sums were made
         found = pool.map(_compare, plan.values(), [written[name] for name in plan])
         for name, (fits, lost, update) in zip(plan, found, strict=True):
@@ -352,6 +360,7 @@ def _squares(plan: Plan, written: dict[str, Tensor]) -> dict[str, tuple[float, f
                     "try again, or check the disk"
                 )
             squares[name] = lost, update
+            pages.done_with(*plan[name].sources(), written[name])
     return squares
 
 

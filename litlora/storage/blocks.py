@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,10 @@ class LazyTensor(ABC):
     def blocks(self, memory: "Memory | None" = None) -> Iterator[Tensor]:
         """The tensor in order, some rows (of the first axis) at a time. `memory`, if given, is
         where they are computed."""
+
+    def sources(self) -> Sequence[Tensor]:
+        """Stored tensors that it is computed from, and that nothing else needs soon."""
+        return ()
 
 
 class Memory:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-_MAX_HELD = 128 << 20
+MAX_HELD = 128 << 20
 """Bytes of mapped tensors that are read before their memory is given back."""
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python has no name for: read, and fill the page table."""
@@ -32,7 +32,7 @@ class Pages:
         """These tensors have been read and will not be needed soon."""
         self._read += tensors
         self._held += sum(tensor.nbytes for tensor in tensors)
-        if self._held > _MAX_HELD:
+        if self._held > MAX_HELD:
             self.release()
 
     def release(self) -> None:

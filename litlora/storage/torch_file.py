@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks
+from litlora.storage.pages import Pages
 from litlora.storage.stream import WAITING, Background, OutputStream
 
 FOLDER = "archive"
@@ -57,6 +58,7 @@ class TorchFile:
         self._offsets: dict[str, int] = {}
         """Where the bytes of each tensor begin in the file, by the tensor's key."""
         self._open_record: Any = None
+        self._pages = Pages()
         self._writer = Background()
         # A block is computed while WAITING others wait and one is being written.
         self._memory = Memory(WAITING + 2)
@@ -90,6 +92,8 @@ class TorchFile:
                 data = block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
                 self._writer.run(self._write, data)
         self._writer.run(self._close)
+        if is_lazy:
+            self._pages.done_with(*tensor.sources())
         assert count == tensor.shape.numel()
         return Written(key, torch.Size(tensor.shape), tensor.dtype)
 

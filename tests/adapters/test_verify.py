@@ -18,6 +18,7 @@ from litlora.errors import CheckpointError
 from litlora.load import load
 from litlora.lora import Adapter, LoRAConfig, Update
 from litlora.model import GPT
+from litlora.storage.pages import MAX_HELD
 
 IDS = torch.arange(30).view(1, 30)
 
@@ -227,6 +228,9 @@ def test_a_model_beyond_the_memory_is_not_verified_and_that_is_said(tmp_path, ad
     largest = 400 * 32 * 4  # the output head, in fp32
     assert bytes_needed(plan) == pytest.approx(2 * size + largest, rel=0.1)
     assert bytes_needed(converted(plan, torch.float32)) >= bytes_needed(plan)
+    # Most of a large model is in its files, and the pages that were read are given back.
+    large = {"W": dataclasses.replace(plan["lm_head.weight"], start=torch.empty(1).expand(2**20, 2**14))}
+    assert bytes_needed(large) == 2**34 * 4 + 4 * MAX_HELD
 
 
 def test_without_a_tokenizer_the_probe_says_so(tmp_path, adapter, capsys):
