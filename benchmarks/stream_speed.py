@@ -253,8 +253,7 @@ def report(args: argparse.Namespace, size: int, facts: dict, results: dict) -> N
     if not args.disk:
         shares = [a["processor"] / b["processor"] for a, b in zip(*results.values(), strict=True)]
         walls = [a["seconds"] / b["seconds"] for a, b in zip(*results.values(), strict=True)]
-        same = {one["digest"] for found in results.values() for one in found}
-        equal = len(same) == (1 if args.what == "train" else args.rounds)
+        equal = all(a["digest"] == b["digest"] for a, b in zip(*results.values(), strict=True))
         print(
             f"speed beside memory: {statistics.median(shares):.3f} by processor time, "
             f"{statistics.median(walls):.3f} by the clock; bits {'equal' if equal else 'DIFFER'}"

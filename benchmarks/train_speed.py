@@ -5,13 +5,17 @@ the first step; on the CPU or a GPU.
     python benchmarks/train_speed.py --model llama-3.1-8b --targets all-linear --rank 16 \
         --seq 4096 --lengths full --micro_batch 1
     python benchmarks/train_speed.py --rows ours --without supervised_logits
+    python benchmarks/train_speed.py --rows ours --quantize nf4 int8 --stream
+    python benchmarks/train_speed.py --model llama-3.2-1b --targets all-linear --quick
 
 Every run is a process of its own. The rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a
-row shows the medians of its runs. All runs get the same weights (random, filled by name, on the
-device), the same adapter, examples, steps, learning rates, optimizer and precision; only the way
-they compute differs. PEFT divides the examples of a step into padded micro-batches in the order in
-which they come. A token counts once and padding never. The time runs from the end of the warm-up
-steps to the end of the last step. --peer_python names another Python for the peer.
+row shows the medians of its runs; every run prints a line when it ends. All runs get the same weights
+(random, filled by name, on the device), the same adapter, examples, steps, learning rates, optimizer
+and precision; only the way they compute differs. PEFT divides the examples of a step into padded
+micro-batches in the order in which they come. --quantize and --stream add rows of ours, whose base is
+read from a file. --quick takes few short steps once, and weights that repeat every 2^20 values, for a
+billion parameters on two cores. A token counts once and padding never. The time runs from the end of
+the warm-up steps to the end of the last step. --peer_python names another Python for the peer.
 """
 
 import argparse
@@ -48,6 +52,11 @@ SHAPES = {  # with the names of a Hugging Face config.json
         "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
         "rope_theta": 10000.0, "rope_scaling": None,
+    },
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
+        "rope_theta": 1000000.0, "rope_scaling": None,
     },
     "llama-3.2-1b": {
         **LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -129,7 +138,12 @@ def weight_name(name: str) -> str:
     return name.replace("lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B")
 
 
-def fill(model: Any) -> None:
+REPEATED = 2**20
+"""With --quick, weights repeat after so many values: drawing a billion takes half a minute."""
+QUICK = {"rounds": 1, "steps": 3, "warmup": 1, "last": 1, "global_batch": 4, "seq": 256}
+
+
+def fill(model: Any, job: argparse.Namespace) -> None:
     """The same random weights for the same names, created on the device; A is uniform, as PEFT and
     litlora draw it, and B is zero."""
     import torch
@@ -145,6 +159,10 @@ def fill(model: Any) -> None:
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
+            elif job.quick and parameter.numel() > REPEATED:
+                drawn = parameter.new_empty(REPEATED).normal_(std=0.02, generator=generator)
+                for part in parameter.view(-1).split(REPEATED):
+                    part.copy_(drawn[: len(part)])
             else:
                 parameter.normal_(std=0.02, generator=generator)
 
@@ -317,9 +335,12 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     config = ModelConfig(
         **shape, **COMMON, norm_eps=1e-6, rope_scaling=RopeScaling(**scaling) if scaling else None
     )
-    model = build(lambda: GPT(config), job, device)
+    if job.hold == "memory":
+        model = build(lambda: GPT(config), job, device)
+    else:
+        model = held(config, job)
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
-    fill(model)
+    fill(model, job)
     checkpoint_activations(model, job.checkpoint_activations)
     train_config = TrainConfig(**train_settings(job))
     examples = [Example(array("i", ids), ((prompt, len(ids)),)) for ids, prompt in data["examples"]]
@@ -340,6 +361,37 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     return clock.result(data, done.loss)
 
 
+def held(config: Any, job: argparse.Namespace) -> Any:
+    """The model with its base quantised or streamed, from a file, as loading does it. A process of
+    its own writes the file: this one never holds all weights."""
+    import torch
+
+    from litlora.adapters.quantised import block_linears
+    from litlora.frozen.quantize import QUANTIZERS
+    from litlora.model import GPT
+    from litlora.storage.pages import release
+    from litlora.storage.tensors import open_safetensors, write_safetensors
+    from litlora.streaming import stream_base
+
+    file = Path(job.data).with_name("base.safetensors")
+    if (child := os.fork()) == 0:
+        model = build(lambda: GPT(config), job, torch.device("cpu"))
+        fill(model, job)
+        write_safetensors(file, dict(model.named_parameters()))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the base could not be written"
+    tensors = open_safetensors(file)
+    if job.hold == "streamed":
+        model = GPT.from_tensors(config, tensors)
+        stream_base(model, file)
+        return model
+    for name in block_linears(config):
+        W = tensors[name]
+        tensors[name] = QUANTIZERS[job.hold].quantised(W, name, file)
+        release(W)
+    return GPT.from_tensors(config, tensors)
+
+
 def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
@@ -357,7 +409,7 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)  # by default the adapter is in fp32 on a bf16 base
-    fill(model)
+    fill(model, job)
     if job.checkpoint_activations == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -461,10 +513,22 @@ def arguments() -> argparse.Namespace:
         default=[],
         help="one more row for each: ours without it",
     )
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        choices=["nf4", "nf4-dq", "int8", "fp8"],
+        default=[],
+        help="one more row for each: ours with the base in few bits (CPU)",
+    )
+    parser.add_argument("--stream", action="store_true", help="one more row: the base stays in its file")
+    parser.add_argument("--quick", action="store_true", help="few short steps, once")
+    parser.add_argument("--hold", default="memory", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    if "--quick" in sys.argv:
+        parser.set_defaults(**QUICK)
     job = parser.parse_args()
     if not 1 <= job.warmup < job.steps or not 1 <= job.last <= job.steps or job.steps % job.last:
         parser.error("--warmup must be from 1 to below --steps, and --last must divide --steps")
@@ -473,7 +537,9 @@ def arguments() -> argparse.Namespace:
     return job
 
 
-def measure(program: str, without: list[str], job: argparse.Namespace, data: Path) -> dict[str, Any] | None:
+def measure(
+    program: str, without: list[str], hold: str, job: argparse.Namespace, data: Path
+) -> dict[str, Any] | None:
     """The result of one process. If it fails (out of memory, perhaps), its last line is shown and the
     result is None."""
     passed_on = (
@@ -481,6 +547,7 @@ def measure(program: str, without: list[str], job: argparse.Namespace, data: Pat
         *("checkpoint_activations", "steps", "warmup", "last", "device"),
     )
     options = [f"--{name}={getattr(job, name)}" for name in passed_on]
+    options += [f"--hold={hold}", *(["--quick"] if job.quick else [])]
     options += ["--without", *without] if without else []
     words = [
         job.peer_python if program == "peft" else sys.executable,
@@ -516,9 +583,11 @@ def main() -> None:
     whole = argparse.Namespace(**{**vars(job), "without": []})
     config = TrainConfig(**train_settings(whole))
     rows = {
-        "ceiling": ("ceiling", []),
-        **{name: (name, []) for name in job.rows},
-        **{f"ours without {n}": ("ours", [n]) for n in job.without},
+        "ceiling": ("ceiling", [], "memory"),
+        **{name: (name, [], "memory") for name in job.rows},
+        **{f"ours without {n}": ("ours", [n], "memory") for n in job.without},
+        **{f"ours {kind}": ("ours", [], kind) for kind in job.quantize},
+        **({"ours streamed": ("ours", [], "streamed")} if job.stream else {}),
     }
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as scratch:
@@ -528,10 +597,21 @@ def main() -> None:
             json.dumps({"examples": make_examples(job), "steps": plan(whole), "learning_rates": rates})
         )
         for _ in range(job.rounds):
-            for name, (program, without) in rows.items():
-                if (result := measure(program, without, job, data)) is not None:
+            for name, (program, without, hold) in rows.items():
+                if (result := measure(program, without, hold, job, data)) is not None:
                     taken[name].append(result)
+                    print(progress(name, result), flush=True)
     report(taken)
+
+
+def progress(name: str, result: dict[str, Any]) -> str:
+    """A run, in a line."""
+    if name == "ceiling":
+        return f"ceiling: {result['flops_per_second'] / 1e12:.3f} TFLOP/s"
+    return (
+        f"{name}: {result['tokens_per_second']:,.0f} useful tokens/s, peak {result['peak'] / 2**30:.2f} GiB, "
+        f"loss {result['loss']:.4f}, first step {result['first_step']:.1f} s"
+    )
 
 
 def report(taken: dict[str, list[dict[str, Any]]]) -> None:

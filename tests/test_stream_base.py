@@ -148,6 +148,17 @@ def test_answers_are_the_same(make_checkpoint):
     assert found[0] == found[1] and len(found[0]) == 20
 
 
+def test_what_an_adapter_puts_in_the_place_of_weights_stays(make_checkpoint, tmp_path):
+    """It is in memory of its own, which would be lost if it were given back."""
+    directory = make_checkpoint("base", hidden_size=128, intermediate_size=512, head_dim=32)
+    settings = LoRAConfig(rank=2, targets=["q_proj"], modules_to_save=["up_proj", "lm_head"])
+    chain = resolve(random_adapter(tmp_path / "adapter", directory, settings))
+    models = [load_chain(chain, live=True, stream=stream).model for stream in (False, True)]
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(*(model(IDS) for model in models))
+
+
 def test_an_adapter_is_live(make_checkpoint, tmp_path):
     directory = make_checkpoint("base", dtype=torch.bfloat16)
     settings = LoRAConfig(rank=2, targets=["q_proj", "lm_head"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
-from litlora.storage.pages import ReadAhead, read, release
+from litlora.storage.pages import ReadAhead, mapped, read, release
 
 TILE_BYTES = 32 << 20
 """About how much of an output head is in memory at a time."""
@@ -201,10 +201,13 @@ class StreamedEmbedding(nn.Module):
 
 
 def stream_linears(stream: Stream, blocks: Sequence[nn.Module]) -> None:
-    """Let the frozen linear layers of these blocks stream their weights."""
+    """Let the frozen linear layers of these blocks stream the weights that lie in mapped files; others
+    stay: giving back their pages would lose them."""
+    weights = (m.weight.detach() for block in blocks for m in block.modules() if type(m) is nn.Linear)
+    addresses = {W.data_ptr() for W in mapped(weights)}
     for number, block in enumerate(blocks):
         for name, linear in list(block.named_modules()):
-            if type(linear) is nn.Linear:
+            if type(linear) is nn.Linear and linear.weight.data_ptr() in addresses:
                 W = StreamedWeight(stream, number, linear.weight.detach())
                 block.set_submodule(name, FrozenLinear(W, linear.bias))
 
