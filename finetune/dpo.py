@@ -1,5 +1,5 @@
-"""Learn from pairs of answers with LoRA (DPO, IPO, SimPO, ORPO); the result, OUT_DIR/final/lit_model.pth,
-holds the adapter only.
+"""Learn from pairs of answers with LoRA (DPO, IPO, SimPO, ORPO), or from good and bad ones (KTO); the
+result, OUT_DIR/final/lit_model.pth, holds the adapter only.
 
 python finetune/dpo.py --checkpoint_dir checkpoints/$repo_id --data pairs.jsonl --out_dir $dir
 python finetune/dpo.py --checkpoint_dir $finetuned_dir/final --data pairs.jsonl --preference.loss simpo
@@ -8,6 +8,7 @@ python finetune/dpo.py --checkpoint_dir $finetuned_dir/final --data pairs.jsonl 
 from functools import partial
 
 from litlora import cli
+from litlora.data.labelled import tokenize_labelled
 from litlora.data.pairs import tokenize_pairs
 from litlora.data.sources import read_dataset
 from litlora.paths import checkpoint_dir
@@ -24,25 +25,17 @@ def main(settings: FinetuneDPO) -> None:
         resume=settings.resume,
         inputs=[base],
     )
-    dataset = read_dataset(settings.data, pairs=True)
+    labels = settings.preference.learns_labels
+    dataset = read_dataset(settings.data, "labels" if labels else "pairs")
 
-    from litlora.lora import adapter_of, add_lora
-    from litlora.train.method import Method
+    from litlora.train.adapter_method import adapter_method
+    from litlora.train.kto import KTO
     from litlora.train.preference import Preference
     from litlora.train.run import finetune
 
-    preference = Method(
-        prepare=lambda model: add_lora(model, settings.lora),
-        trains_base=False,
-        dense=settings.lora.modules_to_save,
-        content=lambda model: adapter_of(model, settings.lora),
-        objective=partial(Preference, preference=settings.preference),
-        tokenize=tokenize_pairs,
-        stores="the adapter only",
-        resume="python {script} --config {config} --resume auto",
-        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
-    )
-    finetune(settings, preference, dataset, place)
+    kind, tokenize = (KTO, tokenize_labelled) if labels else (Preference, tokenize_pairs)
+    objective = partial(kind, preference=settings.preference)
+    finetune(settings, adapter_method(settings, objective, tokenize), dataset, place)
 
 
 if __name__ == "__main__":

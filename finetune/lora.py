@@ -21,20 +21,10 @@ def main(settings: FinetuneLoRA) -> None:
     )
     dataset = read_dataset(settings.data)
 
-    from litlora.lora import adapter_of, add_lora
-    from litlora.train.method import Method
+    from litlora.train.adapter_method import adapter_method
     from litlora.train.run import finetune
 
-    lora = Method(
-        prepare=lambda model: add_lora(model, settings.lora),
-        trains_base=False,
-        dense=settings.lora.modules_to_save,
-        content=lambda model: adapter_of(model, settings.lora),
-        stores="the adapter only",
-        resume="python {script} --config {config} --resume auto",
-        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
-    )
-    finetune(settings, lora, dataset, place)
+    finetune(settings, adapter_method(settings), dataset, place)
 
 
 if __name__ == "__main__":

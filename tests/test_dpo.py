@@ -11,6 +11,7 @@ import torch
 from conftest import QUICKSTART, AfterStep, extra_sinks
 
 from litlora.cli import parse
+from litlora.data.labelled import tokenize_labelled
 from litlora.data.pairs import tokenize_pairs
 from litlora.data.skipped import Skipped
 from litlora.data.sources import read_dataset
@@ -41,6 +42,16 @@ def pairs(tmp_path_factory):
         other = draw.choice([r["output"] for r in records if r["output"] != record["output"]])
         found.append({"prompt": record["instruction"], "chosen": record["output"], "rejected": other})
     return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", found)
+
+
+@pytest.fixture(scope="module")
+def labelled(pairs):
+    """The same answers, each with a label."""
+    found = []
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        answers = ((pair["chosen"], True), (pair["rejected"], False))
+        found += [{"prompt": pair["prompt"], "completion": text, "label": label} for text, label in answers]
+    return write(pairs.with_name("labelled.jsonl"), found)
 
 
 def rows(out):
@@ -91,9 +102,33 @@ def run_in_process(*words):
     module.main(parse(FinetuneDPO, [str(word) for word in words]))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("--quantize", "nf4"), marks=pytest.mark.slow)],
+    ids=["kto", "kto-nf4"],
+)
+def test_kto_learns_from_labels(more, labelled, forked, tmp_path):
+    words = ["--data", labelled, "--out_dir", tmp_path / "out", "--preference.loss", "kto", *more, *EXACT]
+    words += ["--train.max_steps", 8, "--train.log_interval", 1, "--train.learning_rate", 1e-3]
+    said = forked.succeeds(DPO, *words, cwd=tmp_path)
+    assert "the records are of the form labelled" in said and "| kl " in said
+    logged = rows(tmp_path / "out")
+    assert float(logged[0]["loss"]) == pytest.approx(0.5, abs=1e-5) and float(logged[0]["kl"]) == 0
+    assert float(logged[-1]["margin"]) > 0 and float(logged[-1]["loss"]) < 0.5
+
+
 @pytest.mark.slow
-def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
-    """DPO on an adapter: the reference is the model with that adapter, also after a resume."""
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_dry_run_needs_no_reference(loss, pairs, forked, tmp_path):
+    words = ["--data", pairs, "--out_dir", tmp_path / "out", "--preference.loss", loss, *EXACT]
+    words += ["--train.max_steps", 1, "--train.auto_batch", "true"]
+    assert "found by a dry run" in forked.succeeds(DPO, *words, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_chain_resumes_to_the_bit(loss, pairs, forked, tmp_path):
+    """On an adapter: the reference is the model with that adapter, also after a resume."""
     sft = [
         "--data.source",
         "sample",
@@ -106,7 +141,7 @@ def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
     ]
     assert forked.run("finetune/lora.py", *sft, cwd=tmp_path)["status"] == 0
     words = ["--checkpoint_dir", tmp_path / "sft/final", "--data", pairs, "--train.max_steps", 6]
-    words += [*EXACT, "--lora.dropout", 0.1, "--train.log_interval", 2]
+    words += [*EXACT, "--lora.dropout", 0.1, "--train.log_interval", 2, "--preference.loss", loss]
     run_in_process(*words, "--out_dir", tmp_path / "expected")
     out = [*words, "--out_dir", tmp_path / "out", "--resume", "auto"]
     with extra_sinks(AfterStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM))), pytest.raises(SystemExit):
@@ -123,7 +158,7 @@ def test_a_chain_resumes_to_the_bit(pairs, forked, tmp_path):
 
 def made(tmp_path, *records, style="plain", skipped=None):
     source = Files(path=str(write(tmp_path / "x.jsonl", records)), val_fraction=0.0)
-    data = read_dataset(source, pairs=True).conversations
+    data = read_dataset(source, "pairs").conversations
     return tokenize_pairs(data, Tokenizer(QUICKSTART), STYLES[style], 64, skipped)
 
 
@@ -155,6 +190,45 @@ def test_every_layout_is_the_same_pair(record, tmp_path):
     assert pair.chosen.ids[-1] == pair.rejected.ids[-1] == eos
     begin = pair.chosen.learned[0][0]
     assert begin > 0 and pair.chosen.ids[:begin] == pair.rejected.ids[:begin]
+
+
+LABELLED = [
+    {"prompt": "Say hi.", "completion": "Hi.", "label": True},
+    {"prompt": [USER], "completion": [WORSE], "label": False},
+    {"prompt": "Say hi.", "completion": "Hi.", "label": "TRUE"},
+    {"prompt": "Say hi.", "completion": "No!", "label": 0},
+]
+
+
+def labelled_examples(file, *records):
+    source = Files(path=str(write(file, records)), val_fraction=0.0)
+    data = read_dataset(source, "labels").conversations
+    return tokenize_labelled(data, Tokenizer(QUICKSTART), STYLES["plain"], 64)
+
+
+def test_labels_are_as_pairs_taken_apart(tmp_path):
+    pair = {"prompt": "Say hi.", "chosen": "Hi.", "rejected": "No!"}
+    apart = labelled_examples(tmp_path / "pairs.jsonl", pair, pair).examples
+    assert [example.is_desirable for example in apart] == [True, True, False, False]
+    good, bad, *others = labelled_examples(tmp_path / "labelled.jsonl", *LABELLED).examples
+    assert good == apart[0] and bad == apart[2] and others == [good, bad]
+    assert learned(good.answer) == ["Hi."] and learned(bad.answer) == ["No!"]
+
+
+def test_labelled_answers_that_do_not_fit_are_counted(tmp_path):
+    long = {"prompt": "word " * 100, "completion": "a", "label": True}
+    found = labelled_examples(tmp_path / "x.jsonl", long, LABELLED[0])
+    assert len(found.examples) == 1 and found.num_left_out == 1
+    with pytest.raises(DataError, match="no example is left"):
+        labelled_examples(tmp_path / "y.jsonl", long)
+
+
+def test_lora_refuses_labels_and_says_how_to_ignore_them(forked, tmp_path):
+    write(tmp_path / "labelled.jsonl", LABELLED)
+    words = ["--data", "labelled.jsonl", "--out_dir", tmp_path / "out"]
+    said = forked.refuses("finetune/lora.py", *words, cwd=tmp_path)
+    assert "labelled.jsonl, line 1: is of the form labelled" in said
+    assert "--data.format prompt_completion --data.ignore '[label]'" in said
 
 
 def test_of_two_texts_what_they_share_is_the_prompt(tmp_path):
@@ -190,9 +264,26 @@ def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
         (["--data", "pairs.jsonl", "--preference.beta", 0], "--preference.beta 0.0: must be a positive"),
         (
             ["--data", "pairs.jsonl", "--train.mask_prompt", "false"],
-            "--train.mask_prompt false: both",
+            "--train.mask_prompt false: a preference",
         ),
-        (["--data", "pairs.jsonl", "--preference.loss", "kto"], "--preference.loss"),
+        (["--data", "pairs.jsonl", "--preference.loss", "rank"], "--preference.loss"),
+        (["--data", "labelled.jsonl"], "good or bad: choose --preference.loss kto"),
+        (
+            ["--data", "sft.jsonl", "--preference.loss", "kto"],
+            "without a label; --preference.loss kto",
+        ),
+        (
+            ["--data", "odd.jsonl", "--preference.loss", "kto"],
+            '"label" must be true, a good answer',
+        ),
+        (
+            ["--data", "labelled.jsonl", "--preference.loss", "kto", "--train.global_batch_size", 1],
+            "--train.global_batch_size 1: --preference.loss kto combines",
+        ),
+        (
+            ["--data", "pairs.jsonl", "--preference.gamma", 2],
+            "--preference.gamma has no effect on --preference.loss dpo",
+        ),
         (
             ["--data", "pairs.jsonl", "--preference.loss", "orpo", "--preference.label_smoothing", 0.1],
             "--preference.label_smoothing has no effect on --preference.loss orpo",
@@ -202,4 +293,6 @@ def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
 def test_mistakes_are_one_line(words, says, pairs, forked, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(pairs.read_text())
     write(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
+    write(tmp_path / "labelled.jsonl", LABELLED)
+    write(tmp_path / "odd.jsonl", [{**LABELLED[0], "label": "good"}])
     assert says in forked.refuses(DPO, *words, cwd=tmp_path)

@@ -5,7 +5,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from litlora.data.conversation import Conversation, Place
 from litlora.data.encode import Draft, Encoded, Encoder
@@ -56,6 +56,11 @@ class Examples:
     """Conversations that go on after their last learned answer (`Encoded.num_trailing`)."""
     num_in_pieces: int
     """Documents that became several examples, as they are longer than max_seq_length."""
+
+    def counts(self) -> Counter[str]:
+        """The numbers, by EVENTS."""
+        numbers = [getattr(self, field.name) for field in fields(self)[1:]]
+        return Counter(dict(zip(EVENTS, numbers, strict=True)))
 
     def notices(self, max_seq_length: int) -> list[str]:
         """What the user must know, a line each."""

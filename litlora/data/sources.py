@@ -16,7 +16,7 @@ from litlora import console
 from litlora.data.dataset import Dataset, Mixture, Records, settled
 from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
 from litlora.data.files import entries, find_files
-from litlora.data.records import RecordReader, check_form, choose_form
+from litlora.data.records import Learns, RecordReader, check_form, choose_form
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
 from litlora.storage.atomic import replacing_file
@@ -24,12 +24,12 @@ from litlora.storage.atomic import replacing_file
 SAMPLE_FILE = Path(__file__).with_name("alpaca_sample.json")
 
 
-def read_dataset(source: DataSource, *, pairs: bool = False) -> Dataset:
-    """Everything that a source holds: conversations, or, with `pairs`, pairs of them, all in memory.
-    Raises DataError, naming the file and the record, for anything that cannot be trained on; of a
-    stream, when it is read."""
-    if pairs and source.cache:
-        return replace(read_dataset(replace(source, cache=False), pairs=True), source=source)
+def read_dataset(source: DataSource, learns: Learns = "answers") -> Dataset:
+    """Everything that a source holds: conversations, or pairs of them, or labelled ones; the latter
+    two all in memory. Raises DataError, naming the file and the record, for anything that cannot be
+    trained on; of a stream, when it is read."""
+    if learns != "answers" and source.cache:
+        return replace(read_dataset(replace(source, cache=False), learns), source=source)
     found = READERS[type(source)](source)
     validation = None
     if source.val_path is not None:
@@ -39,7 +39,7 @@ def read_dataset(source: DataSource, *, pairs: bool = False) -> Dataset:
         found = replace(found, notices=notices, read_once=found.read_once or own.read_once)
     for records in (*found.conversations.parts, *(() if validation is None else validation.parts)):
         for first in islice(records.entries(), 1):
-            check_form(records.reader, first, pairs=pairs)
+            check_form(records.reader, first, learns)
     return settled(found, validation)
 
 

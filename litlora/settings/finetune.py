@@ -146,15 +146,24 @@ class FinetuneFull(Finetune):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneDPO(FinetuneLoRA):
-    """Learn from pairs of answers with LoRA, by DPO, IPO, SimPO or ORPO. The result,
-    OUT_DIR/final/lit_model.pth, holds the adapter only."""
+    """Learn from pairs of answers, or from good and bad ones, with LoRA, by DPO, IPO, SimPO, ORPO or
+    KTO. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
 
     data: DataSource
     """Pairs of answers: a file or directory of records with chosen and rejected, as text or as
-    messages, and a prompt, of its own or at the beginning of both. --data.help NAME lists the
+    messages, and a prompt, of its own or at the beginning of both. kto and apo_zero_unpaired also
+    take records of prompt, completion and label, true for a good completion. --data.help NAME lists the
     settings of a source."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-5, epochs=1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.preference.loss != "kto" or self.train.global_batch_size > 1,
+            f"{setting('global_batch_size')} 1: {setting('loss')} kto combines each prompt with the answer "
+            "of another example of its step; take at least 2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

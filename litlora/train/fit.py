@@ -231,6 +231,7 @@ class Trainer:
         whichever micro-batch it is."""
         parallel, objective = self.parallel, self.objective
         indices = [index for micro in micro_batches for index in micro]
+        objective.begin_step(_Chosen(self.data.train, sorted(indices)), parallel)
         weight = sum(objective.weight(self.data.train[index]) for index in indices)
         if weight == 0:
             raise DataError(
@@ -287,6 +288,20 @@ class Trainer:
 
 
 @dataclass(frozen=True)
+class _Chosen(Sequence[Any]):
+    """Some of the examples, each read when it is asked for."""
+
+    examples: Sequence[Any]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.examples[self.indices[index]]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did."""
 
@@ -311,6 +326,7 @@ def evaluate(parallel: Parallel, objective: Objective, examples: Sequence[Any], 
     exact = torch.float32 if parallel.device.type == "mps" else torch.float64  # mps has no float64
     total = torch.zeros((), dtype=exact, device=parallel.device)
     with evaluating(objective):
+        objective.begin_step(examples, parallel)
         for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
             loss, _ = objective(objective.batch([examples[index] for index in micro], parallel.device))
             total += loss

@@ -101,6 +101,11 @@ class Objective(nn.Module, ABC):
         their log-probabilities. All ranks call this together and get the same."""
         return examples
 
+    def begin_step(self, examples: Sequence[Any], parallel: Parallel) -> None:
+        """Settle, without a gradient, what the loss needs to know of all examples of a step, such as
+        a mean over them, whatever micro-batches they are computed in. The examples stand in the
+        order of the data; a validation is one step. All ranks call this together."""
+
     def idle(self, batch: Any) -> Any:
         """A batch for a rank that has no work left in a step. Its loss is multiplied by zero, so an
         objective may leave out what is not needed for gradients of zero."""

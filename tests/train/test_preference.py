@@ -1,19 +1,14 @@
 """Preference objectives: equal to TRL's in value, rewards and gradient; and to the formula in
 float64."""
 
-import json
 import math
-from array import array
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, tiny_config
-from safetensors import safe_open
+from conftest import tiny_config
+from trl_said import ALONE, CPU, answer, model_of, trl_said
 
-from litlora.config import ModelConfig
-from litlora.data.examples import Example
 from litlora.data.pairs import PairExample
 from litlora.errors import UserError
 from litlora.lora import add_lora
@@ -21,33 +16,7 @@ from litlora.model import GPT
 from litlora.settings import LoRAConfig, PreferenceConfig, TrainConfig
 from litlora.train.preference import Preference
 
-CPU = torch.device("cpu")
-ALONE = SimpleNamespace(rank=0, world_size=1, device=CPU, sum=lambda tensor: tensor)
-"""The part of `Parallel` that an objective sees, of a single process."""
-
-
-@pytest.fixture(scope="module")
-def trl():
-    """What TRL said: see trl_files/make.py."""
-    with safe_open(REPO / "tests/trl_files/expected.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return SimpleNamespace(
-            tensors=tensors,
-            pairs=json.loads(file.metadata()["pairs"]),
-            config=json.loads(file.metadata()["config"]),
-        )
-
-
-def model_of(trl, name):
-    facts = {key: value for key, value in trl.config.items() if key != "initializer_range"}
-    config = ModelConfig(**facts, head_dim=4, tie_word_embeddings=False, norm_eps=1e-6)
-    prefix = f"{name}."
-    tensors = {key.removeprefix(prefix): t for key, t in trl.tensors.items() if key.startswith(prefix)}
-    return GPT.from_tensors(config, tensors)
-
-
-def answer(prompt, ids):
-    return Example(array("i", [*prompt, *ids]), ((len(prompt), len(prompt) + len(ids)),))
+trl = pytest.fixture(scope="module")(trl_said)
 
 
 def pairs_of(records):
@@ -203,5 +172,5 @@ def test_wrong_settings_are_refused(settings, says):
 
 
 def test_prompts_cannot_be_preferred():
-    with pytest.raises(UserError, match="mask_prompt false: both answers"):
+    with pytest.raises(UserError, match="mask_prompt false: a preference"):
         Preference(GPT(tiny_config()), TrainConfig(mask_prompt=False))

@@ -5,7 +5,8 @@
 It holds the weights of a policy and of a reference model ("policy.", "reference."), and of each loss
 its value, the mean rewards of chosen and rejected answers, and the gradient of every weight of the
 policy. The pairs are in its header. ORPO is asked for one pair at a time with a prompt of one token:
-TRL takes the prompt into the loss of the chosen answer, of which nothing then remains.
+TRL takes the prompt into the loss of the chosen answer, of which nothing then remains. Of KTO, whose
+examples are labelled, there is the estimate of KL too; its batch is all of them.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -39,6 +40,19 @@ PAIRS = [
     {"prompt": [15], "chosen": [16, 17, 29], "rejected": [18, 4, 29]},
 ]
 """Token ids; 29 ends an answer."""
+LABELLED = [
+    {"prompt": [1, 2, 3], "completion": [4, 5, 6, 29], "label": True},
+    {"prompt": [8], "completion": [10, 11, 12, 13, 14, 29], "label": False},
+    {"prompt": [15], "completion": [16, 17, 29], "label": True},
+    {"prompt": [20, 21], "completion": [22, 29], "label": False},
+    {"prompt": [23, 24], "completion": [25, 3, 29], "label": True},
+]
+KTO_LOSSES = {
+    "kto": {"loss_type": "kto", "beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+    "kto_turned": {"loss_type": "kto", "beta": 0.3},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "beta": 0.3},
+}
+"""In kto_turned, policy and reference change places: one of the two estimates of KL is above 0."""
 
 # The datasets library names a data set by a hash of its pickle, which not every pyarrow allows.
 NUMBERS = itertools.count()
@@ -90,6 +104,35 @@ def padded(pairs: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(rows) for name, rows in made.items()}
 
 
+def kto(found: dict, name: str, model, reference, settings: dict) -> None:
+    """What KTOTrainer says of the labelled answers, one batch of all of them."""
+    records = [
+        {
+            "prompt": text(each["prompt"]) + " ",
+            "completion": text(each["completion"]),
+            "label": each["label"],
+        }
+        for each in LABELLED
+    ]
+    made = KTOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=len(LABELLED),
+        **settings,
+    )
+    data = Dataset.from_list(records)
+    asked = KTOTrainer(
+        model, ref_model=reference, args=made, train_dataset=data, processing_class=tokenizer()
+    )
+    batch = next(iter(asked.get_train_dataloader()))
+    record(found, name, model, asked.compute_loss(model, batch))
+    figures = asked._metrics["train" if model.training else "eval"]
+    names = ("rewards/chosen", "rewards/rejected", "kl")
+    found[f"{name}.figures"] = torch.tensor([figures[each][0] for each in names])
+
+
 def record(found: dict, name: str, model, loss: torch.Tensor) -> None:
     model.zero_grad()
     loss.backward()
@@ -126,7 +169,10 @@ def main() -> None:
             batch = next(iter(asked.get_train_dataloader()))
             loss, _ = asked.get_batch_loss_metrics(model, batch)
             record(found, f"orpo{number}", model, loss)
-    header = {"pairs": json.dumps(PAIRS), "config": json.dumps(CONFIG)}
+    for name, settings in KTO_LOSSES.items():
+        models = (reference, model) if name == "kto_turned" else (model, reference)
+        kto(found, name, *models, settings)
+    header = {"pairs": json.dumps(PAIRS), "labelled": json.dumps(LABELLED), "config": json.dumps(CONFIG)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in found.items()}
     save_file(tensors, Path(__file__).with_name("expected.safetensors"), header)
 

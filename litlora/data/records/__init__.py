@@ -18,6 +18,7 @@ from litlora.data.records.alpaca import AlpacaForm
 from litlora.data.records.detect import FIRST, detect, fitting_forms, without
 from litlora.data.records.fields import Record, Unused, quoted, read_record, some, unknown_fields
 from litlora.data.records.form import RecordForm
+from litlora.data.records.labelled import Labelled, LabelledForm
 from litlora.data.records.messages import MessagesForm
 from litlora.data.records.preference import Pair, PreferenceForm
 from litlora.data.records.prompt_completion import PromptCompletionForm
@@ -30,9 +31,14 @@ FORMS: dict[str, RecordForm] = {
     form.name: form
     for form in (
         *(AlpacaForm(), MessagesForm(), ShareGPTForm(), PromptCompletionForm()),
-        *(TextForm(), PreferenceForm()),
+        *(TextForm(), PreferenceForm(), LabelledForm()),
     )
 }
+Learned = Conversation | Pair | Labelled
+"""What a record becomes."""
+Learns = Literal["answers", "pairs", "labels"]
+"""What a training learns from: single answers; pairs of them; answers that are good or bad, into
+which pairs can be taken apart."""
 TOGETHER = 1000
 """Of how many records the unknown fields are told together; of a later one they are told at once."""
 
@@ -69,10 +75,11 @@ class RecordReader:
             if is_set and not form.is_chat:
                 raise UserError(f"{setting(name)}: records of the form {self.form} are not conversations")
 
-    def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Conversation | Pair]:
-        """One conversation a record, or two of a form of pairs. Raises DataError for a record that
-        cannot be used, or, where bad ones are skipped, adds it to `skipped` and goes on; and for
-        fields that are neither used nor in `ignore`, those of the first records all together."""
+    def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Learned]:
+        """One conversation a record, or two of a form of pairs, or one with its label. Raises
+        DataError for a record that cannot be used, or, where bad ones are skipped, adds it to
+        `skipped` and goes on; and for fields that are neither used nor in `ignore`, those of the
+        first records all together."""
         unknown: dict[str, Unused] = {}
         for number, (place, value) in enumerate(entries):
             if unknown and number == TOGETHER:
@@ -93,7 +100,7 @@ class RecordReader:
         if unknown:
             raise DataError(unknown_fields(unknown))
 
-    def _read(self, place: Place, value: Any) -> tuple[Record, Conversation | Pair]:
+    def _read(self, place: Place, value: Any) -> tuple[Record, Learned]:
         form = FORMS[self.form]
         try:
             record = read_record(value, place, self.columns, self.ignore, form.required)
@@ -105,6 +112,9 @@ class RecordReader:
             record.fields = {name: used.get(name) for name in form.fields if name in record.fields}
             if form.is_pairs:
                 return record, Pair(*map(self._settled, form.pair(record)))
+            if form.is_labelled:
+                found = form.labelled(record)
+                return record, found._replace(conversation=self._settled(found.conversation))
             return record, self._settled(form.conversation(record))
         except RecursionError:
             raise DataError(f"{place}: is nested too deeply") from None
@@ -152,17 +162,35 @@ def choose_form(
     return form or detect(islice(entries, FIRST), FORMS, columns, ignore)
 
 
-def check_form(reader: RecordReader, first: Entry, *, pairs: bool) -> None:
-    """Raise DataError for records of pairs where single answers are learned, and the other way
-    round; `first` is one of them."""
+def check_form(reader: RecordReader, first: Entry, learns: Learns) -> None:
+    """Raise DataError for records that are not what is learned; `first` is one of them."""
     form, (place, value) = FORMS[reader.form], first
-    if form.is_pairs and not pairs:
+    if learns == "answers" and (form.is_pairs or form.is_labelled):
         form.conversation(read_record(value, place, reader.columns, reader.ignore, form.required))
-    if pairs and not form.is_pairs:
+    if learns == "pairs" and form.is_labelled:
+        raise DataError(
+            f"{place}: is of the form {reader.form}, answers that are good or bad: "
+            f"choose {setting('loss')} kto"
+        )
+    if learns == "pairs" and not form.is_pairs:
         raise DataError(
             f"{place}: is of the form {reader.form}, one answer to a prompt; a preference is learned from "
             f"two, chosen and rejected: {setting('format')} preference"
         )
+    if learns == "labels" and not (form.is_pairs or form.is_labelled):
+        raise DataError(
+            f"{place}: is of the form {reader.form}, answers without a label; {setting('loss')} kto learns "
+            f"from answers with one, true or false: {setting('format')} labelled"
+        )
 
 
-__all__ = ["FORMS", "Pair", "RecordForm", "RecordReader", "check_form", "choose_form"]
+__all__ = [
+    "FORMS",
+    "Labelled",
+    "Learns",
+    "Pair",
+    "RecordForm",
+    "RecordReader",
+    "check_form",
+    "choose_form",
+]

@@ -68,13 +68,20 @@ def fitting_forms(record: Record, forms: Mapping[str, RecordForm]) -> list[str]:
         record.fields.keys(),
     ):
         if fits := [name for name, form in forms.items() if fields >= set(form.required)]:
-            return fits
+            return [name for name in fits if not any(_adds_to(name, other, forms) for other in fits)]
     return []
+
+
+def _adds_to(name: str, other: str, forms: Mapping[str, RecordForm]) -> bool:
+    """Whether the other form needs all that this one needs, and more."""
+    return set(forms[name].required) < set(forms[other].required)
 
 
 def _unrecognised(record: Record, forms: Mapping[str, RecordForm]) -> str:
     has = some([quoted(record.named(name)) for name in record.fields]) or "nothing"
     near = [form for form in forms.values() if set(form.required) & record.fields.keys()]
+    # Not a form that needs all that another one needs, and more.
+    near = [form for form in near if not any(_adds_to(other.name, form.name, forms) for other in near)]
     if len(near) == 1:
         missing = next(name for name in near[0].required if name not in record.fields)
         if record.named(missing) in record.ignore:

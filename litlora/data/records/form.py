@@ -20,6 +20,8 @@ class RecordForm(ABC):
     the last answer alone can be learned; else plain text."""
     is_pairs: ClassVar[bool] = False
     """Whether a record has two answers, a better and a worse one, and so is not one conversation."""
+    is_labelled: ClassVar[bool] = False
+    """Whether a record says of its answer whether it is a good one."""
 
     @abstractmethod
     def conversation(self, record: Record) -> Conversation:
