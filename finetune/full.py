@@ -30,8 +30,8 @@ def main(settings: FinetuneFull) -> None:
         trains_base=True,
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",
-        resume="python {script} --config {config} --resume auto",
-        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
+        resume=cli.RESUME,
+        next=cli.chat_with_result(),
     )
     finetune(settings, full, dataset, place)
 

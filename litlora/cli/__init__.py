@@ -108,6 +108,15 @@ def call(script: str) -> str:
     return f"python {script if here else shlex.quote(beside)}"
 
 
+RESUME = "python {script} --config {config} --resume auto"
+"""The command that resumes a run, with {script} and {config} in place of their paths."""
+
+
+def chat_with_result() -> str:
+    """The command that chats with the result of a run, with {result} in place of its path."""
+    return f"{call('chat/base.py')} --checkpoint_dir {{result}}"
+
+
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     """The settings that a command line asks for. Raises UserError in one line; `--help` and
     `--print_config` exit."""

@@ -24,6 +24,6 @@ def adapter_method(
         objective=objective,
         tokenize=tokenize,
         stores="the adapter only",
-        resume="python {script} --config {config} --resume auto",
-        next=f"{cli.call('chat/base.py')} --checkpoint_dir {{result}}",
+        resume=cli.RESUME,
+        next=cli.chat_with_result(),
     )
