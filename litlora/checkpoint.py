@@ -70,8 +70,13 @@ class Chain:
     @property
     def on_original(self) -> "Chain":
         """The same chain, but the base of the outermost adapter as it is stored, if the adapter was
-        trained on it in few bits."""
+        trained on it in few bits. Raises CheckpointError for one that fits these bits alone."""
         top = self.adapters[-1]
+        if top.needs_quantised:
+            raise CheckpointError(
+                f"{top.file}: was started by LoftQ, which makes up for what quantising its base lost, so it "
+                "does not fit the base as it is stored; use it on the base as it was trained"
+            )
         original = top.trained_on(replace(top.base, quantized=None))
         return replace(self, adapters=[*self.adapters[:-1], original])
 

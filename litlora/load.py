@@ -134,6 +134,11 @@ def _weights(
     if trained is not None and quantize in (None, trained.quantizer.name):
         quantizer, plan = trained.quantizer, as_trained(plan, config, live, chain)
     elif quantize not in (None, "none"):
+        if live is not None and live.needs_quantised:
+            raise CheckpointError(
+                f"{live.file}: was started by LoftQ on a base in {trained.quantizer.name}; leave "
+                f"{setting('quantize')} {quantize} out"
+            )
         quantizer = QUANTIZERS[quantize]
         _check_frozen(config, dense or (), quantize)
         kept = live.whole if live is not None else ()

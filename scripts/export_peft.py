@@ -144,6 +144,8 @@ def _quantised_by(chain: "Chain") -> str:
         return ""
     name = quantized.quantizer.name
     say(f"note: trained on the base's values in {name}; on the base as it is stored, its answers differ")
+    if chain.top.needs_quantised:
+        say(f"note: started by LoftQ: use it on the base in {name} only, whose losses it makes up for")
     return QUANTIZED_BY.get(name, "")
 
 

@@ -100,7 +100,9 @@ def _plans(
         return None, {None: plan_sum(chains, weights)}
     # By default the model that was trained, as for every adapter: what was validated is what is written.
     onto = asked or DEQUANTIZED
-    bases = {DEQUANTIZED: chains, ORIGINAL: [chain.on_original for chain in chains]}
+    bases = {DEQUANTIZED: chains}
+    if onto == ORIGINAL or not any(chain.top.needs_quantised for chain in chains):
+        bases[ORIGINAL] = [chain.on_original for chain in chains]
     order = sorted(bases, key=lambda name: name != onto)
     return onto, {name: plan_sum(bases[name], weights) for name in order}
 
@@ -128,7 +130,7 @@ def _verified(
     if report.loses_much:
         rounding += "; --dtype fp32 keeps all of it, --rounding stochastic its mean"
     fit = []
-    if DEQUANTIZED in plans:
+    if len(plans) > 1:
         candidates = {name: retyped(other, like=plan) for name, (other, _) in plans.items()}
         fit = lines_of(fits(plans[DEQUANTIZED][0], candidates, config, ids, unmerged), next(iter(plans)))
     return [*([f"note: {notice}"] if notice else []), *lines, rounding, *fit]

@@ -29,13 +29,14 @@ from torch import Generator, Tensor
 
 from litlora.adapters.factored import common_dtype, difference, least_rank, norm, wide
 from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge, whole_of
-from litlora.adapters.resize import Change, Form, finite, plain_updates, settings_for, shrink
+from litlora.adapters.resize import Change, Form, finite, plain_updates, shrink
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.formats.lora_header import in_common
 from litlora.formats.lora_spelling import in_first_spelling
 from litlora.lora import Adapter, Update
+from litlora.lora.select import settings_for
 from litlora.storage.dtypes import dtype_name
 
 ELECTING = ("ties", "dare_ties")
@@ -78,6 +79,11 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
         raise CheckpointError(
             f"{adding[0].file}: adds tokens, whose rows cannot be combined; merge it first, and train the "
             "others on the result"
+        )
+    if making_up := [adapter for adapter in adapters if adapter.needs_quantised]:
+        raise CheckpointError(
+            f"{making_up[0].file}: was started by LoftQ, and makes up for what quantising lost; merge "
+            "it first, and train the others on the result"
         )
     updates, changes = _combine_all(
         [adapter.file for adapter in adapters],

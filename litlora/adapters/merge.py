@@ -218,6 +218,7 @@ def add_adapters(
     adapters that cannot be added up.
     """
     _check_tokens(adapters)
+    _check_quantised(adapters)
     adapters = [
         (dataclasses.replace(adapter, whole=whole_of(adapter, config)), weight)
         for adapter, weight in adapters
@@ -274,6 +275,17 @@ def _check_tokens(adapters: list[tuple[Adapter, float]]) -> None:
             raise CheckpointError(
                 f"{adapter.file}: adds tokens; such an adapter can only be merged alone and at strength 1, "
                 "and others trained on the result"
+            )
+
+
+def _check_quantised(adapters: list[tuple[Adapter, float]]) -> None:
+    """Raises CheckpointError if one of several adapters makes up for what quantising lost, or one at
+    another weight than 1: that has to be made up for once."""
+    for adapter, weight in adapters:
+        if adapter.needs_quantised and (len(adapters) > 1 or weight != 1):
+            raise CheckpointError(
+                f"{adapter.file}: was started by LoftQ; such an adapter can only be merged alone and at "
+                "strength 1, and others trained on the result"
             )
 
 

@@ -7,7 +7,6 @@ least.
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,9 +17,8 @@ from litlora.adapters.factored import NOISE, difference, least_rank, norm, svd, 
 from litlora.errors import CheckpointError
 from litlora.formats.lora_files import LoRAFile, as_stored
 from litlora.lora import Adapter, Update
-from litlora.lora.select import layer_rank, layer_scale
+from litlora.lora.select import settings_for
 from litlora.lora.variants import variant_named
-from litlora.settings import LoRAConfig
 from litlora.storage.dtypes import dtype_name
 
 
@@ -159,32 +157,6 @@ def _truncate(update: Update, rank: int, U: Tensor, S: Tensor, Vt: Tensor) -> Up
     # takes the singular values.
     B, A = U[:, :rank] * S[:rank], Vt[:rank]
     return update.with_matrices(B.to(wide(update.B.dtype)), A.to(wide(update.A.dtype)))
-
-
-def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
-    """Settings that give every update its rank and its scale; `like` itself if it already does."""
-
-    def matches(name: str, update: Update) -> bool:
-        return layer_rank(like, name) == update.rank and math.isclose(
-            layer_scale(like, name), update.scale, rel_tol=1e-12
-        )
-
-    if all(matches(name, update) for name, update in updates.items()):
-        return like
-    ranks = {name: update.rank for name, update in updates.items()}
-    # 14 digits: dividing and multiplying makes 16.000000000000004 of 16
-    alphas = {
-        name: float(f"{u.scale * (math.sqrt(u.rank) if like.rslora else u.rank):.14g}")
-        for name, u in updates.items()
-    }
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return dataclasses.replace(
-        like,
-        rank=rank,
-        alpha=alpha,
-        rank_pattern={name: value for name, value in ranks.items() if value != rank},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-    )
 
 
 def table(changes: list[Change]) -> list[str]:

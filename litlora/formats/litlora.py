@@ -109,6 +109,8 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
     reference = BaseReference(
         base["path"], base["absolute_path"], base["fingerprint"], _quantized(file, described)
     )
+    if config.init == "loftq" and reference.quantized is None:
+        raise CheckpointError(f"{file}: was started by LoftQ, and its base.quantized is missing")
     taught = described.get("taught")
     facts = taught if isinstance(taught, dict) else None  # the first versions stored none
     return Adapter(config, updates, whole, reference, file, lora, facts, rows)

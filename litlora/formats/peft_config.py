@@ -40,6 +40,8 @@ _OTHERS = {
 """{setting that PEFT's LoraConfig does not have: why it changes nothing}."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialise that also change the base's weights."""
+_KEEPS_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+"""Those that do not, so that the adapter fits the base as it is."""
 _DEFAULTS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
@@ -117,11 +119,7 @@ def refuse_variants(path: Path | str, config: dict[str, Any], *, is_folder: bool
     a LoRA file."""
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{path}: peft_type {kind} is not supported; LORA is")
-    if str(how := config["init_lora_weights"]).lower().startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"{path}: init_lora_weights {how} changed the base's weights as well; save the adapter again "
-            "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
+    _check_start(path, str(config["init_lora_weights"]))
     also_read = _IN_FOLDERS if is_folder else _IN_FILES
     known = _READ | _WITHOUT_EFFECT | also_read | _OTHERS.keys()  # null, false and empty change nothing
     if odd := sorted(name for name, value in config.items() if value and name not in known):
@@ -130,6 +128,21 @@ def refuse_variants(path: Path | str, config: dict[str, Any], *, is_folder: bool
         )
     _check_tokens(path, config)
     _check_parameters(path, config)
+
+
+def _check_start(path: Path | str, how: str) -> None:
+    """Raise CheckpointError unless the adapter fits the base as it is."""
+    if how.lower() in _KEEPS_BASE:
+        return
+    if not how.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{path}: init_lora_weights {how[:60]!r} is not known here, and may have changed the base's "
+            "weights as well; set it to true if it did not"
+        )
+    convert = "save the adapter again in PEFT with path_initial_model_for_weight_conversion, which makes it "
+    merge = "merge it in PEFT (merge_and_unload) and use the merged model"
+    mend = merge if how.lower().startswith("loftq") else f"{convert}a plain LoRA"
+    raise CheckpointError(f"{path}: init_lora_weights {how} changed the base's weights as well; {mend}")
 
 
 def _check_tokens(path: Path | str, config: dict[str, Any]) -> None:

@@ -63,6 +63,12 @@ class Adapter:
         return self.file.parent
 
     @property
+    def needs_quantised(self) -> bool:
+        """Whether it makes up for what quantising its base lost (LoftQ), so that it fits the base in
+        these few bits and no other."""
+        return self.config.init == "loftq"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a file stores as "lora"."""
         return stored_values(self.config) if self.described is None else self.described

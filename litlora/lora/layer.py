@@ -19,11 +19,19 @@ from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
+from litlora.frozen.residual import Residual
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import lora as kernels
 from litlora.lora.adapter import Adapter
 from litlora.lora.rows import rows_of
-from litlora.lora.select import check_patterns, layer_alpha, layer_rank, select_layers, select_whole
+from litlora.lora.select import (
+    check_patterns,
+    layer_alpha,
+    layer_rank,
+    select_layers,
+    select_whole,
+    settings_for,
+)
 from litlora.lora.update import Update, scale_of
 from litlora.lora.variants import check_dropout, variant_named
 from litlora.settings import LoRAConfig
@@ -50,13 +58,17 @@ class LoRALinear(nn.Module):
         self.variant = variant_named(variant)
         check_dropout(self.variant, dropout)
         self.linear = linear.requires_grad_(False)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scale = scale_of(alpha, rank, rslora=rslora)
-        device = self.frozen.device
+        device = frozen_weight(linear).device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
-        self.variant.start(self)
+        # What A and B started with, where that must be known: see litlora/lora/starts.py.
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self.is_residual = False
         self._base: nn.Linear | FrozenLinear | None = None  # the layer without the update, while merged
+        self.variant.start(self)
 
     @property
     def merged(self) -> bool:
@@ -65,14 +77,47 @@ class LoRALinear(nn.Module):
 
     @property
     def frozen(self) -> FrozenWeight:
-        """The wrapped layer's W; with the update folded in while merged."""
-        return frozen_weight(self.linear)
+        """What the update is added to: the wrapped layer's W, without the part that A and B started
+        with if that was taken out; with the update folded in while merged."""
+        weight = frozen_weight(self.linear)
+        if self.merged or not self.is_residual:
+            return weight
+        return Residual(weight, self.start_A, self.start_B, self.scale)
 
     @property
     def update(self) -> Update:
-        """The current update: its tensors are the layer's own parameters."""
+        """The current update of `frozen`: its tensors are the layer's own parameters."""
         extra = {name: getattr(self, name) for name in self.variant.extra}
         return Update(self.lora_A, self.lora_B, self.scale, variant=self.variant.name, extra=extra)
+
+    @property
+    def update_of_base(self) -> Update:
+        """The current update of the wrapped layer's W: s · (B A - B0 A0), of twice the rank, if the
+        part B0 A0 was taken out of W."""
+        update = self.update
+        if not self.is_residual:
+            return update
+        A, B = torch.cat([update.A, self.start_A]), torch.cat([update.B, -self.start_B], dim=1)
+        return replace(update, A=A, B=B)
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor, *, is_residual: bool) -> None:
+        """Begin at A (r, in) and B (out, r), and keep them; with `is_residual`, take s · B A out of W,
+        so that nothing changes at first."""
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        # As they are in the layer's dtype.
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.is_residual = is_residual
+        self.variant.settle(self)
+
+    @torch.no_grad()
+    def set_rank(self, rank: int) -> None:
+        """A fresh adapter of another rank: A and B are zero. Alpha keeps its ratio to the rank."""
+        self.alpha *= rank / self.rank
+        self.rank, self.scale = rank, scale_of(self.alpha, rank, rslora=self.rslora)
+        self.lora_A = nn.Parameter(self.lora_A.new_zeros(rank, self.in_features))
+        self.lora_B = nn.Parameter(self.lora_B.new_zeros(self.out_features, rank))
 
     @torch.no_grad()
     def load_update(self, update: Update) -> None:
@@ -90,7 +135,9 @@ class LoRALinear(nn.Module):
         It is there for code that reads a layer's weight instead of calling the layer, as
         `nn.TransformerEncoderLayer` does in eval mode.
         """
-        return self.linear.weight if self.merged else self.update.added_to(self.frozen.rows())
+        if self.merged:
+            return self.linear.weight
+        return self.update_of_base.added_to(frozen_weight(self.linear).rows())
 
     @property
     def bias(self) -> Tensor | None:
@@ -119,7 +166,7 @@ class LoRALinear(nn.Module):
         """Fold the update into W and return the merged layer, for `set_submodule`. Merging twice
         adds the update once."""
         if not self.merged:
-            merged, base = _linear(self.update.added_to(self.frozen.rows()), self.linear), self.linear
+            merged, base = _linear(self.weight, self.linear), self.linear
             self.linear = merged
             object.__setattr__(self, "_base", base)  # not a submodule: it would show in the state_dict
         return self.linear
@@ -216,14 +263,17 @@ def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
     return kernels.dropout_mask(x, max(shares)) if any(shares) else None
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+def add_lora(
+    model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32, *, start: bool = True
+) -> list[str]:
     """Wrap the linear layers that `config.targets` names and freeze everything else; returns their
-    names.
+    names. Without `start`, the adapter still has to get the start that `config.init` names
+    (litlora/lora/starts.py).
 
     Raises UserError for a target that matches nothing, and for a layer that cannot be adapted or is
     too small for the rank.
     """
-    if _lora_layers(model):
+    if lora_layers(model):
         raise UserError("the model already has an adapter; merge it or unwrap it first")
     names = select_layers(model, config.targets)
     check_patterns(config, names)
@@ -241,6 +291,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
         for parameter in model.get_submodule(name).parameters():
             parameter.data = parameter.data.clone()  # the base's own tensor must keep its fingerprint
             parameter.requires_grad_(True)
+    if start and config.init != "kaiming":
+        from litlora.lora.starts import start_lora
+
+        start_lora(model, config)
     return names
 
 
@@ -264,27 +318,27 @@ def attach_lora(
 
 def merge_lora(model: nn.Module) -> None:
     """Fold every update of a model into its W, in place."""
-    for layer in _lora_layers(model).values():
+    for layer in lora_layers(model).values():
         layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Put back every W of a model, bit for bit."""
-    for layer in _lora_layers(model).values():
+    for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def unwrap_lora(model: nn.Module) -> None:
     """Replace every LoRALinear by the layer that it wraps: merged if it was merged, else without
     its update."""
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.linear)
 
 
 def describe_choice(model: nn.Module) -> str | None:
     """The kinds of linear layers that have an adapter, and those that have none, each with its count;
     None for a model without adapters."""
-    adapted = _lora_layers(model)
+    adapted = lora_layers(model)
     if not adapted:
         return None
     inside = {id(layer.linear) for layer in adapted.values()}
@@ -302,11 +356,12 @@ def describe_choice(model: nn.Module) -> str | None:
 
 def lora_updates(model: nn.Module) -> dict[str, Update]:
     """The update of every adapted layer of a model, by the layer's name."""
-    return {name: layer.update for name, layer in _lora_layers(model).items()}
+    return {name: layer.update_of_base for name, layer in lora_layers(model).items()}
 
 
 def adapter_of(model: nn.Module, config: LoRAConfig) -> Adapter:
-    """What trains in a model that `add_lora` prepared: every update, and what trains whole."""
+    """What trains in a model that `add_lora` prepared: every update, and what trains whole. Its
+    settings give each update the rank and alpha that it has."""
     updates = {name: update.detached() for name, update in lora_updates(model).items()}
     rows = rows_of(model)
     inside = {f"{layer}.{name}" for layer, update in updates.items() for name in update.tensors()}
@@ -316,10 +371,11 @@ def adapter_of(model: nn.Module, config: LoRAConfig) -> Adapter:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in inside
     }
-    return Adapter(config, updates, whole, rows=rows)
+    return Adapter(settings_for(updates, config.started), updates, whole, rows=rows)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every adapted layer of a model, by each of its names."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)

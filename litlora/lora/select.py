@@ -1,13 +1,16 @@
 """Which layers of a model an adapter is for, and the rank, alpha and scale of each."""
 
+import dataclasses
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 
 from torch import nn
 
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
-from litlora.lora.update import scale_of
+from litlora.lora.update import Update, scale_of
 from litlora.settings import PRESETS, LoRAConfig
 from litlora.settings.targets import ByTarget, in_preset
 from litlora.storage.patterns import Patterns
@@ -134,3 +137,29 @@ def layer_alpha(config: LoRAConfig, name: str) -> float:
 def layer_scale(config: LoRAConfig, name: str) -> float:
     """The factor in front of B A of one layer."""
     return scale_of(layer_alpha(config, name), layer_rank(config, name), rslora=config.rslora)
+
+
+def settings_for(updates: dict[str, Update], like: LoRAConfig) -> LoRAConfig:
+    """Settings that give every update its rank and its scale; `like` itself if it already does."""
+
+    def matches(name: str, update: Update) -> bool:
+        return layer_rank(like, name) == update.rank and math.isclose(
+            layer_scale(like, name), update.scale, rel_tol=1e-12
+        )
+
+    if all(matches(name, update) for name, update in updates.items()):
+        return like
+    ranks = {name: update.rank for name, update in updates.items()}
+    # 14 digits: dividing and multiplying makes 16.000000000000004 of 16
+    alphas = {
+        name: float(f"{u.scale * (math.sqrt(u.rank) if like.rslora else u.rank):.14g}")
+        for name, u in updates.items()
+    }
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return dataclasses.replace(
+        like,
+        rank=rank,
+        alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+    )

@@ -37,6 +37,12 @@ class Variant:
         return type(self) is Variant
 
     @property
+    def takes_starts(self) -> bool:
+        """Whether A and B matter by their product alone, so that they may start at any values: see
+        litlora/lora/starts.py."""
+        return self.is_plain
+
+    @property
     def applies_dropout(self) -> bool:
         """Whether the forward applies the layer's dropout: the default one of other variants does
         not, since it multiplies by W' as a whole."""
@@ -47,6 +53,9 @@ class Variant:
         `extra` names. A is Kaiming-uniform with a = √5, B is zero: nothing changes at first."""
         nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B)
+
+    def settle(self, layer: "LoRALinear") -> None:
+        """Fit the parameters that `extra` names to A and B, which have been given another start."""
 
     def problem(self, update: Update) -> str | None:
         """What is wrong with the tensors that `extra` names, if they do not fit the factors."""
@@ -77,17 +86,24 @@ class DoRA(Variant):
     """W' = m · (W + s · B A) / ‖W + s · B A‖, with a learned magnitude m and a norm for each output
     (Liu et al. 2024, arXiv:2402.09353), as PEFT computes it.
 
-    The norm counts as a constant in the gradient (section 4.3 of the paper). At first m = ‖W‖.
+    The norm counts as a constant in the gradient (section 4.3 of the paper). At first m = ‖W + s · B A‖.
     """
 
     name = "dora"
     extra = (MAGNITUDE,)
+    takes_starts = True
 
     def start(self, layer: "LoRALinear") -> None:
         super().start(layer)
         W = layer.frozen.rows()
         norms = _norms(W.to(torch.promote_types(W.dtype, torch.float32)))
         setattr(layer, MAGNITUDE, nn.Parameter(norms.to(layer.lora_B.dtype)))
+
+    @torch.no_grad()
+    def settle(self, layer: "LoRALinear") -> None:
+        W = layer.frozen.rows()
+        exact = W.to(torch.promote_types(W.dtype, torch.float32))
+        getattr(layer, MAGNITUDE).copy_(_norms(exact + super().change(layer.update, exact, slice(None))))
 
     def problem(self, update: Update) -> str | None:
         magnitude, outputs = update.extra[MAGNITUDE], update.B.size(0)

@@ -118,6 +118,11 @@ class FinetuneLoRA(Finetune):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_streamed(self, modules_to_save=self.lora.modules_to_save)
+        check(
+            self.lora.init != "loftq" or self.quantize is not None,
+            f"{setting('init')} loftq makes up for what {setting('quantize')} loses, which is not set; "
+            "set it, or choose another start",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """The settings of LoRA."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from litlora.errors import UserError, setting
-from litlora.settings.checks import check, check_alpha, check_positive, check_value
+from litlora.settings.checks import check, check_alpha, check_finite, check_positive, check_value
 from litlora.settings.targets import ByTarget
+
+STARTS = "kaiming, gaussian, pissa, pissa_niter_N, olora, loftq, eva"
+_START = re.compile(r"kaiming|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq|eva")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,13 @@ class LoRAConfig:
     variant: str = field(default="lora", metadata={"stored": "unless default"})
     """Kind of update: lora, dora (Liu et al. 2024: the length of each row of W trains by itself), or
     one that your own code registers (docs/architecture.md)."""
+    init: str = field(default="kaiming", metadata={"stored": "unless default"})
+    """How A and B start (docs/starts.md), by PEFT's names: kaiming and gaussian (A random, B zero),
+    pissa (the largest singular values of W), pissa_niter_N (the same, found fast by N iterations),
+    olora (W = Q R), loftq (what --quantize loses of W), eva (A, and the ranks, by the training
+    data)."""
+    eva_rho: float = field(default=2.0, metadata={"stored": "unless default"})
+    """With init eva: a layer's rank can become at most this many times as high; 1 keeps all ranks."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules to train in full and to store with the adapter: their names, or the ends of these
     (lm_head, embed_tokens, norm)."""
@@ -43,6 +54,13 @@ class LoRAConfig:
         object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
         check_alpha(f"{setting('alpha')} {self.alpha}", self.alpha)
         check_value(self, "dropout", 0 <= self.dropout <= 0.999, "must be at least 0 and at most 0.999")
+        check_value(self, "init", bool(_START.fullmatch(self.init)), f"choose from {STARTS}")
+        check_finite("eva_rho", self.eva_rho)
+        check_value(self, "eva_rho", self.eva_rho >= 1, "must be at least 1")
+        check(
+            self.eva_rho == 2 or self.init == "eva",
+            f"{setting('eva_rho')} {self.eva_rho:g} has no effect with {setting('init')} {self.init}",
+        )
         check(
             len(self.targets) > 0, f"{setting('targets')} is empty: an adapter without layers trains nothing"
         )
@@ -56,6 +74,12 @@ class LoRAConfig:
             check(rank >= 1, f"{setting('rank_pattern')} {target}: {rank}: must be at least 1")
         for target, alpha in self.alpha_pattern.items():
             check_alpha(f"{setting('alpha_pattern')} {target}: {alpha}", alpha)
+
+    @property
+    def started(self) -> "LoRAConfig":
+        """The settings of an adapter that has started: how it did means nothing for its tensors, but
+        for loftq, which fits no other base than the quantised one."""
+        return self if self.init in ("kaiming", "loftq") else replace(self, init="kaiming", eva_rho=2.0)
 
     @cached_property
     def ranks(self) -> ByTarget:

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "lora_dropout": "dropout",
     **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules"), "targets"),
     "use_rslora": "rslora",
+    **dict.fromkeys(("init_lora_weights", "lora_init", "init_weights"), "init"),
     **dict.fromkeys(("output_dir", "output", "save_dir", "save_path"), "out_dir"),
     **dict.fromkeys(("model", "model_name_or_path", "model_name", "model_path"), "checkpoint_dir"),
     **dict.fromkeys(("model_id", "base_model", "pretrained"), "checkpoint_dir"),

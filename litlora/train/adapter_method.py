@@ -17,7 +17,7 @@ def adapter_method(
 ) -> Method:
     """Train LoRA, as these settings say, on this objective and on examples that `tokenize` makes."""
     return Method(
-        prepare=lambda model: add_lora(model, settings.lora),
+        prepare=lambda model: add_lora(model, settings.lora, start=False),  # a run starts it
         trains_base=False,
         dense=settings.lora.modules_to_save,
         content=lambda model: adapter_of(model, settings.lora),

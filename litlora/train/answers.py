@@ -100,6 +100,9 @@ class AnswerObjective(Objective):
         counts = num_tokens.view(-1, self.num_answers).to(device)
         return AnswerBatch(Batch(*tensors, batch.lengths), owners.to(device), counts, reference)
 
+    def text(self, batch: AnswerBatch) -> Batch:
+        return batch.batch
+
     def log_probs(self, batch: AnswerBatch) -> Tensor:
         """(n, k): the log-probabilities of the answers."""
         losses = self.token_losses(batch.batch)

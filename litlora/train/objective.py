@@ -72,6 +72,10 @@ class Objective(nn.Module, ABC):
     def batch(self, examples: Sequence[Any], device: torch.device) -> Any:
         """A micro-batch of these examples on the device."""
 
+    def text(self, batch: Any) -> Batch:
+        """The tokens of a batch, and those that are learned."""
+        return batch
+
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss of a batch, and the sums of its figures (without a gradient)."""

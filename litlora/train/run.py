@@ -47,6 +47,7 @@ from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.resume import State, as_measured, changed_settings, facts, read_state, stored_settings
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
+from litlora.train.start import start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
 from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
 
@@ -61,6 +62,7 @@ def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDir
     run.load()
     run.choose_what_trains()
     run.prepare_data()
+    start_adapter(run)
     run.fit_to_memory()
     state, rows = run.find_start()
     if place.complete:
@@ -326,7 +328,8 @@ class Run:
                 return
             state = None
             if training is not None:
-                state = {**training, "facts": self.facts, "metrics": self.metrics.text}
+                begun = start_state(self.model, self.settings)
+                state = {**training, **begun, "facts": self.facts, "metrics": self.metrics.text}
             content = self.method.content(self.model)
             sources = [*self.added.sources, *self.loaded.chain.sources]
             beside = Beside(self.style, self.hyperparameters, state, self.stops)

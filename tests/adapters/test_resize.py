@@ -10,11 +10,11 @@ from conftest import command, fails, random_adapter, succeeds
 
 from litlora.adapters.factored import difference, least_rank, norm, svd
 from litlora.adapters.merge import merge_chain
-from litlora.adapters.resize import resize, settings_for, shrink
+from litlora.adapters.resize import resize, shrink
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.formats.lora_files import LoRAFile, Update, read_lora, write_lora
 from litlora.lora import LoRAConfig
-from litlora.lora.select import layer_rank, layer_scale
+from litlora.lora.select import layer_rank, layer_scale, settings_for
 
 
 def random_update(seed: int, out: int = 40, into: int = 56, rank: int = 12, scale: float = 1.5) -> Update:

@@ -1,0 +1,343 @@
+"""Starts of A and B: PEFT's values, PEFT's course of training, and a base that stays as it is."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import QUICKSTART, tiny_config
+from torch import nn
+
+from litlora.errors import UserError
+from litlora.frozen.quantize import QUANTIZERS
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.kernels.lora import plain_project, project
+from litlora.load import load
+from litlora.lora import LoRAConfig, adapter_of, add_lora, lora_updates, merge_lora
+from litlora.lora.eva import Inputs, start_eva
+from litlora.lora.layer import _layer, lora_layers
+from litlora.lora.starts import loftq, restart, start_lora, start_tensors
+from litlora.model import GPT
+
+IDS = torch.arange(48).view(4, 12) * 7 % 300
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+SETTINGS = {"rank": 4, "alpha": 6.0, "targets": TARGETS}
+VARIANTS = pytest.mark.parametrize("variant", ["lora", "dora"])
+INITS = pytest.mark.parametrize("init", ["gaussian", "pissa", "pissa_niter_4", "olora"])
+
+
+def gpt(dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    return GPT(tiny_config()).to(dtype)
+
+
+def both(init: str, variant: str = "lora", **changes) -> tuple[nn.Module, GPT]:
+    """A model with PEFT's adapter and one with ours, of the same base and seed."""
+    peft = pytest.importorskip("peft")
+    names = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "use_rslora": "rslora"}
+    settings = {**SETTINGS, **changes}
+    config = peft.LoraConfig(
+        init_lora_weights=init,
+        use_dora=variant == "dora",
+        **{theirs: settings[ours] for theirs, ours in names.items() if ours in settings},
+    )
+    torch.manual_seed(1)
+    theirs = peft.inject_adapter_in_model(config, gpt())
+    ours = gpt()
+    add_lora(ours, LoRAConfig(init=init, variant=variant, **settings))
+    return theirs, ours
+
+
+def losses(model: nn.Module, steps: int) -> list[float]:
+    """Of training to predict the next token."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    found = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@VARIANTS
+def test_the_values_are_those_of_peft(init, variant):
+    theirs, ours = both(init, variant)
+    is_drawn = "niter" in init  # both draw, but ours has drawn for all layers before
+    for name, layer in lora_layers(ours).items():
+        other = theirs.get_submodule(name)
+        if not is_drawn:
+            torch.testing.assert_close(layer.lora_A, other.lora_A["default"].weight, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(layer.lora_B, other.lora_B["default"].weight, atol=1e-6, rtol=1e-5)
+        W = other.get_base_layer().weight
+        torch.testing.assert_close(layer.frozen.rows(), W, atol=2e-3 if is_drawn else 1e-6, rtol=1e-4)
+
+
+def test_a_gaussian_start_has_the_deviation_of_peft():
+    model = GPT(tiny_config(hidden_size=256, intermediate_size=512, head_dim=64))
+    add_lora(model, LoRAConfig(rank=16, init="gaussian"))
+    values = torch.cat([layer.lora_A.flatten() for layer in lora_layers(model).values()])
+    assert values.std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert all(not layer.lora_B.any() for layer in lora_layers(model).values())
+
+
+@pytest.mark.slow
+@INITS
+@VARIANTS
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_loss_falls_as_with_peft(init, variant, rslora):
+    theirs, ours = both(init, variant, rslora=rslora)
+    for name, layer in lora_layers(ours).items():  # where both drew, the same values
+        other = theirs.get_submodule(name)
+        A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
+        if init == "gaussian":
+            layer.lora_A.data.copy_(A)
+        else:
+            layer.start_at(A, B, is_residual=True)
+    wanted, found = losses(theirs, 50), losses(ours, 50)
+    assert wanted[0] - wanted[-1] > 0.3
+    assert max(abs(one - other) for one, other in zip(wanted, found, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@VARIANTS
+@torch.no_grad()
+def test_nothing_changes_at_first_and_what_is_saved_fits_the_base(init, variant):
+    model, base = gpt().eval(), gpt().eval()
+    config = LoRAConfig(init=init, variant=variant, rslora=True, rank_pattern={"q_proj": 3}, **SETTINGS)
+    add_lora(model, config)
+    torch.testing.assert_close(model(IDS), base(IDS), atol=2e-6, rtol=1e-5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.05 * torch.randn_like(parameter)
+    adapter, live = adapter_of(model, config), model(IDS)
+    assert (live - base(IDS)).abs().max() > 0.1
+    assert adapter.config.init == "kaiming" and {u.rank for u in adapter.updates.values()} == {6, 8}
+    for name, update in adapter.updates.items():
+        W = base.get_submodule(name).weight
+        W.copy_(update.added_to(W))
+    torch.testing.assert_close(base(IDS), live, atol=1e-5, rtol=1e-4)
+    merge_lora(model)
+    torch.testing.assert_close(model(IDS), live, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_in_bf16_less_is_lost_than_by_rounding_what_is_left_of_the_base():
+    exact, ours, rounded = (load(QUICKSTART).model.to(torch.bfloat16) for _ in range(3))
+    for model in (ours, rounded):
+        add_lora(model, LoRAConfig(init="pissa"))
+    for layer in lora_layers(rounded).values():
+        layer.linear.weight.data = layer.frozen.rows().to(torch.bfloat16)
+        layer.is_residual = False
+    wanted = exact.float()(IDS)
+    errors = [(model(IDS).float() - wanted).square().mean().sqrt() for model in (ours, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_the_gradients_through_what_is_left_of_a_weight_equal_autograds():
+    model = gpt().double()
+    add_lora(model, LoRAConfig(init="pissa", **SETTINGS), torch.float64)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    with torch.no_grad():
+        layer.lora_B += torch.randn_like(layer.lora_B)
+    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    W = layer.linear.weight - layer.scale * (layer.start_B @ layer.start_A - layer.lora_B @ layer.lora_A)
+    inputs = (x, layer.lora_A, layer.lora_B)
+    wanted = torch.autograd.grad((x @ W.T).sin().sum(), inputs)
+    for compute in (project, plain_project):
+        (y,) = compute(x, [_layer(layer)], None)
+        torch.testing.assert_close(y, x @ W.T)
+        torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), inputs), wanted)
+
+
+# ---- LoftQ
+
+
+def quantised(model: GPT, name: str = "nf4") -> GPT:
+    """A copy whose layers that TARGETS names are quantised."""
+    from litlora.frozen.linear import FrozenLinear
+
+    model = copy.deepcopy(model)
+    for layer, linear in list(model.named_modules()):
+        if layer.rpartition(".")[2] in TARGETS:
+            matrix = QUANTIZERS[name].quantised(linear.weight, layer, None)
+            model.set_submodule(layer, FrozenLinear(QuantizedWeight(matrix), linear.bias))
+    return model
+
+
+def weight_of(model: GPT):
+    return lambda name: model.get_submodule(name).weight.detach()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loftq_finds_what_peft_finds(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    utils = pytest.importorskip("peft.utils.loftq_utils")
+
+    class Here(torch.Tensor):
+        """PEFT moves the weight to a GPU."""
+
+        def to(self, *args, device=None, **kwargs):
+            return torch.Tensor(self).to(*args, **kwargs)
+
+    W = torch.randn(96, 64)
+    packed, state = bitsandbytes.functional.quantize_4bit(W, quant_type="nf4", blocksize=64)
+    packed = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state)
+    R, L = utils._loftq_init_new(packed, W.as_subclass(Here), num_bits=4, reduced_rank=8)
+    A, B = loftq(W, QUANTIZERS["nf4"].quantised(W, "W", None).rows(), 8, scale=1.0)
+    torch.testing.assert_close(A, R, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(B, L, atol=1e-5, rtol=1e-4)
+
+
+@VARIANTS
+@torch.no_grad()
+def test_loftq_starts_nearer_to_the_base_whatever_the_scale(variant):
+    base = gpt().eval()
+    plain = quantised(base)
+    for alpha in (1.0, 24.0):
+        model = quantised(base)
+        config = LoRAConfig(rank=8, alpha=alpha, init="loftq", targets=TARGETS, variant=variant)
+        add_lora(model, config, start=False)
+        start_lora(model, config, original=weight_of(base))
+        for name, layer in lora_layers(model).items():
+            W = base.get_submodule(name).weight
+            before = (W - plain.get_submodule(name).weight).norm()
+            assert (W - layer.weight).norm() < 0.75 * before
+        assert adapter_of(model, config).needs_quantised
+        assert (model(IDS) - base(IDS)).norm() < 0.85 * (plain(IDS) - base(IDS)).norm()
+
+
+def test_loftq_leaves_alone_what_is_not_quantised():
+    base = gpt()
+    model, config = quantised(base), LoRAConfig(init="loftq", targets=["q_proj", "o_proj"])
+    add_lora(model, config, start=False)
+    start_lora(model, config, original=weight_of(base))
+    layers = lora_layers(model)
+    assert not layers["model.layers.0.self_attn.o_proj"].lora_B.any()
+    assert layers["model.layers.0.self_attn.q_proj"].lora_B.any()
+    with pytest.raises(UserError, match="init loftq makes up for what quantising loses, and none"):
+        add_lora(gpt(), config)
+
+
+# ---- EVA
+
+
+def tokens(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, (4, 24), generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_eva_finds_the_ranks_and_the_values_of_peft(rho):
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    batches = []
+    for seed in range(3):
+        labels = tokens(seed).clone()
+        labels[:, : 3 + seed] = -100
+        batches.append({"input_ids": tokens(seed), "labels": labels})
+    theirs = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=targets,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=rho),
+    )
+    wanted = peft.tuners.lora.eva.get_eva_state_dict(
+        gpt(),
+        batches,
+        theirs,
+        forward_fn=lambda model, inputs: model(inputs["input_ids"]),
+        show_progress_bar=False,
+    )
+    model, config = gpt().train(), LoRAConfig(rank=4, alpha=6, targets=targets, init="eva", eva_rho=rho)
+    add_lora(model, config, start=False)
+
+    def batch(number):
+        inputs = batches[number]
+        learned = (inputs["labels"].flatten() != -100).nonzero().flatten()
+        return lambda: model(inputs["input_ids"]), learned
+
+    expected, state = gpt().eval()(IDS), torch.get_rng_state()
+    start_eva(model, config, Inputs(len(batches), batch))
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    layers = lora_layers(model)
+    assert {name: len(A) for name, A in wanted.items() if len(A)} == {n: x.rank for n, x in layers.items()}
+    if rho == 1:
+        assert {layer.rank for layer in layers.values()} == {4}
+    else:
+        assert len({layer.rank for layer in layers.values()}) > 2
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.lora_A, wanted[name].float(), atol=1e-4, rtol=1e-3)
+        assert layer.scale == 1.5 and layer.alpha == pytest.approx(1.5 * layer.rank)
+    torch.testing.assert_close(model.eval()(IDS), expected)
+    adapter = adapter_of(model, config)
+    assert adapter.config.init == "kaiming" and adapter.config.eva_rho == 2
+    assert {name: update.rank for name, update in adapter.updates.items()} == {
+        name: layer.rank for name, layer in layers.items()
+    }
+    begun, *_, ended = losses(model, 10)
+    assert ended < begun
+
+
+def test_eva_says_when_the_batches_are_too_small():
+    model, config = gpt(), LoRAConfig(rank=8, init="eva")
+    add_lora(model, config, start=False)
+    few = Inputs(2, lambda number: (lambda: model(IDS), torch.arange(5)))
+    with pytest.raises(UserError, match="no batch has the 16 learned tokens that model.layers.0.self_attn.q"):
+        start_eva(model, config, few)
+
+
+# ---- settings, and what resuming needs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "pissa_niter_0"}, "init pissa_niter_0: choose from kaiming, gaussian, pissa"),
+        ({"init": "lora_ga"}, "init lora_ga: choose from"),
+        ({"eva_rho": 3.0}, "eva_rho 3 has no effect with init kaiming"),
+        ({"init": "eva", "eva_rho": 0.5}, "eva_rho 0.5: must be at least 1"),
+        ({"init": "eva", "eva_rho": math.nan}, "eva_rho nan: must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        LoRAConfig(**settings)
+
+
+def test_starts_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="init pissa: alpha -3 of .* is negative"):
+        add_lora(gpt(), LoRAConfig(init="pissa", alpha=-3))
+    with pytest.raises(UserError, match="init eva starts by data"):
+        add_lora(gpt(), LoRAConfig(init="eva"))
+    with pytest.raises(UserError, match="rank 33: .*; its rank can be at most"):
+        add_lora(gpt(), LoRAConfig(init="olora", rank=33))
+
+
+def test_a_start_is_put_back_to_the_bit_or_refused():
+    config = LoRAConfig(init="pissa", **SETTINGS)
+    first, second = gpt(), gpt()
+    add_lora(first, config)
+    add_lora(second, config, start=False)
+    kept = start_tensors(first)
+    restart(second, config, kept)
+    for (name, one), other in zip(lora_updates(first).items(), lora_updates(second).values(), strict=True):
+        assert torch.equal(one.A, other.A) and torch.equal(one.B, other.B), name
+    name = "model.layers.0.self_attn.q_proj.start_A"
+    broken = [
+        {},
+        {**kept, "model.layers.0.self_attn.k_proj.start_A": kept[name]},
+        {**kept, name: kept[name][:2]},
+        {**kept, name: kept[name].double()},
+        {**kept, name: kept[name] * math.inf},
+    ]
+    for tensors in broken:
+        with pytest.raises(ValueError, match="start"):
+            restart(second, config, tensors)
