@@ -108,6 +108,8 @@ def test_a_base_that_is_not_here_is_asked_for(base, tmp_path):
         ({"use_dora": True}, "q_proj has no lora_magnitude_vector, but adapter_config.json has use_dora"),
         ({"lora_bias": True}, "has no lora_B.bias, but adapter_config.json has lora_bias"),
         ({"init_lora_weights": "pissa_niter_16"}, "changed the base's weights"),
+        ({"init_lora_weights": "loftq"}, "changed the base's weights as well; merge it in PEFT"),
+        ({"init_lora_weights": "lora-xy"}, "'lora-xy' is not known here"),
         ({"target_parameters": ["mlp.gate.bias"]}, "target_parameters 'mlp.gate.bias' is not supported"),
         ({"trainable_token_indices": [1]}, "has rows of single tokens, but .*safetensors has none"),
         ({"trainable_token_indices": ["a"]}, "trainable_token_indices is"),
