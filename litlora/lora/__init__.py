@@ -9,6 +9,7 @@ layer.py     LoRALinear, and the functions above
 update.py    one layer's update, and the formula
 dense.py     updates of other tools that are not s · B A
 variants.py  what A and B mean, and what belongs to them
+starts.py    the values of A and B before the first step; eva.py: those by the data
 adapter.py   the updates of all layers, with their settings and the base they are for
 rows.py      rows of added tokens
 select.py    which layers, and the rank and alpha of each
@@ -29,6 +30,7 @@ from litlora.lora.layer import (
     unwrap_lora,
 )
 from litlora.lora.select import select_layers
+from litlora.lora.starts import start_lora
 from litlora.lora.update import Update
 from litlora.lora.variants import VARIANTS, Variant
 from litlora.settings import LoRAConfig
@@ -50,6 +52,7 @@ __all__ = [
     "merge_lora",
     "project",
     "select_layers",
+    "start_lora",
     "unmerge_lora",
     "unwrap_lora",
 ]

@@ -355,7 +355,7 @@ def describe_choice(model: nn.Module) -> str | None:
 
 
 def lora_updates(model: nn.Module) -> dict[str, Update]:
-    """The update of every adapted layer of a model, by the layer's name."""
+    """The update of every adapted layer's own W, by the layer's name."""
     return {name: layer.update_of_base for name, layer in lora_layers(model).items()}
 
 

@@ -105,7 +105,7 @@ def check_start(init: str, name: str, layer: LoRALinear) -> None:
             f"{setting('init')} {init}: {setting('variant')} {layer.variant.name} has a start of its own; "
             f"leave {setting('init')} out"
         )
-    if family(init) in KEPT and layer.scale < 0:
+    if family(init) in ("pissa", "loftq") and layer.scale < 0:
         raise UserError(
             f"{setting('init')} {init}: {setting('alpha')} {layer.alpha:g} of {name} is negative, and the "
             "factors of a weight need a positive scale"

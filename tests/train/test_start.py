@@ -151,7 +151,7 @@ def test_eva_sees_no_single_experts_and_no_output_head(make_checkpoint, alpaca_f
 
 
 @SLOW
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "loftq", "eva"])
 def test_preference_tuning_resumes_with_its_reference(init, base, tmp_path):
     """The reference is the model at its start, which a resumed run must find again."""
     import importlib.util
