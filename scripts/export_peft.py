@@ -61,6 +61,11 @@ def main(settings: ExportPEFT) -> None:
 
     (chain,) = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
     _check_single(chain)
+    if settings.format == "mlx" and chain.top.needs_quantised:
+        raise UserError(
+            f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its base "
+            "lost, and mlx-lm has no base of these bits; export the merged model"
+        )
     check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:
         say(f"note: {notice}")

@@ -132,6 +132,9 @@ def test_loftq_is_trained_resumed_and_merged_on_the_bits_that_it_makes_up_for(
     resize = ["scripts/resize_lora.py", "--lora_path", final, "--rank", 12, "--out_dir", tmp_path / "large"]
     forked.succeeds(*resize, cwd=tmp_path)
     torch.testing.assert_close(logits(tmp_path / "large"), merged, atol=1e-5, rtol=1e-4)
+    export = ["scripts/export_peft.py", "--lora_path", final, "--out_dir", tmp_path / "out"]
+    assert "was started by LoftQ" in forked.refuses(*export, "--format", "mlx", cwd=tmp_path)
+    assert "started by LoftQ: use it on the base in nf4" in forked.succeeds(*export, cwd=tmp_path)
     said = forked.succeeds("scripts/inspect_checkpoint.py", final, cwd=tmp_path)
     assert "loftq" in said.lower()
 
