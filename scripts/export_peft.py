@@ -63,8 +63,8 @@ def main(settings: ExportPEFT) -> None:
     _check_single(chain)
     if settings.format == "mlx" and chain.top.needs_quantised:
         raise UserError(
-            f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its base "
-            "lost, and mlx-lm has no base of these bits; export the merged model"
+            f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its "
+            "base lost, and mlx-lm has no base of these bits; export the merged model"
         )
     check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.lora.layer import LoRALinear
 from litlora.settings import LoRAConfig
 
@@ -116,10 +117,9 @@ def _start_loftq(layers: dict[str, LoRALinear], original: Callable[[str], Tensor
     """A layer that is not quantised keeps its start: there is nothing to make up for."""
     started = 0
     for name, layer in layers.items():
-        W = original(name) if original is not None else None
-        Q = layer.frozen.rows()
-        if W is None or torch.equal(W, Q):
+        if original is None or not isinstance(layer.frozen, QuantizedWeight):
             continue
+        W, Q = original(name), layer.frozen.rows()
         layer.start_at(*loftq(W.to(Q.device), Q, layer.rank, layer.scale), is_residual=False)
         started += 1
     if not started:
