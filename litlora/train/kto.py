@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litlora.data.batches import Batch
 from litlora.data.examples import Example
 from litlora.data.labelled import LabelledExample
 from litlora.train.answers import AnswerBatch, AnswerObjective
@@ -83,6 +84,9 @@ class KTO(AnswerObjective):
     def batch(self, examples: Sequence[LabelledExample], device: torch.device) -> LabelledBatch:
         labels = torch.tensor([example.is_desirable for example in examples], device=device)
         return LabelledBatch(self.answer_batch(examples, device), labels)
+
+    def text(self, batch: LabelledBatch) -> Batch:
+        return super().text(batch.answers)
 
     def loss(self, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over answers, in fp32 or better. Of the figures, margin is by how much β r lies on
