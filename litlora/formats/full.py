@@ -13,7 +13,7 @@ from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import notice
 from litlora.formats.parts import Parts
-from litlora.frozen import bitsandbytes
+from litlora.frozen import stored
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.model import GPT
 from litlora.storage.dtypes import dtype_name
@@ -56,7 +56,7 @@ class FullModel:
     def notices(self) -> list[str]:
         """What every command tells about these weights, a line each."""
         parts = self.parts.notice if self.parts else None
-        lines = (bitsandbytes.notice(self.directory, self.tensors), notice(self.file), parts)
+        lines = (stored.notice(self.directory, self.tensors), notice(self.file), parts)
         return [line for line in lines if line]
 
     @property

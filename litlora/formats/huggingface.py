@@ -25,6 +25,7 @@ from litlora.formats.families import (
     HF_CONFIG_FILE,
     adapt_config,
     load_config,
+    load_storage,
     multimodal_of,
     read_config,
     write_config,
@@ -33,7 +34,8 @@ from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.formats.parts import Parts, divide, kept_parts
-from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.stored import find_stored
 from litlora.prompts import STYLE_FILE
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
@@ -48,8 +50,8 @@ def open_folder(directory: Path) -> FullModel:
     """The model in a folder, under our names.
 
     The tensors are views of the mapped files, with two exceptions: fused tensors whose parts are
-    interleaved (GPT-NeoX, Falcon) are copied, and tensors in 4 or 8 bits are dequantised when they
-    are read. Raises CheckpointError for a missing shard, an index that does not fit, and duplicate
+    interleaved (GPT-NeoX, Falcon) are copied, and tensors in few bits are dequantised when they are
+    read. Raises CheckpointError for a missing shard, an index that does not fit, and duplicate
     or misshapen tensors.
     """
     kind, config = load_config(directory)
@@ -68,7 +70,7 @@ def open_folder(directory: Path) -> FullModel:
             )
         theirs |= tensors
         where |= dict.fromkeys(tensors, shard)
-    theirs = find_quantized(theirs, where)
+    theirs = find_stored(theirs, where, load_storage(directory))
     try:
         theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
         ours = layout(kind, config).read(theirs)

@@ -24,7 +24,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,10 +70,18 @@ class Quantized(LazyTensor):
     """The numbers of the stored rows that make up this matrix, in order. The rows of a fused layer
     are divided among several matrices."""
 
+    tool: ClassVar[str] = "bitsandbytes"
+    """What stores weights so."""
+
     @property
     @abstractmethod
     def kind(self) -> str:
-        """bitsandbytes' name for the number format."""
+        """The name of the number format."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of an entry, without its share of the scales."""
+        return 8
 
     @property
     @abstractmethod
@@ -115,8 +123,7 @@ class Quantized(LazyTensor):
     def rows(self, rows: slice = slice(None)) -> Tensor:
         """The values of these rows, (n, in). Raises CheckpointError if one is not finite: they are
         checked where they are used."""
-        runs = _runs(self.stored_rows[rows])
-        parts = [self._dequantised(first, last).to(self.dtype) for first, last in runs]
+        parts = [part.to(self.dtype) for part in self._parts(self.stored_rows[rows], len(self.stored_rows))]
         result = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._require_finite(result)
         return result
@@ -124,13 +131,16 @@ class Quantized(LazyTensor):
     def write_to(self, W: Tensor) -> None:
         """Write all values to W (out, in), of any dtype, without a check."""
         step, row = rows_at_a_time(self.shape, torch.float32.itemsize), 0
-        for start, stop in _runs(self.stored_rows):
+        for values in self._parts(self.stored_rows, step):
+            # Rounded to the dtype of the matrix, and then to that of W.
+            W[row : row + len(values)] = values if W.dtype == self.dtype else values.to(self.dtype)
+            row += len(values)
+
+    def _parts(self, stored_rows: range | Tensor, step: int) -> Iterator[Tensor]:
+        """These stored rows in order, in fp32, at most `step` at a time."""
+        for start, stop in _runs(stored_rows):
             for first in range(start, stop, step):
-                last = min(first + step, stop)
-                values = self._dequantised(first, last)
-                # Rounded to the dtype of the matrix, and then to that of W.
-                W[row : row + last - first] = values if W.dtype == self.dtype else values.to(self.dtype)
-                row += last - first
+                yield self._dequantised(first, min(first + step, stop))
 
     def check_finite(self) -> None:
         """Raise CheckpointError if a value of the stored matrix is not finite, without computing
@@ -174,6 +184,10 @@ class FourBit(Quantized):
     @property
     def kind(self) -> str:
         return self.table
+
+    @property
+    def bits(self) -> int:
+        return 4
 
     @property
     def device(self) -> torch.device:
@@ -281,21 +295,6 @@ def _pairs(table: str, device: torch.device) -> Tensor:
     """(256,): the two fp32 values of every byte, side by side, as one int64."""
     values = torch.tensor(TABLES[table], device=device)
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
-
-
-def notice(directory: Path, tensors: Mapping[str, Tensor | LazyTensor]) -> str | None:
-    """A line about a base with quantized weights; None for any other base."""
-    quantized = [tensor for tensor in tensors.values() if isinstance(tensor, Quantized)]
-    if not quantized:
-        return None
-    kinds = {one.kind for one in quantized}
-    dtypes = {dtype_name(one.dtype) for one in quantized}
-    bits = "8" if kinds == {"int8"} else "4" if "int8" not in kinds else "4 and 8"
-    return (
-        f"{directory}: weights are stored in {bits} bits ({', '.join(sorted(kinds))}, bitsandbytes) and "
-        f"dequantised to {', '.join(sorted(dtypes))}: the values that an adapter trained on this base "
-        "(QLoRA) has seen; results hold these values, not the bits"
-    )
 
 
 # ---- finding them

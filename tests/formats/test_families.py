@@ -258,7 +258,7 @@ NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
         (llama(**NEW, residual_multiplier=1.0, alibi=True), "it needs ALiBi positions;"),
         (llama(**NEW, hidden_act="laplace"), "it needs the activation 'laplace'"),
         (llama(**NEW, add_attention_sink=True), "it needs attention sinks"),
-        (llama(**NEW, quantization_config={"quant_method": "fp8"}), "it needs weights quantized by 'fp8'"),
+        (llama(**NEW, quantization_config={"quant_method": "hqq"}), "it needs weights quantized by 'hqq'"),
         (llama(**NEW, auto_map={"AutoConfig": "x.Y"}), "it needs its own remote code"),
         (llama(**NEW), "it needs a reader of its settings"),
         (
@@ -301,7 +301,7 @@ NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
         (llama(hidden_size=10**30), "no model is that large"),
         (llama(architectures={"a": 1}, model_type=[]), "is not covered"),
         (llama(partial_rotary_factor=1e308), "partial_rotary_factor"),
-        (llama(quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'"),
+        (llama(quantization_config={"quant_method": "hqq"}), "quantized by 'hqq'"),
         (llama(model_type="falcon", architectures=["FalconForCausalLM"], alibi=True), "alibi is True"),
         (llama(**QWEN2, layer_types=["linear_attention", "full_attention"]), "linear_attention"),
         (llama(**QWEN2, layer_types=["full_attention"]), "1 entries; there are 2 layers"),

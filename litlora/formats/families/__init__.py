@@ -15,6 +15,7 @@ from litlora.formats.families.hf_config import HFConfig, standard_settings
 from litlora.formats.families.missing import why_not_covered
 from litlora.formats.families.multimodal import MULTIMODAL, Multimodal, text_settings, with_vocabulary
 from litlora.formats.families.table import FAMILIES
+from litlora.frozen.methods import Storage
 from litlora.storage.untrusted import read_json_object
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "HF_CONFIG_FILE",
     "adapt_config",
     "load_config",
+    "load_storage",
     "multimodal_of",
     "read_config",
     "write_config",
@@ -34,14 +36,13 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of a config.json; of a multimodal model, those of its language
     model. Raises CheckpointError for an architecture or a setting that is not covered, naming it,
     with what is missing."""
-    if (outer := multimodal_of(values)) is not None and (text := text_settings(outer, values)) is not None:
-        values = text
+    values = _language_model(values)
     kind, named = values.get("model_type"), _architecture(values)
     covered = isinstance(kind, str) and kind in FAMILIES
     if not covered or (named is not None and named != FAMILIES[kind].architecture):
         why = why_not_covered(kind, named, values)
         raise CheckpointError(f"architecture {named or kind!r} (model_type {kind!r}) is not covered: {why}")
-    _check_quantization(values.get("quantization_config"))
+    Storage.parse(values.get("quantization_config"))
     source = HFConfig(values)
     try:
         if values.get("use_bidirectional_attention"):
@@ -50,6 +51,13 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         # values of unexpected types
         raise CheckpointError(f"not a usable configuration: {error}") from None
+
+
+def _language_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the language model in a config.json: all of them, or a part."""
+    outer = multimodal_of(values)
+    text = None if outer is None else text_settings(outer, values)
+    return values if text is None else text
 
 
 def multimodal_of(values: dict[str, Any]) -> Multimodal | None:
@@ -64,21 +72,6 @@ def _architecture(values: dict[str, Any]) -> str | None:
     return str(architectures[0]) if isinstance(architectures, list) and architectures else None
 
 
-def _check_quantization(settings: Any) -> None:
-    """Raise CheckpointError for quantized weights that are not bitsandbytes'."""
-    if not settings:
-        return
-    settings = settings if isinstance(settings, dict) else {}
-    method = settings.get("quant_method")
-    if not method and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"  # files of 2023 do not name it
-    if method != "bitsandbytes":
-        raise CheckpointError(
-            f"quantization_config: weights quantized by {method!r} are not supported, only 4-bit and 8-bit "
-            "weights of bitsandbytes; use the model in 16 or 32 bits"
-        )
-
-
 def load_config(directory: Path) -> tuple[str, ModelConfig]:
     """(model_type, ModelConfig) of the config.json in a directory. The message of a CheckpointError
     begins with the file's path."""
@@ -88,6 +81,12 @@ def load_config(directory: Path) -> tuple[str, ModelConfig]:
         return read_config(values)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_storage(directory: Path) -> Storage:
+    """How the weights beside a config.json, which `load_config` has read, are stored."""
+    values = read_json_object(directory / HF_CONFIG_FILE, "a Hugging Face folder needs it")
+    return Storage.parse(_language_model(values).get("quantization_config"))
 
 
 def write_config(config: ModelConfig, model_type: str | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from litlora.formats.families.hf_config import ACTIVATIONS
 from litlora.formats.families.multimodal import MULTIMODAL, text_part
 from litlora.formats.families.table import FAMILIES
+from litlora.frozen.methods import METHODS, method_of
 
 _LATENT = "multi-head latent attention"
 _STATE_SPACE = "state-space layers"
@@ -196,9 +197,8 @@ def _signs(values: dict[str, Any]) -> list[str]:
         found.append(f"the activation {activation!r}")
     if values.get("auto_map"):
         found.append(_CODE)
-    quantization = values.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in (None, "bitsandbytes"):
+    method = method_of(values.get("quantization_config"))
+    if method not in (None, *METHODS):
         found.append(f"weights quantized by {method!r}")
     return list(dict.fromkeys(found))
 

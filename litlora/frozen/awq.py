@@ -1,0 +1,66 @@
+"""Weights that AWQ stored in 4 bits, version "gemm" (Lin et al. 2023, arXiv:2306.00978).
+
+    X.qweight  int32 (in, out / 8): eight rows of W in a word, in the order of ORDER
+    X.qzeros   int32 (groups, out / 8): zero points, packed likewise
+    X.scales   (groups, out)
+
+W is (out, in), in the dtype of the scales: W = (q - zero) · scale, as AutoAWQ has it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from litlora.frozen.bitsandbytes import DTYPES
+from litlora.frozen.grouped import Grouped, count_groups, group_numbers
+from litlora.frozen.methods import Storage
+from litlora.frozen.stored_tensors import StoredTensors, floating, integers
+
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where row n of eight lies in a word, in nibbles from the lowest: even rows in the lower half."""
+
+
+@dataclass(frozen=True)
+class AWQ(Grouped):
+    """Packed along the rows of W."""
+
+    tool = "awq"
+
+    def _entries(self, first: int, last: int) -> Tensor:
+        start = first // 8
+        entries = _unpacked(self.packed[:, start : -(-last // 8)])
+        return entries[first - start * 8 : last - start * 8].contiguous()
+
+
+def _unpacked(words: Tensor) -> Tensor:
+    """The entries in int32 words (n, out / 8): (out, n) in uint8."""
+    shifts = torch.tensor(ORDER, dtype=torch.int32, device=words.device).view(1, 8, 1) * 4
+    return (words.t().unsqueeze(1) >> shifts).bitwise_and_(15).to(torch.uint8).flatten(0, 1)
+
+
+def find_awq(parts: StoredTensors, storage: Storage) -> None:
+    """Put an AWQ in the place of each weight's tensors. Raises CheckpointError."""
+    for module in parts.ending(".qweight"):
+        parts.put(f"{module}.qweight", partial(_awq, parts, module, storage.group_size))
+
+
+def _awq(parts: StoredTensors, module: str, size: int | None) -> AWQ:
+    name = f"{module}.qweight"
+    packed, scales = parts.pop(name), parts.pop(f"{module}.scales")
+    if packed.ndim != 2 or not packed.numel():
+        raise ValueError(f"{tuple(packed.shape)} is not a matrix")
+    columns, rows = packed.size(0), packed.size(1) * 8
+    integers(packed, "it", tuple(packed.shape))
+    count = count_groups(columns, size)
+    if tuple(scales.shape) != (count, rows):
+        raise ValueError(
+            f"has scales {tuple(scales.shape)}; a weight of {rows} x {columns} in groups of "
+            f"{size or columns} needs {count} x {rows}"
+        )
+    floating(scales, "scales")
+    zeros = _unpacked(integers(parts.pop(f"{module}.qzeros"), "qzeros", (count, rows // 8)))
+    dtype = scales.dtype if scales.dtype in DTYPES.values() else parts.dtype
+    facts = (f"{module}.weight", parts.file(name), dtype, columns, range(rows))
+    return AWQ(*facts, packed, scales.t(), zeros, group_numbers(columns, size), 4)

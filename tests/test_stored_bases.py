@@ -1,0 +1,126 @@
+"""A folder of weights in few bits behaves everywhere like the folder of its values."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import succeeds
+from families import save_folder
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from litlora.checkpoint import open_checkpoint
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.load import load
+from litlora.lora import LoRAConfig, add_lora
+
+
+def gptq(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scales = W.float().abs().amax(1, keepdim=True).half() / 7
+    q = (W.float() / scales.float()).round().clamp(-8, 7).int() + 8
+    words = q.t().reshape(-1, 8, len(W)) << (torch.arange(8, dtype=torch.int32)[None, :, None] * 4)
+    zeros = torch.full((1, len(W) // 8), 0x77777777, dtype=torch.int32)
+    parts = {"qweight": words.sum(1, dtype=torch.int32), "qzeros": zeros, "scales": scales.t()}
+    return parts, (q - 8).half() * scales
+
+
+def fp8(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = (W.float().abs().max() / 448).reshape(1, 1)
+    entries = (W.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": entries, "weight_scale_inv": scale}, (entries.float() * scale).bfloat16()
+
+
+HOW = {
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}),
+    "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+}
+
+
+def store(directory: Path, how: str) -> None:
+    """Store the linear layers of a folder's blocks in few bits; `plain` beside it holds the values."""
+    shutil.copytree(directory, directory.with_name("plain"))
+    make, settings = HOW[how]
+    stored: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if tensor.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+            parts, values[name] = make(tensor)
+            module = name.removesuffix("weight")
+            stored |= {module + end: part.contiguous() for end, part in parts.items()}
+        else:
+            stored[name] = values[name] = tensor.to(torch.float16 if how == "gptq" else torch.bfloat16)
+    save_file(stored, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: v.contiguous() for n, v in values.items()},
+        directory.with_name("plain") / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+@pytest.mark.parametrize(
+    ("family", "how"), [("llama", "gptq"), ("phi3", "gptq"), ("qwen3-moe", "fp8"), ("phi3", "fp8")]
+)
+def test_gradients_and_fingerprint_are_those_of_the_values(family, how, tmp_path, tokenizer_dir):
+    save_folder(family, tmp_path / "stored", vocab_size=400)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "stored")
+    store(tmp_path / "stored", how)
+    ours, plain = open_checkpoint(tmp_path / "stored"), open_checkpoint(tmp_path / "plain")
+    assert ours.fingerprint == plain.fingerprint and ours.tensors.keys() == plain.tensors.keys()
+    few = [name for name, tensor in ours.tensors.items() if isinstance(tensor, Quantized)]
+    assert len(few) >= 7 * ours.config.num_hidden_layers
+    found = {}
+    for name in ("stored", "plain"):
+        torch.manual_seed(1)
+        model = load(tmp_path / name, dense=[]).model
+        linears = [one for one in model.modules() if isinstance(one, FrozenLinear)]
+        kept = [one for one in linears if isinstance(one.storage, QuantizedWeight)]
+        assert len(kept) == (len(few) if name == "stored" else 0)
+        add_lora(model, LoRAConfig(rank=4, alpha=8, targets="all-linear"))
+        model = model.float()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model(torch.arange(20)[None] * 7 % 300).logsumexp(-1).sum().backward()
+        found[name] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert len(found["plain"]) >= 14 * ours.config.num_hidden_layers
+    for name, grad in found["plain"].items():
+        torch.testing.assert_close(found["stored"][name], grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_every_command_takes_a_stored_base(how, tmp_path, tokenizer_dir, alpaca_file):
+    save_folder("llama", tmp_path / "stored", vocab_size=400)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "stored")
+    store(tmp_path / "stored", how)
+    words = ["--data", "JSON", "--data.path", alpaca_file, "--train.max_seq_length", 64]
+    words += ["--prompt_style", "plain", "--precision", "32-true", "--lora.targets", "all-linear"]
+    base, run = ("--checkpoint_dir", tmp_path / "stored"), tmp_path / "run"
+    out = ("--out_dir", run, "--train.save_interval", 2)
+    said = succeeds("finetune/lora.py", *base, *out, *words, "--train.max_steps", 4).stdout
+    assert f"({'4 bits, gptq' if how == 'gptq' else 'fp8'}) and dequantised to" in said
+    whole = torch.load(run / "final/lit_model.pth", weights_only=True)["model"]
+    shutil.rmtree(run / "final")
+    succeeds("finetune/lora.py", *base, *out, *words, "--train.max_steps", 4, "--resume", run / "step-000002")
+    again = torch.load(run / "final/lit_model.pth", weights_only=True)["model"]
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    merged = tmp_path / "merged"
+    said = succeeds("scripts/merge_lora.py", "--lora_path", run / "final", "--out_dir", merged).stdout
+    assert "verified" in said and "results hold these values, not the bits" in said
+    asked = ("--prompt", "the fox", "--temperature", 0, "--max_new_tokens", 8)
+    answers = {
+        succeeds("chat/base.py", "--checkpoint_dir", place, *asked).stdout
+        for place in (run / "final", merged)
+    }
+    assert len(answers) == 1
+    succeeds("scripts/export_peft.py", "--lora_path", run / "final", "--out_dir", tmp_path / "peft")
+    said = json.loads(succeeds("scripts/inspect_checkpoint.py", tmp_path / "stored", "--json").stdout)
+    assert {"gptq": "gptq 4 bits", "fp8": "fp8"}[how] in said["dtypes"]
