@@ -56,6 +56,8 @@ def checkpoint_dir(path: str | Path) -> Path:
     missing, and another used in its place. Opens small text files at most."""
     path = Path(path)
     directory = path.parent if path.name in formats.NAMED_FILES and not path.is_dir() else path
+    if path.suffix == ".gguf" and path.is_file():
+        directory = _beside_gguf(path)
     if directory.is_file():
         hint = _of_file(directory)
         raise CheckpointError(f"{directory}: is a file; a checkpoint directory is needed{hint}")
@@ -86,10 +88,19 @@ def _check_files(directory: Path) -> None:
         raise CheckpointError(f"{path}: it is {what}, not a file; copy the file, or remove it")
 
 
+def _beside_gguf(file: Path) -> Path:
+    """The directory of a GGUF file. Raises CheckpointError if it holds another model, too."""
+    format = formats.detect(file.parent)
+    if format is None or format.name != "GGUF":
+        raise CheckpointError(
+            f"{file}: lies beside another checkpoint; move it into a directory of its own, with its "
+            "tokenizer.json"
+        )
+    return file.parent
+
+
 def _of_file(file: Path) -> str:
     """What to do with a file that was named instead of a directory."""
-    if file.suffix == ".gguf":
-        return "; a GGUF file is made from a model and is not read: use the model's Hugging Face folder"
     if file.suffix == ".safetensors" and (file.parent / HF_CONFIG_FILE).is_file():
         return f": {file.parent}"
     if file.suffix in formats.GENERIC_SUFFIXES["safetensors"]:

@@ -48,7 +48,6 @@ def test_a_result_that_is_not_there_yet():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("model.gguf", "it holds GGUF files, which"),
         ("consolidated.00.pth", "its maker's own layout"),
         ("model_index.json", "is a diffusers pipeline"),
         ("onnx.onnx", "ONNX files"),
@@ -80,7 +79,6 @@ def test_many_checkpoints_in_one_directory():
 
 def test_a_file_instead_of_its_directory():
     touch("a/model.gguf", "b/config.json", "b/model.safetensors", "b/notes.txt", "style.safetensors")
-    assert "a GGUF file is made from a model and is not read" in refusal("a/model.gguf")
     assert refusal("b/notes.txt").endswith("a checkpoint directory is needed: b")
     assert "LoRA files of other tools are for scripts/lora_merger.py" in refusal("style.safetensors")
 

@@ -7,6 +7,7 @@ Torch-free.
     peft.py         PEFT adapter folders
     mlx.py          adapter folders of mlx-lm
     litgpt.py       litgpt's directories and adapters
+    gguf.py         GGUF files of llama.cpp
     lora_files.py   LoRA files with the names of kohya, ComfyUI and PEFT, for any model; lora_keys.py,
                     lora_content.py and lycoris.py read them
     lora_header.py  what their headers say: alpha, training, hashes
@@ -192,7 +193,34 @@ class _HuggingFace(Format):
         return open_folder(directory)
 
 
-FORMATS: list[Format] = [_MLX(), _PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace()]
+class _GGUF(Format):
+    name = "GGUF"
+
+    def detect(self, directory: Path) -> bool:
+        """A directory with GGUF files and none of the other formats' weights."""
+        return bool(files := gguf_files(directory)) and _only_one(files)
+
+    def open(self, directory: Path, find_base: FindBase) -> "FullModel":
+        from litlora.formats.gguf import open_gguf
+
+        return open_gguf(gguf_files(directory)[0])
+
+
+def gguf_files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.glob("*.gguf") if file.is_file())
+
+
+def _only_one(files: list[Path]) -> bool:
+    """Raise CheckpointError if there are several."""
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{files[0].parent}: holds {files[0].name} and {files[1].name}; keep one GGUF file in the "
+            "directory, beside its tokenizer.json"
+        )
+    return True
+
+
+FORMATS: list[Format] = [_MLX(), _PEFT(), _LitGPTAdapter(), _LitGPT(), _LitLoRA(), _HuggingFace(), _GGUF()]
 """Every format, in order of precedence: a directory has the first that detects it."""
 NAMED_FILES = (WEIGHTS_FILE, LITGPT_ADAPTER_FILE, MLX_WEIGHTS_FILE, *PEFT_WEIGHTS_FILES, *SINGLE_FILES)
 """Files that may be named instead of the directory that holds them."""
