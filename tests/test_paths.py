@@ -78,7 +78,8 @@ def test_many_checkpoints_in_one_directory():
 
 
 def test_a_file_instead_of_its_directory():
-    touch("a/model.gguf", "b/config.json", "b/model.safetensors", "b/notes.txt", "style.safetensors")
+    touch("b/model.gguf", "b/config.json", "b/model.safetensors", "b/notes.txt", "style.safetensors")
+    assert "lies beside another checkpoint" in refusal("b/model.gguf")
     assert refusal("b/notes.txt").endswith("a checkpoint directory is needed: b")
     assert "LoRA files of other tools are for scripts/lora_merger.py" in refusal("style.safetensors")
 

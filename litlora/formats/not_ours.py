@@ -8,11 +8,6 @@ WITHIN = ("final", "*", "snapshots/*")
 a snapshot in the hub's cache."""
 KINDS = (
     (
-        ("*.gguf",),
-        "holds GGUF files, which are made from a model and are not read; use the Hugging Face folder of "
-        "the same model",
-    ),
-    (
         ("model_index.json",),
         "is a diffusers pipeline, not a language model; scripts/lora_merger.py and "
         "scripts/lora_extractor.py work on its safetensors files",
