@@ -35,6 +35,7 @@ from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource, all_sources
+from litlora.settings.launch import is_first_here
 from litlora.storage.untrusted import read_yaml_mapping, require_file
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
             raise
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if is_first_here():
+            print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -95,7 +97,7 @@ def _open_closed_streams() -> None:
 def _fail(message: str) -> NoReturn:
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # with several devices, one process speaks for all
+    if is_first_here():  # with several devices, one process speaks for all
         say(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2) from None
 

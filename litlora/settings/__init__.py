@@ -16,6 +16,7 @@ other_names.py  what other programs call them
 tokenizer.py    TokenizerConfig, the tokens that are added
 styles.py       the prompt styles that a setting may name
 quantize.py     in what few bits a base can be held
+launch.py       what started this process, and how many beside it
 streaming.py    whether a base stays in its file
 checks.py       what a value must be
 stored.py       how files store settings

@@ -1,5 +1,6 @@
 """The fine-tuning commands."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
+from litlora.settings.launch import started
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.quantize import Quantization
@@ -60,8 +62,17 @@ class Finetune:
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,
     dropout."""
-    devices: int = 1
-    """How many devices train together."""
+    devices: int | None = None
+    """How many devices of this machine train together; default: as many as torchrun or SLURM started
+    here, else 1."""
+    num_nodes: int | None = field(default=None, metadata={"stored": "unless default"})
+    """How many machines train together, each with that many devices; default: as many as torchrun or
+    SLURM started, else 1."""
+    strategy: Literal["auto", "ddp", "fsdp"] = field(default="auto", metadata={"stored": "unless default"})
+    """How several devices divide the work. ddp: each holds the whole model, and they add up their
+    gradients; fsdp: each holds a share of the base's weights and fetches a block at a time from the
+    others (FSDP2), for a model that no device can hold alone; auto: ddp. What is learned is the
+    same."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto takes the fastest available."""
     precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed"] = "auto"
@@ -85,7 +96,9 @@ class Finetune:
     def __post_init__(self) -> None:
         check_seed(self.seed, below=2**32)  # Fabric's limit
         check_prompt_style(self.prompt_style)
-        check_value(self, "devices", 1 <= self.devices <= 1024, "must be from 1 to 1024")
+        for name in ("devices", "num_nodes"):
+            value = getattr(self, name)
+            check_value(self, name, value is None or 1 <= value <= 1024, "must be from 1 to 1024")
         check(
             not (self.resume and self.overwrite),
             f"{setting('resume')} continues what {setting('overwrite')} would remove; use only one",
@@ -94,14 +107,65 @@ class Finetune:
             bool(self.resume) or not self.resume_force,
             f"{setting('resume_force')} has no effect without {setting('resume')}",
         )
+        self._check_devices()
         self._check_batch()
         compiled, added = self.train.compile, self.tokenizer.add_tokens
         check_streamed(self, quantize=self.quantize, compile=compiled, add_tokens=added)
 
+    @property
+    def num_devices(self) -> tuple[int, int]:
+        """(devices of a machine, machines), where these are not given: what was started."""
+        devices, nodes, found = self.devices, self.num_nodes, started()
+        total = found.total if found else 1
+        if devices is None:
+            devices = (found.devices if found else None) or max(1, total // (nodes or 1))
+        return devices, nodes or max(1, total // devices)
+
+    def _check_devices(self) -> None:
+        devices, nodes = self.num_devices
+        if (found := started()) is not None:
+            check(
+                devices * nodes == found.total and found.devices in (None, devices),
+                f"{setting('devices')} {devices} and {setting('num_nodes')} {nodes}: {found.by} started "
+                f"{found.total} processes, {found.devices or devices} on this machine; leave both out, "
+                "or start as many",
+            )
+        elif nodes > 1:
+            lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+            check(
+                not lacking,
+                f"{setting('num_nodes')} {nodes}: {' and '.join(lacking)} must be in the environment of each "
+                "machine, or torchrun or srun must start the command: see docs/many-gpus.md",
+            )
+        if self.strategy == "fsdp":
+            self._check_fsdp(devices * nodes)
+
+    def _check_fsdp(self, total: int) -> None:
+        fsdp = f"{setting('strategy')} fsdp"
+        check(total > 1, f"{fsdp}: one device has nobody to share with; leave {setting('strategy')} out")
+        check(
+            self.quantize in (None, "none"),
+            f"{setting('quantize')} {self.quantize} and {fsdp}: quantised weights are not divided among "
+            f"devices; use {setting('strategy')} ddp, or leave {setting('quantize')} out",
+        )
+        check(
+            self.stream_base is not True,
+            f"{setting('stream_base')} true and {fsdp}: each device holds its share of the base in memory; "
+            "leave one of the two out",
+        )
+        for name in ("auto_batch", "compile", "offload_activations"):
+            check(
+                not getattr(self.train, name),
+                f"{setting(name)} and {fsdp} do not go together; leave one of the two out",
+            )
+
     def _check_batch(self) -> None:
         """Without packing, every device takes the same number of examples."""
         train = self.train
-        factor, what = self.devices, f"{setting('devices')} {self.devices}"
+        devices, nodes = self.num_devices
+        factor, what = devices * nodes, f"{setting('devices')} {devices}"
+        if nodes > 1:
+            what = f"{what} times {setting('num_nodes')} {nodes}"
         if not train.auto_batch:
             factor *= train.micro_batch_size
             what = f"{setting('micro_batch_size')} {train.micro_batch_size} times {what}"
@@ -122,6 +186,11 @@ class FinetuneLoRA(Finetune):
             self.lora.init != "loftq" or self.quantize is not None,
             f"{setting('init')} loftq makes up for what {setting('quantize')} loses, which is not set; "
             "set it, or choose another start",
+        )
+        check(
+            self.strategy != "fsdp" or self.lora.init in ("kaiming", "gaussian"),
+            f"{setting('init')} {self.lora.init} and {setting('strategy')} fsdp: this start needs whole "
+            f"weights; use {setting('strategy')} ddp, or {setting('init')} kaiming or gaussian",
         )
 
 
@@ -146,6 +215,11 @@ class FinetuneFull(Finetune):
             self.stream_base is not True,
             f"{setting('stream_base')} true: a full fine-tune trains all weights, which have to be in "
             f"memory; leave {setting('stream_base')} out, or use finetune/lora.py",
+        )
+        check(
+            self.strategy != "fsdp" or self.train.optimizer in ("adamw", "sgd"),
+            f"{setting('optimizer')} {self.train.optimizer} and {setting('strategy')} fsdp: its state "
+            "cannot be divided among devices; use adamw or sgd",
         )
 
 

@@ -149,12 +149,12 @@ class TorchFile:
 
 
 def save(path: Path, content: Any) -> None:
-    """What torch.save does, for dicts, lists, tuples, tensors and plain values. A full disk raises
+    """What torch.save does, for dicts, lists, tuples, tensors, lazy ones and plain values. A full disk raises
     OSError, as for any other file."""
     with TorchFile(path) as file:
 
         def written(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | LazyTensor):
                 return file.add(value)
             if isinstance(value, dict):
                 return {name: written(entry) for name, entry in value.items()}

@@ -8,7 +8,6 @@ computes the same ones before its state is restored.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +82,11 @@ class AnswerObjective(Objective):
         found = torch.zeros(len(examples), self.num_answers, device=parallel.device)
         micro_batches = evaluation_plan([self.length(example) for example in examples], self.config)
         with evaluating(self):
-            for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
+            for micro, counts in parallel.shared(micro_batches):
                 batch = self.answer_batch([examples[index] for index in micro], parallel.device)
-                found[micro] = self.in_contexts(lambda batch=batch: self.log_probs(batch)).to(found.dtype)
+                log_probs = self(batch, self.log_probs)
+                if counts:
+                    found[micro] = log_probs.to(found.dtype)
         return parallel.sum(found)
 
     def answer_batch(self, examples: Sequence[Any], device: torch.device) -> AnswerBatch:

@@ -15,7 +15,7 @@ from litlora.train.activations import checkpoint_activations
 from litlora.train.memory import DryRun, Trial, available_memory, expected_peak, generous_peak
 from litlora.train.objective import Objective
 from litlora.train.optim import state_bytes
-from litlora.train.parallel import Parallel
+from litlora.train.parallel import Parallel, local
 from litlora.train.plan import pack_tokens
 
 USABLE = 0.8
@@ -64,7 +64,8 @@ def _recompute_if_needed(
     trial, available = batches.trial(batches.usual_count()), room.bytes()
     # The better estimate takes a sixth of a second: only for memory that might be short.
     expected = generous_peak(batches.objective, trial)
-    if expected > available:
+    # It computes, in which all ranks must take part where the model is divided.
+    if not parallel.is_sharded and expected > available:
         expected = expected_peak(batches.objective, trial)
     if parallel.smallest(int(expected <= available)):
         return config
@@ -115,10 +116,14 @@ class Room:
         self._device = parallel.device
         self._sharing = parallel.world_size if parallel.device.type == "cpu" else 1
         trainable = [p for p in objective.parameters() if p.requires_grad]
-        self.reserved = state_bytes(trainable, config)
-        """Bytes kept for the optimizer."""
+        self.reserved = state_bytes(map(local, trainable), config)
+        """Bytes kept for the optimizer, and for what is exchanged with other devices."""
         if parallel.world_size > 1:  # DistributedDataParallel has a second copy of the gradients
-            self.reserved += sum(p.nbytes for p in trainable)
+            self.reserved += sum(local(p).nbytes for p in trainable)
+        if parallel.is_sharded:
+            from litlora.train.sharding import unsharded_bytes
+
+            self.reserved += unsharded_bytes(objective)
 
     def bytes(self) -> int:
         return int(USABLE * available_memory(self._device) / self._sharing) - self.reserved

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import memory_advice
 from litlora.train.objective import Objective
 from litlora.train.optim import lr_at, make_optimizer, set_learning_rate
-from litlora.train.parallel import Parallel
+from litlora.train.parallel import Parallel, local
 from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.resume import Position, State, capture
 from litlora.train.state_check import check_place_in_data
@@ -257,6 +256,7 @@ class Trainer:
         if not self._gradients_checked:
             _check_gradients(objective)
             self._gradients_checked = True
+        parallel.average(objective.parameters())
         norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
         total = parallel.sum(sums["loss"])
         # Read both at once: it waits for the device.
@@ -276,7 +276,7 @@ class Trainer:
         """Save the last good weights, and raise UserError: too many steps in a row were not
         finite."""
         at = self.at
-        if at.skipped < at.step and _all_finite(self.objective):
+        if at.skipped < at.step and self.parallel.smallest(_all_finite(self.objective)):
             self.save()
         newest = self.checkpoints.newest
         kept = f"the newest checkpoint, of finite weights, is {newest}" if newest else "nothing was saved"
@@ -327,9 +327,9 @@ def evaluate(parallel: Parallel, objective: Objective, examples: Sequence[Any], 
     total = torch.zeros((), dtype=exact, device=parallel.device)
     with evaluating(objective):
         objective.begin_step(examples, parallel)
-        for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
+        for micro, counts in parallel.shared(micro_batches):
             loss, _ = objective(objective.batch([examples[index] for index in micro], parallel.device))
-            total += loss
+            total += loss if counts else 0
     weight = sum(objective.weight(example) for example in examples)
     return float(parallel.sum(total)) / max(1, weight)
 
@@ -372,4 +372,5 @@ def _check_gradients(objective: Objective) -> None:
 
 @torch.no_grad()
 def _all_finite(objective: Objective) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in objective.trainable().values())
+    """Whether all that this rank holds of what trains is finite."""
+    return all(bool(local(parameter).isfinite().all()) for parameter in objective.trainable().values())

@@ -10,6 +10,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any
 
+from litlora.settings.launch import is_first_here
 from litlora.train.parallel import Parallel
 
 
@@ -87,7 +88,7 @@ class Interrupts:
             # Writing to a closed terminal must not end the run before it is saved.
             for stream in self._terminals:
                 os.dup2(nowhere, stream)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_here():
             with suppress(OSError):  # the message may be lost
                 # Not print(): the signal may have interrupted one.
                 os.write(2, f"\n{self._signal}: stopping after this step; once more ends at once\n".encode())

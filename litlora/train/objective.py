@@ -57,16 +57,12 @@ class Objective(nn.Module, ABC):
         self.config = config or TrainConfig()
         self.contexts = contexts
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """`loss` within the contexts."""
-        return self.in_contexts(lambda: self.loss(batch))
-
-    def in_contexts(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns within the contexts."""
+    def forward(self, batch: Any, compute: Callable[[Any], Any] | None = None) -> Any:
+        """`loss`, or what else is to be computed of a batch, within the contexts."""
         with ExitStack() as stack:
             for context in self.contexts:
                 stack.enter_context(context())
-            return compute()
+            return (compute or self.loss)(batch)
 
     @abstractmethod
     def batch(self, examples: Sequence[Any], device: torch.device) -> Any:

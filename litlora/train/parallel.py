@@ -2,36 +2,88 @@
 ranks, goes through here; one device is the case in which nothing is exchanged."""
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from litlora.errors import UserError, setting
 from litlora.train.fabric import Fabric
 
 Value = TypeVar("Value")
 
+JOIN = 300.0
+"""Seconds that the processes of a run wait for each other at its start."""
+EXCHANGE = timedelta(minutes=30)
+"""How long a rank waits for another one in an exchange: the longest time that one computes alone."""
+
 
 class Parallel:
-    """One device, or several with a replica of the model each (DistributedDataParallel).
+    """One device, or several: with a replica of the model each (Fabric's DDPStrategy), or with a
+    share of it each (Fabric's ModelParallelStrategy, with FSDP2).
 
-    Another strategy is another class with these methods. Those that exchange something must be
-    called by all ranks together.
+    The methods that exchange something must be called by all ranks together.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", devices: int = 1) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        *,
+        join: float = JOIN,
+    ) -> None:
+        """`devices` of each of `num_nodes` machines; `join` seconds to find each other. Raises
+        UserError if this machine has not as many devices."""
+        kind = torch.device(device).type
+        there = torch.get_device_module(kind).device_count() if kind in ("cuda", "mps") else devices
+        if devices > there:
+            raise UserError(
+                f"{setting('devices')} {devices}: this machine has {there} of kind {kind}; lower it, "
+                f"or choose another {setting('accelerator')}"
+            )
+        self.is_sharded = strategy == "fsdp"
+        """Whether each rank holds a share of the model only."""
         self._fabric = Fabric(
-            accelerator=torch.device(device).type,
+            accelerator=kind,
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            num_nodes=num_nodes,
+            strategy=_strategy(devices * num_nodes, self.is_sharded, join),
         )
+        self._join = join
 
     def launch(self, seed: int) -> None:
-        """Start the processes of the other devices, and seed every generator."""
-        self._fabric.launch()
+        """Start the processes of the other devices, and seed every generator. Raises UserError if
+        the processes do not find each other."""
+        try:
+            self._fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            for process in self.children:
+                process.kill()
+            raise self._not_together(error) from None
+        if self.world_size > 1:
+            # The strategy's timeout was that of the start.
+            torch.distributed.distributed_c10d._set_pg_timeout(EXCHANGE)
         self._fabric.seed_everything(seed, verbose=False)
+
+    def _not_together(self, error: Exception) -> UserError:
+        place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return UserError(
+            f"the {self.world_size} processes of the run did not find each other at {place} "
+            f"in {self._join:g} seconds ({reason}); check that every machine can reach this address, "
+            f"and that {setting('num_nodes')} machines were started"
+        )
+
+    @property
+    def children(self) -> Sequence[Any]:
+        """The processes (Popen) that this one has started, of local ranks 1, 2, ..."""
+        return getattr(self._fabric.strategy.launcher, "procs", ())
 
     @property
     def device(self) -> torch.device:
@@ -68,19 +120,61 @@ class Parallel:
     def backward(self, loss: Tensor) -> None:
         self._fabric.backward(loss)
 
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average over the ranks what no strategy has averaged, once a step: the gradients of an
+        adapter whose base is divided."""
+        if not self.is_sharded:
+            return
+        from torch.distributed.tensor import DTensor
+
+        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        for dtype in sorted({grad.dtype for grad in whole}, key=str):
+            grads = [grad for grad in whole if grad.dtype == dtype]
+            flat = torch.cat([grad.flatten() for grad in grads])  # one exchange for all
+            torch.distributed.all_reduce(flat)
+            flat /= self.world_size
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients down to a global norm of max_norm, if that is above 0; returns the
         norm before."""
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(with_gradient, max_norm or math.inf)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def shared(self, micro_batches: Iterable[list[int]]) -> Iterator[tuple[list[int], bool]]:
+        """Without a gradient: this rank's micro-batches, and whether each counts. Where the model is
+        divided, all ranks compute equally many, so some compute one that is another rank's."""
+        turn: list[list[int]] = []
+        for micro in micro_batches:
+            turn.append(micro)
+            if len(turn) == self.world_size:
+                yield turn[self.rank], True
+                turn = []
+        if self.rank < len(turn):
+            yield turn[self.rank], True
+        elif turn and self.is_sharded:
+            yield turn[0], False
+
+    def shard(
+        self, objective: nn.Module, stored: list[nn.Parameter], dtype: torch.dtype, *, trains_base: bool
+    ) -> None:
+        """Divide the base among the devices, and convert it to this dtype: see
+        `litlora.train.sharding`."""
+        from litlora.train.sharding import shard_base
+
+        mesh = self._fabric.strategy.device_mesh["data_parallel"]
+        shard_base(objective, stored, mesh, self.device, dtype, trains_base=trains_base)
 
     # ---- between the ranks
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks."""
-        if self.world_size == 1:
-            return tensor
-        return self._fabric.all_reduce(tensor.clone(), reduce_op="sum")
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def smallest(self, number: int) -> int:
         """The smallest of the numbers of all ranks."""
@@ -91,9 +185,9 @@ class Parallel:
         return max(self._numbers(number))
 
     def _numbers(self, number: int) -> list[int]:
-        if self.world_size == 1:
-            return [number]
-        return self._fabric.all_gather(torch.tensor(number, device=self.device)).tolist()
+        numbers = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        numbers[self.rank] = number
+        return self.sum(numbers).tolist()
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, on all of them."""
@@ -107,6 +201,56 @@ class Parallel:
         """The value of rank 0, on all ranks."""
         return self._fabric.broadcast(value)
 
+    @contextmanager
+    def gathering(self, value: Value) -> Iterator[Value | None]:
+        """On rank 0: the value, in which every divided tensor is a lazy one that is gathered when it
+        is read; on the others None, once rank 0 has left its block."""
+        if not self.is_sharded:
+            yield value if self.is_main else None
+            return
+        from litlora.train.sharding import asked_for, divided, serve
+
+        tensors = list(divided(value))
+        if not self.is_main:
+            serve(tensors, lambda: self.broadcast(None))
+            yield None
+            return
+        try:
+            yield asked_for(value, iter(enumerate(tensors)), self.broadcast)
+        finally:
+            self.broadcast(None)
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self._fabric.barrier()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor; all of it if it is not divided."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def share_of(whole: Tensor, like: Tensor) -> Tensor:
+    """A copy of `whole`, divided as the tensor `like` is."""
+    if local(like) is like:
+        return whole.clone(memory_format=torch.contiguous_format)
+    from litlora.train.sharding import share_of
+
+    return share_of(whole, like)
+
+
+def _strategy(world_size: int, is_sharded: bool, join: float) -> Any:
+    """Fabric's strategy for so many processes."""
+    if world_size == 1:
+        return "auto"
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    timeout = timedelta(seconds=join)
+    if not is_sharded:
+        return DDPStrategy(timeout=timeout)
+    return ModelParallelStrategy(
+        lambda module, mesh: module,  # `Parallel.shard` has divided it
+        data_parallel_size=world_size,
+        tensor_parallel_size=1,
+        timeout=timeout,
+    )

@@ -3,10 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from litlora.data.batches import Step, plan_epoch
+from litlora.data.batches import Step, padding_share, plan_epoch
 from litlora.settings import TrainConfig
 from litlora.train.resume import Position
+
+MANY_STEPS = 10_000
+"""Steps of an epoch above which they are not all planned beforehand."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,19 @@ def _steps(
         seed=seed,
         longest_first=longest_first,
     )
+
+
+def described(lengths: Sequence[int], config: TrainConfig, seed: int) -> str:
+    """How large the micro-batches of the first epoch are, for the user: the largest pack, or the share
+    of padding. Empty where the size is still to be found."""
+    if config.auto_batch:
+        return ""
+    steps = Plan(lengths, config, seed).epoch(0)
+    few = len(steps) <= MANY_STEPS
+    if not config.packing:
+        share = padding_share(lengths, islice(steps, MANY_STEPS))
+        return f"; padding {'' if few else 'about '}{share:.1%}"
+    largest = max(max(lengths), pack_tokens(config))
+    if few:
+        largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
+    return f"; packed, at most {largest:,} at a time"

@@ -85,14 +85,18 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
+def count_rounded(model: nn.Module, dtype: torch.dtype) -> int:
+    """How many of a model's tensors this dtype rounds. A weight that is stored otherwise is converted
+    at each use."""
+    weights = (*model.parameters(), *stored_weights(model).values())
+    return sum(torch.promote_types(weight.dtype, dtype) != dtype for weight in weights)
+
+
 def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
     """Convert every weight to this dtype, into memory of its own if `copy`; returns how many
-    tensors that rounded. A weight that is stored otherwise is converted at each use."""
-    rounded = sum(
-        torch.promote_types(weight.dtype, dtype) != dtype for weight in stored_weights(model).values()
-    )
+    tensors that rounded."""
+    rounded = count_rounded(model, dtype)
     for parameter in model.parameters():
-        rounded += torch.promote_types(parameter.dtype, dtype) != dtype
         parameter.data = parameter.data.to(dtype, copy=copy)
     for module in model.modules():
         if isinstance(module, StreamedEmbedding):

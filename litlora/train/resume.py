@@ -25,7 +25,7 @@ from litlora.settings import Finetune, TrainConfig
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml_mapping
 from litlora.train.objective import SFT, Objective
-from litlora.train.parallel import Parallel
+from litlora.train.parallel import Parallel, local, share_of
 from litlora.train.state_check import check_optimizer_state, check_position, check_rank, check_weights
 
 FORMAT = 1
@@ -65,6 +65,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that do not affect what is learned, by their place in hyperparameters.yaml. Every other
 one must stay as it was."""
+DEVICES = frozenset(("devices", "num_nodes", "strategy"))
+"""Settings that may change as well, and that change the order in which sums are rounded; and what
+dropout draws."""
 
 _KINDS = {int: (int,), float: (float,), bool: (bool,), type(None): (float, type(None))}
 """The types that an entry of a stored position may have, by its type in a new one."""
@@ -149,14 +152,14 @@ class State:
             raise self.misfit(str(error)) from None
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(self.weights[name])
+                local(parameter).copy_(local(share_of(self.weights[name], parameter)))
         optimizer.load_state_dict(restored)
-        if parallel.rank >= len(ranks):  # more devices than before, by resume_force
-            return {}
-        rank = ranks[parallel.rank]
-        set_generators(rank["generators"], parallel.device)
-        found = {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
-        return {name: tensor.to(parallel.device) for name, tensor in found.items()}
+        if parallel.rank < len(ranks):  # else there are more devices than before
+            set_generators(ranks[parallel.rank]["generators"], parallel.device)
+        # Where there were more, their sums are added to those of the ranks that are left.
+        mine = [_sums_of(rank) for rank in ranks[parallel.rank :: parallel.world_size]]
+        names = {name for found in mine for name in found}
+        return {name: sum(found[name].to(parallel.device) for found in mine) for name in names}
 
     def misfit(self, why: str) -> CheckpointError:
         """The error of a state that does not fit the run."""
@@ -164,6 +167,11 @@ class State:
             f"{self.directory / STATE_FILE}: does not fit this run, or is broken: {why}; "
             "resume from another step directory"
         )
+
+
+def _sums_of(rank: dict[str, Any]) -> dict[str, Tensor]:
+    """A rank's sums since the last logged line."""
+    return {"loss": rank["interval_loss"], **rank.get("interval_figures", {})}
 
 
 def capture(
@@ -256,8 +264,16 @@ def stored_settings(directory: Path) -> dict[str, Any]:
 def changed_settings(settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """How two runs differ in the settings that affect what is learned."""
     here, there = (
-        {name: v for name, v in flat_settings(values).items() if name not in MAY_CHANGE}
+        {name: v for name, v in flat_settings(values).items() if name not in MAY_CHANGE | DEVICES}
         for values in (settings, stored)
+    )
+    return _differences(here, there)
+
+
+def changed_devices(settings: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """How two runs differ in the devices that train."""
+    here, there = (
+        {name: v for name, v in values.items() if name in DEVICES} for values in (settings, stored)
     )
     return _differences(here, there)
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from litlora import console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
-from litlora.data.batches import padding_share
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
@@ -29,30 +27,35 @@ from litlora.report.console import Console, duration
 from litlora.report.events import Done
 from litlora.report.metrics import Metrics
 from litlora.report.sinks import Sinks
-from litlora.settings import Finetune, TrainConfig, dump
+from litlora.settings import Finetune, dump
 from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
-from litlora.train.compile import check_compiler, compile_blocks
+from litlora.train.compile import compile_blocks
+from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
 from litlora.train.method import Method
-from litlora.train.optim import check_optimizer
 from litlora.train.parallel import Parallel
-from litlora.train.plan import Plan, pack_tokens
-from litlora.train.precision import bf16_speedup, cast, decide, stored_dtype
+from litlora.train.plan import described
+from litlora.train.precision import bf16_speedup, cast, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
-from litlora.train.resume import State, as_measured, changed_settings, facts, read_state, stored_settings
+from litlora.train.resume import (
+    State,
+    as_measured,
+    changed_devices,
+    changed_settings,
+    facts,
+    read_state,
+    stored_settings,
+)
 from litlora.train.run_directory import METRICS_FILE, RunDirectory
 from litlora.train.start import start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
 from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
-
-MANY_STEPS = 10_000
-"""Steps of an epoch above which they are not all planned beforehand."""
 
 
 def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
@@ -88,7 +91,9 @@ class Run:
     def __init__(self, settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
         self.interrupts = Interrupts(settings.train.max_time)
-        self.parallel = Parallel(pick_device(settings.accelerator), settings.devices)
+        devices, nodes = settings.num_devices
+        self.parallel = Parallel(pick_device(settings.accelerator), devices, nodes, settings.strategy)
+        settings = dataclasses.replace(settings, devices=devices, num_nodes=nodes if nodes > 1 else None)
         if dataset.read_once is not None and self.parallel.world_size > 1:
             raise UserError(
                 f"{dataset.read_once}: can be read only once, and each of {self.parallel.world_size} devices "
@@ -139,7 +144,11 @@ class Run:
                 trains_base=method.trains_base,
             )
         self.precision = precision = self.parallel.broadcast(decision)
-        num_rounded = cast(model, precision.dtype, copy=method.trains_base)
+        self.undivided = list(model.parameters())
+        if self.parallel.is_sharded:  # it is converted while it is divided
+            num_rounded = count_rounded(model, precision.dtype)
+        else:
+            num_rounded = cast(model, precision.dtype, copy=method.trains_base)
         method.prepare(model)
         if not method.trains_base:
             self.added.train(model)
@@ -167,6 +176,9 @@ class Run:
     def fit_to_memory(self) -> None:
         """Settle what depends on the memory of this machine. With that, the settings are
         resolved."""
+        parallel, dtype = self.parallel, self.precision.dtype
+        if parallel.is_sharded:
+            parallel.shard(self.objective, self.undivided, dtype, trains_base=self.method.trains_base)
         config, stream = self.settings.train, self.loaded.stream
         if stream is not None:
             config = settle_packs(stream, config, self.precision.dtype, self.parallel, self.say)
@@ -205,7 +217,10 @@ class Run:
             for name in self.place.outdated:
                 self.say(f"note: {self.path / name} stays; it may come from the run that this one replaces")
             return None, None
-        differences = changed_settings(yaml.safe_load(self.hyperparameters), stored_settings(start))
+        here, there = yaml.safe_load(self.hyperparameters), stored_settings(start)
+        differences = changed_settings(here, there)
+        for difference in changed_devices(here, there):
+            self.say(f"note: {difference}: the result is that of the uninterrupted run up to rounding")
         state = rows = None
         if not self.place.complete:
             state, rows, others = read_state(start, self.facts)
@@ -323,37 +338,47 @@ class Run:
     def _write(self, directory: Path, training: dict[str, Any] | None = None) -> None:
         """Write a checkpoint directory; with the training state, a run can resume from it. All
         ranks call this together."""
+        content = self.method.content(self.model)
+        if not isinstance(content, Adapter):
+            content = self._as_stored(content)
+        failed = None
         try:
-            if not self.parallel.is_main:
-                return
-            state = None
-            if training is not None:
-                begun = start_state(self.model, self.settings)
-                state = {**training, **begun, "facts": self.facts, "metrics": self.metrics.text}
-            content = self.method.content(self.model)
-            sources = [*self.added.sources, *self.loaded.chain.sources]
-            beside = Beside(self.style, self.hyperparameters, state, self.stops)
+            with self.parallel.gathering((content, training)) as whole:
+                if whole is not None:
+                    self._write_whole(directory, *whole)
+        except OSError as error:  # on rank 0, which writes
+            failed = error
+        failed = self.parallel.broadcast(failed)
+        if failed is not None:
+            raise failed
 
-            def check(_: Path) -> None:
-                # Before the directory gets its name: a crash in between must not leave an earlier
-                # run's result beside it.
-                self.forget_earlier()
+    def _write_whole(
+        self, directory: Path, content: Adapter | dict[str, Any], training: dict[str, Any] | None
+    ) -> None:
+        state = None
+        if training is not None:
+            begun = start_state(self.model, self.settings)
+            state = {**training, **begun, "facts": self.facts, "metrics": self.metrics.text}
+        sources = [*self.added.sources, *self.loaded.chain.sources]
+        beside = Beside(self.style, self.hyperparameters, state, self.stops)
 
-            config = self.model.config
-            if isinstance(content, Adapter):
-                if content.rows is not None:  # a base is known by its architecture
-                    config = dataclasses.replace(config, vocab_size=self.added.base_rows)
-                adapter = dataclasses.replace(
-                    content,
-                    whole=self._as_stored(content.whole),
-                    base=reference_to(self.base, directory, self.loaded.quantized),
-                )
-                write_adapter(directory, adapter, config, sidecars_from=sources, beside=beside, check=check)
-            else:
-                tensors = self._as_stored(content)
-                write_full(directory, tensors, config, sidecars_from=sources, beside=beside, check=check)
-        finally:
-            self.parallel.barrier()
+        def check(_: Path) -> None:
+            # Before the directory gets its name: a crash in between must not leave an earlier run's
+            # result beside it.
+            self.forget_earlier()
+
+        config = self.model.config
+        if isinstance(content, Adapter):
+            if content.rows is not None:  # a base is known by its architecture
+                config = dataclasses.replace(config, vocab_size=self.added.base_rows)
+            adapter = dataclasses.replace(
+                content,
+                whole=self._as_stored(content.whole),
+                base=reference_to(self.base, directory, self.loaded.quantized),
+            )
+            write_adapter(directory, adapter, config, sidecars_from=sources, beside=beside, check=check)
+        else:
+            write_full(directory, content, config, sidecars_from=sources, beside=beside, check=check)
 
     def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the base in the base's dtype."""
@@ -406,17 +431,8 @@ class Run:
         self.say(f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}")
 
     def _say_data(self) -> None:
-        config, lengths = self.settings.train, self.objective.lengths(self.data.train)
-        steps, how = Plan(lengths, config, self.data.seed).epoch(0), ""
-        few = len(steps) <= MANY_STEPS
-        if config.packing and not config.auto_batch:
-            largest = max(max(lengths), pack_tokens(config))
-            if few:
-                largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
-            how = f"; packed, at most {largest:,} at a time"
-        elif not config.auto_batch:
-            share = padding_share(lengths, islice(steps, MANY_STEPS))
-            how = f"; padding {'' if few else 'about '}{share:.1%}"
+        lengths = self.objective.lengths(self.data.train)
+        how = described(lengths, self.settings.train, self.data.seed)
         self.say(
             f"data: {len(lengths):,} examples to train on, {len(self.data.val):,} to validate; "
             f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
@@ -431,15 +447,3 @@ def _kept(done: Done) -> str:
     if done.checkpoint is None:
         return "no checkpoint could be saved"
     return f"the newest checkpoint is {done.checkpoint}"
-
-
-def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raise UserError for what this device or this installation cannot do."""
-    check_optimizer(config.optimizer, device)
-    if config.offload_activations and device.type != "cuda":
-        raise UserError(
-            f"{setting('offload_activations')} has no effect on {device.type}: "
-            "activations are in the machine's memory already"
-        )
-    if config.compile:
-        check_compiler(device)

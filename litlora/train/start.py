@@ -137,7 +137,7 @@ def _inputs(objective: Objective, examples: Any, seed: int) -> Inputs:
         text = objective.text(made)
 
         def run() -> Any:
-            return objective.in_contexts(lambda: model.model(text.input_ids, lengths=text.lengths))
+            return objective(text, lambda text: model.model(text.input_ids, lengths=text.lengths))
 
         return run, text.positions + 1
 

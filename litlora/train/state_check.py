@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from litlora.settings import TrainConfig
 from litlora.train.optim import make_optimizer
+from litlora.train.parallel import share_of
 
 LONGEST = 1e10
 """Seconds of a run, about 300 years: beyond, adding the time of a step changes nothing."""
@@ -88,7 +89,10 @@ def check_optimizer_state(
         if kind not in fresh:
             fresh[kind] = _fresh_slot(parameter, config)
         _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if is_forced else None)
-    return {**stored, "state": {index: _copied(slot) for index, slot in slots.items()}}
+    return {
+        **stored,
+        "state": {index: _copied(slot, parameters[index]) for index, slot in slots.items()},
+    }
 
 
 def check_rank(stored: Any, generators: dict[str, Any], sums: Iterable[str]) -> dict[str, Any]:
@@ -166,10 +170,15 @@ def _check_alike(where: str, found: Any, wanted: Any, parameter: Tensor | None) 
         raise ValueError(f"{where} is {str(found)[:60]}")
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, parameter: Tensor) -> Any:
+    """A copy of what is stored of this parameter; of a divided one, this rank's share of each
+    moment."""
     if isinstance(value, Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
-    return {name: _copied(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+        is_moment = value.shape == parameter.shape
+        return share_of(value, parameter if is_moment else value)
+    if isinstance(value, dict):
+        return {name: _copied(entry, parameter) for name, entry in value.items()}
+    return value
 
 
 # ---- generators

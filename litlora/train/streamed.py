@@ -34,7 +34,7 @@ def load_base(settings: Finetune, method: Method, parallel: Parallel) -> Loaded:
     )
     return load_chain(
         chain,
-        device=parallel.device,
+        device="cpu" if parallel.is_sharded else parallel.device,
         dense=method.dense,
         quantize=settings.quantize,
         stream=base_streams(settings, method, chain, parallel),
@@ -52,6 +52,8 @@ def base_streams(settings: Finetune, method: Method, chain: Chain, parallel: Par
     # What the settings refuse where the base was asked to stream.
     if name := next((name for name, value in kept.items() if value), None):
         hindrance = f"{setting(name)} needs it in memory"
+    if parallel.is_sharded:
+        hindrance = f"{setting('strategy')} fsdp divides it among the devices"
     if method.trains_base:
         hindrance = "all of it trains"
     device = parallel.device
