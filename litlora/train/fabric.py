@@ -5,6 +5,7 @@ import takes half as long as torch itself. So a class stands in for it while Fab
 answers no until the compiler is imported, and then the same as the real class.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,5 +50,8 @@ except (ImportError, AttributeError):  # this version needs more of the compiler
     for name in [name for name in sys.modules if name.partition(".")[0] == "lightning_fabric"]:
         del sys.modules[name]
     from lightning_fabric import Fabric
+
+# What it logs of every start would stand before the messages of a command.
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 __all__ = ["Fabric"]

@@ -3,6 +3,8 @@ ranks, goes through here; one device is the case in which nothing is exchanged."
 
 import math
 import os
+import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -60,7 +62,10 @@ class Parallel:
     def launch(self, seed: int) -> None:
         """Start the processes of the other devices, and seed every generator. Raises UserError if
         the processes do not find each other."""
+        if self.world_size > 1:  # of processes to be started: torch's own words on a lost connection
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         try:
+            self._reach_first_node()
             self._fabric.launch()
         except (RuntimeError, ValueError) as error:
             for process in self.children:
@@ -70,6 +75,19 @@ class Parallel:
             # The strategy's timeout was that of the start.
             torch.distributed.distributed_c10d._set_pg_timeout(EXCHANGE)
         self._fabric.seed_everything(seed, verbose=False)
+
+    def _reach_first_node(self) -> None:
+        """Where the user has started a machine by hand: wait until the first one can be reached."""
+        by_hand = "LOCAL_RANK" not in os.environ and int(os.environ.get("NODE_RANK", 0)) > 0
+        deadline = time.monotonic() + self._join
+        while by_hand and self.world_size > 1:
+            try:
+                place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                return socket.create_connection(place, timeout=self._join).close()
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(error.strerror or str(error)) from None
+                time.sleep(1)
 
     def _not_together(self, error: Exception) -> UserError:
         place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"

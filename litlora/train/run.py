@@ -56,26 +56,28 @@ from litlora.train.run_directory import METRICS_FILE, RunDirectory
 from litlora.train.start import start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
 from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
+from litlora.train.watch import watched
 
 
 def finetune(settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
     """Train, and write hyperparameters.yaml, metrics.csv, early checkpoints and final/ to the place
     of the run. Exits if the run is stopped early."""
     run = Run(settings, method, dataset, place)
-    run.load()
-    run.choose_what_trains()
-    run.prepare_data()
-    start_adapter(run)
-    run.fit_to_memory()
-    state, rows = run.find_start()
-    if place.complete:
-        run.say(f"the run in {place.path} is complete, nothing is left to do; result: {run.result}")
-        return
-    with run.interrupts, run.claimed(anew=state is None) as run.forget_earlier:
-        done = run.train(state, rows)
-        if done.stopped is None:
-            run.write_result(done)
-        run.check_directory()
+    with watched(run.parallel, lambda: place.how_to_go_on(run.resume_command())):
+        run.load()
+        run.choose_what_trains()
+        run.prepare_data()
+        start_adapter(run)
+        run.fit_to_memory()
+        state, rows = run.find_start()
+        if place.complete:
+            run.say(f"the run in {place.path} is complete, nothing is left to do; result: {run.result}")
+            return
+        with run.interrupts, run.claimed(anew=state is None) as run.forget_earlier:
+            done = run.train(state, rows)
+            if done.stopped is None:
+                run.write_result(done)
+            run.check_directory()
     # Other ranks exit with status 0: the launcher ends all processes when one has another status.
     if run.parallel.is_main:
         run.close(done)
@@ -286,7 +288,7 @@ class Run:
         except OSError as error:
             raise UserError(
                 f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
-                f"make room, then: {self._resume_command()}"
+                f"make room, then: {self.resume_command()}"
             ) from None
 
     def check_directory(self) -> None:
@@ -312,7 +314,7 @@ class Run:
         if done.stopped is not None:
             self.say(
                 f"stopped by {done.stopped} after step {done.steps}; {_kept(done)}",
-                f"resume: {self._resume_command()}",
+                f"resume: {self.resume_command()}",
             )
             raise SystemExit(done.stopped.status)
         val = "" if done.val_loss is None else f", validation loss {done.val_loss:.4f}"
@@ -338,10 +340,9 @@ class Run:
     def _write(self, directory: Path, training: dict[str, Any] | None = None) -> None:
         """Write a checkpoint directory; with the training state, a run can resume from it. All
         ranks call this together."""
-        content = self.method.content(self.model)
+        failed, content = None, self.method.content(self.model)
         if not isinstance(content, Adapter):
             content = self._as_stored(content)
-        failed = None
         try:
             with self.parallel.gathering((content, training)) as whole:
                 if whole is not None:
@@ -438,7 +439,8 @@ class Run:
             f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
         )
 
-    def _resume_command(self) -> str:
+    def resume_command(self) -> str:
+        """The command that continues this run."""
         config = shlex.quote(str(self.path / HYPERPARAMETERS_FILE))
         return self.method.resume.format(script=shlex.quote(sys.argv[0]), config=config)
 

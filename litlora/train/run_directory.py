@@ -39,6 +39,14 @@ class RunDirectory:
         """Whether nothing is left to do."""
         return self.start is not None and self.start.name == FINAL
 
+    def how_to_go_on(self, command: str) -> str:
+        """The end of a message on a run that was lost: what there is, and the `command` that
+        continues from it."""
+        steps = step_directories(self.path)
+        if not steps or not (self.path / HYPERPARAMETERS_FILE).exists():
+            return "; no checkpoint was saved"
+        return f"; the newest checkpoint is {steps[-1]}; resume: {command}"
+
 
 def run_directory(
     out_dir: str | None, default: str, *, overwrite: bool, resume: str | None, inputs: list[Path]

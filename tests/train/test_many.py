@@ -1,0 +1,202 @@
+"""Several devices: the result of one, whoever started them and however they divide the work."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, succeeds
+from ranks import train
+
+from litlora.errors import UserError
+from litlora.settings import FinetuneFull, FinetuneLoRA, TrainConfig
+from litlora.settings.launch import is_first_here, started
+from litlora.train.parallel import Parallel
+
+PATHS = os.pathsep.join(map(str, (REPO, REPO / "tests", REPO / "tests/train")))
+
+# ---- who started the processes
+
+
+def test_torchrun_and_slurm_say_how_many_they_started():
+    assert started({}) is None and started({"WORLD_SIZE": "8"}) is None
+    elastic = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    found = started(elastic)
+    assert (found.by, found.total, found.devices) == ("torchrun", 8, 4)
+    found = started({"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "3", "SLURM_JOB_NAME": "tune"})
+    assert (found.by, found.total, found.devices) == ("SLURM", 6, 3)
+    assert started({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "interactive"}) is None
+    assert not is_first_here(elastic) and is_first_here({}) and not is_first_here({"SLURM_LOCALID": "2"})
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, (2, 2)), ({"devices": 2}, (2, 2)), ({"num_nodes": 2}, (2, 2))]
+)
+def test_what_is_not_given_is_what_was_started(given, found, monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert FinetuneLoRA(**given).num_devices == found
+
+
+def test_other_numbers_than_were_started_are_refused(monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="devices 4 and num_nodes 1: the launcher started 4 processes, 2 on"):
+        FinetuneLoRA(devices=4)
+
+
+FSDP = {"devices": 2, "strategy": "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (lambda: FinetuneLoRA(strategy="fsdp"), "strategy fsdp: one device has nobody to share with"),
+        (lambda: FinetuneLoRA(quantize="nf4", **FSDP), "quantize nf4 and strategy fsdp"),
+        (lambda: FinetuneLoRA(train=TrainConfig(auto_batch=True), **FSDP), "auto_batch and strategy fsdp"),
+        (lambda: FinetuneLoRA(train=TrainConfig(compile=True), **FSDP), "compile and strategy fsdp"),
+        (lambda: FinetuneFull(train=TrainConfig(optimizer="adafactor"), **FSDP), "optimizer adafactor and"),
+        (lambda: FinetuneLoRA(num_nodes=2), "num_nodes 2: MASTER_ADDR and MASTER_PORT and NODE_RANK must"),
+        (
+            lambda: FinetuneLoRA(devices=3, train=TrainConfig(packing=False)),
+            "global_batch_size 16: must be a multiple of micro_batch_size 4 times devices 3",
+        ),
+    ],
+)
+def test_what_several_devices_cannot_do_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        settings()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_more_devices_than_there_are_is_one_line():
+    with pytest.raises(UserError, match="devices 2: this machine has 0 of kind cuda; lower it"):
+        Parallel("cuda", 2)
+
+
+# ---- the same result
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def ranks(count: int, directory: Path, cases: list[dict]) -> dict[str, dict]:
+    """What `count` processes learn, by the names of the cases."""
+    port = free_port()
+    words = [sys.executable, str(REPO / "tests/train/ranks.py"), str(directory), json.dumps(cases)]
+    processes = [
+        subprocess.Popen(
+            words,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **{"LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": PATHS},
+            },
+        )
+        for rank in range(count)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert not any(process.returncode for process in processes), errors
+    return {case["name"]: torch.load(directory / f"{case['name']}.pth") for case in cases}
+
+
+def farthest(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("strategy", "count"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_many_ranks_learn_what_one_does(strategy, count, method, packing, tmp_path):
+    """Ranks with unequal numbers of tokens and of micro-batches, a last step that is smaller, and
+    clipping. In float64, even AdamW, which divides by the size of a gradient, differs by rounding
+    alone; in fp32, SGD within 1e-6."""
+    same = {"strategy": strategy, "method": method}
+    train_settings = {"packing": packing, "max_grad_norm": 0.5}
+    cases = [
+        {"name": "float64", "dtype": "float64", "train": train_settings, **same},
+        {"name": "float32", "dtype": "float32", "train": {**train_settings, "optimizer": "sgd"}, **same},
+    ]
+    found = ranks(count, tmp_path, cases)
+    for case, limit in zip(cases, (1e-12, 1e-6), strict=True):
+        train(Parallel("cpu"), case, tmp_path)
+        one = torch.load(tmp_path / f"{case['name']}.pth")
+        assert farthest(found[case["name"]]["model"], one["model"]) < limit
+        assert abs(found[case["name"]]["val_loss"] - one["val_loss"]) < limit * 10
+
+
+# ---- the commands
+
+
+def words_for(out, base, data, *more):
+    return [
+        *("--checkpoint_dir", base, "--data", "JSON", "--data.path", data, "--out_dir", out),
+        *("--precision", "32-true", "--accelerator", "cpu", "--train.global_batch_size", 6),
+        *("--train.max_steps", 6, "--train.micro_batch_tokens", 200, "--train.save_interval", 2),
+        *more,
+    ]
+
+
+def learned(out) -> dict:
+    return torch.load(out / "final/lit_model.pth", weights_only=True)["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_divided_run_resumes_on_another_number_of_devices(method, base, alpaca_file, tmp_path):
+    """Stopped with the base divided among two, gone on with among three; the file is that of one
+    device."""
+    script, more = f"finetune/{method}.py", ("--train.log_interval", 4)
+    succeeds(script, *words_for(tmp_path / "one", base, alpaca_file, *more), OMP_NUM_THREADS="1")
+    words = words_for(tmp_path / "many", base, alpaca_file, *more, "--strategy", "fsdp")
+    done = succeeds(script, *words, "--devices", 2, "--train.max_time", 1e-4, OMP_NUM_THREADS="1")
+    assert "stopped by max_time after step 1" in done.stdout
+    done = succeeds(script, *words, "--devices", 3, "--resume", "auto", OMP_NUM_THREADS="1")
+    assert "note: devices is 3, and was 2: the result is that of the uninterrupted run up" in done.stdout
+    one, many = (tmp_path / name / "final/lit_model.pth" for name in ("one", "many"))
+    assert one.stat().st_size == many.stat().st_size
+    for name, weight in learned(tmp_path / "one").items():
+        torch.testing.assert_close(learned(tmp_path / "many")[name], weight, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_torchrun_makes_one_run(base, alpaca_file, tmp_path):
+    words = [str(word) for word in words_for(tmp_path / "out", base, alpaca_file)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master_port", free_port(), str(REPO / "finetune/lora.py"), *words],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("result: ") == 1
+    assert "devices: 2\n" in (tmp_path / "out/hyperparameters.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_machine_that_cannot_be_reached_is_one_line(node):
+    code = (
+        "from litlora.train.parallel import Parallel; from litlora.errors import UserError\n"
+        "try:\n    Parallel('cpu', 1, 2, join=5).launch(0)\n"
+        "except UserError as error:\n    print(error)"
+    )
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NODE_RANK": str(node)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **place, "PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert done.stdout.startswith("the 2 processes of the run did not find each other at 127.0.0.1, port"), (
+        done
+    )
+    assert done.stdout.count("\n") == 1 and not done.stderr
