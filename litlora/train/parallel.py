@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -132,7 +132,10 @@ class Parallel:
 
     def accumulating(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager:
         """A context in which gradients add up on each rank; they are exchanged in the backward that
-        is outside of it."""
+        is outside of it. Where the model is divided, each backward exchanges those of the base: they
+        would be whole on every rank."""
+        if self.is_sharded:
+            return nullcontext()
         return self._fabric.no_backward_sync(module, enabled=enabled)
 
     def backward(self, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Several devices: the result of one, whoever started them and however they divide the work."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, succeeds
+from conftest import REPO, succeeds, tiny_config
 from ranks import train
 
 from litlora.errors import UserError
+from litlora.lora import LoRAConfig
+from litlora.model import GPT
 from litlora.settings import FinetuneFull, FinetuneLoRA, TrainConfig
 from litlora.settings.launch import is_first_here, started
 from litlora.train.parallel import Parallel
@@ -134,6 +137,35 @@ def test_many_ranks_learn_what_one_does(strategy, count, method, packing, tmp_pa
         one = torch.load(tmp_path / f"{case['name']}.pth")
         assert farthest(found[case["name"]]["model"], one["model"]) < limit
         assert abs(found[case["name"]]["val_loss"] - one["val_loss"]) < limit * 10
+
+
+# ---- memory
+
+
+def device_memory():
+    """benchmarks/device_memory.py"""
+    spec = importlib.util.spec_from_file_location("device_memory", REPO / "benchmarks/device_memory.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["device_memory"] = module  # its dataclass looks there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_that_is_computed():
+    assert device_memory().table() in (REPO / "docs/many-gpus.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_device_holds_what_is_computed(method, tmp_path):
+    case = {"name": "held", "strategy": "fsdp", "method": method, "dtype": "float32", "train": {}}
+    found = ranks(4, tmp_path, [case])["held"]["held"]
+    computed = device_memory().held(tiny_config(), method, 4, itemsize=4, rank=LoRAConfig().rank)
+    assert found[0] == {"weights": computed.weights, "moments": computed.moments}
+    whole = sum(parameter.nbytes for parameter in GPT(tiny_config()).parameters())
+    adapter = computed.moments // 2 if method == "lora" else 0
+    assert sum(rank["weights"] for rank in found) == whole + 4 * adapter
 
 
 # ---- the commands
