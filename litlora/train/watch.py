@@ -72,8 +72,11 @@ class Watch(threading.Thread):
         _silence_observer()
 
     def end(self) -> None:
-        """All is done."""
+        """All is done. The thread must not be in a call of torch's when the interpreter ends: that
+        would abort the process."""
         self._ended.set()
+        if self.is_alive():
+            self.join(timeout=5)
 
     def fail(self, error: Exception) -> None:
         """Tell the others why this rank fails, and raise what ends it."""
@@ -93,7 +96,9 @@ class Watch(threading.Thread):
         self._end_children()
         if self.parallel.is_main:
             raise error from None
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
 
     # ---- in the thread
 
