@@ -181,8 +181,10 @@ class Parallel:
     def shard(
         self, objective: nn.Module, stored: list[nn.Parameter], dtype: torch.dtype, *, trains_base: bool
     ) -> None:
-        """Divide the base among the devices, and convert it to this dtype: see
-        `litlora.train.sharding`."""
+        """Divide the base among the devices, and convert it to this dtype, if the strategy says so:
+        see `litlora.train.sharding`."""
+        if not self.is_sharded:
+            return
         from litlora.train.sharding import shard_base
 
         mesh = self._fabric.strategy.device_mesh["data_parallel"]

@@ -178,12 +178,11 @@ class Run:
     def fit_to_memory(self) -> None:
         """Settle what depends on the memory of this machine. With that, the settings are
         resolved."""
-        parallel, dtype = self.parallel, self.precision.dtype
-        if parallel.is_sharded:
-            parallel.shard(self.objective, self.undivided, dtype, trains_base=self.method.trains_base)
+        dtype, trains_base = self.precision.dtype, self.method.trains_base
+        self.parallel.shard(self.objective, self.undivided, dtype, trains_base=trains_base)
         config, stream = self.settings.train, self.loaded.stream
         if stream is not None:
-            config = settle_packs(stream, config, self.precision.dtype, self.parallel, self.say)
+            config = settle_packs(stream, config, dtype, self.parallel, self.say)
         self.config = config = fit_to_memory(self.parallel, self.objective, self.data.train, config, self.say)
         if config.compile:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
