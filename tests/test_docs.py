@@ -16,7 +16,7 @@ from litlora.errors import UserError
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 COMMANDS = sorted(
     {
-        line.split("  #")[0].split("&& ")[-1].strip()
+        line[line.index("python ") :].split("  #")[0].split("&& ")[-1].strip()
         for page in PAGES
         for line in page.read_text().splitlines()
         if re.match(r" {4,}.*\bpython (finetune|chat|scripts)/", line)

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from litlora.config import ModelConfig
 from litlora.data.examples import Example
 from litlora.model import GPT
+from litlora.train.parallel import Parallel
 
 CPU = torch.device("cpu")
-ALONE = SimpleNamespace(rank=0, world_size=1, device=CPU, sum=lambda tensor: tensor)
+ALONE = Parallel(CPU)
 """The part of `Parallel` that an objective sees, of a single process."""
 
 

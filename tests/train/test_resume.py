@@ -202,7 +202,7 @@ def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
     known = {
         name
         for data in (Alpaca(), JSON(path="x", ignore=("id",), cache=False, cache_dir="x"))
-        for name in flat_settings(yaml.safe_load(dump(FinetuneLoRA(data=data))))
+        for name in flat_settings(yaml.safe_load(dump(FinetuneLoRA(data=data, stream_base=True))))
     }
     assert known >= MAY_CHANGE
     expected = run("lora", tmp_path / "expected")
