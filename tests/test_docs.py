@@ -16,7 +16,7 @@ from litlora.errors import UserError
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 COMMANDS = sorted(
     {
-        line[line.index("python ") :].split("  #")[0].split("&& ")[-1].strip()
+        line.split("  #")[0].split("&& ")[-1].strip()
         for page in PAGES
         for line in page.read_text().splitlines()
         if re.match(r" {4,}.*\bpython (finetune|chat|scripts)/", line)
@@ -43,7 +43,10 @@ def settings_of(script: str, monkeypatch) -> type:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command, monkeypatch):
-    _, script, *words = shlex.split(command)
+    environment, _, rest = command.partition("python ")
+    for name, value in (word.split("=") for word in environment.split()):
+        monkeypatch.setenv(name, value)
+    script, *words = shlex.split(rest)
     monkeypatch.chdir(REPO)
     if any("hyperparameters.yaml" in word for word in words):  # of a run that is not there
         words = words[2:]
@@ -54,7 +57,7 @@ def test_a_command_is_understood(command, monkeypatch):
 
 
 def test_the_commands_of_the_pages_are_found():
-    scripts = {command.split()[1] for command in COMMANDS}
+    scripts = {command.partition("python ")[2].split()[0] for command in COMMANDS}
     assert {"finetune/lora.py", "finetune/full.py", "chat/base.py", "scripts/show_data.py"} <= scripts
 
 
