@@ -103,6 +103,13 @@ class Done:
     """Why it ended before its last step (a litlora.train.interrupts.Stop); None if it did not."""
     checkpoint: Path | None
     """The newest early checkpoint."""
+    best_step: int = 0
+    """Of the lowest validation loss, if the settings compare them."""
+    best_loss: float | None = None
+    final_step: int | None = None
+    """The step that final/ holds because it is the best; None: the last one, whatever its loss."""
+    fruitless: int = 0
+    """If early stopping ended the run: the validations in a row without a lower loss."""
 
 
 Event = Begun | Step | Logged | Validation | Saved | Note | Done

@@ -61,9 +61,10 @@ from litlora.settings.preference import PreferenceConfig
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.tokenizer import TokenizerConfig
-from litlora.settings.train import TrainConfig
+from litlora.settings.train import AUTO, TrainConfig
 
 __all__ = [
+    "AUTO",
     "FLAN",
     "JSON",
     "LEAST_ALPHA",

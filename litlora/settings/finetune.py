@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
@@ -15,7 +15,7 @@ from litlora.settings.quantize import Quantization
 from litlora.settings.streaming import StreamBase, check_streamed
 from litlora.settings.styles import check_prompt_style
 from litlora.settings.tokenizer import TokenizerConfig
-from litlora.settings.train import TrainConfig
+from litlora.settings.train import AUTO, TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent.parent
 """Where litlora is, if it was not installed as a copy of its library alone."""
@@ -32,6 +32,9 @@ def quickstart() -> str:
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """What the fine-tuning commands share."""
+
+    AUTO_RATE_TIMES: ClassVar[float] = 1.0
+    """learning_rate auto is so many times that of full fine-tuning."""
 
     checkpoint_dir: str = field(default_factory=quickstart)
     """The model to start from: any checkpoint directory, an adapter's too; default: the quickstart
@@ -58,7 +61,7 @@ class Finetune:
     phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the style that the model was
     trained with, else its own chat template, else alpaca."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"stored": "unless default"})
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=AUTO))
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,
     dropout."""
@@ -108,6 +111,12 @@ class Finetune:
             f"{setting('resume_force')} has no effect without {setting('resume')}",
         )
         self._check_devices()
+        for name in self.train.judging:
+            check(
+                self.data.val_fraction > 0 or self.data.val_path is not None,
+                f"{setting(name)}: needs validation data, and {setting('val_fraction')} is 0; "
+                f"hold some out, or name {setting('val_path')}",
+            )
         self._check_batch()
         compiled, added = self.train.compile, self.tokenizer.add_tokens
         check_streamed(self, quantize=self.quantize, compile=compiled, add_tokens=added)
@@ -177,6 +186,8 @@ class Finetune:
 class FinetuneLoRA(Finetune):
     """Fine-tune with LoRA. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
 
+    AUTO_RATE_TIMES: ClassVar[float] = 10.0
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
@@ -197,8 +208,6 @@ class FinetuneLoRA(Finetune):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneFull(Finetune):
     """Fine-tune every weight. The result, OUT_DIR/final/lit_model.pth, is a full model."""
-
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-4))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,13 +237,15 @@ class FinetuneDPO(FinetuneLoRA):
     """Learn from pairs of answers, or from good and bad ones, with LoRA, by DPO, IPO, SimPO, ORPO or
     KTO. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
 
+    AUTO_RATE_TIMES: ClassVar[float] = 0.3
+
     data: DataSource
     """Pairs of answers: a file or directory of records with chosen and rejected, as text or as
     messages, and a prompt, of its own or at the beginning of both. kto and apo_zero_unpaired also
     take records of prompt, completion and label, true for a good completion. --data.help NAME lists the
     settings of a source."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=1e-5, epochs=1))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=AUTO, epochs=1))
 
     def __post_init__(self) -> None:
         super().__post_init__()

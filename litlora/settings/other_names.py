@@ -17,6 +17,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("eval_steps", "steps_per_eval"), "eval_interval"),
     **dict.fromkeys(("save_steps", "save_every"), "save_interval"),
     "save_total_limit": "keep_checkpoints",
+    **dict.fromkeys(("load_best_model_at_end", "save_best", "best"), "keep_best"),
+    **dict.fromkeys(("patience", "early_stopping", "early_stop"), "early_stopping_patience"),
     **dict.fromkeys(("train_on_inputs", "train_on_input"), "mask_prompt"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "bits"), "quantize"),
     "auto_find_batch_size": "auto_batch",

@@ -7,6 +7,8 @@ from typing import Literal
 from litlora.errors import setting
 from litlora.settings.checks import check, check_positive, check_value
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -38,8 +40,9 @@ class TrainConfig:
     answer, never its end-of-text token."""
     mask_prompt: bool = True
     """Learn the answers only; false: learn the prompts too."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
+    learning_rate: float | Literal["auto"] = 1e-3
+    """Peak learning rate. auto: by the size of the base and the method, by the rule of
+    docs/learning_rate.md; the run says which, and stores it."""
     warmup_steps: int | float = 0.05
     """Steps of linear warm-up; a number below 1 is a fraction of all steps."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = field(
@@ -84,6 +87,12 @@ class TrainConfig:
     """Steps between two logged lines, and between two rows of metrics.csv."""
     eval_interval: int = 0
     """Steps between two validations; 0: only at the end."""
+    keep_best: bool = field(default=False, metadata={"stored": "unless default"})
+    """Keep the checkpoint with the lowest validation loss beside the newest ones; final/ is that
+    one. Needs eval_interval."""
+    early_stopping_patience: int | None = field(default=None, metadata={"stored": "unless default"})
+    """End the run after so many validations in a row without a lower loss than the lowest so far.
+    Needs eval_interval."""
     save_interval: int = 200
     """Steps between two early checkpoints; 0: none."""
     keep_checkpoints: int = 2
@@ -98,6 +107,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_batches()
         check_positive(self, "epochs", "max_steps", "log_interval", "keep_checkpoints")
+        check_positive(self, "early_stopping_patience")
         for name in (
             *("eval_interval", "save_interval", "max_bad_steps"),
             *("warmup_steps", "decay_steps", "weight_decay", "max_grad_norm"),
@@ -106,8 +116,15 @@ class TrainConfig:
             check_value(self, name, math.isfinite(value) and value >= 0, "must be 0 or more, and finite")
         for name in ("beta1", "beta2"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-        positive = math.isfinite(self.learning_rate) and self.learning_rate > 0
-        check_value(self, "learning_rate", positive, "must be a positive, finite number")
+        rate = self.learning_rate
+        positive = rate == AUTO or (math.isfinite(rate) and rate > 0)
+        check_value(self, "learning_rate", positive, "must be a positive, finite number, or auto")
+        for name in self.judging:
+            check(
+                self.eval_interval > 0,
+                f"{setting(name)}: compares validations, and {setting('eval_interval')} 0 makes only one, at "
+                f"the end; set {setting('eval_interval')}",
+            )
         for name in ("warmup_steps", "decay_steps"):
             steps = getattr(self, name)
             whole = isinstance(steps, int) or steps < 1
@@ -127,6 +144,12 @@ class TrainConfig:
             f"{setting('compile')} and {setting('offload_activations')}: compiled blocks keep their "
             "activations where they are; use only one",
         )
+
+    @property
+    def judging(self) -> tuple[str, ...]:
+        """Those of its settings that are set and compare validation losses."""
+        given = {"keep_best": self.keep_best, "early_stopping_patience": self.early_stopping_patience}
+        return tuple(name for name, value in given.items() if value)
 
     def _check_batches(self) -> None:
         check_positive(self, "global_batch_size", "micro_batch_size", "micro_batch_tokens")

@@ -25,18 +25,18 @@ class EarlyCheckpoints:
     def directory(self, step: int) -> Path:
         return step_directory(self.run_dir, step)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint of this step and remove old ones. Raises OSError if it cannot be
-        written; then nothing is removed."""
+    def save(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
+        """Write the checkpoint of this step and remove old ones, but not that of the step `best`.
+        Raises OSError if it cannot be written; then nothing is removed."""
         self._write(self.directory(step), state)
         self.newest = self.directory(step)
         if self._prunes:
-            self._prune(step)
+            self._prune(step, best)
 
-    def _prune(self, step: int) -> None:
-        """Remove all but the newest up to this step. Later ones, of a course that was given up, go
-        too."""
+    def _prune(self, step: int, best: int | None) -> None:
+        """Remove all but the newest up to this step, and the best. Later ones, of a course that was
+        given up, go too."""
         numbered = {step_of(directory): directory for directory in step_directories(self.run_dir)}
         kept = sorted(number for number in numbered if number <= step)[-self._keep :]
-        for number in numbered.keys() - set(kept):
+        for number in numbered.keys() - {*kept, best}:
             remove_directory(numbered[number])

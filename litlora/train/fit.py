@@ -18,6 +18,7 @@ from litlora.errors import DataError, UserError, setting
 from litlora.report import events
 from litlora.report.sinks import Sink
 from litlora.settings import TrainConfig
+from litlora.train.best import BestSoFar
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import memory_advice
@@ -62,6 +63,7 @@ class Trainer:
         self.module, self.optimizer = parallel.setup(objective, optimizer)
         """The objective as called in a training step, and its optimizer."""
         self.at = Position()
+        self.best = BestSoFar(config, checkpoints, has_validation=bool(data.val))
         self.sums = self._no_sums()
         """Of this rank since the last logged line: the loss, and the objective's figures. They stay
         on the device until the line is due."""
@@ -80,8 +82,10 @@ class Trainer:
         self.sink.handle(events.Begun(self.at.step, self.total_steps))
         try:
             stopped = self._loop()
-            if stopped and self.checkpoints.newest != self.checkpoints.directory(self.at.step):
+            if stopped and not self._is_saved:
                 self.save()
+            if stopped is None and self.best.is_elsewhere(self.at):
+                self._take_best()
             done = self._done(stopped)
             self.sink.handle(done)
         finally:
@@ -96,6 +100,10 @@ class Trainer:
                 check_place_in_data(vars(state.at), self.plan.steps_per_epoch, self.total_steps)
             except ValueError as error:
                 raise state.misfit(str(error)) from None
+        if not self.best.found(state.at):
+            if not state.is_forced:
+                raise UserError(self.best.misses(state))
+            state.at.forget_best()
         sums = state.restore(self.parallel, self.objective, self.optimizer, self.config, tuple(self.sums))
         self.sums |= sums
         self.at = state.at
@@ -106,6 +114,8 @@ class Trainer:
         try:
             if at.validation_due:
                 self.validate()
+            if self.best.is_over(at):
+                return None
             for epoch, index, micro_batches in self.plan.steps_from(at, self.total_steps):
                 result = self.train_step(epoch, index, micro_batches)
                 last = at.step == self.total_steps
@@ -114,13 +124,13 @@ class Trainer:
                 at.validation_due = bool(self.data.val) and (last or _is_due(at.step, config.eval_interval))
                 if at.validation_due:
                     self.validate()
-                if last:
+                if last or self.best.is_over(at):
                     return None
                 if stopped := self.interrupts.asked(self.parallel):
                     return stopped
                 # During a series of bad steps the weights may already be spoilt: do not let such a
                 # checkpoint replace a good one.
-                if _is_due(at.step, config.save_interval) and not at.skipped_in_a_row:
+                if _is_due(at.step, config.save_interval) and not at.skipped_in_a_row and not self._is_saved:
                     self.save()
         except GivenUp:
             return self.interrupts.asked(self.parallel)
@@ -194,13 +204,30 @@ class Trainer:
             )
         at.val_loss, at.validation_due = val_loss, False
         self.sink.handle(events.Validation(at.step, at.epoch, val_loss, at.tokens, at.seconds, at.skipped))
+        self.best.judge(at, self.save, last=at.step == self.total_steps)
 
-    def save(self) -> None:
-        """Save an early checkpoint; if that fails, training continues."""
+    @property
+    def _is_saved(self) -> bool:
+        """Whether this step has a checkpoint."""
+        return self.checkpoints.newest == self.checkpoints.directory(self.at.step)
+
+    def _take_best(self) -> None:
+        """Put the weights of the best step in the place of the last one's. Raises UserError, after
+        saving the last step, if they cannot be read."""
+        try:
+            best = self.best.read(self.at)
+            best.check_weights(self.objective)
+        except UserError:
+            self.save()
+            raise
+        best.put_weights(self.objective)
+
+    def save(self) -> bool:
+        """Save an early checkpoint; if that fails, training continues. Returns whether it is there."""
         directory, newest = self.checkpoints.directory(self.at.step), self.checkpoints.newest
         state = capture(self.parallel, self.objective, self.optimizer, self.at, self.sums)
         try:
-            self.checkpoints.save(self.at.step, state)
+            self.checkpoints.save(self.at.step, state, self.best.kept_step(self.at))
         except OSError as error:
             self.sink.handle(
                 events.Note(
@@ -208,8 +235,9 @@ class Trainer:
                     f"the newest checkpoint is {newest or 'none'}"
                 )
             )
-        else:
-            self.sink.handle(events.Saved(self.at.step, directory))
+            return False
+        self.sink.handle(events.Saved(self.at.step, directory))
+        return True
 
     def _done(self, stopped: Stop | None) -> events.Done:
         at = self.at
@@ -223,6 +251,10 @@ class Trainer:
             at.skipped,
             stopped,
             self.checkpoints.newest,
+            best_step=at.best_step,
+            best_loss=at.best_loss,
+            final_step=self.best.kept_step(at),
+            fruitless=at.validations_since_best if self.best.is_over(at) else 0,
         )
 
     def _optimizer_step(self, micro_batches: Step, learning_rate: float) -> "StepResult":

@@ -21,7 +21,7 @@ from torch import Tensor
 from litlora.data.store import StoredExamples
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE
-from litlora.settings import Finetune, TrainConfig
+from litlora.settings import AUTO, Finetune, TrainConfig
 from litlora.storage.tensors import open_torch
 from litlora.storage.untrusted import read_yaml_mapping
 from litlora.train.objective import SFT, Objective
@@ -71,6 +71,8 @@ dropout draws."""
 
 _KINDS = {int: (int,), float: (float,), bool: (bool,), type(None): (float, type(None))}
 """The types that an entry of a stored position may have, by its type in a new one."""
+_LATER = ("best_step", "best_loss", "validations_since_best")
+"""Entries of a position that earlier versions did not have."""
 
 
 @dataclass
@@ -98,6 +100,14 @@ class Position:
     interval_tokens: int = 0
     """Since the last logged line, as all that begins with interval."""
     interval_supervised: int = 0
+    best_step: int = 0
+    """Of the lowest validation loss, if the settings ask for it; with keep_best, its checkpoint is
+    kept."""
+    best_loss: float | None = None
+    validations_since_best: int = 0
+
+    def forget_best(self) -> None:
+        self.best_step, self.best_loss, self.validations_since_best = 0, None, 0
 
     def count(self, epoch: int, index: int, seconds: float, tokens: int, finite: bool) -> None:
         """One more step is done, number `index` of the epoch."""
@@ -106,6 +116,12 @@ class Position:
         self.tokens += tokens
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def stored(self) -> dict[str, Any]:
+        """Its entries, without those that are at the default and were added after files without
+        them had been written."""
+        values, fresh = dataclasses.asdict(self), Position()
+        return {n: v for n, v in values.items() if n not in _LATER or v != getattr(fresh, n)}
 
 
 @dataclass
@@ -135,6 +151,24 @@ class State:
         """Put weights, optimizer and generators back; returns this rank's sums since the last
         logged line. `config` is what the optimizer was made of; `sums` are the names that sums may
         have. Nothing is put back unless all fits."""
+        self.check_weights(objective)
+        try:
+            restored = check_optimizer_state(self.optimizer, optimizer, config, is_forced=self.is_forced)
+            live = generators(parallel.device)
+            ranks = [check_rank(rank, live, sums) for rank in self.ranks]
+        except ValueError as error:
+            raise self.misfit(str(error)) from None
+        self.put_weights(objective)
+        optimizer.load_state_dict(restored)
+        if parallel.rank < len(ranks):  # else there are more devices than before
+            set_generators(ranks[parallel.rank]["generators"], parallel.device)
+        # Where there were more, their sums are added to those of the ranks that are left.
+        mine = [_sums_of(rank) for rank in ranks[parallel.rank :: parallel.world_size]]
+        names = {name for found in mine for name in found}
+        return {name: sum(found[name].to(parallel.device) for found in mine) for name in names}
+
+    def check_weights(self, objective: Objective) -> None:
+        """Raise UserError unless the weights are those that train in the objective."""
         trained = objective.trainable()
         if {name: p.shape for name, p in trained.items()} != {
             name: t.shape for name, t in self.weights.items()
@@ -145,21 +179,14 @@ class State:
             )
         try:
             check_weights(self.weights, None if self.is_forced else trained)
-            restored = check_optimizer_state(self.optimizer, optimizer, config, is_forced=self.is_forced)
-            live = generators(parallel.device)
-            ranks = [check_rank(rank, live, sums) for rank in self.ranks]
         except ValueError as error:
             raise self.misfit(str(error)) from None
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                local(parameter).copy_(local(share_of(self.weights[name], parameter)))
-        optimizer.load_state_dict(restored)
-        if parallel.rank < len(ranks):  # else there are more devices than before
-            set_generators(ranks[parallel.rank]["generators"], parallel.device)
-        # Where there were more, their sums are added to those of the ranks that are left.
-        mine = [_sums_of(rank) for rank in ranks[parallel.rank :: parallel.world_size]]
-        names = {name for found in mine for name in found}
-        return {name: sum(found[name].to(parallel.device) for found in mine) for name in names}
+
+    @torch.no_grad()
+    def put_weights(self, objective: Objective) -> None:
+        """Put the weights, which have been checked, where they train."""
+        for name, parameter in objective.trainable().items():
+            local(parameter).copy_(local(share_of(self.weights[name], parameter)))
 
     def misfit(self, why: str) -> CheckpointError:
         """The error of a state that does not fit the run."""
@@ -187,7 +214,7 @@ def capture(
     rank = {"generators": generators(parallel.device), "interval_loss": sums["loss"].cpu()}
     return {
         "litlora": {"format": FORMAT, "kind": "state"},
-        "position": dataclasses.asdict(at),
+        "position": at.stored(),
         "weights": {name: parameter.detach() for name, parameter in objective.trainable().items()},
         "optimizer": optimizer.state_dict(),
         "ranks": parallel.gather(rank | ({"interval_figures": figures} if figures else {})),
@@ -236,7 +263,8 @@ def read_state(directory: Path, here: dict[str, str]) -> tuple[State, str, list[
         "kind": "state",
     }:
         raise CheckpointError(f"{file}: is {str(tag)[:60]}; this version of litlora reads format {FORMAT}")
-    position, fresh = content["position"], dataclasses.asdict(Position())
+    fresh = dataclasses.asdict(Position())
+    position = {name: fresh[name] for name in _LATER} | content["position"]
     if position.keys() != fresh.keys() or any(
         type(position[name]) not in _KINDS[type(fresh[name])] for name in fresh
     ):
@@ -345,6 +373,11 @@ def as_measured(settings: Finetune, start: Path) -> Finetune:
         sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
         settings = dataclasses.replace(
             settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes)
+        )
+    rate = train.get("learning_rate") if isinstance(train, dict) else None
+    if settings.train.learning_rate == AUTO and isinstance(rate, float):
+        settings = dataclasses.replace(
+            settings, train=dataclasses.replace(settings.train, learning_rate=rate)
         )
     if settings.precision == "auto" and precision in ("32-true", "bf16-true", "bf16-mixed"):
         settings = dataclasses.replace(settings, precision=precision)

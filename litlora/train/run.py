@@ -32,12 +32,14 @@ from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
+from litlora.train.best import closing_lines
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
 from litlora.train.compile import compile_blocks
 from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
+from litlora.train.learning_rate import settle_learning_rate
 from litlora.train.method import Method
 from litlora.train.parallel import Parallel
 from litlora.train.plan import described
@@ -155,6 +157,7 @@ class Run:
         if not method.trains_base:
             self.added.train(model)
         self._say_what_trains(num_rounded)
+        self.settings = settle_learning_rate(self.settings, model.config.hidden_size, self.say)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
             contexts.append(lambda: offloading(model))
@@ -321,6 +324,8 @@ class Run:
             f"{done.steps:,} steps in {duration(done.seconds)}, {done.tokens / done.seconds:,.0f} tokens/s, "
             f"peak memory {done.peak_memory / 2**30:.2f} GiB; loss {done.loss:.4f}{val}"
         )
+        for line in closing_lines(done):
+            self.say(line)
         if done.skipped:
             self.say(f"skipped: {done.skipped:,} steps whose loss or gradient was not finite")
         if self.dataset.notice:

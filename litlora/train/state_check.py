@@ -28,6 +28,8 @@ _UP_TO = {
     "logged_seconds": "seconds",
     "interval_tokens": "tokens",
     "interval_supervised": "interval_tokens",
+    "best_step": "step",
+    "validations_since_best": "step",
 }
 """{entry of a position: the entry that it cannot exceed}."""
 _NEVER_NEGATIVE = (".step", ".exp_avg_sq", ".row_var", ".col_var", ".variance")
@@ -39,11 +41,14 @@ _MT19937_WORDS = 624
 def check_position(at: Mapping[str, Any]) -> None:
     """A position whose entries have the right types has values that a run can reach."""
     for name, value in at.items():
-        if isinstance(value, bool) or value is None or name in ("loss", "val_loss"):
+        if isinstance(value, bool) or value is None or name.endswith("loss"):
             continue
         most = LONGEST if isinstance(value, float) else LARGEST
         if not 0 <= value <= at.get(_UP_TO.get(name), most) <= most:
             raise ValueError(f"{name} is {value}")
+    best = at["best_loss"]
+    if bool(at["best_step"]) != (best is not None and math.isfinite(best)):
+        raise ValueError(f"best_step is {at['best_step']} and best_loss is {best}")
     # Whoever has done a step has spent time on it, and has logged the first.
     if at["step"] and (not at["seconds"] or at["loss"] is None):
         raise ValueError(f"after {at['step']} steps, seconds is {at['seconds']} and loss is {at['loss']}")
