@@ -22,11 +22,12 @@ def main(settings: FinetuneFull) -> None:
     )
     dataset = read_dataset(settings.data)
 
+    from litlora.train.freeze import train_all_but
     from litlora.train.method import Method
     from litlora.train.run import finetune
 
     full = Method(
-        prepare=lambda model: model.requires_grad_(),
+        prepare=lambda model: train_all_but(model, settings.train.freeze),
         trains_base=True,
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",

@@ -78,13 +78,14 @@ def _meaning(target: str) -> Callable[[str], bool]:
     """Whether a target means the layer of a name."""
     if target in PRESETS:
         return lambda name: in_preset(name, target)
-    found = _pattern(target)
+    found = name_pattern(target)
     return lambda name: name == target or name.endswith("." + target) or found(name)
 
 
-def _pattern(text: str) -> Callable[[str], bool]:
+def name_pattern(text: str, option: str = "targets") -> Callable[[str], bool]:
     """Whether a regular expression matches a whole name: in linear time, or, if it has what that
-    engine lacks (look-around, references, a repeated part that may be empty), by `re`."""
+    engine lacks (look-around, references, a repeated part that may be empty), by `re`. Raises
+    UserError, which names the setting `option`, for text that is not one."""
     try:
         patterns = Patterns([text], ends=False)
         return lambda name: patterns.first(name) is not None
@@ -94,7 +95,7 @@ def _pattern(text: str) -> Callable[[str], bool]:
         compiled = re.compile(text)
     except re.error as error:
         raise UserError(
-            f"{setting('targets')} {text}: neither a layer's name nor a regular expression ({error})"
+            f"{setting(option)} {text}: neither a layer's name nor a regular expression ({error})"
         ) from None
     return lambda name: compiled.fullmatch(name) is not None
 

@@ -162,7 +162,7 @@ class Finetune:
             f"{setting('stream_base')} true and {fsdp}: each device holds its share of the base in memory; "
             "leave one of the two out",
         )
-        for name in ("auto_batch", "compile", "offload_activations"):
+        for name in ("auto_batch", "compile", "offload_activations", "freeze"):
             check(
                 not getattr(self.train, name),
                 f"{setting(name)} and {fsdp} do not go together; leave one of the two out",
@@ -203,6 +203,17 @@ class FinetuneLoRA(Finetune):
             f"{setting('init')} {self.lora.init} and {setting('strategy')} fsdp: this start needs whole "
             f"weights; use {setting('strategy')} ddp, or {setting('init')} kaiming or gaussian",
         )
+        train, full = self.train, "is for full fine-tuning (finetune/full.py)"
+        check(
+            not train.freeze,
+            f"{setting('freeze')} {full}: LoRA freezes the base; {setting('targets')} names what it adapts",
+        )
+        check(not train.update_early, f"{setting('update_early')} {full}: LoRA's gradients are small")
+        check(
+            train.optimizer != "muon",
+            f"{setting('optimizer')} muon {full}: A and B are not the matrices that it makes orthogonal; "
+            "use adamw",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +241,11 @@ class FinetuneFull(Finetune):
             f"{setting('optimizer')} {self.train.optimizer} and {setting('strategy')} fsdp: its state "
             "cannot be divided among devices; use adamw or sgd",
         )
+        check(
+            not self.train.update_early or self.num_devices == (1, 1),
+            f"{setting('update_early')} and several devices: gradients are exchanged "
+            "when all are there; use one device",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +269,11 @@ class FinetuneDPO(FinetuneLoRA):
             self.preference.loss != "kto" or self.train.global_batch_size > 1,
             f"{setting('global_batch_size')} 1: {setting('loss')} kto combines each prompt with the answer "
             "of another example of its step; take at least 2",
+        )
+        check(
+            self.train.neftune_alpha == 0,
+            f"{setting('neftune_alpha')} and {setting('loss')} {self.preference.loss}: NEFTune is for "
+            f"learning answers, not pairs of them; leave {setting('neftune_alpha')} out",
         )
 
 

@@ -61,19 +61,31 @@ class TrainConfig:
     gradient."""
     optimizer: Literal[
         *("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
-        *("lion", "lion_8bit", "adafactor", "sgd"),
+        *("lion", "lion_8bit", "adafactor", "sgd", "muon"),
     ] = "adamw"
     """adamw; lion (Chen et al. 2023), which wants a learning rate three to ten times smaller;
     adafactor (Shazeer & Stern 2018), which keeps a row and a column for each matrix; sgd, with the
-    momentum beta1. 8bit: moments in 8 bits (Dettmers et al. 2021). paged: moments in memory that
-    moves from the GPU to the machine when needed. lion, 8bit and paged need the extra
-    bitsandbytes."""
+    momentum beta1; muon (Jordan et al. 2024), for full fine-tuning: orthogonal updates of the blocks'
+    matrices, with the momentum 0.95 and the learning rates of AdamW, which trains the rest. 8bit:
+    moments in 8 bits (Dettmers et al. 2021). paged: moments in memory that moves from the GPU to the
+    machine when needed. lion, 8bit and paged need the extra bitsandbytes."""
     beta1: float = 0.9
     """Decay of the running mean of the gradient; adafactor has none."""
     beta2: float = 0.95
     """AdamW's decay of the running mean of the squared gradient; lion's of the mean gradient."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
+    neftune_alpha: float = field(default=0.0, metadata={"stored": "unless default"})
+    """NEFTune (Jain et al. 2023): in training, uniform noise up to neftune_alpha / sqrt(length of the
+    example · hidden size) is added to the embeddings; 5 is usual, 0 is none. Needs packing."""
+    freeze: list[str] = field(default_factory=list, metadata={"stored": "unless default"})
+    """For full fine-tuning: what does not train. Names of modules or weights, or the ends of these
+    (embed_tokens, norm.weight), ranges of layers (layers.0-11), and regular expressions that match
+    a whole name."""
+    update_early: bool = field(default=False, metadata={"stored": "unless default"})
+    """For full fine-tuning: update each weight as soon as its gradient is there, and free that, so
+    that the gradients of the whole model are never in memory together (LOMO, Lv et al. 2023). A step
+    is then one micro-batch, and max_grad_norm must be 0."""
     checkpoint_activations: Literal["auto", "none", "full", "selective"] = "auto"
     """What the backward pass computes again instead of keeping it. full: every block; selective:
     the feed-forward half of every block; none: nothing. auto: none, or full where memory would not
@@ -137,6 +149,15 @@ class TrainConfig:
         positive = math.isfinite(ratio) and ratio > 0
         check_value(self, "loraplus_lr_ratio", positive, "must be a positive, finite number")
         check_value(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be from 0 to 1")
+        alpha = self.neftune_alpha
+        check_value(self, "neftune_alpha", 0 <= alpha < math.inf, "must be 0 or more, and finite")
+        check(
+            alpha == 0 or self.packing,
+            f"{setting('neftune_alpha')} {alpha:g}: needs {setting('packing')}, which tells how long each "
+            f"example is; leave {setting('packing')} on",
+        )
+        if self.update_early:
+            self._check_update_early()
         positive = self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0)
         check_value(self, "max_time", positive, "must be a positive number of minutes")
         check(
@@ -150,6 +171,27 @@ class TrainConfig:
         """Those of its settings that are set and compare validation losses."""
         given = {"keep_best": self.keep_best, "early_stopping_patience": self.early_stopping_patience}
         return tuple(name for name, value in given.items() if value)
+
+    def _check_update_early(self) -> None:
+        """A weight is updated before the other gradients of the step are known."""
+        early, norm = setting("update_early"), setting("max_grad_norm")
+        check(
+            self.max_grad_norm == 0,
+            f"{early} and {norm} {self.max_grad_norm:g}: the norm of all gradients is known only "
+            f"when all weights are updated already; set {norm} to 0",
+        )
+        one = "a step must be one micro-batch, as gradients are not kept to be added up"
+        check(
+            self.micro_batch_tokens is None or not self.packing,
+            f"{early} and {setting('micro_batch_tokens')}: {one}; leave the second out, and make "
+            f"{setting('global_batch_size')} as small as memory asks for",
+        )
+        check(
+            self.packing or self.micro_batch_size == self.global_batch_size,
+            f"{early} and {setting('micro_batch_size')} {self.micro_batch_size}: {one}; set it to "
+            f"{setting('global_batch_size')} {self.global_batch_size}",
+        )
+        check(not self.auto_batch, f"{early} and {setting('auto_batch')}: {one}; use only one of the two")
 
     def _check_batches(self) -> None:
         check_positive(self, "global_batch_size", "micro_batch_size", "micro_batch_tokens")

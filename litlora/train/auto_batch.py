@@ -115,11 +115,11 @@ class Room:
     def __init__(self, parallel: Parallel, objective: Objective, config: TrainConfig) -> None:
         self._device = parallel.device
         self._sharing = parallel.world_size if parallel.device.type == "cpu" else 1
-        trainable = [p for p in objective.parameters() if p.requires_grad]
-        self.reserved = state_bytes(map(local, trainable), config)
+        trainable = {name: local(p) for name, p in objective.trainable().items()}
+        self.reserved = state_bytes(trainable, config)
         """Bytes kept for the optimizer, and for what is exchanged with other devices."""
         if parallel.world_size > 1:  # DistributedDataParallel has a second copy of the gradients
-            self.reserved += sum(local(p).nbytes for p in trainable)
+            self.reserved += sum(p.nbytes for p in trainable.values())
         if parallel.is_sharded:
             from litlora.train.sharding import unsharded_bytes
 
@@ -155,6 +155,8 @@ class LongestBatches:
         """How many examples make the run's largest micro-batch."""
         if not self.config.packing:
             return self.config.micro_batch_size
+        if self.config.update_early:  # a step is one micro-batch
+            return self.config.global_batch_size
         return max(1, sum(total <= pack_tokens(self.config) for total in accumulate(self.lengths)))
 
 

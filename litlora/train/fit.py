@@ -20,6 +20,7 @@ from litlora.report.sinks import Sink
 from litlora.settings import TrainConfig
 from litlora.train.best import BestSoFar
 from litlora.train.checkpoints import EarlyCheckpoints
+from litlora.train.early import EarlyUpdates
 from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import memory_advice
 from litlora.train.objective import Objective
@@ -62,6 +63,7 @@ class Trainer:
         optimizer = make_optimizer(objective.trainable(), config)
         self.module, self.optimizer = parallel.setup(objective, optimizer)
         """The objective as called in a training step, and its optimizer."""
+        self.early = EarlyUpdates(objective.trainable(), self.optimizer) if config.update_early else None
         self.at = Position()
         self.best = BestSoFar(config, checkpoints, has_validation=bool(data.val))
         self.sums = self._no_sums()
@@ -281,20 +283,27 @@ class Trainer:
                 loss, figures = self.module(objective.idle(batch) if idle else batch)
                 # The loss is a sum: divide once, by the weight of the step. Gradients are averaged
                 # over the ranks, so multiply by their number.
-                parallel.backward(loss * (0.0 if idle else parallel.world_size / weight))
+                loss_of_step = loss * (0.0 if idle else parallel.world_size / weight)
+                if self.early is None:
+                    parallel.backward(loss_of_step)
+                else:
+                    self.early.backward(parallel, loss_of_step)
             if not idle:
                 for name, value in {"loss": loss, **figures}.items():
                     sums[name] += value.detach()
         if not self._gradients_checked:
-            _check_gradients(objective)
+            _check_gradients(objective, self.early)
             self._gradients_checked = True
         parallel.average(objective.parameters())
-        norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
+        if self.early is None:
+            norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
+        else:
+            norm = self.early.norm()
         total = parallel.sum(sums["loss"])
         # Read both at once: it waits for the device.
         grad_norm, summed_loss = torch.stack([norm, total.to(torch.float32)]).tolist()
         finite = math.isfinite(grad_norm) and math.isfinite(summed_loss)
-        if finite:
+        if finite and self.early is None:
             self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(self.lengths[index] for index in indices)
@@ -347,7 +356,8 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     finite: bool
-    """Whether loss and gradient are, on all ranks; if not, nothing was changed."""
+    """Whether loss and gradient are, on all ranks; if not, nothing was changed, or with early updates
+    no weight whose gradient is not."""
 
 
 @torch.no_grad()
@@ -391,10 +401,13 @@ def _is_due(step: int, interval: int) -> bool:
     return bool(interval) and step % interval == 0
 
 
-def _check_gradients(objective: Objective) -> None:
+def _check_gradients(objective: Objective, early: EarlyUpdates | None) -> None:
     """Raise UserError unless everything trainable takes part in the loss: an adapter that does
     nothing must be impossible."""
-    idle = [name for name, parameter in objective.trainable().items() if parameter.grad is None]
+    if early is None:
+        idle = [name for name, parameter in objective.trainable().items() if parameter.grad is None]
+    else:
+        idle = early.without_gradient()
     if idle:
         raise UserError(
             f"{idle[0]} and {len(idle) - 1} other trainable weights take no part in the loss, "

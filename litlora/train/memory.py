@@ -121,7 +121,8 @@ def _rows_of_logits(objective: Objective, trial: Trial) -> int:
 
 
 def _gradient_bytes(objective: Objective) -> int:
-    return sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+    sizes = [parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad]
+    return max(sizes, default=0) if objective.config.update_early else sum(sizes)
 
 
 def _device(objective: Objective) -> torch.device:
@@ -212,11 +213,12 @@ def memory_advice(
             raise
         sizes = ([lengths[index] for index in micro] for micro in micro_batches)
         largest = max(sizes, key=sum if config.packing else lambda sizes: len(sizes) * max(sizes))
-        micro_batch = (
-            f"{setting('micro_batch_tokens')} ({pack_tokens(config):,})"
-            if config.packing
-            else f"{setting('micro_batch_size')} ({config.micro_batch_size})"
-        )
+        if config.update_early:
+            micro_batch = f"{setting('global_batch_size')} ({config.global_batch_size})"
+        elif config.packing:
+            micro_batch = f"{setting('micro_batch_tokens')} ({pack_tokens(config):,})"
+        else:
+            micro_batch = f"{setting('micro_batch_size')} ({config.micro_batch_size})"
         cause = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2].split(". ")[:3]
         raise UserError(
             f"out of memory at a micro-batch of {len(largest)} examples with {sum(largest):,} tokens, "

@@ -12,7 +12,7 @@ The loop knows nothing but the methods of `Objective`; a new loss is one subclas
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
 from litlora.model import GPT
 from litlora.settings import TrainConfig
+from litlora.train.neftune import noisy
 from litlora.train.parallel import Parallel
 
 Context = Callable[[], AbstractContextManager]
@@ -119,7 +120,9 @@ class Objective(nn.Module, ABC):
     def hidden(self, batch: Batch) -> Tensor:
         """The model's hidden states (M, C) at the learned positions."""
         ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, self.model.like)
-        return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
+        alpha, embedding = self.config.neftune_alpha, self.model.model.embed_tokens
+        with noisy(embedding, alpha, lengths) if alpha and self.training and lengths else nullcontext():
+            return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
 
     def token_losses(self, batch: Batch) -> Tensor:
         """-log p of each learned token in nats, in fp32 or better: (M,)."""

@@ -3,7 +3,7 @@ step."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,15 +39,65 @@ def _num_steps(steps: int | float, total_steps: int) -> int:
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the compiler's decorators around its methods: they import
+class _WithoutCompiler(torch.optim.Optimizer):
+    """An optimizer of torch without the compiler's decorators around its methods: they import
     torch._dynamo, which takes half as long as all of torch."""
 
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(_WithoutCompiler, torch.optim.AdamW):
+    """torch's AdamW."""
+
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
+class _Matrices(_WithoutCompiler, torch.optim.Muon):
+    """torch's Muon."""
+
+
+class Muon(_WithoutCompiler):
+    """Muon (Jordan et al. 2024) for matrices, and AdamW for all else, as one optimizer.
+
+    An update of Muon is scaled so that its root mean square is that of AdamW's (Liu et al. 2025,
+    arXiv:2502.16982), so that both learn at the same rate.
+    """
+
+    def __init__(
+        self,
+        matrices: list[Any],
+        others: Sequence[Any] = (),
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        """`matrices` and `others` are weights, or groups of them."""
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(_Matrices(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self._parts.append(AdamW(others, lr=lr, betas=betas, fused=True))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Give the parts the groups and the state of the whole."""
+        first = 0
+        for part in self._parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+    def step(self, closure: None = None) -> None:
+        for part in self._parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def make_optimizer(trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -65,11 +115,30 @@ def make_optimizer(trainable: Mapping[str, nn.Parameter], config: TrainConfig) -
                 group = {"params": weights, "weight_decay": decay}
                 groups.append(group | ({LR_RATIO: ratio} if own_rate else {}))
     kind, more = optimizer_class(config.optimizer)
+    if kind is Muon:
+        names = {parameter: name for name, parameter in trainable.items()}
+        return _make_muon(groups, names, config)
     if config.optimizer in WITH_BETAS:
         more = {"betas": (config.beta1, config.beta2), **more}
     elif config.optimizer == "sgd":
         more = {"momentum": config.beta1, **more}
     return kind(groups, lr=config.learning_rate, **more)
+
+
+def _make_muon(groups: list[dict[str, Any]], names: Mapping[nn.Parameter, str], config: TrainConfig) -> Muon:
+    """Muon for the matrices of the blocks: embeddings and the output head have rows that stand for
+    tokens, and are AdamW's with all vectors (Jordan et al. 2024)."""
+    parts = [], []
+    for group in groups:
+        for number, part in enumerate(parts):
+            chosen = [p for p in group["params"] if _is_muons(names[p], p) == (number == 0)]
+            if chosen:
+                part.append({**group, "params": chosen})
+    return Muon(*parts, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+
+
+def _is_muons(name: str, weight: nn.Parameter) -> bool:
+    return weight.ndim == 2 and any(part.isdecimal() for part in name.split("."))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -88,6 +157,8 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     bitsandbytes is needed and not installed."""
     if name == "adamw":
         return AdamW, {"fused": True}
+    if name == "muon":
+        return Muon, {}
     if name == "sgd":
         return torch.optim.SGD, {}
     if name == "adafactor":
@@ -132,11 +203,13 @@ def check_optimizer(
         ) from None
 
 
-def state_bytes(trainable: Iterable[nn.Parameter], config: TrainConfig) -> int:
+def state_bytes(trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> int:
     """Memory of what the optimizer keeps of each weight: its moments, in the dtype of the weights or
     a byte a value. Paged ones count as if none were paged out."""
     name = config.optimizer
     if name == "adafactor":  # a row and a column for each matrix
-        return sum(sum(p.shape) * p.itemsize for p in trainable)
+        return sum(sum(p.shape) * p.itemsize for p in trainable.values())
+    if name == "muon":
+        return sum((1 if _is_muons(of, p) else 2) * p.nbytes for of, p in trainable.items())
     moments = 1 if name.startswith(("lion", "sgd")) else 2
-    return sum(moments * (p.numel() if name.endswith("8bit") else p.nbytes) for p in trainable)
+    return sum(moments * (p.numel() if name.endswith("8bit") else p.nbytes) for p in trainable.values())

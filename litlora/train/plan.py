@@ -55,6 +55,8 @@ def evaluation_plan(lengths: Sequence[int], config: TrainConfig) -> Iterator[lis
 
 def pack_tokens(config: TrainConfig) -> int | None:
     """Tokens of a packed micro-batch; None without packing."""
+    if config.packing and config.update_early:  # a step is one micro-batch
+        return config.global_batch_size * config.max_seq_length
     return (config.micro_batch_tokens or config.max_seq_length) if config.packing else None
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.frozen.streamed import StreamedEmbedding
 from litlora.storage.dtypes import dtype_name
@@ -93,11 +94,18 @@ def count_rounded(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
-    """Convert every weight to this dtype, into memory of its own if `copy`; returns how many
-    tensors that rounded."""
+    """Convert every weight to this dtype, what trains into memory of its own if `copy`; returns how
+    many tensors that rounded. Raises UserError if `copy`, as the base trains, and one of its frozen
+    weights would be rounded."""
     rounded = count_rounded(model, dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype, copy=copy)
+    for name, parameter in model.named_parameters():
+        is_frozen = copy and not parameter.requires_grad
+        if is_frozen and torch.promote_types(parameter.dtype, dtype) != dtype:
+            raise UserError(
+                f"{setting('precision')} rounds {name} from {short(parameter.dtype)} to {short(dtype)}, and "
+                f"{setting('freeze')} keeps it as it is; use 32-true or bf16-mixed"
+            )
+        parameter.data = parameter.data.to(dtype, copy=copy and not is_frozen)
     for module in model.modules():
         if isinstance(module, StreamedEmbedding):
             module.dtype = dtype

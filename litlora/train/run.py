@@ -38,6 +38,7 @@ from litlora.train.claim import claimed
 from litlora.train.compile import compile_blocks
 from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
+from litlora.train.freeze import frozen_notice
 from litlora.train.interrupts import Interrupts
 from litlora.train.learning_rate import settle_learning_rate
 from litlora.train.method import Method
@@ -149,12 +150,14 @@ class Run:
             )
         self.precision = precision = self.parallel.broadcast(decision)
         self.undivided = list(model.parameters())
+        if method.trains_base:
+            method.prepare(model)  # first: what is frozen needs no memory of its own
         if self.parallel.is_sharded:  # it is converted while it is divided
             num_rounded = count_rounded(model, precision.dtype)
         else:
             num_rounded = cast(model, precision.dtype, copy=method.trains_base)
-        method.prepare(model)
         if not method.trains_base:
+            method.prepare(model)
             self.added.train(model)
         self._say_what_trains(num_rounded)
         self.settings = settle_learning_rate(self.settings, model.config.hidden_size, self.say)
@@ -401,6 +404,8 @@ class Run:
         self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
         if choice := describe_choice(self.model):
             self.say(f"adapters: {choice}")
+        if self.settings.train.freeze:
+            self.say(f"frozen: {frozen_notice(self.model)}")
         self._say_quantised()
         self.say(f"precision: {precision.name} ({precision.reason})")
         if num_rounded:

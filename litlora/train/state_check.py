@@ -5,6 +5,7 @@ as a parameter has, whatever the size of the stored moments. So each entry's typ
 range is compared with the live one before anything is loaded. All functions raise ValueError.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -83,6 +84,7 @@ def check_optimizer_state(
         raise ValueError("the optimizer's state must consist of state and param_groups")
     _check_groups(stored["param_groups"], optimizer.state_dict()["param_groups"], is_forced)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    settings = [_settings_of(group, config) for group in optimizer.param_groups for _ in group["params"]]
     slots = stored["state"]
     # Before the first step that was finite there is none.
     if not isinstance(slots, dict) or (slots and set(slots) != set(range(len(parameters)))):
@@ -90,9 +92,9 @@ def check_optimizer_state(
     fresh: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, slot in slots.items():
         parameter = parameters[index]
-        kind = tuple(parameter.shape), parameter.dtype
+        kind = tuple(parameter.shape), parameter.dtype, settings[index].optimizer
         if kind not in fresh:
-            fresh[kind] = _fresh_slot(parameter, config)
+            fresh[kind] = _fresh_slot(parameter, settings[index])
         _check_alike(f"optimizer.state[{index}]", slot, fresh[kind], parameter if is_forced else None)
     return {
         **stored,
@@ -144,12 +146,18 @@ def _check_groups(stored: Any, live: list[dict[str, Any]], is_forced: bool) -> N
                 raise ValueError(f"{where}: {name} is {str(found)[:60]}, and {str(value)[:60]} here")
 
 
+def _settings_of(group: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+    """The settings that make the optimizer of a group: beside Muon, that is AdamW."""
+    is_adamw = config.optimizer == "muon" and "betas" in group
+    return dataclasses.replace(config, optimizer="adamw") if is_adamw else config
+
+
 def _fresh_slot(parameter: nn.Parameter, config: TrainConfig) -> dict[str, Any]:
     """What the optimizer keeps for such a parameter after its first step."""
     # Its own memory for the values alone: what they are does not matter.
     twin = nn.Parameter(torch.zeros_like(parameter))
     twin.grad = twin.detach()
-    optimizer = make_optimizer({"twin": twin}, config)
+    optimizer = make_optimizer({"layers.0.twin": twin}, config)
     optimizer.step()
     return optimizer.state_dict()["state"][0]
 

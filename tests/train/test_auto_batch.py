@@ -77,7 +77,7 @@ def test_auto_batch_tries_on_the_cpu_only_what_will_fit(monkeypatch):
 
     config = TrainConfig(global_batch_size=12, auto_batch=True)
     plain = SFT(objective(dtype=torch.float32).model, config)
-    reserved = math.ceil(state_bytes([p for p in plain.parameters() if p.requires_grad], config) / 0.8)
+    reserved = math.ceil(state_bytes(plain.trainable(), config) / 0.8)
     examples = [Example(array("i", range(20)), ((3, 20),))] * 36
     found = fit(64_000)
     assert tried == [1, 2, 4]  # 41,000 of 51,200; 5 would take 51,250 by what 4 took

@@ -1,5 +1,6 @@
 """The schedule and the optimizer's groups."""
 
+import copy
 import csv
 import importlib.util
 import math
@@ -16,7 +17,7 @@ from litlora.checkpoint import open_checkpoint
 from litlora.errors import MissingExtraError, UserError
 from litlora.lora import add_lora
 from litlora.model import GPT
-from litlora.settings import FinetuneFull, LoRAConfig, TrainConfig
+from litlora.settings import FinetuneFull, FinetuneLoRA, LoRAConfig, TrainConfig
 from litlora.train.optim import check_optimizer, lr_at, make_optimizer, set_learning_rate, state_bytes
 
 
@@ -155,6 +156,52 @@ def test_they_learn_and_resume_to_the_bit(settings, base, alpaca_file, tmp_path,
     assert float(losses[-1]) < float(losses[0])
 
 
+def test_muon_is_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
+    """Two steps of it are to the bit those of torch's two optimizers side by side."""
+    model = GPT(tiny_config(qk_norm="head"))
+    twin = copy.deepcopy(model)
+    config = TrainConfig(optimizer="muon", weight_decay=0.1, learning_rate=1e-2)
+    whole = make_optimizer(trainable(model), config)
+    matrices, vectors, rest = [], [], []
+    for name, p in twin.named_parameters():
+        (matrices if p.ndim == 2 and ".layers." in name else rest if p.ndim == 2 else vectors).append(p)
+    assert matrices and len(rest) == 2 and vectors
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": rest, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for rate in (1e-2, 5e-3):
+        set_learning_rate(whole, rate)
+        for group in (*muon.param_groups, *adamw.param_groups):
+            group["lr"] = rate
+        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        for optimizer in (whole, muon, adamw):
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    kept = sum(v.nbytes for slot in whole.state.values() for v in slot.values() if v.ndim)
+    assert kept == state_bytes(trainable(model), config)
+
+
+def test_muon_is_for_full_fine_tuning():
+    with pytest.raises(UserError, match=r"^optimizer muon is for full fine-tuning \(finetune/full.py\)"):
+        FinetuneLoRA(train=TrainConfig(optimizer="muon"))
+
+
+@pytest.mark.slow
+def test_muon_learns_and_resumes_to_the_bit(base, alpaca_file, tmp_path):
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    train = {"optimizer": "muon", "max_steps": 8}
+    tune("full", base, alpaca_file, expected, train=train, precision="32-true")
+    with extra_sinks(AfterStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM))), pytest.raises(SystemExit):
+        tune("full", base, alpaca_file, out, train=train, precision="32-true")
+    tune("full", base, alpaca_file, out, train=train, precision="32-true", resume="auto")
+    assert (out / "final/lit_model.pth").read_bytes() == (expected / "final/lit_model.pth").read_bytes()
+    with open(out / "metrics.csv", newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"])
 def test_a_missing_extra_is_named_before_any_work(name, base, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -182,7 +229,7 @@ def test_moments_in_8_bits_learn_nearly_the_same(base, alpaca_file, tmp_path, ca
     ]
     assert (
         sum(value.nbytes for value in moments)
-        == state_bytes([weight], TrainConfig(optimizer="adamw_8bit"))
+        == state_bytes({"weight": weight}, TrainConfig(optimizer="adamw_8bit"))
         == 2 * 64 * 64
     )
     losses = {}
