@@ -22,7 +22,7 @@ from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, attend, causal_mask, packed_attention
 from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.rotary import Rope, RotaryTable, halves, rotate
-from litlora.lora import gated_mlp, project
+from litlora.lora import LoRAEmbedding, gated_mlp, project
 from litlora.norms import make_head_norm, make_norm
 
 
@@ -367,7 +367,8 @@ class GPT(nn.Module):
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device in which the model computes."""
         embedding = self.model.embed_tokens
-        return embedding.like if isinstance(embedding, StreamedEmbedding) else embedding.weight
+        inner = isinstance(embedding, StreamedEmbedding | LoRAEmbedding)
+        return embedding.like if inner else embedding.weight
 
     @classmethod
     def without_weights(cls, config: ModelConfig) -> "GPT":

@@ -5,7 +5,7 @@ merge_lora(model)            folds every update into its W; outputs stay the sam
 unmerge_lora(model)          puts back every W, bit for bit
 unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 
-layer.py     LoRALinear, and the functions above
+layer.py     LoRALinear, LoRAEmbedding, and the functions above
 update.py    one layer's update, and the formula
 dense.py     updates of other tools that are not s · B A
 variants.py  what A and B mean, and what belongs to them
@@ -17,6 +17,7 @@ select.py    which layers, and the rank and alpha of each
 
 from litlora.lora.adapter import Adapter, BaseReference
 from litlora.lora.layer import (
+    LoRAEmbedding,
     LoRALinear,
     adapter_of,
     add_lora,
@@ -40,6 +41,7 @@ __all__ = [
     "Adapter",
     "BaseReference",
     "LoRAConfig",
+    "LoRAEmbedding",
     "LoRALinear",
     "Update",
     "Variant",

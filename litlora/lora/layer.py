@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
@@ -26,6 +27,7 @@ from litlora.lora.adapter import Adapter
 from litlora.lora.rows import rows_of
 from litlora.lora.select import (
     check_patterns,
+    in_layers,
     layer_alpha,
     layer_rank,
     select_layers,
@@ -61,13 +63,16 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scale = scale_of(alpha, rank, rslora=rslora)
         device = frozen_weight(linear).device
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         # What A and B started with, where that must be known: see litlora/lora/starts.py.
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
         self.is_residual = False
         self._base: nn.Linear | FrozenLinear | None = None  # the layer without the update, while merged
+        self._start()
+
+    def _start(self) -> None:
         self.variant.start(self)
 
     @property
@@ -166,10 +171,13 @@ class LoRALinear(nn.Module):
         """Fold the update into W and return the merged layer, for `set_submodule`. Merging twice
         adds the update once."""
         if not self.merged:
-            merged, base = _linear(self.weight, self.linear), self.linear
+            merged, base = self._with_weight(self.weight), self.linear
             self.linear = merged
             object.__setattr__(self, "_base", base)  # not a submodule: it would show in the state_dict
         return self.linear
+
+    def _with_weight(self, weight: Tensor) -> nn.Module:
+        return _linear(weight, self.linear)
 
     def unmerge(self) -> None:
         """Put back the layer without the update: the same tensors, hence the same bits."""
@@ -184,6 +192,50 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, merged={self.merged}"
+
+
+class LoRAEmbedding(LoRALinear):
+    """An embedding and its low-rank update: token i has the row E_i + s · B_i A, with A (r, C) and B
+    (V, r).
+
+    As in PEFT, A starts from a normal distribution and B, of which there is a row for each token,
+    from zero, and there is no dropout.
+    """
+
+    def _start(self) -> None:
+        if not self.variant.is_plain:
+            raise UserError(
+                f"{setting('variant')} {self.variant.name}: an embedding has plain LoRA alone; leave it "
+                f"out of {setting('targets')}"
+            )
+        nn.init.normal_(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the rows."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.embedding_dim
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.num_embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.linear(ids)
+        if self.merged:
+            return rows
+        return rows + (self.scale * (F.embedding(ids, self.lora_B) @ self.lora_A)).to(rows.dtype)
+
+    def _with_weight(self, weight: Tensor) -> nn.Embedding:
+        return nn.Embedding.from_pretrained(weight).train(self.linear.training)
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -266,8 +318,8 @@ def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
 def add_lora(
     model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32, *, start: bool = True
 ) -> list[str]:
-    """Wrap the linear layers that `config.targets` names and freeze everything else; returns their
-    names. Without `start`, the adapter still has to get the start that `config.init` names
+    """Wrap the layers that `config.targets` names and freeze everything else; returns their names.
+    Without `start`, the adapter still has to get the start that `config.init` names
     (litlora/lora/starts.py).
 
     Raises UserError for a target that matches nothing, and for a layer that cannot be adapted or is
@@ -275,16 +327,13 @@ def add_lora(
     """
     if lora_layers(model):
         raise UserError("the model already has an adapter; merge it or unwrap it first")
-    names = select_layers(model, config.targets)
+    names = in_layers(select_layers(model, config.targets), config)
     check_patterns(config, names)
     for name in names:
-        linear, rank = model.get_submodule(name), layer_rank(config, name)
-        if rank > (most := min(linear.in_features, linear.out_features)):
+        (out, width), rank = _size(model.get_submodule(name)), layer_rank(config, name)
+        if rank > (most := min(out, width)):
             origin = setting("rank" if rank == config.rank else "rank_pattern")
-            raise UserError(
-                f"{origin} {rank}: {name} is {linear.out_features} x {linear.in_features}; "
-                f"its rank can be at most {most}"
-            )
+            raise UserError(f"{origin} {rank}: {name} is {out} x {width}; its rank can be at most {most}")
     whole = select_whole(model, config.modules_to_save, names)
     attach_lora(model, names, config, dtype)
     for name in whole:
@@ -298,10 +347,16 @@ def add_lora(
     return names
 
 
+def _size(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features
+
+
 def attach_lora(
     model: nn.Module, names: list[str], config: LoRAConfig, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Wrap the linear layers of these exact names and freeze everything else."""
+    """Wrap the linear layers and embeddings of these exact names and freeze everything else."""
     check_dropout(variant_named(config.variant), config.dropout)
     model.requires_grad_(False)
     wrapped: dict[nn.Module, LoRALinear] = {}
@@ -310,7 +365,8 @@ def attach_lora(
         if name in names or module in wrapped:
             if module not in wrapped:
                 rank, alpha = layer_rank(config, name), layer_alpha(config, name)
-                wrapped[module] = LoRALinear(
+                kind = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+                wrapped[module] = kind(
                     module, rank, alpha, config.dropout, dtype, rslora=config.rslora, variant=config.variant
                 )
             model.set_submodule(name, wrapped[module])

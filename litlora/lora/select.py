@@ -12,7 +12,7 @@ from litlora.errors import UserError, setting
 from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
 from litlora.lora.update import Update, scale_of
 from litlora.settings import PRESETS, LoRAConfig
-from litlora.settings.targets import ByTarget, in_preset
+from litlora.settings.targets import ByTarget, in_preset, layer_number
 from litlora.storage.patterns import Patterns
 
 
@@ -48,15 +48,20 @@ def _why_not_whole(model: nn.Module, name: str, adapted: list[str]) -> str | Non
 
 
 def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The names of the linear layers that targets mean, in the model's order.
+    """The names of the linear layers and embeddings that targets mean, in the model's order.
 
     A target is a preset, a layer's name or the end of one (`q_proj`, `self_attn.q_proj`), or a
-    regular expression that matches a whole name. Raises UserError for a target that matches no
-    linear layer and for a layer that cannot be adapted.
+    regular expression that matches a whole name. An embedding is meant by its name alone. Raises
+    UserError for a target that matches nothing and for a layer that cannot be adapted.
     """
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     asked = [targets] if isinstance(targets, str) else targets
+    linears = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, LINEAR)
+        or (isinstance(module, nn.Embedding) and any(_is_end(target, name) for target in asked))
+    ]
     found_by = {target: list(filter(_meaning(target), linears)) for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
@@ -79,7 +84,32 @@ def _meaning(target: str) -> Callable[[str], bool]:
     if target in PRESETS:
         return lambda name: in_preset(name, target)
     found = name_pattern(target)
-    return lambda name: name == target or name.endswith("." + target) or found(name)
+    return lambda name: _is_end(target, name) or found(name)
+
+
+def _is_end(target: str, name: str) -> bool:
+    """Whether a target is a layer's name or the end of it."""
+    return name == target or name.endswith("." + target)
+
+
+def in_layers(names: list[str], config: LoRAConfig) -> list[str]:
+    """Those of the chosen layers that are in one of layers_to_transform. Raises UserError for a number
+    that none of them has."""
+    if (wanted := config.layers_to_transform) is None:
+        return names
+    numbers = {name: layer_number(name) for name in names}
+    if outside := [name for name in names if numbers[name] is None]:
+        raise UserError(
+            f"{setting('layers_to_transform')} and {setting('targets')}: {', '.join(outside)} is in no "
+            f"layer; leave it out of {setting('targets')}"
+        )
+    if missed := [str(number) for number in wanted if number not in numbers.values()]:
+        there = sorted(set(numbers.values()))
+        raise UserError(
+            f"{setting('layers_to_transform')} {', '.join(missed)}: none of the layers that "
+            f"{setting('targets')} chooses has that number; they have {there[0]} to {there[-1]}"
+        )
+    return [name for name in names if numbers[name] in wanted]
 
 
 def name_pattern(text: str, option: str = "targets") -> Callable[[str], bool]:
@@ -106,7 +136,11 @@ def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:
     layer, parent = modules[name], modules[name.rpartition(".")[0]]
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads its weight and never calls it"
-    if type(layer).forward not in (nn.Linear.forward, FrozenLinear.forward):
+    if isinstance(layer, nn.Embedding):
+        odd = layer.max_norm is not None or layer.padding_idx is not None or layer.sparse
+        if odd or type(layer).forward is not nn.Embedding.forward:
+            return "it is an embedding that does more than look up rows"
+    elif type(layer).forward not in (nn.Linear.forward, FrozenLinear.forward):
         return f"its class {type(layer).__name__} computes something else than W x + b"
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized, so it cannot be replaced by a merged one"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
 from litlora.frozen.quantized import QuantizedWeight
-from litlora.lora.layer import LoRALinear
+from litlora.lora.layer import LoRAEmbedding, LoRALinear
 from litlora.settings import LoRAConfig
 
 Factors = tuple[Tensor, Tensor]
@@ -105,6 +105,11 @@ def check_start(init: str, name: str, layer: LoRALinear) -> None:
         raise UserError(
             f"{setting('init')} {init}: {setting('variant')} {layer.variant.name} has a start of its own; "
             f"leave {setting('init')} out"
+        )
+    if init != "kaiming" and isinstance(layer, LoRAEmbedding):
+        raise UserError(
+            f"{setting('init')} {init} and {setting('targets')} {name}: an embedding has a start of its own; "
+            f"leave one of the two out"
         )
     if family(init) in ("pissa", "loftq") and layer.scale < 0:
         raise UserError(

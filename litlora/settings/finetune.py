@@ -14,6 +14,7 @@ from litlora.settings.preference import PreferenceConfig
 from litlora.settings.quantize import Quantization
 from litlora.settings.streaming import StreamBase, check_streamed
 from litlora.settings.styles import check_prompt_style
+from litlora.settings.targets import embedding_among
 from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import AUTO, TrainConfig
 
@@ -192,7 +193,13 @@ class FinetuneLoRA(Finetune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_streamed(self, modules_to_save=self.lora.modules_to_save)
+        embedding = embedding_among(self.lora.targets)
+        check_streamed(self, modules_to_save=self.lora.modules_to_save, targets=embedding)
+        check(
+            embedding is None or self.lora.init == "kaiming",
+            f"{setting('init')} {self.lora.init} and {setting('targets')} {embedding}: an embedding has a "
+            "start of its own; leave one of the two out",
+        )
         check(
             self.lora.init != "loftq" or self.quantize is not None,
             f"{setting('init')} loftq makes up for what {setting('quantize')} loses, which is not set; "
@@ -202,6 +209,11 @@ class FinetuneLoRA(Finetune):
             self.strategy != "fsdp" or self.lora.init in ("kaiming", "gaussian"),
             f"{setting('init')} {self.lora.init} and {setting('strategy')} fsdp: this start needs whole "
             f"weights; use {setting('strategy')} ddp, or {setting('init')} kaiming or gaussian",
+        )
+        check(
+            embedding is None or self.lora.variant == "lora",
+            f"{setting('variant')} {self.lora.variant} and {setting('targets')} {embedding}: an embedding "
+            f"has plain LoRA alone; leave {embedding} out, or use {setting('variant')} lora",
         )
         train, full = self.train, "is for full fine-tuning (finetune/full.py)"
         check(

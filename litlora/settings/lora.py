@@ -6,7 +6,7 @@ from functools import cached_property
 
 from litlora.errors import UserError, setting
 from litlora.settings.checks import check, check_alpha, check_finite, check_positive, check_value
-from litlora.settings.targets import ByTarget
+from litlora.settings.targets import ByTarget, layer_numbers
 
 STARTS = "kaiming, gaussian, pissa, pissa_niter_N, olora, loftq, eva"
 _START = re.compile(r"kaiming|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq|eva")
@@ -26,7 +26,12 @@ class LoRAConfig:
     """Layers to adapt: qv, attention, mlp (of experts, too), experts (those that a router picks),
     all-linear (every linear layer but the output head), or a list of these, of layer names (q_proj,
     layers.0.mlp.up_proj) and of regular expressions that match a whole name. Their time is linear,
-    unless one has look-around, references or the like."""
+    unless one has look-around, references or the like. embed_tokens, or another embedding by its
+    name, has a row of B for each token."""
+    layers_to_transform: int | str | list[int | str] | None = field(
+        default=None, metadata={"stored": "unless default"}
+    )
+    """Adapt only these of the model's layers, counted from 0: [20, 21], 20-31, or a list of both."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023), so that a high rank learns
     as fast as a low one."""
@@ -51,6 +56,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "rank")
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", layer_numbers(self.layers_to_transform))
         object.__setattr__(self, "alpha", float(self.alpha))  # one type in every file
         check_alpha(f"{setting('alpha')} {self.alpha}", self.alpha)
         check_value(self, "dropout", 0 <= self.dropout <= 0.999, "must be at least 0 and at most 0.999")

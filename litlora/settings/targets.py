@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from litlora.errors import UserError, setting
 from litlora.storage.patterns import Patterns
 
 PRESETS = ("qv", "attention", "mlp", "experts", "all-linear")
 OUTPUT_HEAD = "lm_head"
+MOST_LAYERS = 10_000
+_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _SUFFIXES = {
     "qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -30,6 +33,36 @@ def kind_of(name: str) -> str:
     if _EXPERTS.fullmatch(name):
         return f"experts.{leaf}"
     return f"shared_expert.{leaf}" if ".shared_expert." in name else leaf
+
+
+def embedding_among(targets: str | list[str]) -> str | None:
+    """The first of the targets that names an embedding, such as embed_tokens."""
+    names = [targets] if isinstance(targets, str) else targets
+    return next((name for name in names if name.rpartition(".")[2].startswith("embed_")), None)
+
+
+def layer_numbers(given: int | str | list[int | str]) -> list[int]:
+    """The numbers that layers_to_transform means, in order: numbers and ranges such as 20-31. Raises
+    UserError for anything else."""
+    numbers: set[int] = set()
+    for entry in given if isinstance(given, list) else [given]:
+        found = _RANGE.fullmatch(str(entry))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < MOST_LAYERS:
+            raise UserError(
+                f"{setting('layers_to_transform')} {entry}: must be a number from 0, or a range such as 20-31"
+            )
+        numbers |= {*range(first, last + 1)}
+    if not numbers:
+        raise UserError(
+            f"{setting('layers_to_transform')} is empty: an adapter without layers trains nothing"
+        )
+    return sorted(numbers)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a module's name is in: 3 of model.layers.3.mlp.experts.1."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 class ByTarget:

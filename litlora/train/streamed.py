@@ -13,7 +13,8 @@ from litlora.checkpoint import Chain, resolve
 from litlora.errors import setting
 from litlora.frozen.streamed import Stream
 from litlora.load import Loaded, load_chain
-from litlora.settings import Finetune, TrainConfig
+from litlora.settings import Finetune, FinetuneLoRA, TrainConfig
+from litlora.settings.targets import embedding_among
 from litlora.streaming import gib, streams
 from litlora.train.method import Method
 from litlora.train.parallel import Parallel
@@ -48,6 +49,8 @@ def base_streams(settings: Finetune, method: Method, chain: Chain, parallel: Par
     if chain.adapters:
         hindrance = f"{chain.top.directory} is an adapter, whose merge is in memory (merge it first)"
     kept = {"modules_to_save": method.dense, "add_tokens": settings.tokenizer.add_tokens}
+    if isinstance(settings, FinetuneLoRA):
+        kept |= {"targets": embedding_among(settings.lora.targets)}
     kept |= {"quantize": settings.quantize, "compile": settings.train.compile}
     # What the settings refuse where the base was asked to stream.
     if name := next((name for name, value in kept.items() if value), None):

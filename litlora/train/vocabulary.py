@@ -90,7 +90,7 @@ class AddedTokens:
                     "on the result"
                 )
         embedding, head = model.model.embed_tokens, model.lm_head
-        adapted = isinstance(head, LoRALinear)
+        adapted = isinstance(head, LoRALinear) or isinstance(embedding, LoRALinear)
         if adapted or any(p.requires_grad for p in (*embedding.parameters(), *head.parameters())):
             name = "targets" if adapted else "modules_to_save"
             raise UserError(

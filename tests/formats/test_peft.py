@@ -87,6 +87,12 @@ LLAMA_CASES = {
         "target_modules": ["q_proj"],
         "modules_to_save": ["embed_tokens", "norm"],
     },
+    "layers": {
+        "target_modules": ["q_proj", "down_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "layers_by_expression": {"target_modules": r".*layers\.1\.(self_attn\.[qv]_proj|mlp\.up_proj)"},
     "head_and_embedding_adapted": {
         "r": 4,
         "lora_alpha": 10,
@@ -305,6 +311,14 @@ OWN_CASES = {
     ),
     "llama-whole": ("llama", LoRAConfig(targets="qv", modules_to_save=["lm_head", "model.norm"])),
     "llama_tied-head": ("llama_tied", LoRAConfig(rank=3, targets=["q_proj", "lm_head"])),
+    "llama_tied-embedding": ("llama_tied", LoRAConfig(rank=3, targets=["q_proj", "embed_tokens"])),
+    "llama_tied-ends": ("llama_tied", LoRAConfig(rank=3, alpha=7.0, targets=["lm_head", "embed_tokens"])),
+    "llama-embedding": (
+        "llama",
+        LoRAConfig(rank=3, rslora=True, targets=["embed_tokens", "qv"], rank_pattern={"embed_tokens": 5}),
+    ),
+    "gpt2-embeddings": ("gpt2", LoRAConfig(rank=3, targets=["embed_tokens", "embed_positions", "q_proj"])),
+    "llama-layers": ("llama", LoRAConfig(rank=3, layers_to_transform=[1])),
     "gpt_neox": ("gpt_neox", LoRAConfig(rank=3, alpha=7.0)),
     "gpt_neox-qv": ("gpt_neox", LoRAConfig(rank=3, alpha=7.0, targets="qv")),
     "gpt_neox-mixed": (

@@ -232,7 +232,7 @@ def test_targets_select(targets, leaves):
 
 
 @pytest.mark.parametrize(
-    "targets", [["query"], ["q_proj", "nope"], ["embed_tokens"], ["self_attn"], ["proj"], ["(", "q_proj"]]
+    "targets", [["query"], ["q_proj", "nope"], ["norm"], ["self_attn"], ["proj"], ["(", "q_proj"]]
 )
 def test_a_target_that_matches_no_linear_layer_is_an_error(targets):
     with pytest.raises(UserError, match=r"^targets "):
