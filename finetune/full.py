@@ -26,8 +26,9 @@ def main(settings: FinetuneFull) -> None:
     from litlora.train.method import Method
     from litlora.train.run import finetune
 
+    frozen, adds_tokens = settings.train.freeze, bool(settings.tokenizer.add_tokens)
     full = Method(
-        prepare=lambda model: train_all_but(model, settings.train.freeze),
+        prepare=lambda model: train_all_but(model, frozen, adds_tokens=adds_tokens),
         trains_base=True,
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",

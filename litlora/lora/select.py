@@ -105,8 +105,9 @@ def in_layers(names: list[str], config: LoRAConfig) -> list[str]:
         )
     if missed := [str(number) for number in wanted if number not in numbers.values()]:
         there = sorted(set(numbers.values()))
+        more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
         raise UserError(
-            f"{setting('layers_to_transform')} {', '.join(missed)}: none of the layers that "
+            f"{setting('layers_to_transform')} {missed[0]}{more}: none of the layers that "
             f"{setting('targets')} chooses has that number; they have {there[0]} to {there[-1]}"
         )
     return [name for name in names if numbers[name] in wanted]

@@ -12,25 +12,32 @@ _RANGE = re.compile(r"(.+\.)?(\d+)-(\d+)(\..+)?")
 """`layers.0-11`, or `layers.0-11.mlp`."""
 
 
-def train_all_but(model: nn.Module, targets: list[str]) -> None:
+def train_all_but(model: nn.Module, targets: list[str], *, adds_tokens: bool = False) -> None:
     """Mark every weight as trained but those that the targets mean: names of modules or weights, ends
     of these, ranges of layers, and regular expressions that match a whole name.
 
     A weight with two names, such as a tied embedding, is frozen by either. Raises UserError for a
-    target that matches nothing, and if nothing would train.
+    target that matches nothing, if nothing would train, and, if the run `adds_tokens`, where their
+    rows would not.
     """
     model.requires_grad_()
     for target in targets:
         for part in _spread(target):
             if not (weights := _meant(model, part)):
-                there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules()))
+                leaves = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
+                there = ", ".join(leaf for leaf in leaves if leaf and not leaf.isdecimal())
                 what = part if part == target else f"{target}: {part}"
                 raise UserError(
-                    f"{setting('freeze')} {what}: no module or weight has that name; modules: "
-                    f"{there.strip(', ')}"
+                    f"{setting('freeze')} {what}: no module or weight has that name; modules: {there}"
                 )
             for weight in weights:
                 weight.requires_grad_(False)
+    ends = [f"{name}.weight" for name in ("model.embed_tokens", "lm_head")] if adds_tokens else []
+    if fixed := [name for name in ends if not model.get_parameter(name).requires_grad]:
+        raise UserError(
+            f"{setting('add_tokens')} and {setting('freeze')}: the rows of added tokens must train, and "
+            f"{fixed[0]} is frozen; leave it out of {setting('freeze')}"
+        )
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"{setting('freeze')} {', '.join(targets)}: freezes every weight, so nothing trains")
 

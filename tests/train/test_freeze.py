@@ -60,6 +60,13 @@ def test_a_target_that_means_nothing_is_refused(target, message):
         train_all_but(GPT(tiny_config()), [target])
 
 
+def test_added_tokens_must_train():
+    model = GPT(tiny_config())
+    train_all_but(model, ["layers.0"], adds_tokens=True)
+    with pytest.raises(UserError, match="^add_tokens and freeze: .* lm_head.weight is frozen"):
+        train_all_but(model, ["lm_head"], adds_tokens=True)
+
+
 def test_it_is_for_full_fine_tuning():
     with pytest.raises(UserError, match=r"^freeze is for full fine-tuning \(finetune/full.py\)"):
         FinetuneLoRA(train=TrainConfig(freeze=["norm"]))
