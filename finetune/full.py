@@ -33,6 +33,7 @@ def main(settings: FinetuneFull) -> None:
         content=lambda model: dict(model.named_parameters()),
         stores="the full model",
         resume=cli.RESUME,
+        repeat=cli.REPEAT,
         next=cli.chat_with_result(),
     )
     finetune(settings, full, dataset, place)

@@ -112,6 +112,8 @@ def call(script: str) -> str:
 
 RESUME = "python {script} --config {config} --resume auto"
 """The command that resumes a run, with {script} and {config} in place of their paths."""
+REPEAT = "python {script} --config {config} --out_dir NEW"
+"""The command that does the same in another directory, likewise."""
 
 
 def chat_with_result() -> str:
@@ -249,7 +251,11 @@ def _spelled_out(settings_class: type, argv: list[str], stored: Mapping[str, Any
         stray = kind is bool and following and following[0].lower() not in ("true", "false")
         own = 1 if word and "=" not in word and not stray else 0  # of `--json X`, X is not the flag's
         words += [word] * bool(word) + following[:own]
-        words += _named(settings_class, following[own:], words)
+        strays, alone = following[own:], getattr(settings_class, "positional", None)
+        if strays and types.get(alone) in LISTS:
+            lists.setdefault(alone, []).extend(strays)
+        else:
+            words += _named(settings_class, strays, words)
     given = [word.partition("=")[0] for word in words]
     if named_by_data and given.count(DATA_PATH) > 1:
         raise UserError(f"{DATA_PATH}: {OPTION_DATA} names the data already; use only one")

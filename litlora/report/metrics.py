@@ -11,6 +11,7 @@ from litlora.report.events import Event, Logged, Validation
 from litlora.report.sinks import Sink, say_if_possible
 from litlora.storage.atomic import replacing_file
 
+METRICS_FILE = "metrics.csv"
 COLUMNS = (
     "step",
     "epoch",

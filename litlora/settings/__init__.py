@@ -12,6 +12,7 @@ chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
+runs.py         runs that there are: compare
 other_names.py  what other programs call them
 tokenizer.py    TokenizerConfig, the tokens that are added
 styles.py       the prompt styles that a setting may name
@@ -58,6 +59,7 @@ from litlora.settings.known_sets import (
 )
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
+from litlora.settings.runs import CompareRuns
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.tokenizer import TokenizerConfig
@@ -77,6 +79,7 @@ __all__ = [
     "AlpacaGPT4",
     "Chat",
     "CombineLoRA",
+    "CompareRuns",
     "ConvertHF",
     "ConvertLit",
     "DataSource",

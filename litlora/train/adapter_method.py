@@ -25,5 +25,6 @@ def adapter_method(
         tokenize=tokenize,
         stores="the adapter only",
         resume=cli.RESUME,
+        repeat=cli.REPEAT,
         next=cli.chat_with_result(),
     )

@@ -32,5 +32,7 @@ class Method:
     """What the result holds, for the closing words."""
     resume: str
     """The command that resumes a run, with {script} and {config} in place of their paths."""
+    repeat: str
+    """The command that does the same in another directory, with {script} and {config} likewise."""
     next: str
     """The command that uses the result, with {result} in place of its path."""

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -20,30 +19,28 @@ from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.load import pick_device
-from litlora.lora import Adapter, describe_choice
+from litlora.lora import Adapter
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import choose_style, lacking_tokens
-from litlora.report.console import Console, duration
+from litlora.prompts import choose_style
+from litlora.report.console import Console
 from litlora.report.events import Done
-from litlora.report.metrics import Metrics
+from litlora.report.metrics import METRICS_FILE, Metrics
+from litlora.report.page import Page
 from litlora.report.sinks import Sinks
 from litlora.settings import Finetune, dump
 from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
 from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
-from litlora.train.best import closing_lines
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
 from litlora.train.compile import compile_blocks
 from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
-from litlora.train.freeze import frozen_notice
 from litlora.train.interrupts import Interrupts
 from litlora.train.learning_rate import settle_learning_rate
 from litlora.train.method import Method
 from litlora.train.parallel import Parallel
-from litlora.train.plan import described
 from litlora.train.precision import bf16_speedup, cast, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.resume import (
@@ -55,10 +52,11 @@ from litlora.train.resume import (
     read_state,
     stored_settings,
 )
-from litlora.train.run_directory import METRICS_FILE, RunDirectory
+from litlora.train.run_directory import RunDirectory
+from litlora.train.said import kept, outcome, what_it_learns, what_trains
 from litlora.train.start import start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
-from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
+from litlora.train.vocabulary import AddedTokens, missing_tokens
 from litlora.train.watch import watched
 
 
@@ -105,7 +103,9 @@ class Run:
                 "reads the data: write it to a file first"
             )
         self.parallel.launch(settings.seed)
-        self.say = console.say if self.parallel.is_main else lambda *_: None
+        self.about: list[str] = []
+        """What was said of the run so far."""
+        self.say = self._say if self.parallel.is_main else lambda *_: None
         if place.start is not None:
             settings = as_measured(settings, place.start)
         self.settings, self.method, self.dataset, self.place = settings, method, dataset, place
@@ -159,7 +159,7 @@ class Run:
         if not method.trains_base:
             method.prepare(model)
             self.added.train(model)
-        self._say_what_trains(num_rounded)
+        self.say(*what_trains(self, num_rounded))
         self.settings = settle_learning_rate(self.settings, model.config.hidden_size, self.say)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
@@ -177,7 +177,7 @@ class Run:
         self.data = Data(made.examples, made_val.examples if made_val else [], settings.seed)
         for notice in (*self.dataset.late_notices(), *prepare.notices):
             self.say(f"data: {notice}")
-        self._say_data()
+        self.say(what_it_learns(self))
         for notice in made.notices(limit):
             self.say(f"data: {notice}")
 
@@ -283,7 +283,9 @@ class Run:
             with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
                 staging.write_text(self.hyperparameters, encoding="utf-8")
             self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
-            sink.add(Console(), self.metrics, *(make(self.path) for make in report.SINKS))
+            repeat = self._command(self.method.repeat)
+            page = Page(self.path, tuple(self.about), self.hyperparameters, repeat)
+            sink.add(Console(), self.metrics, page, *(make(self.path) for make in report.SINKS))
         return trainer.fit()
 
     def write_result(self, done: Done) -> None:
@@ -292,7 +294,7 @@ class Run:
             self._write(self.path / FINAL)
         except OSError as error:
             raise UserError(
-                f"{self.path / FINAL}: could not be written ({error.strerror or error}); {_kept(done)}; "
+                f"{self.path / FINAL}: could not be written ({error.strerror or error}); {kept(done)}; "
                 f"make room, then: {self.resume_command()}"
             ) from None
 
@@ -318,26 +320,11 @@ class Run:
         """Say what the run did. Exits with the signal's status if it was stopped early."""
         if done.stopped is not None:
             self.say(
-                f"stopped by {done.stopped} after step {done.steps}; {_kept(done)}",
+                f"stopped by {done.stopped} after step {done.steps}; {kept(done)}",
                 f"resume: {self.resume_command()}",
             )
             raise SystemExit(done.stopped.status)
-        val = "" if done.val_loss is None else f", validation loss {done.val_loss:.4f}"
-        self.say(
-            f"{done.steps:,} steps in {duration(done.seconds)}, {done.tokens / done.seconds:,.0f} tokens/s, "
-            f"peak memory {done.peak_memory / 2**30:.2f} GiB; loss {done.loss:.4f}{val}"
-        )
-        for line in closing_lines(done):
-            self.say(line)
-        if done.skipped:
-            self.say(f"skipped: {done.skipped:,} steps whose loss or gradient was not finite")
-        if self.dataset.notice:
-            self.say(f"trained on: {self.dataset.notice}")
-        size = self.result.stat().st_size
-        self.say(
-            f"result: {self.result} ({size:,} bytes: {self.method.stores})",
-            f"next: {self.method.next.format(result=self.result.parent)}",
-        )
+        self.say(*outcome(self, done))
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -396,65 +383,14 @@ class Run:
 
     # ---- what it says
 
-    def _say_what_trains(self, num_rounded: int) -> None:
-        weights, precision = list(self.model.parameters()), self.precision
-        trainable = sum(p.numel() for p in weights if p.requires_grad)
-        everything = sum(w.shape.numel() for w in (*weights, *stored_weights(self.model).values()))
-        frozen = everything - trainable or everything
-        self.say(f"base: {self.base.directory}, {frozen:,} parameters; {trainable:,} train")
-        if choice := describe_choice(self.model):
-            self.say(f"adapters: {choice}")
-        if self.settings.train.freeze:
-            self.say(f"frozen: {frozen_notice(self.model)}")
-        self._say_quantised()
-        self.say(f"precision: {precision.name} ({precision.reason})")
-        if num_rounded:
-            trains_base = self.method.trains_base
-            self.say(
-                f"note: {precision.name} rounds {num_rounded:,} of the base's tensors in memory; "
-                + ("the result keeps their dtype" if trains_base else "chat and merging use them as stored")
-            )
-        if any(p.requires_grad and p.dtype == torch.bfloat16 for p in weights):
-            self.say(
-                "note: weights of the base train in bf16, which loses updates below 1/256 of a weight; "
-                "precision bf16-mixed keeps them"
-            )
-        for notice in self.loaded.chain.notices:
-            self.say(f"note: {notice}")
-        if self.dataset.notice:
-            self.say(f"data: {self.dataset.notice}")
-        for notice in self.dataset.notices:
-            self.say(f"data: {notice}")
-        self.say(f"prompt style: {self.style.title} ({self.style_reason})")
-        if self.settings.tokenizer.add_tokens:
-            self.say(f"tokenizer: {self.added.notice}")
-        if self.style.called and (needed := lacking_tokens(self.style, self.loaded.tokenizer)):
-            self.say(f"note: {cut_notice(needed)}")
-
-    def _say_quantised(self) -> None:
-        if (quantized := self.loaded.quantized) is None:
-            return
-        weights = list(stored_weights(self.model).values())
-        size = sum(weight.nbytes for weight in weights) / 2**20
-        dense = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights) / 2**20
-        how = quantized.quantizer.describe()
-        self.say(f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}")
-
-    def _say_data(self) -> None:
-        lengths = self.objective.lengths(self.data.train)
-        how = described(lengths, self.settings.train, self.data.seed)
-        self.say(
-            f"data: {len(lengths):,} examples to train on, {len(self.data.val):,} to validate; "
-            f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
-        )
+    def _say(self, *lines: str) -> None:
+        self.about += lines
+        console.say(*lines)
 
     def resume_command(self) -> str:
         """The command that continues this run."""
+        return self._command(self.method.resume)
+
+    def _command(self, form: str) -> str:
         config = shlex.quote(str(self.path / HYPERPARAMETERS_FILE))
-        return self.method.resume.format(script=shlex.quote(sys.argv[0]), config=config)
-
-
-def _kept(done: Done) -> str:
-    if done.checkpoint is None:
-        return "no checkpoint could be saved"
-    return f"the newest checkpoint is {done.checkpoint}"
+        return form.format(script=shlex.quote(sys.argv[0]), config=config)

@@ -67,6 +67,7 @@ def tune(base, alpaca_file):
             objective=objective,
             stores="the adapter only",
             resume="again {script} {config}",
+            repeat="anew {script} {config}",
             next="see {result}",
         )
         inputs = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", out]

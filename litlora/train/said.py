@@ -1,0 +1,107 @@
+"""What a run says of itself, in lines: before it trains, and at its end."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from litlora.frozen.linear import stored_weights
+from litlora.lora import describe_choice
+from litlora.prompts import lacking_tokens
+from litlora.report.console import duration
+from litlora.report.events import Done
+from litlora.report.page import PAGE_FILE
+from litlora.train.best import closing_lines
+from litlora.train.freeze import frozen_notice
+from litlora.train.plan import described
+from litlora.train.vocabulary import cut_notice
+
+if TYPE_CHECKING:
+    from litlora.train.run import Run
+
+
+def what_trains(run: "Run", num_rounded: int) -> list[str]:
+    """The base, what of it trains, the precision and the prompt style."""
+    lines: list[str] = []
+    say = lines.append
+    weights, precision = list(run.model.parameters()), run.precision
+    trainable = sum(p.numel() for p in weights if p.requires_grad)
+    everything = sum(w.shape.numel() for w in (*weights, *stored_weights(run.model).values()))
+    frozen = everything - trainable or everything
+    say(f"base: {run.base.directory}, {frozen:,} parameters; {trainable:,} train")
+    if choice := describe_choice(run.model):
+        say(f"adapters: {choice}")
+    if run.settings.train.freeze:
+        say(f"frozen: {frozen_notice(run.model)}")
+    lines += _quantised(run)
+    say(f"precision: {precision.name} ({precision.reason})")
+    if num_rounded:
+        trains_base = run.method.trains_base
+        say(
+            f"note: {precision.name} rounds {num_rounded:,} of the base's tensors in memory; "
+            + ("the result keeps their dtype" if trains_base else "chat and merging use them as stored")
+        )
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in weights):
+        say(
+            "note: weights of the base train in bf16, which loses updates below 1/256 of a weight; "
+            "precision bf16-mixed keeps them"
+        )
+    for notice in run.loaded.chain.notices:
+        say(f"note: {notice}")
+    if run.dataset.notice:
+        say(f"data: {run.dataset.notice}")
+    for notice in run.dataset.notices:
+        say(f"data: {notice}")
+    say(f"prompt style: {run.style.title} ({run.style_reason})")
+    if run.settings.tokenizer.add_tokens:
+        say(f"tokenizer: {run.added.notice}")
+    if run.style.called and (needed := lacking_tokens(run.style, run.loaded.tokenizer)):
+        say(f"note: {cut_notice(needed)}")
+    return lines
+
+
+def _quantised(run: "Run") -> list[str]:
+    if (quantized := run.loaded.quantized) is None:
+        return []
+    weights = list(stored_weights(run.model).values())
+    size = sum(weight.nbytes for weight in weights) / 2**20
+    dense = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights) / 2**20
+    how = quantized.quantizer.describe()
+    return [f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}"]
+
+
+def what_it_learns(run: "Run") -> str:
+    """The examples, in numbers."""
+    lengths = run.objective.lengths(run.data.train)
+    how = described(lengths, run.settings.train, run.data.seed)
+    return (
+        f"data: {len(lengths):,} examples to train on, {len(run.data.val):,} to validate; "
+        f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
+    )
+
+
+def outcome(run: "Run", done: Done) -> list[str]:
+    """How a complete run ended, what it made, and what to do with it."""
+    val = "" if done.val_loss is None else f", validation loss {done.val_loss:.4f}"
+    lines = [
+        f"{done.steps:,} steps in {duration(done.seconds)}, {done.tokens / done.seconds:,.0f} tokens/s, "
+        f"peak memory {done.peak_memory / 2**30:.2f} GiB; loss {done.loss:.4f}{val}",
+        *closing_lines(done),
+    ]
+    if done.skipped:
+        lines.append(f"skipped: {done.skipped:,} steps whose loss or gradient was not finite")
+    if run.dataset.notice:
+        lines.append(f"trained on: {run.dataset.notice}")
+    size = run.result.stat().st_size
+    return [
+        *lines,
+        f"result: {run.result} ({size:,} bytes: {run.method.stores})",
+        f"report: {run.path / PAGE_FILE}",
+        f"next: {run.method.next.format(result=run.result.parent)}",
+    ]
+
+
+def kept(done: Done) -> str:
+    """What remains of a run that did not end."""
+    if done.checkpoint is None:
+        return "no checkpoint could be saved"
+    return f"the newest checkpoint is {done.checkpoint}"
