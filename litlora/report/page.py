@@ -22,7 +22,8 @@ PAGE_FILE = "report.html"
 MOST_ROWS = 3000
 """Of one run in a page; the rest is thinned out."""
 SECONDS_BETWEEN = 10
-"""At least so long a page stays as it is while a run goes on."""
+"""At least so long a page stays as it is while a run goes on, and 100 times as long as it took to
+write: a page must not slow a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Page(Sink):
     _total: int = 0
     _step: int = 0
     _notes: list[str] = field(default_factory=list)
-    _written: float = float("-inf")
+    _next: float = float("-inf")
 
     def handle(self, event: Event) -> None:
         match event:
@@ -98,7 +99,7 @@ class Page(Sink):
                 self._total, self._step = event.total_steps, event.step
             case Logged() | Validation() | Saved():
                 self._step = event.step
-                if time.monotonic() - self._written >= SECONDS_BETWEEN:
+                if time.monotonic() >= self._next:
                     left = f"step {self._step:,} of {self._total:,}; this page loads itself again"
                     self._write(left, (), running=True)
             case Note():
@@ -107,6 +108,7 @@ class Page(Sink):
                 self._write(*_outcome(event), running=False)
 
     def _write(self, state: str, figures: Sequence[tuple[str, str]], *, running: bool) -> None:
+        began = time.monotonic()
         file = self.directory / METRICS_FILE
         columns, rows = parse_metrics(file.read_text(encoding="utf-8"), file)
         history = History(str(self.directory), columns, rows, {})
@@ -124,7 +126,8 @@ class Page(Sink):
         )
         with replacing_file(self.directory / PAGE_FILE) as staging:
             staging.write_text(html(content), encoding="utf-8")
-        self._written = time.monotonic()
+        ended = time.monotonic()
+        self._next = ended + max(SECONDS_BETWEEN, 100 * (ended - began))
 
 
 def _outcome(done: Done) -> tuple[str, list[tuple[str, str]]]:
