@@ -255,7 +255,7 @@ class FinetuneFull(Finetune):
         )
         check(
             not self.train.update_early or self.num_devices == (1, 1),
-            f"{setting('update_early')} and several devices: gradients are exchanged "
+            f"{setting('update_early')} and {setting('devices')} {self.num_devices[0]}: gradients are exchanged "
             "when all are there; use one device",
         )
 
