@@ -235,6 +235,10 @@ class Tokenizer:
         """The name of a token."""
         return self._ask("token", index, "cannot name a token")
 
+    def tokens(self) -> list[str | None]:
+        """The names of all token ids, from 0 on; None for one that stands for nothing."""
+        return self._ask("tokens", self.vocab_size, "cannot name its tokens")
+
     def cut_up(self, texts: list[str]) -> list[str]:
         """Those of the texts that are not one token each: this tokenizer cuts them into pieces."""
         return [text for text, ids in zip(texts, self.encode_batch(texts), strict=True) if len(ids) != 1]

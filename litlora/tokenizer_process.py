@@ -118,6 +118,9 @@ class Backend:
     def token(self, number: int) -> str | None:
         return self._tokenizer.id_to_token(number)
 
+    def tokens(self, count: int) -> list[str | None]:
+        return list(map(self._tokenizer.id_to_token, range(count)))
+
 
 def load(asked: dict[str, Any]) -> Backend:
     path = Path(asked["file"])

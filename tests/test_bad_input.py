@@ -78,6 +78,7 @@ def words(script: str, checkpoint: str = "base") -> list[str]:
     for name, value in (
         ("lora_path", "adapter"),
         ("checkpoint_dir", checkpoint),
+        ("teacher", "base"),
         ("out_dir", "out"),
         ("prompt", "Hi"),
     ):
@@ -124,7 +125,7 @@ def test_there_is_a_table():
     }
 
 
-SHARED_OPTIONS = ("finetune/dpo.py", "finetune/full.py", "scripts/show_data.py")
+SHARED_OPTIONS = ("finetune/distill.py", "finetune/dpo.py", "finetune/full.py", "scripts/show_data.py")
 """Most of their options are those of finetune/lora.py."""
 
 
@@ -144,7 +145,7 @@ def test_wrong_values_of_every_option(script, forked, sound):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_paths_of_every_option(script, forked, sound):
     for field in dataclasses.fields(SCRIPTS[script]):
-        if field.name in ("checkpoint_dir", "base_checkpoint_dir", "lora_path"):
+        if field.name in ("checkpoint_dir", "base_checkpoint_dir", "lora_path", "teacher"):
             for path in ("nowhere", "data.jsonl", ".", "a\x1b[2Jb", "x" * 300):
                 line = forked.refuses(*words(script), f"--{field.name}", path, cwd=sound)
                 assert path[:4].strip("\x1b[2J") in line, line

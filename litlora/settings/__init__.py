@@ -7,6 +7,7 @@ data.py         where the training examples come from: DataSource, Alpaca, Files
 known_sets.py   well-known data sets, by name
 train.py        TrainConfig, the training loop
 preference.py   PreferenceConfig, preference tuning
+distill.py      DistillConfig, learning from a teacher
 finetune.py     the fine-tuning commands
 chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
@@ -36,11 +37,13 @@ from litlora.settings.checks import (
     num_bytes,
 )
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
+from litlora.settings.distill import DistillConfig
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import (
     QUICKSTART,
     REPOSITORY,
     Finetune,
+    FinetuneDistill,
     FinetuneDPO,
     FinetuneFull,
     FinetuneLoRA,
@@ -84,6 +87,7 @@ __all__ = [
     "ConvertLit",
     "DataSource",
     "Deita",
+    "DistillConfig",
     "Dolly",
     "Download",
     "ExportPEFT",
@@ -91,6 +95,7 @@ __all__ = [
     "Files",
     "Finetune",
     "FinetuneDPO",
+    "FinetuneDistill",
     "FinetuneFull",
     "FinetuneLoRA",
     "InspectCheckpoint",

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
+from litlora.settings.distill import DistillConfig
 from litlora.settings.launch import started
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
@@ -286,6 +287,26 @@ class FinetuneDPO(FinetuneLoRA):
             self.train.neftune_alpha == 0,
             f"{setting('neftune_alpha')} and {setting('loss')} {self.preference.loss}: NEFTune is for "
             f"learning answers, not pairs of them; leave {setting('neftune_alpha')} out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDistill(FinetuneLoRA):
+    """Learn the predictions of another model, the teacher, with LoRA. The result,
+    OUT_DIR/final/lit_model.pth, holds the adapter only."""
+
+    teacher: str
+    """The model to learn from: any checkpoint directory with the same tokens, an adapter's too."""
+    teacher_quantize: Quantization | None = None
+    """Hold the linear layers of the teacher's blocks in few bits: nf4, nf4-dq, int8, fp8."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            not self.tokenizer.add_tokens,
+            f"{setting('add_tokens')}: {setting('teacher')} does not know new tokens; "
+            f"leave {setting('add_tokens')} out",
         )
 
 

@@ -57,6 +57,9 @@ class Objective(nn.Module, ABC):
         self.model = model
         self.config = config or TrainConfig()
         self.contexts = contexts
+        self.facts: dict[str, str] = {}
+        """What the loss depends on besides settings, examples and the base, by the words of a refusal:
+        a resumed run must find the same."""
 
     def forward(self, batch: Any, compute: Callable[[Any], Any] | None = None) -> Any:
         """`loss`, or what else is to be computed of a batch, within the contexts."""
@@ -101,6 +104,9 @@ class Objective(nn.Module, ABC):
         """The examples with what the loss needs of the model before its first step, for example
         their log-probabilities. All ranks call this together and get the same."""
         return examples
+
+    def ready(self) -> None:
+        """All examples are prepared: let go of what that alone needed."""
 
     def begin_step(self, examples: Sequence[Any], parallel: Parallel) -> None:
         """Settle, without a gradient, what the loss needs to know of all examples of a step, such as

@@ -33,11 +33,12 @@ OLD_PREFIX = "module.model."
 """Earlier versions named a weight through the modules around the model; the rest is its name."""
 MAY_CHANGE = frozenset(
     (
-        # The base's fingerprint is compared instead of its place,
+        # The fingerprints of base and teacher are compared instead of their places,
         "checkpoint_dir",
         "base_checkpoint_dir",
         "allow_base_mismatch",
         "stream_base",
+        "teacher",
         # a hash of the examples instead of the place of the data,
         "data.class_path",
         "data.init_args.path",
@@ -234,6 +235,7 @@ def facts(
         "training data": _content_hash(objective, train),
         "validation data": _content_hash(objective, val),
         "kind of device": device.type,
+        **objective.facts,
     }
 
 

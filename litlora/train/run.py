@@ -266,6 +266,7 @@ class Run:
             self.say(self.objective.ahead)
         parts = (self.data.train, self.data.val)
         train, val = (self.objective.prepared(part, self.parallel) for part in parts)
+        self.objective.ready()
         data = Data(train, val, self.data.seed)
         sink = Sinks()
         trainer = Trainer(
