@@ -256,8 +256,8 @@ class FinetuneFull(Finetune):
         )
         check(
             not self.train.update_early or self.num_devices == (1, 1),
-            f"{setting('update_early')} and {setting('devices')} {self.num_devices[0]}: gradients are exchanged "
-            "when all are there; use one device",
+            f"{setting('update_early')} and {setting('devices')} {self.num_devices[0]}: gradients are "
+            "exchanged when all are there; use one device",
         )
 
 
@@ -307,6 +307,10 @@ class FinetuneDistill(FinetuneLoRA):
             not self.tokenizer.add_tokens,
             f"{setting('add_tokens')}: {setting('teacher')} does not know new tokens; "
             f"leave {setting('add_tokens')} out",
+        )
+        check(
+            self.strategy != "fsdp",
+            f"{setting('strategy')} fsdp: the teacher is not divided among devices; use ddp",
         )
 
 
