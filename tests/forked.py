@@ -4,8 +4,8 @@ everything forks for each.
     python tests/forked.py
 
 One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status",
-"stdout", "stderr"}. A command gets no more than MEMORY beyond what the imports take, and SECONDS of
-computing: what needs more is killed, and fails its test.
+"stdout", "stderr"}. A command gets no more than `memory` bytes beyond what the imports take, and
+`seconds` of computing, by default MEMORY and SECONDS: what needs more is killed, and fails its test.
 """
 
 import importlib
@@ -33,16 +33,17 @@ IMPORTS = (
 )
 
 
-def child(words: list[str], cwd: str, out: int, err: int) -> None:
+def child(asked: dict, out: int, err: int) -> None:
     """Run one command and exit as it does."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
-    os.chdir(cwd)
+    os.chdir(asked["cwd"])
+    memory, seconds, words = asked.get("memory", MEMORY), asked.get("seconds", SECONDS), asked["words"]
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     sys.argv = [str(REPO / words[0]), *words[1:]]
     status = 0
     try:
@@ -67,7 +68,7 @@ def main() -> None:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = os.fork()
             if process == 0:
-                child(asked["words"], asked["cwd"], out.fileno(), err.fileno())
+                child(asked, out.fileno(), err.fileno())
             _, status = os.waitpid(process, 0)
             texts = []
             for file in (out, err):

@@ -49,17 +49,19 @@ def test_a_run_leaves_what_it_promises(adapter):
         "step-000010",
         "hyperparameters.yaml",
         "metrics.csv",
+        "report.html",
     }
     for directory in (out / "final", out / "step-000010"):
         beside = {"model_config.yaml", "tokenizer.json", "prompt_style.yaml", "hyperparameters.yaml"}
         assert {path.name for path in directory.iterdir()} >= {"lit_model.pth", *beside}
     size = (out / "final/lit_model.pth").stat().st_size
     assert size < 0.1 * (QUICKSTART / "lit_model.pth").stat().st_size, "an adapter holds the adapter only"
-    closing = printed.splitlines()[-4:]
+    closing = printed.splitlines()[-5:]
     assert "tokens/s" in closing[0] and "validation loss" in closing[0]
     assert closing[1] == "trained on: the built-in sample"
     assert closing[2] == f"result: {out / 'final/lit_model.pth'} ({size:,} bytes: the adapter only)"
-    assert closing[3] == f"next: python chat/base.py --checkpoint_dir {out / 'final'}"
+    assert closing[3] == f"report: {out / 'report.html'}"
+    assert closing[4] == f"next: python chat/base.py --checkpoint_dir {out / 'final'}"
     assert printed.count("the built-in sample") >= 2
     settings = yaml.safe_load((out / "hyperparameters.yaml").read_text())
     assert settings["data"]["init_args"]["source"] == "sample"

@@ -249,6 +249,7 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_in_the_mean(dtype):
     assert stays.sum() >= 4 and (runs[:, stays] == exact[stays]).all(), "what needs no rounding stays"
 
 
+@pytest.mark.slow
 def test_small_updates_survive_stochastic_rounding_in_the_mean(tmp_path, make_checkpoint):
     base = make_checkpoint("base", dtype=torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base, targets=["up_proj"], rank=1, alpha=1.0, seed=3)

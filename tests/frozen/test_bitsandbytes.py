@@ -132,6 +132,7 @@ def quantized_dir(tmp_path, tokenizer_dir) -> Path:
     return tmp_path / "quantized"
 
 
+@pytest.mark.slow
 def test_a_peft_adapter_of_a_quantized_base_merges_to_what_was_live(quantized_dir, tmp_path):
     """The case of QLoRA: PEFT's own model of these values has the same logits as the merged one."""
     import peft

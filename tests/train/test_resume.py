@@ -351,6 +351,7 @@ def test_an_overwritten_run_is_kept_until_the_new_one_has_saved_something(run, t
     assert sorted(path.name for path in out.iterdir()) == [
         "hyperparameters.yaml",
         "metrics.csv",
+        "report.html",
         "step-000001",
     ]
 
