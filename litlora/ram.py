@@ -1,6 +1,7 @@
 """How much memory the system can still provide, and whether it has run out. Torch-free."""
 
 import errno
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def _free_in_groups(root: Path) -> Iterator[int]:
 
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error of Python's, torch's or the system's says that memory ran out."""
+    if isinstance(error, SystemError):  # of C code that took a failed allocation for a success
+        return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if isinstance(error, OSError):
         # linecache takes a MemoryError for an empty file, and inspect then says this without a number.
         return error.errno == errno.ENOMEM or str(error) == "could not get source code"

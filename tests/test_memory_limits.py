@@ -14,6 +14,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_that_memory_ran_out(command, tmp_path):

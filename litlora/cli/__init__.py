@@ -61,7 +61,7 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, SystemError) as error:
         if is_lack_of_memory(error):
             if os.environ.get("LITLORA_DEBUG") != "1":
                 # What failed holds on to all of its memory, and none may be left for the message.

@@ -147,6 +147,7 @@ def test_the_hash_for_resume_is_that_of_examples_in_memory_and_is_remembered(cac
     setup = setup_of(tokenizer)
     train, val = (made.examples for made in store(cache, data, setup).split(0.1, 1, LIMIT))
     objective = SFT.__new__(SFT)
+    objective.__dict__["facts"] = {}
     import torch
 
     stored = facts(objective, torch.device("cpu"), "base", train, val)
