@@ -186,7 +186,9 @@ def test_a_run_resumes_with_it_and_without(base, run, tmp_path):
     run("lora", tmp_path / "whole", *WORDS)
     run("lora", tmp_path / "run", *WORDS, "--stream_base", "true", stop_after=2)
     run("lora", tmp_path / "run", *WORDS, "--resume", "auto")
-    found = [torch.load(tmp_path / n / "final/lit_model.pth")["model"] for n in ("whole", "run")]
+    found = [
+        torch.load(tmp_path / n / "final/lit_model.pth", weights_only=True)["model"] for n in ("whole", "run")
+    ]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
@@ -257,7 +259,7 @@ def test_what_is_not_in_a_file_is_refused(base, tmp_path, forked):
 
 def test_values_that_are_not_finite_are_refused(make_checkpoint):
     directory = make_checkpoint("base")
-    content = torch.load(directory / "lit_model.pth")
+    content = torch.load(directory / "lit_model.pth", weights_only=True)
     content["model"]["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     torch.save(content, directory / "lit_model.pth")
     with pytest.raises(

@@ -109,7 +109,7 @@ def ranks(count: int, directory: Path, cases: list[dict]) -> dict[str, dict]:
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert not any(process.returncode for process in processes), errors
-    return {case["name"]: torch.load(directory / f"{case['name']}.pth") for case in cases}
+    return {case["name"]: torch.load(directory / f"{case['name']}.pth", weights_only=True) for case in cases}
 
 
 def farthest(ours: dict, theirs: dict) -> float:
@@ -134,7 +134,7 @@ def test_many_ranks_learn_what_one_does(strategy, count, method, packing, tmp_pa
     found = ranks(count, tmp_path, cases)
     for case, limit in zip(cases, (1e-12, 1e-6), strict=True):
         train(Parallel("cpu"), case, tmp_path)
-        one = torch.load(tmp_path / f"{case['name']}.pth")
+        one = torch.load(tmp_path / f"{case['name']}.pth", weights_only=True)
         assert farthest(found[case["name"]]["model"], one["model"]) < limit
         assert abs(found[case["name"]]["val_loss"] - one["val_loss"]) < limit * 10
 
