@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import DTYPES
-from litlora.frozen.grouped import Grouped, count_groups, group_numbers
+from litlora.frozen.grouped import Grouped, checked_scales, group_numbers
 from litlora.frozen.methods import Storage
-from litlora.frozen.stored_tensors import StoredTensors, floating, integers
+from litlora.frozen.stored_tensors import StoredTensors, integers
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where row n of eight lies in a word, in nibbles from the lowest: even rows in the lower half."""
@@ -53,13 +53,7 @@ def _awq(parts: StoredTensors, module: str, size: int | None) -> AWQ:
         raise ValueError(f"{tuple(packed.shape)} is not a matrix")
     columns, rows = packed.size(0), packed.size(1) * 8
     integers(packed, "it", tuple(packed.shape))
-    count = count_groups(columns, size)
-    if tuple(scales.shape) != (count, rows):
-        raise ValueError(
-            f"has scales {tuple(scales.shape)}; a weight of {rows} x {columns} in groups of "
-            f"{size or columns} needs {count} x {rows}"
-        )
-    floating(scales, "scales")
+    count = checked_scales(scales, rows, columns, size)
     zeros = _unpacked(integers(parts.pop(f"{module}.qzeros"), "qzeros", (count, rows // 8)))
     dtype = scales.dtype if scales.dtype in DTYPES.values() else parts.dtype
     facts = (f"{module}.weight", parts.file(name), dtype, columns, range(rows))

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import Quantized
-from litlora.frozen.quantize import float8_values
+from litlora.frozen.quantize import Float8, float8_values
 from litlora.frozen.stored_tensors import StoredTensors, floating
 from litlora.storage.dtypes import dtype_name
 
@@ -25,26 +24,12 @@ OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "output_scale", "activation_s
 
 
 @dataclass(frozen=True)
-class BlockFloat8(Quantized):
-    """float8 with a scale for each block of rows and columns."""
+class BlockFloat8(Float8):
+    """float8 with a scale for each block of rows and columns: scales (⌈out / rows⌉, ⌈in / columns⌉)
+    of the block, fp32."""
 
     tool = "fp8"
-    entries: Tensor
-    """(out, in)."""
-    scales: Tensor
-    """(⌈out / rows⌉, ⌈in / columns⌉) of the block, fp32."""
     block: tuple[int, int]
-
-    @property
-    def kind(self) -> str:
-        return "fp8"
-
-    @property
-    def device(self) -> torch.device:
-        return self.entries.device
-
-    def stored(self) -> dict[str, Tensor]:
-        return {"entries": self.entries.view(torch.uint8), "scales": self.scales}
 
     def _largest(self) -> Tensor:
         largest = self.scales.abs() * torch.finfo(self.entries.dtype).max

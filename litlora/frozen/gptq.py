@@ -16,9 +16,9 @@ from functools import partial
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import DTYPES
-from litlora.frozen.grouped import Grouped, checked_groups, count_groups, group_numbers
+from litlora.frozen.grouped import Grouped, checked_groups, checked_scales, group_numbers
 from litlora.frozen.methods import Storage
-from litlora.frozen.stored_tensors import StoredTensors, floating, integers, unpacked
+from litlora.frozen.stored_tensors import StoredTensors, integers, unpacked
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,7 @@ def _gptq(parts: StoredTensors, module: str, storage: Storage) -> GPTQ:
         raise ValueError(f"{tuple(packed.shape)} does not hold whole numbers of {bits} bits")
     columns, rows = packed.size(0) * 32 // bits, packed.size(1)
     integers(packed, "it", tuple(packed.shape))
-    count = count_groups(columns, size)
-    if tuple(scales.shape) != (count, rows):
-        raise ValueError(
-            f"has scales {tuple(scales.shape)}; a weight of {rows} x {columns} in groups of "
-            f"{size or columns} needs {count} x {rows}"
-        )
-    floating(scales, "scales")
+    count = checked_scales(scales, rows, columns, size)
     words = (count, -(-rows * bits // 32))
     zeros = _zeros(integers(parts.pop(f"{module}.qzeros"), "qzeros", words).t(), storage, rows)
     index = parts.tensors.pop(f"{module}.g_idx", None)

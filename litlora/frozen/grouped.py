@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.stored_tensors import floating
 
 
 @dataclass(frozen=True)
@@ -77,5 +78,14 @@ def checked_groups(stored: Tensor, columns: int, count: int, size: int | None, n
     return regular if torch.equal(stored.long(), in_order.long()) else stored.to(torch.int32)
 
 
-def count_groups(columns: int, size: int | None) -> int:
-    return 1 if size is None else -(-columns // size)
+def checked_scales(scales: Tensor, rows: int, columns: int, size: int | None) -> int:
+    """How many groups of columns share a scale. Raises ValueError unless `scales` is (groups, out), in
+    floating point."""
+    count = 1 if size is None else -(-columns // size)
+    if tuple(scales.shape) != (count, rows):
+        raise ValueError(
+            f"has scales {tuple(scales.shape)}; a weight of {rows} x {columns} in groups of "
+            f"{size or columns} needs {count} x {rows}"
+        )
+    floating(scales, "scales")
+    return count

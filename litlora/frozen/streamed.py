@@ -83,13 +83,10 @@ class Stream:
             self.pages.read(following[number], lambda: wanted in (self._here, self._next))
 
 
-class StreamedWeight(FrozenWeight):
-    """W of a linear layer in a block."""
+class _Mapped(FrozenWeight):
+    """W in a mapped file."""
 
-    def __init__(self, stream: Stream, block: int, W: Tensor) -> None:
-        """W must lie in a mapped file."""
-        self._stream, self._block, self._W = stream, block, W
-        self._number = stream.add(block, W)
+    _W: Tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -102,6 +99,18 @@ class StreamedWeight(FrozenWeight):
     @property
     def device(self) -> torch.device:
         return self._W.device
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        return self._W[rows]
+
+
+class StreamedWeight(_Mapped):
+    """W of a linear layer in a block."""
+
+    def __init__(self, stream: Stream, block: int, W: Tensor) -> None:
+        """W must lie in a mapped file."""
+        self._stream, self._block, self._W = stream, block, W
+        self._number = stream.add(block, W)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self._stream.begin(self._block, learns=x.requires_grad)
@@ -117,11 +126,8 @@ class StreamedWeight(FrozenWeight):
         self._stream.end(self._block, self._number, back=True)
         return dx
 
-    def rows(self, rows: slice = slice(None)) -> Tensor:
-        return self._W[rows]
 
-
-class StreamedHead(FrozenWeight):
+class StreamedHead(_Mapped):
     """W of an output head, of which some rows are in memory at a time."""
 
     def __init__(self, stream: Stream, W: Tensor) -> None:
@@ -129,18 +135,6 @@ class StreamedHead(FrozenWeight):
         self._pages, self._W = stream.pages, W
         rows = TILE_BYTES // max(1, W[:1].nbytes)
         self._step = max(1, rows // 1024 * 1024 or rows)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._W.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._W.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._W.device
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # The dtype is that of a product: under autocast it is not that of x.
@@ -156,9 +150,6 @@ class StreamedHead(FrozenWeight):
         dx = dy @ W if into is None else into.addmm_(dy, W)
         release(self._W)
         return dx
-
-    def rows(self, rows: slice = slice(None)) -> Tensor:
-        return self._W[rows]
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """These rows in this dtype, valid until this thread asks for others. The rows before them

@@ -6,7 +6,6 @@ kept, and it is in memory no longer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ class Distill(SFT):
             self._asked = self._load(parallel.device)
         found: dict[int, Predictions] = {}
         micro_batches = evaluation_plan(self.lengths(examples), self.config)
-        for micro in islice(micro_batches, parallel.rank, None, parallel.world_size):
+        for micro, _ in parallel.shared(micro_batches):
             chosen = [examples[index] for index in micro]
             said = self._ask(self._asked, super().batch(chosen, parallel.device))
             counts = [self.weight(example) for example in chosen]
