@@ -4,55 +4,19 @@ A field has the name that Hugging Face's `config.json` gives it, where it has on
 """
 
 import dataclasses
-import math
-import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from litlora.errors import CheckpointError
+from litlora.facts import Facts, check_size, is_positive
 from litlora.storage.untrusted import read_yaml_mapping
 
 CONFIG_FILE = "model_config.yaml"
-LARGEST = 2**28
-"""No size or count of a real model is larger. A product of two still fits into 64 bits."""
-
-
-class _Facts:
-    """What the dataclasses here share: fields that are checked against their types, and reading and
-    writing of plain values."""
-
-    def __post_init__(self) -> None:
-        for name, kind in _types(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for YAML, without the fields that are None."""
-        plain: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, _Facts):
-                plain[field.name] = value.to_dict()
-            elif value is not None:
-                plain[field.name] = list(value) if isinstance(value, tuple) else value
-        return plain
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
-        """Read plain values. Raises CheckpointError for a missing, unknown or ill-typed field."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(map(str, values.keys() - names)):
-            raise CheckpointError(
-                f"unknown field(s) {', '.join(unknown)}; this version of litlora does not support them"
-            )
-        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
-        if missing := sorted(required - values.keys()):
-            raise CheckpointError(f"field(s) {', '.join(missing)} missing")
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling(_Facts):
+class RopeScaling(Facts):
     """How rotary frequencies are scaled to reach beyond the context of pre-training."""
 
     rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -102,7 +66,7 @@ class RopeScaling(_Facts):
             if (value is None) == (field.name in needed):
                 what = "missing" if value is None else "has no effect"
                 raise CheckpointError(f"rope_scaling of type {self.rope_type}: {field.name} {what}")
-            if type(value) in (int, float) and not _is_positive(value):
+            if type(value) in (int, float) and not is_positive(value):
                 raise CheckpointError(f"rope_scaling: {field.name} is {value!r}; it must be positive")
 
     def check_factors(self, count: int) -> None:
@@ -115,12 +79,12 @@ class RopeScaling(_Facts):
                 raise CheckpointError(
                     f"rope_scaling: {name} has {len(factors)} values; there are {count} frequencies"
                 )
-            if bad := [factor for factor in factors if not _is_positive(factor)]:
+            if bad := [factor for factor in factors if not is_positive(factor)]:
                 raise CheckpointError(f"rope_scaling: {name} holds {bad[0]!r}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Facts):
+class ModelConfig(Facts):
     """The architecture of one GPT. Raises CheckpointError if its fields contradict each other."""
 
     vocab_size: int
@@ -231,7 +195,7 @@ class ModelConfig(_Facts):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) in (int, float):
-                _check_size(field.name, value)
+                check_size(field.name, value)
             elif type(value) is tuple:
                 self._check_layers(field.name, value)
         self._check_attention()
@@ -306,6 +270,10 @@ class ModelConfig(_Facts):
         """Tokens that a layer sees, the current one included; None if it sees all of them."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def cached(self, layer: int) -> tuple[int, int, int]:
+        """(heads, width of a key, width of a value): what a layer keeps of each token."""
+        return self.num_key_value_heads, self.head_dim, self.head_dim
+
     def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
         """Base and scaling of a layer's rotary frequencies; None if the layer has none."""
         if self.positions == "learned" or layer in self.layers_without_rope:
@@ -323,41 +291,3 @@ class ModelConfig(_Facts):
             return cls.from_dict(values)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-
-
-def _types(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value, converted to its type where that loses nothing. Raises CheckpointError if it has
-    another type."""
-    if get_origin(kind) is types.UnionType:  # every union here is "or None"
-        return None if value is None else _checked(name, value, get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        if not isinstance(value, str) or value not in get_args(kind):
-            raise CheckpointError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise CheckpointError(f"{name} is {value!r}; it must be a list")
-        return tuple(_checked(name, entry, get_args(kind)[0]) for entry in value)
-    if kind is RopeScaling and isinstance(value, dict):
-        return RopeScaling.from_dict(value)
-    if kind is float and type(value) is int:  # YAML writes 10000.0 and 10000 alike
-        return float(value)
-    if type(value) is not kind:
-        raise CheckpointError(f"{name} is {value!r}; it must be of type {kind.__name__}")
-    return value
-
-
-def _check_size(name: str, value: int | float) -> None:
-    if not _is_positive(value):
-        raise CheckpointError(f"{name} is {value!r}; it must be positive")
-    if type(value) is int and value > LARGEST:
-        raise CheckpointError(f"{name} is {value}; no model is that large")
-
-
-def _is_positive(value: int | float) -> bool:
-    return value > 0 and math.isfinite(value)

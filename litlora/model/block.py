@@ -1,0 +1,51 @@
+"""One layer of the model: attention and MLP with their norms."""
+
+from torch import Tensor, nn
+
+from litlora.config import ModelConfig
+from litlora.model.attention import Attention
+from litlora.model.context import Context, pick
+from litlora.model.experts import MixtureOfExperts
+from litlora.model.mlp import MLP
+from litlora.model.norms import make_norm
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream; norms on their input, output or
+    both."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.multiplier = config.residual_multiplier
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
+        # The names are those of the families: where only inputs are normalised, the norm of the
+        # MLP's input is called post_attention_layernorm.
+        self.input_layernorm = nn.Identity() if self.norm_position == "after" else make_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.Identity() if self.shared_norm else make_norm(config)
+        if self.norm_position != "before":
+            self.pre_feedforward_layernorm = (
+                make_norm(config) if self.norm_position == "both" else nn.Identity()
+            )
+            self.post_feedforward_layernorm = make_norm(config)
+        sparse = config.num_experts is not None and layer not in config.dense_layers
+        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
+        normed = self.input_layernorm(x)
+        attended = self._scaled(self.self_attn(normed, context))
+        x = pick(x, context.positions)
+        if self.parallel:
+            normed = pick(normed, context.positions)
+            normed = normed if self.shared_norm else self.post_attention_layernorm(x)
+            return x + attended + self._scaled(self.mlp(normed))
+        if self.norm_position == "before":
+            x = x + attended
+            return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.multiplier is None else x * self.multiplier

@@ -1,0 +1,32 @@
+"""What a block needs to know of the tokens that it computes."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from litlora.kernels.attention import Pack
+from litlora.kernels.rotary import Rope
+from litlora.model.cache import KVCache
+
+
+class Context(NamedTuple):
+    """What a block needs to know of the tokens that it computes, beside their hidden states."""
+
+    rope: Rope | None = None
+    """The rotation of each token's queries and keys, if the layer has one."""
+    mask: Tensor | None = None
+    """(T, S): what each token sees; None if attention knows by itself."""
+    cache: KVCache | None = None
+    """The tokens before these, if any."""
+    pack: Pack | None = None
+    """How the B · T tokens divide into sequences; None: each of the B rows is one."""
+    positions: Tensor | None = None
+    """(M,), places of the flattened B · T tokens: the others are attended to, and not computed any
+    further."""
+    query_scale: Tensor | None = None
+    """(T, 1): factor of each token's queries, if the architecture has one."""
+
+
+def pick(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x (B, T, C) at these positions (M,) of the B · T tokens: (1, M, C); x itself for None."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]

@@ -1,0 +1,199 @@
+"""One GPT for every family, driven by `ModelConfig`.
+
+Module names are Hugging Face Llama's, so that such a file loads without renaming and LoRA targets
+are the names people know.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from litlora.config import ModelConfig
+from litlora.errors import CheckpointError
+from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.frozen.streamed import StreamedEmbedding
+from litlora.kernels.attention import Pack, causal_mask
+from litlora.kernels.rotary import RotaryTable
+from litlora.lora import LoRAEmbedding
+from litlora.model.block import Block
+from litlora.model.cache import KVCache
+from litlora.model.context import Context
+from litlora.model.norms import make_norm
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
+        # Filled on first use, and not part of a checkpoint, since they are computed.
+        self._tables = {
+            rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings)
+            for rope in self._ropes
+            if rope
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
+        sees itself alone.
+
+        With `positions` (M,) of the flattened input_ids, only the hidden states there are returned,
+        (1, M, C).
+        """
+        start, T = cache.length if cache is not None else 0, input_ids.size(1)
+        pack = Pack(lengths) if lengths is not None else None
+        x = self._embed(input_ids, start, pack)
+        masks = {}
+        if pack is None:
+            masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
+        ropes = {
+            rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x)
+            for rope, table in self._tables.items()
+        }
+        scale = self._query_scale(start, T, pack, x)
+        for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
+            last = block is self.layers[-1]
+            places = positions if last else None
+            context = Context(ropes.get(rope), masks.get(window), cache, pack, places, scale)
+            x = block(x, context)
+        if cache is not None:
+            cache.length += T
+        # Here, so that whatever multiplies by the head's weight has scaled logits.
+        x, factor = self.norm(x), self.config.logit_scale
+        return x if factor is None else x * factor
+
+    def _query_scale(self, start: int, T: int, pack: Pack | None, like: Tensor) -> Tensor | None:
+        """(T, 1): the factors of the queries at each position; None if the architecture has none."""
+        beta, scaling = self.config.query_scale_beta, self.config.rope_scaling
+        if beta is None:
+            return None
+        spans = [range(start, start + T)] if pack is None else [range(length) for length in pack.lengths]
+        places = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(like.device)
+        turns = places // scaling.original_max_position_embeddings
+        return (1 + beta * torch.log1p(turns.to(torch.float32)))[:, None].to(like.dtype)
+
+    def _embed(self, input_ids: Tensor, start: int, pack: Pack | None) -> Tensor:
+        """(B, T) -> (B, T, C); the first token has the position `start`."""
+        x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:
+            # rounded to the embedding's dtype, as in training
+            x = x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))
+        if self.config.embedding_multiplier is not None:
+            x = x * self.config.embedding_multiplier
+        if self.embed_positions is not None:
+            spans = [(start, input_ids.size(1))] if pack is None else [(0, length) for length in pack.lengths]
+            places = torch.cat([torch.arange(first, first + length) for first, length in spans])
+            x = x + self.embed_positions(places.to(x.device))
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only language model: token ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.logits(self.model(input_ids, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device in which the model computes."""
+        embedding = self.model.embed_tokens
+        inner = isinstance(embedding, StreamedEmbedding | LoRAEmbedding)
+        return embedding.like if inner else embedding.weight
+
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> "GPT":
+        """The model on the meta device: names and shapes only."""
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
+
+    def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless names and shapes are exactly those of this model's weights;
+        a tied head has no name of its own."""
+        expected = {name: parameter.shape for name, parameter in self.named_parameters()}
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise CheckpointError(f"weight(s) missing: {shorten(missing)}")
+        if unexpected := sorted(tensors.keys() - expected.keys()):
+            raise CheckpointError(f"weight(s) that the architecture does not have: {shorten(unexpected)}")
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensors[name].shape)}; the architecture needs {tuple(shape)}"
+                )
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor | Quantized]) -> "GPT":
+        """A model that holds these very tensors: nothing is initialised or copied. A linear layer
+        with a quantized weight is frozen.
+
+        A tied head is stored once, under the embedding's name. Raises CheckpointError unless names
+        and shapes fit exactly.
+        """
+        model = cls.without_weights(config)
+        model.check_fit(tensors)
+        dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        for name in tensors.keys() - dense.keys():
+            layer, _, _ = name.rpartition(".")
+            linear = model.get_submodule(layer)
+            if type(linear) is nn.Linear:
+                model.set_submodule(layer, FrozenLinear(QuantizedWeight(tensors[name]), linear.bias))
+            else:
+                dense[name] = tensors[name].tensor()
+        # Detached: a Parameter among the tensors would become the model's own, and change when the
+        # model's dtype or device does.
+        model.load_state_dict(
+            {name: tensor.detach() for name, tensor in dense.items()}, strict=False, assign=True
+        )
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips initialisation: the meta device has nothing to fill, yet torch's first random number
+    there costs a second of imports."""
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+def shorten(names: list[str], most: int = 6) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,47 @@
+"""The feed-forward half of a block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litlora.config import ModelConfig
+from litlora.kernels.lora import ACTIVATIONS
+from litlora.lora import gated_mlp, project
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block: gated (Shazeer 2020, arXiv:2002.05202) or plain."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        self.activation = config.hidden_act
+        self.gate_proj = (
+            nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.mlp == "gated" else None
+        )
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = XIELU() if self.activation == "xielu" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is not None:
+            return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
+        (inner,) = project(x, self.up_proj)
+        activate = self.act_fn or ACTIVATIONS[self.activation]
+        return project(activate(inner), self.down_proj)[0]
+
+
+class XIELU(nn.Module):
+    """An activation with trained weights (Huang and Schlag 2024, arXiv:2411.13010): with p and n
+    positive, p x² + β x for x > 0, else n (eˣ - 1 - x) + β x."""
+
+    BETA, EPS = 0.5, -1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.zeros(1))
+        self.alpha_n = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, n = F.softplus(self.alpha_p), self.BETA + F.softplus(self.alpha_n)
+        negative = torch.expm1(x.clamp(max=self.EPS)) - x  # EPS: as the weights were trained
+        return torch.where(x > 0, p * x * x, n * negative) + self.BETA * x
