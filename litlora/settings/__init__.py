@@ -14,6 +14,7 @@ adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
 runs.py         runs that there are: compare
+models.py       models that can be fine-tuned: list
 other_names.py  what other programs call them
 tokenizer.py    TokenizerConfig, the tokens that are added
 styles.py       the prompt styles that a setting may name
@@ -61,6 +62,7 @@ from litlora.settings.known_sets import (
     UltraChat,
 )
 from litlora.settings.lora import LoRAConfig
+from litlora.settings.models import ListModels
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.runs import CompareRuns
 from litlora.settings.stored import dump, stored_values
@@ -100,6 +102,7 @@ __all__ = [
     "FinetuneLoRA",
     "InspectCheckpoint",
     "KnownSet",
+    "ListModels",
     "LoRAConfig",
     "LoRAExtractor",
     "LoRAMerger",

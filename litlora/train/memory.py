@@ -20,7 +20,6 @@ from litlora.frozen.linear import stored_weights
 from litlora.kernels.cross_entropy import chunk_rows
 from litlora.ram import field_of, free_ram, is_lack_of_memory
 from litlora.settings import TrainConfig
-from litlora.train.activations import storages
 from litlora.train.objective import Objective
 from litlora.train.plan import pack_tokens
 
@@ -59,18 +58,18 @@ class Trial:
 def saved_bytes(objective: Objective, batch: Any, uncounted: int | None = None) -> int:
     """Bytes that the forward keeps for the backward besides the weights. A tensor with `uncounted`
     columns does not count."""
-    weights, kept = storages(objective), {}
+    weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
+    kept: dict[int, tuple[Any, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not (tensor.dim() and tensor.size(-1) == uncounted):
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights and not (tensor.dim() and tensor.size(-1) == uncounted):
+            kept[storage._cdata] = storage, storage.nbytes()  # held, so that no other has its address
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = objective(batch)  # held until all is counted: a freed address could be taken again
-    del loss
-    return sum(kept.values())
+        objective(batch)
+    return sum(size for _, size in kept.values())
 
 
 def generous_peak(objective: Objective, trial: Trial) -> int:

@@ -1,0 +1,31 @@
+"""A small model of each family, to look at its layers. Torch-free."""
+
+from litlora.config import ModelConfig
+from litlora.formats.families.hf_config import HFConfig
+from litlora.formats.families.table import FAMILIES
+
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "sliding_window": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+}
+"""By all the names that the families have for them."""
+
+
+def example_config(model_type: str) -> ModelConfig:
+    """The architecture of a family, with small sizes and its own defaults for all else."""
+    return ModelConfig(**FAMILIES[model_type].read(HFConfig({**_SIZES, "model_type": model_type})))
