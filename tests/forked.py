@@ -31,6 +31,7 @@ IMPORTS = (
     "tokenizer",
     "cli",
 )
+PARSERS = (("FinetuneLoRA", True), ("FinetuneLoRA", False), ("FinetuneFull", True), ("FinetuneDPO", True))
 
 
 def child(asked: dict, out: int, err: int) -> None:
@@ -62,6 +63,10 @@ def main() -> None:
     sys.path.insert(0, str(REPO))
     for name in IMPORTS:
         importlib.import_module(f"litlora.{name}")
+    cli, settings = sys.modules["litlora.cli"], sys.modules["litlora.settings"]
+    base = str(REPO / settings.QUICKSTART)
+    for command, names_source in PARSERS:
+        cli.make_parser(getattr(settings, command), base, names_source)
     print('"ready"', flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -27,6 +27,7 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
@@ -35,6 +36,7 @@ from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
 from litlora.settings import Alpaca, DataSource, all_sources
+from litlora.settings.finetune import quickstart
 from litlora.settings.launch import is_first_here
 from litlora.storage.untrusted import read_yaml_mapping, require_file
 
@@ -127,7 +129,9 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     config, stored = _checked_config(argv)
     types = setting_types(settings_class)
     words = _spelled_out(settings_class, argv, stored)
-    parser = _make_parser(settings_class, words)
+    # A source that is asked for has its own defaults; jsonargparse would keep those of a default of
+    # the same class.
+    parser = make_parser(settings_class, quickstart(), "--data" in words or "--data=Alpaca" in words)
     try:
         values = parser.parse_args(words)
         _check_nulls(types, values, config)
@@ -169,7 +173,11 @@ def _data_sources() -> dict[str, type[DataSource]]:
     return {source.__name__: source for source in all_sources()}
 
 
-def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
+@cache
+def make_parser(settings_class: type, base: str, names_source: bool) -> "ArgumentParser":
+    """The parser of a command, with or without a data source on its command line. It is made once
+    for each default `base`, which depends on the current directory: making it takes longer than
+    using it."""
     # Late: most of the time until a command starts, in which Ctrl-C must not show a traceback.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -185,9 +193,7 @@ def _make_parser(settings_class: type, words: list[str]) -> "ArgumentParser":
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml."
     )
     parser.add_class_arguments(settings_class, as_group=False)
-    if "--data" in words or "--data=Alpaca" in words:
-        # A source that is asked for has its own defaults; jsonargparse would keep those of a
-        # default of the same class.
+    if names_source:
         parser.set_defaults(data=Alpaca())
     flags = {name for name, kind in setting_types(settings_class).items() if kind is bool}
     for action in parser._actions:  # no public way leads to an argument that a class has made
