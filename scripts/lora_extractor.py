@@ -249,12 +249,13 @@ def _check_comparable(
     """The tensors that cannot be subtracted, and why; they are listed. Raises CheckpointError for
     them unless `allow_mismatch`. `others` are not extracted."""
     from litlora.adapters.extract import mismatches
+    from litlora.model import shorten
 
     left_out = {name: why for name, why in mismatches(source, target).items() if name not in others}
     found = [f"{name} ({why})" for name, why in left_out.items()]
     if found and not allow_mismatch:
         raise CheckpointError(
-            f"{len(found)} tensor(s) cannot be subtracted: {'; '.join(found)}; "
+            f"{len(found)} tensor(s) cannot be subtracted: {shorten(found, 4, '; ')}; "
             "leave them out with --allow_mismatch"
         )
     for line in found:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from litlora.adapters.apply import Addition
+    from litlora.formats.lora_files import LoRAFile
 
 
 def main(settings: LoRAMerger) -> None:
@@ -53,7 +54,9 @@ def main(settings: LoRAMerger) -> None:
         say(f"note: {notice}")
     additions, unmatched = match(read, shapes(model))
     if unmatched and not settings.allow_unmatched:
-        raise CheckpointError(f"{'; '.join(unmatched)}; leave them out with --allow_unmatched")
+        raise CheckpointError(
+            f"{shorten(unmatched, 4, '; ')}{_known_names(read)}; leave them out with --allow_unmatched"
+        )
     if not additions:
         raise CheckpointError(
             f"{', '.join(map(str, loras))}: nothing of it fits {source}; is it for another model?"
@@ -82,6 +85,16 @@ def main(settings: LoRAMerger) -> None:
     if settings.output_format == "pytorch" and (lost := [name for name in metadata if name != "format"]):
         say(f"note: left out, as torch files have no header: {shorten(lost)}")
     _sum_up(settings, model, additions, written)
+
+
+def _known_names(read: "list[tuple[LoRAFile, float]]") -> str:
+    """Of which models the names of both layouts are known, if files are for a diffusion model."""
+    from litlora.formats.diffusion_names import FLAT_PREFIXES, KNOWN, UNET
+
+    prefixes = (*FLAT_PREFIXES, UNET, "transformer.", "diffusion_model.")
+    if not any(key.startswith(prefixes) for lora, _ in read for key in lora.updates | lora.dense):
+        return ""
+    return f"; which names of diffusers and of the original mean one layer is known of {KNOWN} only"
 
 
 def _check_ties(

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from litlora.adapters.orientation import oriented, oriented_experts
 from litlora.errors import CheckpointError
-from litlora.formats.diffusion_names import (
-    ALL,
-    COMFYUI,
-    FLAT_PREFIXES,
-    PREFIXES,
-    Part,
-    Rows,
-    other_names,
-    spelling,
-)
+from litlora.formats.aliases import ALL, Part, Rows
+from litlora.formats.diffusion_names import COMFYUI, FLAT_PREFIXES, PREFIXES, other_names, spelling
 from litlora.formats.lora_content import END_OF
 from litlora.formats.lora_files import LoRAFile
 from litlora.formats.peft import PREFIX as PEFT_PREFIX

@@ -2,23 +2,23 @@
 
 The same weights go by two sets of names, and some layers are fused in one of them:
 
-    original   Stable Diffusion's and SDXL's `input_blocks`, with OpenCLIP's fused `in_proj`;
-               Flux's `double_blocks`, with one matrix for query, key and value, and in a single
-               block one for these and the MLP
-    diffusers  `down_blocks`, `transformer_blocks`, with `to_q`, `to_k` and `to_v`
+    original   Stable Diffusion's and SDXL's `input_blocks`, with OpenCLIP's fused `in_proj`
+    diffusers  `down_blocks`, with `to_q`, `to_k` and `to_v`
 
 A LoRA file may use either. The names follow from a model's own structure: how many layers its
-blocks have, and which of them attend. The tables below are facts of these two layouts, as their
-loaders state them (ComfyUI's comfy/utils.py and lora.py, diffusers' loaders/single_file_utils.py).
+blocks have, and which of them attend. transformer_names.py has those of Flux and other transformers.
+The tables below are facts of these two layouts, as their loaders state them (ComfyUI's comfy/utils.py
+and lora.py, diffusers' loaders/single_file_utils.py).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-Shapes = Mapping[str, Sequence[int]]
-"""The shapes of a model's tensors, by name."""
+from litlora.formats.aliases import ALL, Aliases, Part, Rows, Shapes
+from litlora.formats.transformer_names import other_transformer_names
+
 COMFYUI = "diffusion_model."
 WHOLE = "model.diffusion_model."
 """Prefix of the diffusion model in a file that holds the text encoders and the VAE, too."""
@@ -36,6 +36,9 @@ FLAT_PREFIXES = {
     "lycoris_": UNET,
 }
 """Prefixes of a name whose dots are underscores, and the part that they mean."""
+
+KNOWN = "Stable Diffusion 1 to 3.5, SDXL, Flux, Flux 2 and Z-Image, with CLIP and T5"
+"""The models whose names are known in both layouts."""
 
 # ---- tables
 
@@ -57,41 +60,14 @@ UNET_ENDS = {
     "out.2": ("conv_out",),
 }
 """Both: original module, and what diffusers may call it."""
-FLUX_DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-FLUX_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-FLUX_ENDS = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
-FLUX_SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
-"""Shift and scale; in diffusers scale and shift."""
+T5 = ENCODER_2, ENCODER_3
+"""Flux's second text encoder and Stable Diffusion 3's third, whose names are unlike CLIP's."""
 ENCODERS = {
     "cond_stage_model.transformer.": (ENCODER,),
     "conditioner.embedders.0.transformer.": (ENCODER,),
     "text_encoders.clip_l.transformer.": (ENCODER,),
     "text_encoders.clip_g.transformer.": (ENCODER_2,),
+    "text_encoders.t5xxl.transformer.": T5,
 }
 """Text encoders whose names within a single file are those of transformers."""
 OPEN_CLIPS = {
@@ -118,24 +94,6 @@ OPEN_CLIP_ENDS = {
 # ---- the names of a model
 
 
-Rows = tuple[int | None, int | None]
-"""The first row and the one after the last."""
-ALL: Rows = (None, None)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one tensor of a model, and which rows of a change of the named layer go there."""
-
-    tensor: str
-    rows: Rows = ALL
-    of: Rows = ALL
-
-
-Aliases = dict[str, tuple[Part, ...]]
-"""What a tensor's name in the other layout, with its part of the pipeline in front, means."""
-
-
 def other_names(shapes: Shapes) -> Aliases:
     """The names that the tensors of a model have in the other layout; empty for a model of another
     kind."""
@@ -144,7 +102,7 @@ def other_names(shapes: Shapes) -> Aliases:
         inside = {
             name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)
         }
-        for name, parts in (_unet(inside) | _flux(inside)).items():
+        for name, parts in (_unet(inside) | other_transformer_names(inside)).items():
             moved = tuple(Part(prefix + part.tensor, part.rows, part.of) for part in parts)
             found.setdefault(UNET + name, moved)
     return found | _encoders(shapes)
@@ -241,80 +199,6 @@ def _unet_pairs(down: list[_Block], up: list[_Block]) -> Iterator[tuple[str, str
                 yield f"output_blocks.{n}.{1 + block.attends}.conv", f"up_blocks.{b}.upsamplers.0.conv"
 
 
-def _flux(shapes: Shapes) -> Aliases:
-    """A Flux transformer's names in the other layout."""
-    found: Aliases = {}
-    if any(name.startswith("double_blocks.") for name in shapes):
-        for original, several in _flux_pairs(shapes, "double_blocks", "single_blocks"):
-            for end in ("weight", "bias"):
-                found |= _divided(shapes, original, several, end)
-    elif any(name.startswith("single_transformer_blocks.") for name in shapes):
-        for original, several in _flux_pairs(shapes, "transformer_blocks", "single_transformer_blocks"):
-            for end in ("weight", "bias"):
-                found |= _joined(shapes, original, several, end)
-    else:
-        return {}
-    for here, there in (FLUX_SWAPPED, FLUX_SWAPPED[::-1]):
-        for end in ("weight", "bias"):
-            if (name := f"{here}.{end}") in shapes:
-                half = shapes[name][0] // 2
-                first, second = (0, half), (half, 2 * half)
-                found[f"{there}.{end}"] = (Part(name, first, second), Part(name, second, first))
-    return found
-
-
-def _flux_pairs(names: Iterable[str], double: str, single: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(the original module, those of diffusers that it consists of); `double` and `single` are what
-    the model calls its blocks."""
-    yield from ((original, (theirs,)) for original, theirs in FLUX_ENDS.items())
-    numbers = {block: set() for block in (double, single)}
-    for name in names:
-        block, _, rest = name.partition(".")
-        if block in numbers and (number := rest.partition(".")[0]).isdigit():
-            numbers[block].add(int(number))
-    tables = ((double, "double_blocks", "transformer_blocks", FLUX_DOUBLE),)
-    tables += ((single, "single_blocks", "single_transformer_blocks", FLUX_SINGLE),)
-    for block, original, theirs, table in tables:
-        for number in sorted(numbers[block]):
-            for module, several in table.items():
-                parts = tuple(f"{theirs}.{number}.{part}" for part in several)
-                yield f"{original}.{number}.{module}", parts
-
-
-def _divided(shapes: Shapes, original: str, several: tuple[str, ...], end: str) -> Aliases:
-    """Names of the rows of an original tensor. Query, key and value are as many rows as the weight
-    has columns, and the rest is the MLP's."""
-    name = f"{original}.{end}"
-    if name not in shapes or f"{original}.weight" not in shapes:
-        return {}
-    if len(several) == 1:
-        return {f"{several[0]}.{end}": (Part(name),)}
-    rows, width = shapes[name][0], shapes[f"{original}.weight"][1]
-    starts = [width * number for number in range(len(several))]
-    ends = [*starts[1:], rows]
-    if ends != sorted(ends) or (len(several) == 3 and rows != 3 * width):
-        return {}
-    return {
-        f"{module}.{end}": (Part(name, (start, stop)),)
-        for module, start, stop in zip(several, starts, ends, strict=True)
-    }
-
-
-def _joined(shapes: Shapes, original: str, several: tuple[str, ...], end: str) -> Aliases:
-    """The name of an original tensor whose rows diffusers keeps as several tensors."""
-    names = [f"{module}.{end}" for module in several]
-    if any(name not in shapes for name in names):
-        return {}
-    if len(names) == 1:
-        return {f"{original}.{end}": (Part(names[0]),)}
-    parts, start = [], 0
-    for name in names:
-        stop = start + shapes[name][0]
-        parts.append(Part(name, of=(start, stop)))
-        start = stop
-    return {f"{original}.{end}": tuple(parts)}
-
-
 def _encoders(shapes: Shapes) -> Aliases:
     """The names of text encoders, of a folder or within a single file, as transformers has them,
     without TEXT_MODEL."""
@@ -323,6 +207,8 @@ def _encoders(shapes: Shapes) -> Aliases:
     for prefix in ("", TEXT_MODEL):
         if f"{prefix}embeddings.token_embedding.weight" in shapes:
             tables[prefix] = (ENCODER, ENCODER_2)
+    if any(name.startswith("encoder.block.0.layer.0.") for name in shapes):
+        tables[""] = T5
     for name, shape in shapes.items():
         for prefix, encoders in tables.items():
             if name.startswith(prefix):

@@ -194,6 +194,6 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def shorten(names: list[str], most: int = 6) -> str:
+def shorten(names: list[str], most: int = 6, between: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

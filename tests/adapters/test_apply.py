@@ -1,11 +1,13 @@
 """litlora/adapters/apply.py: LoRA files on models whose layers have other names, or other rows."""
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,6 +119,53 @@ def test_a_text_encoder_of_open_clip_gets_its_rows(tmp_path):
     lora = {f"lora_te2_{layer}_q_proj": q, f"lora_te2_{layer}_v_proj": v}
     result = merged(tmp_path, lora, {name: torch.zeros(24, 8)})[name]
     torch.testing.assert_close(result, torch.cat([q[0] @ q[1], torch.zeros(8, 8), v[0] @ v[1]]))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("text_encoder_3.encoder", "text_encoders.t5xxl.transformer.encoder"),
+        ("text_encoder_2.encoder", "text_encoders.t5xxl.transformer.encoder"),  # Flux
+        ("lora_te3_encoder", "text_encoders.t5xxl.transformer.encoder"),
+        ("lora_te3_encoder", "encoder"),
+        ("text_encoder_3.encoder", "encoder"),
+    ],
+)
+def test_t5_within_a_whole_checkpoint_or_alone(tmp_path, key, name):
+    up, down = pair(8)
+    inside = ".block.0.layer.0.SelfAttention.q"
+    others = {f"{name}.block.0.layer.0.SelfAttention.k": (8, 8)}
+    if name != "encoder":  # CLIP's layers have other names
+        others["text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"] = (8, 8)
+    lora = {key + (inside.replace(".", "_") if key.startswith("lora_") else inside): (up, down)}
+    result = merged(tmp_path, lora, zeros({name + inside: (8, 8), **others}))
+    torch.testing.assert_close(result.pop(f"{name}{inside}.weight"), up @ down)
+    assert not any(tensor.any() for tensor in result.values())
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux2", "z_image"])
+@pytest.mark.parametrize("flat", [True, False])
+def test_every_layer_by_its_diffusers_name_on_a_whole_checkpoint(tmp_path, kind, flat):
+    """Which rows of which tensor a layer is, diffusers' own conversion has told: see make.py."""
+    files = json.loads(gzip.decompress((REPO / "tests/diffusion_files/names.json.gz").read_bytes()))[kind]
+    layers = {
+        name.removesuffix(".weight"): pair(*shape)
+        for name, shape in files["diffusers"].items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    shapes = {name: tuple(shape) for name, shape in files["original"].items()}
+    expected = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    lora = {}
+    for name, parts in files["maps"].items():
+        for tensor, rows, of in parts:
+            if (layer := tensor.removesuffix(".weight")) in layers and layer != tensor:
+                up, down = layers[layer]
+                expected[name][slice(*of)] = (up @ down)[slice(*rows)]
+                lora["lora_unet_" + layer.replace(".", "_") if flat else f"transformer.{layer}"] = up, down
+    model = {f"model.diffusion_model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    result = merged(tmp_path, lora, model)
+    for name, change in expected.items():
+        torch.testing.assert_close(result[f"model.diffusion_model.{name}"], change)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -12,7 +12,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders import single_file_utils
 
 from litlora.formats.diffusion_names import UNET, other_names
@@ -67,6 +73,50 @@ def models() -> dict[str, tuple[torch.nn.Module, object]]:
             ),
             single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
         ),
+        "flux2": (
+            Flux2Transformer2DModel(
+                in_channels=4,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=8,
+                timestep_guidance_channels=8,
+                axes_dims_rope=(4, 4, 4, 4),
+            ),
+            single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+        ),
+        "sd3": (
+            SD3Transformer2DModel(
+                sample_size=8,
+                in_channels=4,
+                num_layers=3,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=8,
+                caption_projection_dim=16,
+                pooled_projection_dim=8,
+                out_channels=4,
+                pos_embed_max_size=4,
+                dual_attention_layers=(0, 1),
+                qk_norm="rms_norm",
+            ),
+            single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+        ),
+        "z_image": (
+            ZImageTransformer2DModel(
+                in_channels=4,
+                dim=16,
+                n_layers=2,
+                n_refiner_layers=1,
+                n_heads=2,
+                n_kv_heads=2,
+                cap_feat_dim=8,
+                axes_dims=[4, 2, 2],
+                axes_lens=[8, 8, 8],
+            ),
+            single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+        ),
     }
 
 
@@ -79,7 +129,7 @@ def main() -> None:
         shapes = {
             key: tuple(tensor.shape)
             for key, tensor in model.state_dict().items()
-            if ".attn.norm_" not in key  # Flux's norms of queries and keys, which no LoRA file changes
+            if not is_left_out(name, key)
         }
         # one column of each matrix of Flux, whose conversion knows the real width only
         columns = slice(1, 1 if name == "flux" else None)
@@ -93,8 +143,9 @@ def main() -> None:
                 whole[slice(*part.of)] = theirs[part.tensor][slice(*part.rows)]
             original[key] = whole
             maps[key] = [[part.tensor, part.rows, part.of] for part in parts]
-        original |= norms(name)
-        prefix = "model.diffusion_model." if name != "flux" else ""
+        changed = {part[0] for parts in maps.values() for part in parts}
+        original |= {key: tensor for key, tensor in theirs.items() if key not in changed} | besides(name)
+        prefix = "model.diffusion_model." if name in ("sd", "sdxl") else ""
         made = convert({prefix + key: tensor for key, tensor in original.items()}, config=model.config)
         for key, tensor in theirs.items():
             assert torch.equal(made[key], tensor), key
@@ -107,9 +158,17 @@ def main() -> None:
     (Path(__file__).parent / "names.json.gz").write_bytes(gzip.compress(text, mtime=0))
 
 
-def norms(name: str) -> dict[str, torch.Tensor]:
-    """What diffusers' conversion of Flux wants besides."""
-    if name != "flux":
+def is_left_out(name: str, key: str) -> bool:
+    """Whether it is a norm of Flux's queries and keys or a table of positions, which no LoRA file
+    changes."""
+    return (name.startswith("flux") and ".attn.norm_" in key) or key == "pos_embed.pos_embed"
+
+
+def besides(name: str) -> dict[str, torch.Tensor]:
+    """What diffusers' conversion wants besides."""
+    if name == "sd3":
+        return {"pos_embed": torch.ones(1)}
+    if not name.startswith("flux"):
         return {}
     double = [f"double_blocks.{i}.{kind}_attn.norm" for i in range(2) for kind in ("img", "txt")]
     modules = [*double, *(f"single_blocks.{i}.norm" for i in range(2))]

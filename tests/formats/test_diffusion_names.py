@@ -10,7 +10,8 @@ import json
 import pytest
 from conftest import REPO
 
-from litlora.formats.diffusion_names import ALL, Part, other_names, spelling
+from litlora.formats.aliases import ALL, Part
+from litlora.formats.diffusion_names import other_names, spelling
 
 FILES = json.loads(gzip.decompress((REPO / "tests/diffusion_files/names.json.gz").read_bytes()))
 
