@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from litlora.frozen.linear import LINEAR, FrozenLinear, stored_weights
 from litlora.lora.update import Update, scale_of
 from litlora.settings import PRESETS, LoRAConfig
 from litlora.settings.targets import ByTarget, in_preset, layer_number
-from litlora.storage.patterns import Patterns
+from litlora.storage.patterns import MOST_SECONDS, Patterns, searched
 
 
 def select_whole(model: nn.Module, modules_to_save: list[str], adapted: list[str]) -> list[str]:
@@ -62,7 +61,7 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
         if isinstance(module, LINEAR)
         or (isinstance(module, nn.Embedding) and any(_is_end(target, name) for target in asked))
     ]
-    found_by = {target: list(filter(_meaning(target), linears)) for target in asked}
+    found_by = {target: _meant(target, linears) for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
         raise UserError(
@@ -79,12 +78,11 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     return selected
 
 
-def _meaning(target: str) -> Callable[[str], bool]:
-    """Whether a target means the layer of a name."""
+def _meant(target: str, names: list[str]) -> set[str]:
+    """The layers among `names` that a target means."""
     if target in PRESETS:
-        return lambda name: in_preset(name, target)
-    found = name_pattern(target)
-    return lambda name: _is_end(target, name) or found(name)
+        return {name for name in names if in_preset(name, target)}
+    return {name for name in names if _is_end(target, name)} | names_matching(target, names)
 
 
 def _is_end(target: str, name: str) -> bool:
@@ -113,22 +111,28 @@ def in_layers(names: list[str], config: LoRAConfig) -> list[str]:
     return [name for name in names if numbers[name] in wanted]
 
 
-def name_pattern(text: str, option: str = "targets") -> Callable[[str], bool]:
-    """Whether a regular expression matches a whole name: in linear time, or, if it has what that
-    engine lacks (look-around, references, a repeated part that may be empty), by `re`. Raises
-    UserError, which names the setting `option`, for text that is not one."""
+def names_matching(text: str, names: list[str], option: str = "targets") -> set[str]:
+    """The names that a regular expression matches as a whole: in linear time, or, if it has what that
+    engine lacks (look-around, references, a repeated part that may be empty), by `re`, for some
+    seconds at most. Raises UserError, which names the setting `option`, for text that is not one."""
     try:
         patterns = Patterns([text], ends=False)
-        return lambda name: patterns.first(name) is not None
     except ValueError:
         pass
+    else:
+        return {name for name in names if patterns.first(name) is not None}
     try:
-        compiled = re.compile(text)
-    except re.error as error:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
             f"{setting(option)} {text}: neither a layer's name nor a regular expression ({error})"
         ) from None
-    return lambda name: compiled.fullmatch(name) is not None
+    if (found := searched(text, names)) is None:
+        raise UserError(
+            f"{setting(option)} {text}: takes longer than {MOST_SECONDS} s to match with the names of the "
+            "layers; write it without repetitions of repetitions, or name the layers"
+        )
+    return found
 
 
 def _why_not(modules: dict[str, nn.Module], name: str) -> str | None:

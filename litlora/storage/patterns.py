@@ -8,7 +8,10 @@ is refused by name: look-around, references, flags, word boundaries, a repeated 
 empty.
 """
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -24,6 +27,8 @@ MOST_STORED = 500_000
 """States in the moves that an automaton remembers."""
 MOST_TOGETHER = 1_000_000
 """States of a set of patterns, and characters of their tree: some hundred megabytes."""
+MOST_SECONDS = 5
+"""For `searched`, which takes a thousandth of a second for patterns that people write."""
 _DEEPEST = 50
 """Groups within groups."""
 
@@ -118,6 +123,33 @@ class ByPattern(dict[str, Any]):
         """The value for the module of this name."""
         pattern = self._patterns.first(module)
         return default if pattern is None else self[pattern]
+
+
+def searched(pattern: str, names: list[str]) -> set[str] | None:
+    """The names that Python's `re` matches as a whole, with all that it can; None if that takes longer
+    than MOST_SECONDS, or too much memory. It works in a process of its own, as nothing else could
+    end it."""
+    asked = json.dumps([pattern, names])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _SEARCH],
+            input=asked,
+            capture_output=True,
+            text=True,
+            timeout=MOST_SECONDS,
+            check=True,
+        )
+    except subprocess.SubprocessError:
+        return None
+    return {names[number] for number in json.loads(done.stdout)}
+
+
+_SEARCH = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+matches = re.compile(pattern).fullmatch
+print(json.dumps([number for number, name in enumerate(names) if matches(name)]))
+"""
 
 
 class _Key:

@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from litlora.errors import UserError, setting
-from litlora.lora.select import name_pattern
+from litlora.lora.select import names_matching
 from litlora.model import shorten
 
 _RANGE = re.compile(r"(.+\.)?(\d+)-(\d+)(\..+)?")
@@ -68,15 +68,13 @@ def _spread(target: str) -> list[str]:
 
 def _meant(model: nn.Module, target: str) -> list[nn.Parameter]:
     """The weights that a target names, and those of the modules that it names."""
-    matches = name_pattern(target, "freeze")
-
-    def means(name: str) -> bool:
-        return name == target or name.endswith("." + target) or matches(name)
-
-    weights = [
-        weight for name, weight in model.named_parameters(remove_duplicate=False) if name and means(name)
-    ]
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and means(name):
-            weights += module.parameters()
-    return weights
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name in (*weights, *modules) if name]
+    meant = names_matching(target, names, "freeze")
+    meant |= {name for name in names if name == target or name.endswith("." + target)}
+    found = [weight for name, weight in weights.items() if name in meant]
+    for name, module in modules.items():
+        if name in meant:
+            found += module.parameters()
+    return found

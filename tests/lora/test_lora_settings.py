@@ -47,6 +47,18 @@ def test_a_target_may_be_any_regular_expression_of_python(pattern):
     assert select_layers(model, [pattern]) == select_layers(model, ["q_proj"])
 
 
+@pytest.mark.slow  # five seconds of computing
+def test_a_target_that_only_re_can_match_ends_too():
+    with pytest.raises(UserError, match="takes longer than 5 s to match"):
+        select_layers(GPT(tiny_config()), [r"(?!lm_head)(([a-z_.0-9]+)+)+!"])
+
+
+@pytest.mark.parametrize("pattern", ["(?=q){99999999999}", "a{99999999999}", "(" * 99 + "?"])
+def test_a_target_that_is_no_regular_expression_is_one_line(pattern):
+    with pytest.raises(UserError, match="neither a layer's name nor a regular expression"):
+        select_layers(GPT(tiny_config()), [pattern])
+
+
 def test_rslora_scales_by_the_root_of_the_rank():
     assert layer_scale(LoRAConfig(rank=16, alpha=8, rslora=True), "x") == 8 / math.sqrt(16)
     torch.manual_seed(0)
