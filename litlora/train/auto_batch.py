@@ -30,12 +30,15 @@ def fit_to_memory(
     config: TrainConfig,
     say: Callable[[str], None],
     dry_run: type[DryRun] = DryRun,
+    size_is_set: bool | None = None,
 ) -> TrainConfig:
     """The settings with auto_batch, and checkpoint_activations auto, settled for the memory of this
-    machine; the latter also takes effect on the model.
+    machine; the latter also takes effect on the model. Where recomputing is not enough, packs
+    become smaller unless `size_is_set`: whether the user chose micro_batch_tokens, which the
+    settings tell by default.
 
-    All ranks get the same answer. `dry_run` measures. Raises UserError if not even one example
-    fits.
+    All ranks get the same answer. `dry_run` measures. Raises UserError if auto_batch finds that not
+    even one example fits.
     """
     objective.train()  # as in the run
     how = "none" if config.checkpoint_activations == "auto" else config.checkpoint_activations
@@ -49,7 +52,9 @@ def fit_to_memory(
         search = Search(parallel, batches, room, dry_run(objective, parallel.device))
         return _auto_batch(search, config, may_recompute, say)
     if may_recompute and available_memory(parallel.device) is not None:
-        return _recompute_if_needed(parallel, batches, room, config, say)
+        if size_is_set is None:
+            size_is_set = config.micro_batch_tokens is not None
+        return _recompute_if_needed(parallel, batches, room, size_is_set, say)
     return config
 
 
@@ -57,11 +62,11 @@ def _recompute_if_needed(
     parallel: Parallel,
     batches: "LongestBatches",
     room: "Room",
-    config: TrainConfig,
+    size_is_set: bool,
     say: Callable[[str], None],
 ) -> TrainConfig:
     """Recompute activations if those of the run's largest micro-batch would not fit."""
-    trial, available = batches.trial(batches.usual_count()), room.bytes()
+    config, trial, available = batches.config, batches.trial(batches.usual_count()), room.bytes()
     # The better estimate takes a sixth of a second: only for memory that might be short.
     expected = generous_peak(batches.objective, trial)
     # It computes, in which all ranks must take part where the model is divided.
@@ -74,7 +79,70 @@ def _recompute_if_needed(
         "activations: recomputed in the backward (full): "
         f"keeping them would take about {_gib(expected)} of {_gib(available)}"
     )
-    return dataclasses.replace(config, checkpoint_activations="full")
+    config = dataclasses.replace(config, checkpoint_activations="full")
+    if parallel.is_sharded:
+        return config
+    return _smaller_if_needed(
+        parallel, batches, config, _Recomputed(batches, expected, available), say, size_is_set
+    )
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """What micro-batches take whose activations are recomputed."""
+
+    batches: "LongestBatches"
+    kept: int
+    """Bytes that the run's largest micro-batch would take with all activations kept."""
+    available: int
+
+    def bytes(self, count: int) -> int:
+        """Of a micro-batch of so many examples: the input of every block, one block whole, and what
+        its backward holds; and half of that for the gaps that the allocator leaves, because blocks
+        come and go (measured: 1.3 to 2.4 times without them)."""
+        batches = self.batches
+        share = sum(batches.lengths[:count]) / sum(batches.lengths[: batches.usual_count()])
+        kept = self.kept * share
+        inputs = expected_peak(batches.objective, batches.trial(count))
+        return int(min(kept, 1.5 * (inputs + 2 * kept / batches.objective.model.config.num_hidden_layers)))
+
+    def fits(self, count: int) -> bool:
+        return self.bytes(count) <= self.available
+
+
+def _smaller_if_needed(
+    parallel: Parallel,
+    batches: "LongestBatches",
+    config: TrainConfig,
+    recomputed: _Recomputed,
+    say: Callable[[str], None],
+    size_is_set: bool,
+) -> TrainConfig:
+    """Packs of fewer tokens if the run's largest would not fit even so; where that may not be changed,
+    or is not enough, say what would help."""
+    usual = batches.usual_count()
+    if parallel.smallest(int(recomputed.fits(usual))):
+        return config
+    fitting = parallel.smallest(largest_fitting(range(1, usual), recomputed.fits) or 0)
+    count = usual
+    if config.packing and not config.update_early and not size_is_set:
+        count = max(1, fitting)
+        tokens = sum(batches.lengths[:count])
+        say(
+            f"micro-batch: {tokens:,} tokens instead of {pack_tokens(config):,}, which would still take "
+            f"about {_gib(recomputed.bytes(usual))}; what is learned stays the same"
+        )
+        config = dataclasses.replace(config, micro_batch_tokens=tokens)
+    if count > fitting:
+        size = "micro_batch_tokens" if config.packing else "micro_batch_size"
+        size = "global_batch_size" if config.update_early else size
+        lower = f"{size} or max_seq_length" if usual > 1 else "max_seq_length"
+        say(
+            f"warning: a micro-batch of {sum(batches.lengths[:count]):,} tokens may take about "
+            f"{_gib(recomputed.bytes(count))} of {_gib(recomputed.available)}, and the system ends "
+            f"what takes too much: lower {lower}"
+        )
+    return config
 
 
 def _auto_batch(
@@ -248,4 +316,4 @@ def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | 
 
 
 def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+    return f"{max(0, count) / 2**30:.2f} GiB"

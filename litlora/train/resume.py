@@ -369,9 +369,15 @@ def as_measured(settings: Finetune, start: Path) -> Finetune:
     come out differently."""
     stored = stored_settings(start)
     train, precision = stored.get("train"), stored.get("precision")
-    streamed = stored.get("stream_base") is True and settings.train.micro_batch_tokens is None
-    if (settings.train.auto_batch or streamed) and isinstance(train, dict):
-        sizes = {name: train.get(name) for name in ("micro_batch_tokens", "micro_batch_size")}
+    # Without a size, memory or the speed of the disk may have decided on the packs.
+    unset = settings.train.micro_batch_tokens is None
+    if (settings.train.auto_batch or unset) and isinstance(train, dict):
+        names = (
+            ("micro_batch_tokens", "micro_batch_size")
+            if settings.train.auto_batch
+            else ("micro_batch_tokens",)
+        )
+        sizes = {name: train.get(name) for name in names}
         sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
         settings = dataclasses.replace(
             settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes)

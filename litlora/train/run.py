@@ -189,7 +189,14 @@ class Run:
         config, stream = self.settings.train, self.loaded.stream
         if stream is not None:
             config = settle_packs(stream, config, dtype, self.parallel, self.say)
-        self.config = config = fit_to_memory(self.parallel, self.objective, self.data.train, config, self.say)
+        self.config = config = fit_to_memory(
+            self.parallel,
+            self.objective,
+            self.data.train,
+            config,
+            self.say,
+            size_is_set=self.settings.train.micro_batch_tokens is not None,
+        )
         if config.compile:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
         # The configuration repeats this run: how its directory was found does not belong to it.

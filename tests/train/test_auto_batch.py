@@ -3,6 +3,7 @@ learned."""
 
 import math
 import re
+import shutil
 from array import array
 
 import pytest
@@ -111,3 +112,52 @@ def test_activations_are_computed_again_where_memory_would_not_hold_them(
     kept, again = (open_checkpoint(tmp_path / name / "final").tensors for name in ("kept", "again"))
     for name in kept:
         torch.testing.assert_close(again[name], kept[name], rtol=1e-4, atol=1e-5)
+
+
+def settled(monkeypatch, free: int, **changes) -> tuple[TrainConfig, str]:
+    """What the settings become with so many free bytes beyond those of the optimizer, and what is said."""
+    config, said = TrainConfig(max_seq_length=128, **changes), []
+    plain = SFT(objective(dtype=torch.float32).model, config)
+    reserved = state_bytes(plain.trainable(), config)
+    monkeypatch.setattr(memory, "free_ram", lambda: math.ceil((free + reserved) / 0.8))
+    examples = [Example(array("i", [1] * 32), ((3, 32),))] * 8
+    return fit_to_memory(Parallel("cpu"), plain, examples, config, said.append), " ".join(said)
+
+
+def test_packs_are_smaller_where_recomputing_is_not_enough(monkeypatch):
+    config, said = settled(monkeypatch, 2**40)
+    assert (config.micro_batch_tokens, config.checkpoint_activations, said) == (None, "none", "")
+    config, said = settled(monkeypatch, 700_000)
+    assert config.micro_batch_tokens == 64 and config.checkpoint_activations == "full"
+    assert "micro-batch: 64 tokens instead of 128, which would still take" in said and "warning" not in said
+    config, said = settled(monkeypatch, 20_000)
+    assert config.micro_batch_tokens == 32  # one example
+    assert "warning: a micro-batch of 32 tokens may take about" in said
+    assert said.endswith("the system ends what takes too much: lower micro_batch_tokens or max_seq_length")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"micro_batch_tokens": 64}, "micro_batch_tokens or max_seq_length"),
+        ({"packing": False}, "micro_batch_size or max_seq_length"),
+        ({"update_early": True, "max_grad_norm": 0}, "global_batch_size or max_seq_length"),
+    ],
+)
+def test_a_size_that_matters_or_was_chosen_stays_with_a_warning(monkeypatch, changes, remedy):
+    config, said = settled(monkeypatch, 20_000, **changes)
+    assert config.micro_batch_tokens == changes.get("micro_batch_tokens")
+    assert "warning: a micro-batch of" in said and said.endswith(f"lower {remedy}")
+
+
+def test_what_a_run_chose_by_memory_stays_when_it_resumes(base, alpaca_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_ram", lambda: 300_000)
+    train = {"max_steps": 2, "save_interval": 1, "keep_checkpoints": 2}
+    tune("lora", base, alpaca_file, tmp_path / "run", train=train)
+    stored = (tmp_path / "run/hyperparameters.yaml").read_text()
+    assert "checkpoint_activations: full\n" in stored and re.search(r"micro_batch_tokens: \d+\n", stored)
+    shutil.rmtree(tmp_path / "run/final")
+    monkeypatch.setattr(memory, "free_ram", lambda: 2**40)
+    tune("lora", base, alpaca_file, tmp_path / "run", train=train, resume="auto")
+    again = (tmp_path / "run/hyperparameters.yaml").read_text()
+    assert again.count("micro_batch_tokens: null") == 0
