@@ -11,7 +11,8 @@ from conftest import QUICKSTART
 from litlora.console import say_marked
 from litlora.data.examples import Example
 from litlora.tokenizer import Tokenizer
-from litlora.train.preview import figures, histogram, marked
+from litlora.train.preview import figures, histogram
+from litlora.train.preview_text import marked
 
 SHOW = "scripts/show_data.py"
 
@@ -89,6 +90,73 @@ def test_prompts_that_are_learned_too_are_marked(tmp_path, show):
     assert [t["learned"] for t in tokens] == [False] + [True] * (len(tokens) - 1)
 
 
+PAIRS = (
+    {"prompt": "What is 1 + 2?", "chosen": "3", "rejected": "It is four."},
+    {"prompt": "Name a color.", "chosen": "Blue", "rejected": "Dog"},
+    {"prompt": "Name a color.", "chosen": "word " * 60, "rejected": "No"},
+)
+
+
+PAIRS_FILE, LONG_PAIRS = "pairs.jsonl", "long.jsonl"
+
+
+def texts(conversation, learned):
+    """Of each example of a record, the tokens that are learned, or those that are not."""
+    return ["".join(t["text"] for t in each if t["learned"] is learned) for each in conversation["examples"]]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_pairs_are_shown_as_dpo_sees_them(tmp_path, output, show, loss):
+    data = write(tmp_path / "x.jsonl", *PAIRS)
+    words = ("--data", data, "--data.val_fraction", 0, "--preference.loss", loss)
+    words += ("--train.max_seq_length", 60, "--train.max_steps", 1, "--precision", "32-true")
+    run = output("finetune/dpo.py", *words, "--out_dir", tmp_path / "out")
+    found = show(*words)
+    first, _, cut = found["conversations"]
+    assert first["answers"] == (["chosen", "rejected"] if loss == "dpo" else ["good", "bad"])
+    assert texts(first, True) == ["3<|endoftext|>", "It is four.<|endoftext|>"]
+    prompts = texts(first, False)
+    assert prompts[0] == prompts[1] and "What is 1 + 2?" in prompts[0]
+    assert first["prompt"] == [sum(not t["learned"] for t in each) for each in first["examples"]]
+    assert (first["cut"], cut["cut"], len(cut["examples"][0])) == (0, 1, 60)
+    said = re.search(r"data: (\d+) examples to train on, 0 to validate; (\d+) tokens", run)
+    train = found["train"]
+    assert list(map(int, said.groups())) == [train["examples"], train["tokens"]]
+    assert train["tokens"] == sum(len(each) for c in found["conversations"] for each in c["examples"])
+    sides = train["answers"]
+    assert [sides[name]["examples"] for name in first["answers"]] == [3, 3]
+    assert sum(side["learned_tokens"] for side in sides.values()) == train["learned_tokens"]
+    stored = show("--config", tmp_path / "out/hyperparameters.yaml")
+    assert (stored["train"], stored["steps"]) == (train, found["steps"])
+
+
+def test_labelled_answers_and_pairs_as_text(tmp_path, output):
+    records = [{"prompt": "a", "completion": "yes", "label": True}]
+    records += [{"prompt": "a", "completion": "oh no", "label": False}]
+    data = write(tmp_path / "x.jsonl", *records)
+    text = output(SHOW, "--data", data, "--data.val_fraction", 0, "--preference.loss", "kto")
+    assert (
+        "good" in text and "-- bad\n" in text and re.search(r"bad: 1 examples, \d+ tokens, \d+ learned", text)
+    )
+    pairs = write(tmp_path / "y.jsonl", *PAIRS)
+    text = output(SHOW, "--data", pairs, "--data.val_fraction", 0, "--preference.loss", "simpo")
+    assert re.search(r"-- rejected, after the same \d+ tokens\n\[\[It", text)
+    assert "\n1 steps, 1 an epoch" in text  # of finetune/dpo.py's one epoch
+
+
+def test_what_distillation_learns_is_shown(tmp_path, output, show):
+    data = write(tmp_path / "x.jsonl", *[{"instruction": str(n), "output": "b"} for n in range(4)])
+    words = ("--data", data, "--data.val_fraction", 0, "--precision", "32-true", "--train.max_steps", 1)
+    run = output("finetune/distill.py", *words, "--teacher", QUICKSTART, "--out_dir", tmp_path / "out")
+    found = show("--config", tmp_path / "out/hyperparameters.yaml")
+    assert f"; {found['train']['tokens']} tokens" in run
+    again = show(*words, "--teacher", QUICKSTART)
+    assert (found["train"], found["steps"], found["conversations"]) == tuple(
+        again[name] for name in ("train", "steps", "conversations")
+    )
+    assert "answers" not in found["train"] and len(found["conversations"]) == 3
+
+
 def test_duplicates_and_what_is_left_out(tmp_path, show):
     long = {"instruction": "word " * 400, "output": "b"}
     record = {"instruction": "a", "output": "b"}
@@ -106,10 +174,24 @@ def test_duplicates_and_what_is_left_out(tmp_path, show):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--tokenizer.add_tokens", "auto"], "--tokenizer.add_tokens auto: the prompt style alpaca has no"),
         (["--checkpoint_dir", "nowhere"], "nowhere"),
+        (["--teacher", "nowhere"], "nowhere"),
+        (["--data", PAIRS_FILE], "scripts/show_data.py with preference.loss dpo shows them"),
+        (["--preference.loss", "dpo"], "--data: required"),
+        (
+            ["--data", PAIRS_FILE, "--preference.loss", "dpo", "--train.mask_prompt", "false"],
+            "--train.mask_prompt false: a preference is about answers alone",
+        ),
+        (["--data", PAIRS_FILE, "--preference.loss", "dop"], "--preference.loss"),
+        (
+            ["--data", LONG_PAIRS, "--preference.loss", "dpo", "--train.max_seq_length", 60],
+            "are the same up to --train.max_seq_length, where they are cut",
+        ),
         (["--data", "x.jsonl", "--exampels", 1], "no such option, did you mean --examples"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, forked, words, says):
+    write(tmp_path / PAIRS_FILE, *PAIRS)
+    write(tmp_path / LONG_PAIRS, {"prompt": "a", "chosen": "word " * 99 + "b", "rejected": "word " * 99})
     assert says in forked.refuses(SHOW, *words, cwd=tmp_path)
 
 

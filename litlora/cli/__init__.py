@@ -26,7 +26,7 @@ import os
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings")
 
 
-def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> None:
-    """Parse `sys.argv` into `settings_class` and call the command; a UserError becomes one line and
-    exit status 2.
+def run(command: Callable[[Settings], None], *settings_classes: type[Settings]) -> None:
+    """Parse `sys.argv` into the settings class and call the command; a UserError becomes one line and
+    exit status 2. Of several classes it is the one that `meant` finds.
 
     With LITLORA_DEBUG=1 in the environment a mistake shows its traceback as well.
     """
@@ -56,7 +56,9 @@ def run(command: Callable[[Settings], None], settings_class: type[Settings]) -> 
     # fifth of the time. The threshold is the whole process's, which is ours: it starts here.
     gc.set_threshold(500_000)
     _open_closed_streams()
+    settings_class = settings_classes[0]
     try:
+        settings_class = meant(settings_classes, sys.argv[1:])
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:
         _fail(error.with_options(lambda name: option_for(settings_class, name)))
@@ -121,6 +123,18 @@ REPEAT = "python {script} --config {config} --out_dir NEW"
 def chat_with_result() -> str:
     """The command that chats with the result of a run, with {result} in place of its path."""
     return f"{call('chat/base.py')} --checkpoint_dir {{result}}"
+
+
+def meant(settings_classes: Sequence[type[Settings]], argv: list[str]) -> type[Settings]:
+    """The class that has the most of the settings that a command line and its `--config` file name;
+    the first of several."""
+    if len(settings_classes) == 1:
+        return settings_classes[0]
+    words = [re.split("[.=]", word.removeprefix("--"), maxsplit=1)[0] for word in argv if word[:2] == "--"]
+    named = {word.replace("-", "_") for word in words} | _checked_config(argv)[1].keys()
+    return max(
+        settings_classes, key=lambda each: len(named & {field.name for field in dataclasses.fields(each)})
+    )
 
 
 def parse(settings_class: type[Settings], argv: list[str]) -> Settings:

@@ -8,7 +8,7 @@ from litlora.data.encode import Encoder
 from litlora.data.examples import EVENTS, Example, Examples, chunks, examples_of, no_example_left
 from litlora.data.records import Pair
 from litlora.data.skipped import Skipped
-from litlora.errors import DataError
+from litlora.errors import DataError, setting
 from litlora.prompts import PromptStyle
 from litlora.tokenizer import Tokenizer
 
@@ -72,8 +72,11 @@ def _problem(sides: list[list[Example]], counts: Counter[str]) -> str | None:
             "each of its two sides must be one example, and one is several: "
             "let both be short, and learn their last answer alone"
         )
-    same = all(sides) and sides[0][0].ids == sides[1][0].ids
-    return "chosen and rejected are the same" if same else None
+    if not all(sides) or sides[0][0].ids != sides[1][0].ids:
+        return None
+    if counts["cut"]:
+        return f"chosen and rejected are the same up to {setting('max_seq_length')}, where they are cut"
+    return "chosen and rejected are the same"
 
 
 def _after_shared(pair: PairExample) -> PairExample:

@@ -49,6 +49,8 @@ from litlora.settings.finetune import (
     FinetuneFull,
     FinetuneLoRA,
     ShowData,
+    ShowDistill,
+    ShowPreference,
 )
 from litlora.settings.known_sets import (
     FLAN,
@@ -115,6 +117,8 @@ __all__ = [
     "PreferenceConfig",
     "ResizeLoRA",
     "ShowData",
+    "ShowDistill",
+    "ShowPreference",
     "TokenizerConfig",
     "TrainConfig",
     "UltraChat",

@@ -288,6 +288,11 @@ class FinetuneDPO(FinetuneLoRA):
             f"{setting('neftune_alpha')} and {setting('loss')} {self.preference.loss}: NEFTune is for "
             f"learning answers, not pairs of them; leave {setting('neftune_alpha')} out",
         )
+        check(
+            self.train.mask_prompt,
+            f"{setting('mask_prompt')} false: a preference is about answers alone, so there is nothing to "
+            "prefer in a prompt; leave it on",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,9 +320,8 @@ class FinetuneDistill(FinetuneLoRA):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowData(FinetuneLoRA):
-    """Show what fine-tuning would learn from: examples token by token, and figures on all of them.
-    Takes the options of finetune/lora.py; those that do not concern data have no effect."""
+class Shown(Finetune):
+    """What showing data needs beside the settings of training."""
 
     examples: int = 3
     """How many records are shown token by token, from the first on."""
@@ -327,3 +331,26 @@ class ShowData(FinetuneLoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_value(self, "examples", self.examples >= 0, "must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowData(Shown):
+    """Show what fine-tuning would learn from: examples token by token, and figures on all of them.
+    Takes the options of finetune/lora.py and finetune/full.py; with one of --preference those of
+    finetune/dpo.py, with --teacher those of finetune/distill.py, and shows what these learn from.
+    Options that do not concern data have no effect."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowPreference(FinetuneDPO, Shown):
+    """Show what finetune/dpo.py would learn from: pairs of answers, or good and bad ones, token by
+    token, and figures on all of them. Takes its options; those that do not concern data have no
+    effect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDistill(FinetuneDistill, Shown):
+    """Show what finetune/distill.py would learn from: examples token by token, and figures on all of
+    them. Takes its options; those that do not concern data have no effect."""

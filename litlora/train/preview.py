@@ -4,10 +4,11 @@ them."""
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import numpy as np
 from litlora.checkpoint import Chain
 from litlora.console import say
 from litlora.data.batches import num_supervised, padding_share
-from litlora.data.conversation import Conversation
-from litlora.data.examples import Example, tokenize
+from litlora.data.conversation import Place
+from litlora.data.examples import Example, Examples, tokenize
+from litlora.data.labelled import LabelledExample, tokenize_labelled
+from litlora.data.pairs import PairExample, tokenize_pairs
+from litlora.data.records import Labelled, Learned, Learns, Pair
 from litlora.data.sources import Dataset
 from litlora.data.store import lengths_of
 from litlora.errors import DataError
 from litlora.load import load_text
 from litlora.prompts import PromptStyle, choose_style, lacking_tokens
-from litlora.settings import ShowData, TrainConfig
+from litlora.settings import ShowData, ShowDistill, ShowPreference, TrainConfig
 from litlora.tokenizer import Tokenizer
 from litlora.train.plan import Plan, pack_tokens
 from litlora.train.prepare import Preparation
@@ -30,10 +34,15 @@ from litlora.train.vocabulary import AddedTokens, cut_notice, missing_tokens
 
 Description = dict[str, Any]
 """As JSON holds it."""
-MOST_TOKENS = 1500
-"""Of an example that are shown; the middle of a longer one is left out."""
 BARS = 8
 """Of a histogram, at most."""
+AnyExample = Example | PairExample | LabelledExample
+TOKENIZE: dict[Learns, Callable[..., Examples]] = {
+    "answers": tokenize,
+    "pairs": tokenize_pairs,
+    "labels": tokenize_labelled,
+}
+"""What makes examples for each kind of training."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +53,54 @@ class Reading:
     style: PromptStyle
     max_seq_length: int
     mask_prompt: bool
+    learns: Learns = "answers"
 
 
-def first_conversations(
-    conversations: Iterable[Conversation], count: int, reading: Reading
-) -> list[Description]:
-    """The first `count` conversations, each with its place and its examples token by token, or with
-    the reason why it is left out."""
+def first_conversations(conversations: Iterable[Learned], count: int, reading: Reading) -> list[Description]:
+    """The first `count` records, each with its place and its examples token by token, or with the
+    reason why it is left out."""
     return [_conversation(conversation, reading) for conversation in islice(conversations, count)]
 
 
-def _conversation(conversation: Conversation, reading: Reading) -> Description:
-    found: Description = {"place": str(conversation.place), "examples": [], "left_out": None}
+def _conversation(record: Learned, reading: Reading) -> Description:
+    """Of a pair or a labelled answer, "answers" says what each of the examples is, and "prompt" how
+    many tokens at its beginning are the prompt."""
+    found: Description = {"place": str(_place(record)), "examples": [], "left_out": None}
+    make = TOKENIZE[reading.learns]
     try:
-        made = tokenize([conversation], reading.tokenizer, reading.style, reading.max_seq_length)
+        made = make([record], reading.tokenizer, reading.style, reading.max_seq_length)
     except DataError as error:
         return found | {"left_out": str(error)}
-    return found | {"examples": [_tokens(example, reading) for example in made.examples]}
+    if reading.learns == "answers":
+        return found | {"examples": [_tokens(example, reading) for example in made.examples]}
+    sides = [side for example in made.examples for side in answers_of(example)]
+    return found | {
+        "examples": [_tokens(answer, reading) for _, answer in sides],
+        "answers": [name for name, _ in sides],
+        "prompt": [prompt_length(answer) for _, answer in sides],
+        "cut": made.num_cut + made.num_shortened,
+    }
+
+
+def _place(record: Learned) -> Place:
+    if isinstance(record, Pair):
+        return record.chosen.place
+    return record.conversation.place if isinstance(record, Labelled) else record.place
+
+
+def answers_of(example: AnyExample) -> list[tuple[str, Example]]:
+    """The token ids that an example is, with what each of them is; an answer that is learned by
+    itself has no name."""
+    if isinstance(example, PairExample):
+        return [("chosen", example.chosen), ("rejected", example.rejected)]
+    if isinstance(example, LabelledExample):
+        return [("good" if example.is_desirable else "bad", example.answer)]
+    return [("", example)]
+
+
+def prompt_length(answer: Example) -> int:
+    """The number of tokens before the first one that is learned."""
+    return next((start for start, _ in answer.learned_spans()), len(answer.ids))
 
 
 def _tokens(example: Example, reading: Reading) -> list[Description]:
@@ -73,19 +113,28 @@ def _tokens(example: Example, reading: Reading) -> list[Description]:
     ]
 
 
-def figures(examples: Sequence[Example], mask_prompt: bool) -> Description:
-    """How many examples and tokens there are, how long they are, and how much is learned. One pass
-    that keeps 12 bytes an example."""
+def figures(examples: Sequence[AnyExample], mask_prompt: bool) -> Description:
+    """How many examples and tokens there are, how long they are, and how much is learned; of pairs
+    and of labelled answers also those of each side, "answers". One pass that keeps 12 bytes an
+    example."""
     lengths, hashes = array("i"), array("Q")
-    learned = nothing_learned = 0
+    nothing_learned = 0
+    sides: dict[str, Counter[str]] = {}
     for example in examples:
-        lengths.append(len(example.ids))
-        hashes.append(int.from_bytes(hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest()))
-        count = num_supervised(example, mask_prompt)
-        learned += count
-        nothing_learned += not count
+        length = learned = 0
+        content = hashlib.blake2b(digest_size=8)
+        for name, answer in answers_of(example):
+            count = num_supervised(answer, mask_prompt)
+            side = sides.setdefault(name, Counter())
+            side.update(examples=1, tokens=len(answer.ids), learned_tokens=count)
+            length, learned = length + len(answer.ids), learned + count
+            content.update(name.encode() + answer.ids.tobytes())
+        lengths.append(length)
+        hashes.append(int.from_bytes(content.digest()))
+        nothing_learned += not learned
     total = sum(lengths)
-    return {
+    learned = sum(side["learned_tokens"] for side in sides.values())
+    found = {
         "examples": len(lengths),
         "tokens": total,
         "learned_tokens": learned,
@@ -97,6 +146,13 @@ def figures(examples: Sequence[Example], mask_prompt: bool) -> Description:
         "longest": max(lengths, default=0),
         "histogram": histogram(lengths),
     }
+    if sides.keys() <= {""}:
+        return found
+    shares = {
+        name: {**side, "learned_share": side["learned_tokens"] / max(1, side["tokens"])}
+        for name, side in sides.items()
+    }
+    return found | {"answers": shares}
 
 
 def histogram(lengths: Sequence[int]) -> list[Description]:
@@ -115,9 +171,16 @@ def histogram(lengths: Sequence[int]) -> list[Description]:
     ]
 
 
-def steps(examples: Sequence[Example], config: TrainConfig, seed: int) -> Description:
+def _lengths(examples: Sequence[AnyExample]) -> Sequence[int]:
+    """The number of tokens that the model computes for each example."""
+    if examples and not isinstance(examples[0], Example):
+        return array("i", (sum(len(answer.ids) for _, answer in answers_of(each)) for each in examples))
+    return lengths_of(examples)
+
+
+def steps(examples: Sequence[AnyExample], config: TrainConfig, seed: int) -> Description:
     """How many steps a run takes, and how full its micro-batches are."""
-    lengths = lengths_of(examples)
+    lengths = _lengths(examples)
     plan = Plan(lengths, config, seed)
     num_micro_batches = sum(map(len, plan.epoch(0)))
     found = {
@@ -133,7 +196,9 @@ def steps(examples: Sequence[Example], config: TrainConfig, seed: int) -> Descri
     return found | {"packed_tokens": capacity, "packed_share": sum(lengths) / (num_micro_batches * capacity)}
 
 
-def preview(settings: ShowData, dataset: Dataset, chain: Chain) -> Description:
+def preview(
+    settings: ShowData | ShowPreference | ShowDistill, dataset: Dataset, chain: Chain, learns: Learns
+) -> Description:
     """Everything that `scripts/show_data.py` shows of a run on this model."""
     text = load_text(chain)
     tokenizer = text.tokenizer
@@ -149,9 +214,9 @@ def preview(settings: ShowData, dataset: Dataset, chain: Chain) -> Description:
     if cut := lacking_tokens(style, tokenizer) if style.called else []:
         notes.append(cut_notice(cut))
     limit = min(settings.train.max_seq_length, chain.config.max_position_embeddings)
-    reading = Reading(tokenizer, style, limit, settings.train.mask_prompt)
+    reading = Reading(tokenizer, style, limit, settings.train.mask_prompt, learns)
     told = partial(say, file=sys.stderr)
-    prepare = Preparation(settings.data, tokenizer, style, limit, told)
+    prepare = Preparation(settings.data, tokenizer, style, limit, told, tokenize=TOKENIZE[learns])
     made, made_val = prepare.examples(dataset)
     said = (dataset.notice, *dataset.notices, *dataset.late_notices(), *prepare.notices)
     return {
@@ -163,87 +228,3 @@ def preview(settings: ShowData, dataset: Dataset, chain: Chain) -> Description:
         "notices": [*notes, *filter(None, said), *made.notices(limit)],
         "steps": steps(made.examples, settings.train, settings.seed),
     }
-
-
-# ---- for people
-
-
-def title(found: Description) -> str:
-    """Of a conversation, its place, and what becomes of it."""
-    if found["left_out"]:
-        return f"==== {found['left_out']}"
-    if not found["examples"]:
-        return f"==== {found['place']}: no example"
-    counts = [
-        f"{len(tokens):,} tokens, {sum(token['learned'] for token in tokens):,} learned"
-        for tokens in found["examples"]
-    ]
-    several = f"{len(counts)} examples: " if len(counts) > 1 else ""
-    return f"==== {found['place']}: {several}{'; '.join(counts)}"
-
-
-def marked(tokens: list[Description]) -> list[tuple[str, bool]]:
-    """An example as spans of text, with a bar between tokens, and whether they are learned."""
-    spans: list[tuple[str, bool]] = []
-    hidden = range(MOST_TOKENS // 2, len(tokens) - MOST_TOKENS // 2)
-    for is_learned, group in groupby(enumerate(tokens), key=lambda each: each[1]["learned"]):
-        texts = [_text(index, token, hidden) for index, token in group]
-        if spans:
-            spans.append(("|", False))
-        spans.append(("|".join(text for text in texts if text is not None), is_learned))
-    return spans
-
-
-def _text(index: int, token: Description, hidden: range) -> str | None:
-    if index in hidden:
-        return f" ... {len(hidden):,} tokens ... " if index == hidden.start else None
-    return token["text"].replace("\n", "\u21b5\n")
-
-
-def table(d: Description) -> list[str]:
-    """The figures as lines."""
-    lines = [f"prompt style: {d['prompt_style']} ({d['prompt_style_reason']})"]
-    for name, what in (("train", "to train on"), ("val", "to validate")):
-        if not (part := d[name]):
-            continue
-        lines.append(
-            f"{part['examples']:,} examples {what}: {part['tokens']:,} tokens, "
-            f"{part['learned_tokens']:,} learned ({part['learned_share']:.1%}); "
-            f"shortest {part['shortest']:,}, median {part['median']:,.0f}, longest {part['longest']:,} tokens"
-        )
-        if part["duplicates"]:
-            lines.append(f"    {part['duplicates']:,} of them repeat another one, token for token")
-        if part["nothing_learned"]:
-            lines.append(f"    nothing is learned of {part['nothing_learned']:,} of them")
-    lines += [f"note: {notice}" for notice in d["notices"]]
-    lines += [
-        "",
-        "length of the training examples in tokens",
-        *_bars(d["train"]["histogram"]),
-        "",
-        _steps_line(d["steps"]),
-    ]
-    return lines
-
-
-def _bars(ranges: list[Description]) -> list[str]:
-    most = max((each["examples"] for each in ranges), default=1)
-    wide = max((len(f"{each['from']:,}-{each['to']:,}") for each in ranges), default=0)
-    return [
-        f"    {each['from']:,}-{each['to']:,}".ljust(wide + 6)
-        + f"{'#' * -(-40 * each['examples'] // most)} {each['examples']:,}".lstrip()
-        for each in ranges
-    ]
-
-
-def _steps_line(d: Description) -> str:
-    line = f"{d['steps']:,} steps, {d['steps_per_epoch']:,} an epoch"
-    micro_batches = f"{d['micro_batches_per_epoch']:,} micro-batches an epoch"
-    if "padding_share" in d:
-        return f"{line}; {micro_batches}, padding {d['padding_share']:.1%}"
-    if "packed_share" in d:
-        return (
-            f"{line}; {micro_batches}, packed without padding, "
-            f"filled to {d['packed_share']:.1%} of {d['packed_tokens']:,} tokens"
-        )
-    return f"{line}; the size of micro-batches is found when training starts"

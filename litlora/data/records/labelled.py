@@ -28,7 +28,8 @@ class LabelledForm(RecordForm):
         """Refuse the record, and say how to learn all answers."""
         record.wrong(
             "is of the form labelled, a good or a bad answer, and this training learns every answer; "
-            f"finetune/dpo.py with {setting('loss')} kto learns from labels; to learn all answers alike: "
+            "finetune/dpo.py with preference.loss kto learns from labels, and scripts/show_data.py with it "
+            "shows them; to learn all answers alike: "
             f"{setting('format')} prompt_completion {setting('ignore')} '[{record.named('label')}]'"
         )
 

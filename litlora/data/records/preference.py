@@ -48,7 +48,8 @@ class PreferenceForm(RecordForm):
         )
         record.wrong(
             "is of the form preference, a pair of answers, and this training learns single ones; "
-            f"finetune/dpo.py learns from pairs; to learn the chosen answers alone: {to_learn}"
+            "finetune/dpo.py learns from pairs, and scripts/show_data.py with preference.loss dpo "
+            f"shows them; to learn the chosen answers alone: {to_learn}"
         )
 
     def pair(self, record: Record) -> Pair:
