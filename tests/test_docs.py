@@ -32,13 +32,13 @@ LINKS = [
 ]
 
 
-def settings_of(script: str, monkeypatch) -> type:
-    """The settings that a command takes: what it hands to `cli.run`."""
+def settings_of(script: str, words: list[str], monkeypatch) -> type:
+    """The settings that a command line is for, of those that the command hands to `cli.run`."""
     taken = []
-    monkeypatch.setattr(cli, "run", lambda main, settings: taken.append(settings))
+    monkeypatch.setattr(cli, "run", lambda main, *settings: taken.append(settings))
     spec = importlib.util.spec_from_file_location("__main__", REPO / script)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    return taken[0]
+    return cli.meant(taken[0], words)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,7 +51,7 @@ def test_a_command_is_understood(command, monkeypatch):
     if any("hyperparameters.yaml" in word for word in words):  # of a run that is not there
         words = words[2:]
     try:
-        cli.parse(settings_of(script, monkeypatch), words)
+        cli.parse(settings_of(script, words, monkeypatch), words)
     except UserError as error:
         pytest.fail(str(error))
 
