@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -87,9 +88,9 @@ def ask(tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
 
-    def ask(*paths: str) -> list[str]:
+    def ask(*paths: str, **more: str) -> list[str]:
         run = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *paths], env=env, capture_output=True, text=True, cwd=REPO
+            [sys.executable, "-c", PROGRAM, *paths], env=env | more, capture_output=True, text=True, cwd=REPO
         )
         assert run.returncode == 0, run.stderr
         return run.stdout.splitlines()
@@ -118,6 +119,22 @@ def test_a_data_set_on_the_hub_is_read_by_split_and_by_file(ask, tmp_path):
     assert nothing.startswith(
         "error|hf://owner/other: cannot be fetched: Dataset 'owner/other' doesn't exist"
     )
+
+
+def test_without_a_network_the_cache_answers_and_what_is_not_there_is_one_line(ask):
+    (there,) = ask("hf://owner/name")
+    with socket.socket() as closed:  # a port that nobody listens at
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        nothing, found, no_file = ask(
+            "hf://owner/other", "hf://owner/name", "hf://owner/other/x.jsonl", HF_ENDPOINT=endpoint
+        )
+    assert found == there
+    assert nothing == (
+        "error|hf://owner/other: cannot be fetched: 127.0.0.1 cannot be reached, and it is not in the cache; "
+        "name files that are here, or try again with a network"
+    )
+    assert no_file.startswith("error|hf://owner/other/x.jsonl: cannot be fetched:")
 
 
 @pytest.mark.parametrize("path", ["hf://", "hf://owner", "hf://owner//train", "hf://owner/name/a/b/c"])
