@@ -121,6 +121,7 @@ def test_a_data_set_on_the_hub_is_read_by_split_and_by_file(ask, tmp_path):
     )
 
 
+@pytest.mark.slow  # processes that import datasets
 def test_without_a_network_the_cache_answers_and_what_is_not_there_is_one_line(ask):
     (there,) = ask("hf://owner/name")
     with socket.socket() as closed:  # a port that nobody listens at
