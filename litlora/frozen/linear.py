@@ -8,7 +8,7 @@ from litlora.kernels.lora import times
 
 
 class FrozenLinear(nn.Module):
-    """x Wᵀ + b for any storage of W, in place of an `nn.Linear`. Neither W nor b trains."""
+    """x Wᵀ + b for any storage of W, in place of an `nn.Linear`. W does not train."""
 
     def __init__(self, storage: FrozenWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -29,6 +29,8 @@ class FrozenLinear(nn.Module):
         return self.storage.rows()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None and self.bias.requires_grad:  # `times` gives it no gradient
+            return times(x, self.storage) + self.bias.to(x.dtype)
         return times(x, self.storage, self.bias)
 
     def extra_repr(self) -> str:

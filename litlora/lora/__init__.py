@@ -12,6 +12,7 @@ variants.py  what A and B mean, and what belongs to them
 starts.py    the values of A and B before the first step; eva.py: those by the data
 adapter.py   the updates of all layers, with their settings and the base they are for
 rows.py      rows of added tokens
+biases.py    biases that train, those of B too
 select.py    which layers, and the rank and alpha of each
 """
 
@@ -22,7 +23,6 @@ from litlora.lora.layer import (
     adapter_of,
     add_lora,
     attach_lora,
-    describe_choice,
     gated_mlp,
     lora_updates,
     merge_lora,
@@ -48,7 +48,6 @@ __all__ = [
     "adapter_of",
     "add_lora",
     "attach_lora",
-    "describe_choice",
     "gated_mlp",
     "lora_updates",
     "merge_lora",

@@ -10,7 +10,6 @@ arXiv:2312.03732).
     unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
-from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
+from litlora.frozen.linear import FrozenLinear, frozen_weight
 from litlora.frozen.residual import Residual
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import lora as kernels
 from litlora.lora.adapter import Adapter
+from litlora.lora.biases import changed_biases, train_biases, with_biases
 from litlora.lora.rows import rows_of
 from litlora.lora.select import (
     check_patterns,
@@ -37,7 +37,6 @@ from litlora.lora.select import (
 from litlora.lora.update import Update, scale_of
 from litlora.lora.variants import check_dropout, variant_named
 from litlora.settings import LoRAConfig
-from litlora.settings.targets import kind_of
 
 
 class LoRALinear(nn.Module):
@@ -65,6 +64,7 @@ class LoRALinear(nn.Module):
         device = frozen_weight(linear).device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
+        self.register_parameter("lora_bias", None)  # of B: see litlora/lora/biases.py
         # What A and B started with, where that must be known: see litlora/lora/starts.py.
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
@@ -146,7 +146,9 @@ class LoRALinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.linear.bias
+        """The bias of the layer, with what B adds to it."""
+        own = self.linear.bias
+        return own if self.lora_bias is None or self.merged else own + self.scale * self.lora_bias
 
     @property
     def in_features(self) -> int:
@@ -162,9 +164,10 @@ class LoRALinear(nn.Module):
         if not self.variant.is_plain:
             return self.variant.forward(self, x)
         if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
-            return kernels.project_one(x, _layer(self))
+            return _with_bias(kernels.project_one(x, _layer(self)), self)
         keep = _dropout_mask(x, (self,))
-        return (kernels.project if _fused(x) else kernels.plain_project)(x, [_layer(self)], keep)[0]
+        compute = kernels.project if _fused(x) else kernels.plain_project
+        return _with_bias(compute(x, [_layer(self)], keep)[0], self)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -177,7 +180,8 @@ class LoRALinear(nn.Module):
         return self.linear
 
     def _with_weight(self, weight: Tensor) -> nn.Module:
-        return _linear(weight, self.linear)
+        bias = self.bias if self.lora_bias is None else nn.Parameter(self.bias, requires_grad=False)
+        return _linear(weight, bias, training=self.linear.training)
 
     def unmerge(self) -> None:
         """Put back the layer without the update: the same tensors, hence the same bits."""
@@ -247,14 +251,15 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     layers = _fusable(x, linears, sharing=linears)
     if layers is None:
         return tuple(linear(x) for linear in linears)
-    return kernels.project(x, layers, _dropout_mask(x, linears))
+    outputs = kernels.project(x, layers, _dropout_mask(x, linears))
+    return tuple(_with_bias(y, linear) for y, linear in zip(outputs, linears, strict=True))
 
 
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
     frozen."""
     layers = _fusable(x, (gate, up, down), sharing=(gate, up))
-    if layers is None:
+    if layers is None or any(_trained_bias(linear) is not None for linear in (gate, up, down)):
         g, u = project(x, gate, up)
         return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
     keep = _dropout_mask(x, (gate, up))
@@ -279,30 +284,47 @@ def _fusable(
     return None if None in layers else layers
 
 
+def _trained_bias(linear: nn.Module) -> Tensor | None:
+    """The bias of a layer of the kernels, if it trains: they take frozen ones alone."""
+    is_adapted = type(linear) is LoRALinear and not linear.merged
+    if is_adapted and linear.lora_bias is not None:
+        return linear.bias
+    own = getattr(linear, "bias", None)
+    return own if own is not None and own.requires_grad else None
+
+
+def _with_bias(y: Tensor, linear: nn.Module) -> Tensor:
+    """The output of the kernels, with the bias that they did not add."""
+    bias = _trained_bias(linear)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def _layer(linear: nn.Module) -> kernels.Layer | None:
-    """What the kernels need of a frozen linear layer; None for a layer that they cannot compute."""
+    """What the kernels need of a frozen linear layer, without a bias that trains; None for a layer
+    that they cannot compute."""
+    if type(linear) is LoRALinear and linear.merged:
+        return _layer(linear.linear)
+    trains_bias = _trained_bias(linear) is not None
     if type(linear) is LoRALinear:
-        if linear.merged:
-            return _layer(linear.linear)
         if not linear.variant.is_plain:
             return None
         update = linear.update
         if linear.training and linear.dropout:
             update = replace(update, scale=update.scale / (1 - kernels.dropout_share(linear.dropout)))
-        return kernels.Layer(linear.frozen, linear.linear.bias, update)
+        return kernels.Layer(linear.frozen, None if trains_bias else linear.linear.bias, update)
     if type(linear) is FrozenLinear or (type(linear) is nn.Linear and not linear.weight.requires_grad):
-        return kernels.Layer(frozen_weight(linear), linear.bias)
+        return kernels.Layer(frozen_weight(linear), None if trains_bias else linear.bias)
     return None
 
 
-def _linear(weight: Tensor, like: nn.Linear | FrozenLinear) -> nn.Linear:
-    """An `nn.Linear` of this very weight, frozen, with the bias and the mode of `like`."""
+def _linear(weight: Tensor, bias: nn.Parameter | None, *, training: bool) -> nn.Linear:
+    """An `nn.Linear` of this very weight, frozen, and this very bias."""
     linear = nn.Linear.__new__(nn.Linear)  # its __init__ would draw random numbers
     nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.register_parameter("bias", like.bias)
-    return linear.train(like.training)
+    linear.register_parameter("bias", bias)
+    return linear.train(training)
 
 
 def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
@@ -340,6 +362,7 @@ def add_lora(
         for parameter in model.get_submodule(name).parameters():
             parameter.data = parameter.data.clone()  # the base's own tensor must keep its fingerprint
             parameter.requires_grad_(True)
+    train_biases(model, lora_layers(model), config, dtype)
     if start and config.init != "kaiming":
         from litlora.lora.starts import start_lora
 
@@ -391,25 +414,6 @@ def unwrap_lora(model: nn.Module) -> None:
         model.set_submodule(name, layer.linear)
 
 
-def describe_choice(model: nn.Module) -> str | None:
-    """The kinds of linear layers that have an adapter, and those that have none, each with its count;
-    None for a model without adapters."""
-    adapted = lora_layers(model)
-    if not adapted:
-        return None
-    inside = {id(layer.linear) for layer in adapted.values()}
-    others = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR) and id(module) not in inside
-    ]
-    chosen, left = (
-        ", ".join(f"{count} {kind}" for kind, count in Counter(map(kind_of, names)).items())
-        for names in (adapted, others)
-    )
-    return f"{chosen}; none on {left}" if left else chosen
-
-
 def lora_updates(model: nn.Module) -> dict[str, Update]:
     """The update of every adapted layer's own W, by the layer's name."""
     return {name: layer.update_of_base for name, layer in lora_layers(model).items()}
@@ -418,16 +422,19 @@ def lora_updates(model: nn.Module) -> dict[str, Update]:
 def adapter_of(model: nn.Module, config: LoRAConfig) -> Adapter:
     """What trains in a model that `add_lora` prepared: every update, and what trains whole. Its
     settings give each update the rank and alpha that it has."""
+    layers, rows = lora_layers(model), rows_of(model)
     updates = {name: update.detached() for name, update in lora_updates(model).items()}
-    rows = rows_of(model)
     inside = {f"{layer}.{name}" for layer, update in updates.items() for name in update.tensors()}
+    inside |= {f"{layer}.{name}" for layer in layers for name in ("linear.bias", "lora_bias")}
     inside |= rows.named().keys() if rows else set()
     whole = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in inside
     }
-    return Adapter(settings_for(updates, config.started), updates, whole, rows=rows)
+    whole |= changed_biases(layers)
+    config = settings_for(updates, with_biases(config.started, whole))
+    return Adapter(config, updates, whole, rows=rows)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

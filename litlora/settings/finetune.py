@@ -196,6 +196,19 @@ class FinetuneLoRA(Finetune):
         super().__post_init__()
         embedding = embedding_among(self.lora.targets)
         check_streamed(self, modules_to_save=self.lora.modules_to_save, targets=embedding)
+        biases = {"bias": self.lora.bias != "none", "lora_bias": self.lora.lora_bias}
+        check_streamed(self, **biases)
+        for name in (name for name, trains in biases.items() if trains):
+            check(
+                self.strategy != "fsdp",
+                f"{setting(name)} and {setting('strategy')} fsdp: biases that train are not divided among "
+                f"devices; use {setting('strategy')} ddp",
+            )
+        check(
+            embedding is None or not self.lora.lora_bias,
+            f"{setting('lora_bias')} and {setting('targets')} {embedding}: an embedding has no bias; leave "
+            "one of the two out",
+        )
         check(
             embedding is None or self.lora.init == "kaiming",
             f"{setting('init')} {self.lora.init} and {setting('targets')} {embedding}: an embedding has a "

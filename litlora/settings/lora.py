@@ -9,6 +9,7 @@ from litlora.settings.checks import check, check_alpha, check_finite, check_posi
 from litlora.settings.targets import ByTarget, layer_numbers
 
 STARTS = "kaiming, gaussian, pissa, pissa_niter_N, olora, loftq, eva"
+BIASES = ("none", "lora_only", "all")
 _START = re.compile(r"kaiming|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq|eva")
 
 
@@ -50,6 +51,10 @@ class LoRAConfig:
     data)."""
     eva_rho: float = field(default=2.0, metadata={"stored": "unless default"})
     """With init eva: a layer's rank can become at most this many times as high; 1 keeps all ranks."""
+    bias: str = field(default="none", metadata={"stored": "unless default"})
+    """Which of the base's biases train, too: none, lora_only (of the adapted layers), or all."""
+    lora_bias: bool = field(default=False, metadata={"stored": "unless default"})
+    """Give every B a bias: b + s · b_B, for adapted layers that have a bias b of their own."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules to train in full and to store with the adapter: their names, or the ends of these
     (lm_head, embed_tokens, norm)."""
@@ -68,6 +73,14 @@ class LoRAConfig:
             self.eva_rho == 2 or self.init == "eva",
             f"{setting('eva_rho')} {self.eva_rho:g} has no effect with {setting('init')} {self.init}",
         )
+        check_value(self, "bias", self.bias in BIASES, f"choose from {', '.join(BIASES)}")
+        # As PEFT: other starts and variants have no bias of B.
+        for name, value, wanted in (("init", self.init, "kaiming"), ("variant", self.variant, "lora")):
+            check(
+                value == wanted or not self.lora_bias,
+                f"{setting('lora_bias')} and {setting(name)} {value} do not go together; use "
+                f"{setting(name)} {wanted}, or {setting('bias')} lora_only",
+            )
         check(
             len(self.targets) > 0, f"{setting('targets')} is empty: an adapter without layers trains nothing"
         )

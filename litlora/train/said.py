@@ -1,15 +1,18 @@
 """What a run says of itself, in lines: before it trains, and at its end."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from litlora.frozen.linear import stored_weights
-from litlora.lora import describe_choice
+from litlora.frozen.linear import LINEAR, stored_weights
+from litlora.lora.layer import lora_layers
 from litlora.prompts import lacking_tokens
 from litlora.report.console import duration
 from litlora.report.events import Done
 from litlora.report.page import PAGE_FILE
+from litlora.settings.targets import kind_of
 from litlora.train.best import closing_lines
 from litlora.train.freeze import frozen_notice
 from litlora.train.plan import described
@@ -57,6 +60,25 @@ def what_trains(run: "Run", num_rounded: int) -> list[str]:
     if run.style.called and (needed := lacking_tokens(run.style, run.loaded.tokenizer)):
         say(f"note: {cut_notice(needed)}")
     return lines
+
+
+def describe_choice(model: nn.Module) -> str | None:
+    """The kinds of linear layers that have an adapter, and those that have none, each with its count;
+    None for a model without adapters."""
+    adapted = lora_layers(model)
+    if not adapted:
+        return None
+    inside = {id(layer.linear) for layer in adapted.values()}
+    others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and id(module) not in inside
+    ]
+    chosen, left = (
+        ", ".join(f"{count} {kind}" for kind, count in Counter(map(kind_of, names)).items())
+        for names in (adapted, others)
+    )
+    return f"{chosen}; none on {left}" if left else chosen
 
 
 def _quantised(run: "Run") -> list[str]:

@@ -50,7 +50,9 @@ def base_streams(settings: Finetune, method: Method, chain: Chain, parallel: Par
         hindrance = f"{chain.top.directory} is an adapter, whose merge is in memory (merge it first)"
     kept = {"modules_to_save": method.dense, "add_tokens": settings.tokenizer.add_tokens}
     if isinstance(settings, FinetuneLoRA):
-        kept |= {"targets": embedding_among(settings.lora.targets)}
+        lora = settings.lora
+        kept |= {"targets": embedding_among(lora.targets)}
+        kept |= {"bias": lora.bias != "none", "lora_bias": lora.lora_bias}
     kept |= {"quantize": settings.quantize, "compile": settings.train.compile}
     # What the settings refuse where the base was asked to stream.
     if name := next((name for name, value in kept.items() if value), None):

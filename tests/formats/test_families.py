@@ -15,8 +15,9 @@ from litlora.errors import CheckpointError, UserError
 from litlora.formats.families import FAMILIES as COVERED
 from litlora.formats.families import adapt_config, load_config, read_config, write_config
 from litlora.formats.huggingface import write_weights
-from litlora.lora import LoRAConfig, add_lora, describe_choice, select_layers
+from litlora.lora import LoRAConfig, add_lora, select_layers
 from litlora.model import GPT, KVCache
+from litlora.train.said import describe_choice
 
 TOKENS = 30
 """Longer than every window and every original context of the models."""
