@@ -56,6 +56,11 @@ class TrainConfig:
     """The schedule ends at this fraction of the peak."""
     loraplus_lr_ratio: float = field(default=1.0, metadata={"stored": "unless default"})
     """LoRA+ (Hayou et al. 2024): the learning rate of every B is so many times that of A."""
+    learning_rate_ratios: dict[str, float] = field(
+        default_factory=dict, metadata={"stored": "unless default"}
+    )
+    """Learning rates of some weights: {target: ratio}, so many times the others' rate. A target is
+    written as in freeze; the first that means a weight counts: {lora_B: 16, layers.0-3: 0.5}."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors are never decayed. sgd adds it to the
     gradient."""
@@ -148,6 +153,14 @@ class TrainConfig:
         ratio = self.loraplus_lr_ratio
         positive = math.isfinite(ratio) and ratio > 0
         check_value(self, "loraplus_lr_ratio", positive, "must be a positive, finite number")
+        for target, times in self.learning_rate_ratios.items():
+            positive = math.isfinite(times) and times > 0
+            check(positive, f"{setting('learning_rate_ratios')} {target}: {times}: must be a positive number")
+        check(
+            ratio == 1 or not self.learning_rate_ratios,
+            f"{setting('loraplus_lr_ratio')} and {setting('learning_rate_ratios')}: the first is short for "
+            f"lora_B: {ratio:g} in the second; write it there",
+        )
         check_value(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must be from 0 to 1")
         alpha = self.neftune_alpha
         check_value(self, "neftune_alpha", 0 <= alpha < math.inf, "must be 0 or more, and finite")

@@ -22,7 +22,7 @@ def train_all_but(model: nn.Module, targets: list[str], *, adds_tokens: bool = F
     """
     model.requires_grad_()
     for target in targets:
-        for part in _spread(target):
+        for part in spread(target, "freeze"):
             if not (weights := _meant(model, part)):
                 leaves = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules())
                 there = ", ".join(leaf for leaf in leaves if leaf and not leaf.isdecimal())
@@ -56,13 +56,14 @@ def frozen_notice(model: nn.Module) -> str:
     return shorten([*found, *sorted(frozen)], 12)
 
 
-def _spread(target: str) -> list[str]:
-    """The targets that a range stands for; else the target itself."""
+def spread(target: str, option: str) -> list[str]:
+    """The targets that a range stands for; else the target itself. Raises UserError, which names the
+    setting `option`, for a range that is none."""
     if (found := _RANGE.fullmatch(target)) is None:
         return [target]
     first, last = int(found[2]), int(found[3])
     if not first <= last < first + 10_000:
-        raise UserError(f"{setting('freeze')} {target}: {first}-{last} is not a range of layers")
+        raise UserError(f"{setting(option)} {target}: {first}-{last} is not a range of layers")
     return [f"{found[1] or ''}{number}{found[4] or ''}" for number in range(first, last + 1)]
 
 

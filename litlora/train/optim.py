@@ -11,6 +11,7 @@ from torch import nn
 
 from litlora.errors import MissingExtraError, UserError, setting
 from litlora.settings import TrainConfig
+from litlora.train.rates import rate_ratios
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -102,18 +103,19 @@ class Muon(_WithoutCompiler):
 
 def make_optimizer(trainable: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of what trains, by its names: AdamW (Loshchilov & Hutter 2019), or another one.
-    Vectors (norms, biases) are not decayed."""
-    ratio = config.loraplus_lr_ratio
+    Vectors (norms, biases) are not decayed. Raises UserError for learning_rate_ratios that mean
+    nothing."""
+    ratios = rate_ratios(trainable, config)
     groups = []
-    for own_rate in (False, True):  # without a ratio of its own, B is like every other matrix
-        chosen = [p for name, p in trainable.items() if own_rate == (ratio != 1 and name.endswith("lora_B"))]
+    for ratio in (None, *dict.fromkeys(ratios.values())):
+        chosen = [p for name, p in trainable.items() if ratios.get(name) == ratio]
         for weights, decay in (
             ([p for p in chosen if p.ndim >= 2], config.weight_decay),
             ([p for p in chosen if p.ndim < 2], 0.0),
         ):
             if weights:
                 group = {"params": weights, "weight_decay": decay}
-                groups.append(group | ({LR_RATIO: ratio} if own_rate else {}))
+                groups.append(group | ({} if ratio is None else {LR_RATIO: ratio}))
     kind, more = optimizer_class(config.optimizer)
     if kind is Muon:
         names = {parameter: name for name, parameter in trainable.items()}

@@ -43,6 +43,7 @@ from litlora.train.method import Method
 from litlora.train.parallel import Parallel
 from litlora.train.precision import bf16_speedup, cast, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
+from litlora.train.rates import described_rates
 from litlora.train.resume import (
     State,
     as_measured,
@@ -165,6 +166,8 @@ class Run:
         if self.settings.train.offload_activations:
             contexts.append(lambda: offloading(model))
         self.objective = method.objective(model, self.settings.train, contexts)
+        if rates := described_rates(self.objective.trainable(), self.settings.train):
+            self.say(rates)
 
     def prepare_data(self) -> None:
         """Split the records and tokenise them."""

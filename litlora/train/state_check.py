@@ -148,6 +148,8 @@ def _check_groups(stored: Any, live: list[dict[str, Any]], is_forced: bool) -> N
 
 def _settings_of(group: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
     """The settings that make the optimizer of a group: beside Muon, that is AdamW."""
+    # What it keeps of a weight does not depend on its rate.
+    config = dataclasses.replace(config, loraplus_lr_ratio=1.0, learning_rate_ratios={})
     is_adamw = config.optimizer == "muon" and "betas" in group
     return dataclasses.replace(config, optimizer="adamw") if is_adamw else config
 

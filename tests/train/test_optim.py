@@ -84,6 +84,9 @@ def test_a_share_counts_of_all_steps():
         {"decay_steps": 1.5},
         {"decay_steps": 3, "schedule": "cosine"},
         {"loraplus_lr_ratio": 0},
+        {"learning_rate_ratios": {"lora_B": 0}},
+        {"learning_rate_ratios": {"lora_B": math.inf}},
+        {"loraplus_lr_ratio": 2.0, "learning_rate_ratios": {"lora_A": 2.0}},
         {"epochs": 0},
         {"max_steps": 0},
         {"max_grad_norm": float("inf")},
@@ -128,6 +131,65 @@ def test_lora_plus_gives_every_b_a_rate_of_its_own():
     assert "lr_ratio" not in group, "states of earlier versions have no such entry"
 
 
+def rates_of(weights, config, rate=1.0):
+    optimizer = make_optimizer(weights, config)
+    set_learning_rate(optimizer, rate)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(weights)
+    return {name: rates[id(p)] for name, p in weights.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_the_first_target_that_means_a_weight_sets_its_rate(optimizer):
+    weights = trainable(GPT(tiny_config(num_hidden_layers=3, attention_bias=True)))
+    ratios = {"layers.0-1.mlp": 0.5, "q_proj.bias": 3.0, ".*self_attn": 2.0, "embed_tokens": 0.1}
+    found = rates_of(weights, TrainConfig(learning_rate_ratios=ratios, optimizer=optimizer), 0.5)
+    for name, rate in found.items():
+        wanted = 1.0
+        if ".mlp." in name and ".2." not in name:
+            wanted = 0.5
+        elif name.endswith("q_proj.bias"):
+            wanted = 3.0
+        elif ".self_attn." in name:
+            wanted = 2.0
+        elif "embed_tokens" in name:
+            wanted = 0.1
+        assert rate == pytest.approx(0.5 * wanted), name
+    assert len(set(found.values())) == 5
+
+
+def test_lora_plus_is_a_ratio_of_every_b():
+    model = GPT(tiny_config())
+    add_lora(model, LoRAConfig(rank=2, targets="qv"))
+    plus, named = (
+        make_optimizer(trainable(model), TrainConfig(**settings)).state_dict()
+        for settings in ({"loraplus_lr_ratio": 16.0}, {"learning_rate_ratios": {"lora_B": 16.0}})
+    )
+    assert plus == named and len(plus["param_groups"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        (
+            {"k_proj": 2.0},
+            "^learning_rate_ratios k_proj: no weight that trains .*: lora_A, lora_B",
+        ),
+        (
+            {"q_proj": 2.0, ".*lora_.": 3.0, "v_proj": 1.5},
+            "^learning_rate_ratios v_proj: means only weights that",
+        ),
+        ({"layers.1-0": 2.0}, "^learning_rate_ratios layers.1-0: 1-0 is not a range of layers"),
+        ({"q_proj(": 2.0}, "^learning_rate_ratios q_proj\\(: neither"),
+    ],
+)
+def test_targets_without_weights_are_refused(ratios, message):
+    model = GPT(tiny_config())
+    add_lora(model, LoRAConfig(rank=2, targets="qv"))
+    with pytest.raises(UserError, match=message):
+        make_optimizer(trainable(model), TrainConfig(learning_rate_ratios=ratios))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -136,6 +198,10 @@ def test_lora_plus_gives_every_b_a_rate_of_its_own():
         {"optimizer": "lion"},
         pytest.param({"optimizer": "lion_8bit"}, marks=pytest.mark.slow),
         {"loraplus_lr_ratio": 4.0, "schedule": "wsd"},
+        pytest.param(
+            {"learning_rate_ratios": {"layers.0": 0.5, "lora_B": 4.0, "embed_tokens": 0.1}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
