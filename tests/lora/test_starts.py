@@ -191,24 +191,52 @@ def weight_of(model: GPT):
     return lambda name: model.get_submodule(name).weight.detach()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_loftq_finds_what_peft_finds(monkeypatch):
+class Here(torch.Tensor):
+    """PEFT moves the weight to a GPU."""
+
+    def to(self, *args, device=None, **kwargs):
+        return torch.Tensor(self).to(*args, **kwargs)
+
+
+def peft_loftq(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A, B, and the values of W in bitsandbytes' nf4."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     utils = pytest.importorskip("peft.utils.loftq_utils")
-
-    class Here(torch.Tensor):
-        """PEFT moves the weight to a GPU."""
-
-        def to(self, *args, device=None, **kwargs):
-            return torch.Tensor(self).to(*args, **kwargs)
-
-    W = torch.randn(96, 64)
     packed, state = bitsandbytes.functional.quantize_4bit(W, quant_type="nf4", blocksize=64)
+    values = bitsandbytes.functional.dequantize_4bit(packed, state)
     packed = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state)
-    R, L = utils._loftq_init_new(packed, W.as_subclass(Here), num_bits=4, reduced_rank=8)
+    A, B = utils._loftq_init_new(packed, W.as_subclass(Here), num_bits=4, reduced_rank=rank)
+    return A, B, values
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loftq_finds_what_peft_finds():
+    W = torch.randn(96, 64)
+    R, L, _ = peft_loftq(W, 8)
     A, B = loftq(W, QUANTIZERS["nf4"].quantised(W, "W", None).rows(), 8, scale=1.0)
     torch.testing.assert_close(A, R, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(B, L, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_falls_as_with_loftq_in_peft():
+    """Both find their start by themselves; PEFT's is for alpha = rank."""
+    peft = pytest.importorskip("peft")
+    theirs, base = gpt(), gpt()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS), theirs)
+    for name, module in theirs.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            A, B, values = peft_loftq(base.get_submodule(name).weight.detach(), 4)
+            module.lora_A["default"].weight.data = A
+            module.lora_B["default"].weight.data = B
+            module.get_base_layer().weight.data = values
+    ours, config = quantised(base), LoRAConfig(rank=4, alpha=4, init="loftq", targets=TARGETS)
+    add_lora(ours, config, start=False)
+    start_lora(ours, config, original=weight_of(base))
+    wanted, found = losses(theirs, 50), losses(ours, 50)
+    assert wanted[0] - wanted[-1] > 0.3
+    assert max(abs(one - other) for one, other in zip(wanted, found, strict=True)) < 1e-4
 
 
 @VARIANTS
@@ -327,8 +355,12 @@ def test_eva_finds_the_ranks_and_the_values_of_peft(rho):
     assert {name: update.rank for name, update in adapter.updates.items()} == {
         name: layer.rank for name, layer in layers.items()
     }
-    begun, *_, ended = losses(model, 10)
-    assert ended < begun
+    trained = peft.get_peft_model(gpt(), theirs)
+    prefixed = {f"base_model.model.{name}": A for name, A in wanted.items()}
+    peft.initialize_lora_eva_weights(trained, eva_state_dict=prefixed)
+    wanted, found = losses(trained, 50), losses(model, 50)
+    assert wanted[0] - wanted[-1] > 0.3
+    assert max(abs(one - other) for one, other in zip(wanted, found, strict=True)) < 1e-4
 
 
 def test_eva_says_when_the_batches_are_too_small():
