@@ -121,19 +121,21 @@ def test_kto_learns_from_labels(more, labelled, forked, tmp_path):
 def test_two_devices_learn_by_kto_what_one_does(labelled, tmp_path):
     """In a subprocess each: the estimate of KL is over the examples of both."""
     words = [sys.executable, REPO / DPO, "--data", labelled, "--preference.loss", "kto", *EXACT]
-    words += ["--train.max_steps", 4, "--train.log_interval", 1, "--train.learning_rate", 1e-3]
-    words += ["--accelerator", "cpu"]
+    # By SGD, whose step is as small as the rounding of a gradient: Adam divides a gradient by its size,
+    # and makes a whole step of the rounding of one near 0.
+    words += ["--train.max_steps", 4, "--train.log_interval", 1, "--train.optimizer", "sgd"]
+    words += ["--train.learning_rate", 0.3, "--train.max_grad_norm", 0, "--accelerator", "cpu"]
     for name, devices in (("one", 1), ("two", 2)):
         more = ["--devices", devices, "--out_dir", tmp_path / name]
         done = subprocess.run(map(str, words + more), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = (open_torch(tmp_path / name / "final/lit_model.pth")["model"] for name in ("one", "two"))
-    # Adam turns the rounding of a gradient near 0 into a step of its own; the figures show it less.
+    assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-3
     for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=2e-2)
+        torch.testing.assert_close(two[name], one[name], atol=1e-7, rtol=1e-6)
     for first, second in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for figure in ("loss", "margin", "kl"):
-            assert float(second[figure]) == pytest.approx(float(first[figure]), abs=1e-5)
+            assert float(second[figure]) == pytest.approx(float(first[figure]), abs=5e-6)
 
 
 @pytest.mark.slow
@@ -283,7 +285,7 @@ def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
         (["--data", "pairs.jsonl", "--preference.beta", 0], "--preference.beta 0.0: must be a positive"),
         (
             ["--data", "pairs.jsonl", "--train.mask_prompt", "false"],
-            "--train.mask_prompt false: a preference",
+            "--train.mask_prompt false and --preference.loss dpo: a preference",
         ),
         (["--data", "pairs.jsonl", "--preference.loss", "rank"], "--preference.loss"),
         (["--data", "labelled.jsonl"], "good or bad: choose --preference.loss kto"),
@@ -297,7 +299,7 @@ def test_pairs_that_do_not_fit_are_counted_and_same_answers_refused(tmp_path):
         ),
         (
             ["--data", "labelled.jsonl", "--preference.loss", "kto", "--train.global_batch_size", 1],
-            "--train.global_batch_size 1: --preference.loss kto combines",
+            "--train.global_batch_size 1: --preference.loss kto estimates",
         ),
         (
             ["--data", "pairs.jsonl", "--preference.gamma", 2],

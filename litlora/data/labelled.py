@@ -27,6 +27,10 @@ class LabelledExample:
     is_desirable: bool
     reference: tuple[float] | None = None
     """The log-probability of the answer before training."""
+    other: Example | None = None
+    """The prompt with the answer of another example, by which KTO estimates z."""
+    other_reference: float = 0.0
+    """The log-probability of that answer before training."""
 
 
 def tokenize_labelled(

@@ -229,6 +229,11 @@ class FinetuneLoRA(Finetune):
             f"{setting('variant')} {self.lora.variant} and {setting('targets')} {embedding}: an embedding "
             f"has plain LoRA alone; leave {embedding} out, or use {setting('variant')} lora",
         )
+        check(
+            embedding is None or self.lora.layers_to_transform is None,
+            f"{setting('layers_to_transform')} and {setting('targets')} {embedding}: an embedding is in no "
+            "layer; leave one of the two out",
+        )
         train, full = self.train, "is for full fine-tuning (finetune/full.py)"
         check(
             not train.freeze,
@@ -293,8 +298,13 @@ class FinetuneDPO(FinetuneLoRA):
         super().__post_init__()
         check(
             self.preference.loss != "kto" or self.train.global_batch_size > 1,
-            f"{setting('global_batch_size')} 1: {setting('loss')} kto combines each prompt with the answer "
-            "of another example of its step; take at least 2",
+            f"{setting('global_batch_size')} 1: {setting('loss')} kto estimates by the examples of a step "
+            "how far the model has gone; take at least 2",
+        )
+        check(
+            self.train.mask_prompt,
+            f"{setting('mask_prompt')} false and {setting('loss')} {self.preference.loss}: a preference is "
+            f"about answers alone; leave {setting('mask_prompt')} on",
         )
         check(
             self.train.neftune_alpha == 0,

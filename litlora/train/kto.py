@@ -1,8 +1,8 @@
 """KTO: an objective over single answers that are labelled good or bad."""
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +29,12 @@ class KTO(AnswerObjective):
     eq. 8), averaged over answers.
 
     z, which has no gradient, estimates how far the model has gone from the reference: the mean of
-    log p / p_reference over every prompt of the step with the answer before it in the step, and at
-    least 0. It is one value for all examples of a step, in whichever micro-batch and on whichever
-    device they are; for TRL these are the examples of one device's micro-batch. In the unpaired
-    APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266), z is 0.
+    log p / p_reference over every prompt of the step with the answer of the example before it in the
+    data, and at least 0. It is one value for all examples of a step, in whichever micro-batch and on
+    whichever device they are; for TRL these are the examples of one device's micro-batch. As there,
+    a prompt has the same other answer in every epoch, so that its log-probability before training is
+    computed ahead, with that of its own answer. In the unpaired APO-zero (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266), z is 0.
     """
 
     figures = ("accuracy", "margin", "kl")
@@ -42,23 +44,31 @@ class KTO(AnswerObjective):
         super().__init__(*arguments, **settings)
         self.kl = torch.zeros(())
         """z of the step, in nats."""
-        self._before: dict[str, Tensor] = {}
-        """What trains, as it was before the first step."""
+
+    @property
+    def estimates(self) -> bool:
+        """Whether z is estimated."""
+        return self.preference.loss == "kto"
 
     def prepared(self, examples: Sequence[LabelledExample], parallel: Parallel) -> list[LabelledExample]:
-        self._before = {name: weight.detach().clone() for name, weight in self.trainable().items()}
-        return super().prepared(examples, parallel)
+        found = super().prepared(examples, parallel)
+        if not self.estimates or len(found) < 2:  # who is alone has no other's answer, and 0 as z
+            return found
+        crossed = [self.exchanged(one, other) for one, other in zip(found, [found[-1], *found], strict=False)]
+        before = self.all_log_probs(crossed, parallel)[:, 0].tolist()
+        return [
+            replace(one, other=other.answer, other_reference=reference)
+            for one, other, reference in zip(found, crossed, before, strict=True)
+        ]
 
     def begin_step(self, examples: Sequence[LabelledExample], parallel: Parallel) -> None:
-        """Settle z. An example that is alone in its step has no other's answer, and 0 as z."""
+        """Settle z."""
         self.kl = torch.zeros((), device=parallel.device)
-        if self.preference.loss != "kto" or len(examples) < 2:
+        held = [example for example in examples if example.other is not None]
+        if not self.estimates or not held:
             return
-        held = list(examples)
-        others = [self.exchanged(one, other) for one, other in zip(held, [held[-1], *held[:-1]], strict=True)]
-        now = self.all_log_probs(others, parallel)
-        with self._as_before():
-            before = self.all_log_probs(others, parallel)
+        now = self.all_log_probs([replace(one, answer=one.other) for one in held], parallel)[:, 0]
+        before = torch.tensor([one.other_reference for one in held], device=now.device)
         self.kl = (now - before).mean().clamp(min=0)
 
     def exchanged(self, one: LabelledExample, other: LabelledExample) -> LabelledExample:
@@ -69,17 +79,6 @@ class KTO(AnswerObjective):
         moved = ((first + start - begin, stop + start - begin) for first, stop in other.answer.learned)
         learned = tuple((first, min(stop, limit)) for first, stop in moved if first < limit)
         return LabelledExample(Example(ids, learned), one.is_desirable)
-
-    @contextmanager
-    def _as_before(self) -> Iterator[None]:
-        """Inside the block, the model is the reference."""
-        trained = self.trainable()
-        now = {name: weight.detach().clone() for name, weight in trained.items()}
-        try:
-            _put(trained, self._before)
-            yield
-        finally:
-            _put(trained, now)
 
     def batch(self, examples: Sequence[LabelledExample], device: torch.device) -> LabelledBatch:
         labels = torch.tensor([example.is_desirable for example in examples], device=device)
@@ -110,9 +109,3 @@ class KTO(AnswerObjective):
 
     def content(self, example: LabelledExample) -> bytes:
         return super().content(example) + bytes([example.is_desirable])
-
-
-@torch.no_grad()
-def _put(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        weight.copy_(values[name])

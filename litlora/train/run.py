@@ -55,7 +55,7 @@ from litlora.train.resume import (
 )
 from litlora.train.run_directory import RunDirectory
 from litlora.train.said import kept, outcome, what_it_learns, what_trains
-from litlora.train.start import start_adapter, start_state
+from litlora.train.start import check_resumed_start, start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
 from litlora.train.vocabulary import AddedTokens, missing_tokens
 from litlora.train.watch import watched
@@ -109,6 +109,8 @@ class Run:
         self.say = self._say if self.parallel.is_main else lambda *_: None
         if place.start is not None:
             settings = as_measured(settings, place.start)
+            if not place.complete:
+                check_resumed_start(settings, place.start, stored_settings(place.start))
         self.settings, self.method, self.dataset, self.place = settings, method, dataset, place
         self.path = place.path
         self.result = place.path / FINAL / WEIGHTS_FILE

@@ -57,6 +57,20 @@ def start_adapter(run: "Run") -> None:
             restart(model, config, run.parallel.broadcast(kept))
 
 
+def check_resumed_start(settings: Any, directory: Path, stored: dict[str, Any]) -> None:
+    """Raise UserError, before anything is loaded, for settings that start the adapter in another way
+    than the run in this step directory, whose settings are `stored`: nothing of it would fit."""
+    if not isinstance(settings, FinetuneLoRA):
+        return
+    there = stored.get("lora")
+    kept = there.get("init", LoRAConfig.init) if isinstance(there, dict) else settings.lora.init
+    if kept != settings.lora.init:
+        raise UserError(
+            f"{setting('resume')} {directory}: {setting('init')} is {settings.lora.init}, and was "
+            f"{str(kept)[:40]}; it cannot be resumed, not even with {setting('resume_force')}"
+        )
+
+
 def start_state(model: GPT, settings: Any) -> dict[str, Any]:
     """What an early checkpoint stores of the start, for `start_adapter`; nothing, where the settings
     tell all."""

@@ -74,6 +74,11 @@ def test_an_embedding_has_plain_lora_alone():
         add_lora(GPT(tiny_config()), dora)
 
 
+def test_an_embedding_is_in_no_layer():
+    with pytest.raises(UserError, match="^layers_to_transform and targets embed_tokens: "):
+        FinetuneLoRA(lora=LoRAConfig(rank=2, targets=["embed_tokens", "qv"], layers_to_transform=[0]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_is_trained_merged_and_the_same_as_live(tied, make_checkpoint, alpaca_file, tmp_path, forked):

@@ -165,11 +165,24 @@ def test_before_training_all_is_even():
     assert float(loss) == pytest.approx(len(examples) / 2, abs=1e-5)
 
 
-def test_an_example_alone_in_its_step_has_no_kl():
+def test_an_example_alone_in_the_data_has_no_kl():
+    objective, _ = trained_lora()
+    [alone] = objective.prepared(some(1), ALONE)
+    moved(objective, 0.3)
+    objective.begin_step([alone], ALONE)
+    assert float(objective.kl) == 0 and alone.other is None
+
+
+def test_a_prompt_has_the_same_other_answer_in_every_step():
+    """So the model before training is asked once, ahead, and never in a step."""
     objective, examples = trained_lora()
-    objective.begin_step(examples, ALONE)
-    objective.begin_step(examples[:1], ALONE)
-    assert float(objective.kl) == 0
+    for one, other in zip(examples, [examples[-1], *examples[:-1]], strict=True):
+        assert one.other == objective.exchanged(one, other).answer
+    asked = []
+    objective.all_log_probs = lambda rows, parallel: asked.append(len(rows)) or torch.zeros(len(rows), 1)
+    objective.begin_step(examples[1:3], ALONE)
+    wanted = -sum(example.other_reference for example in examples[1:3]) / 2
+    assert asked == [2] and float(objective.kl) == pytest.approx(wanted)
 
 
 def test_a_long_prompt_with_a_long_answer_is_cut_where_training_cuts():
