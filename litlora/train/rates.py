@@ -2,10 +2,10 @@
 arXiv:2402.12354) is such a ratio for every B."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from litlora.errors import UserError, setting
-from litlora.lora.select import name_pattern
+from litlora.lora.select import names_matching
 from litlora.lora.update import LORA_B
 from litlora.settings import TrainConfig
 from litlora.train.freeze import spread
@@ -23,12 +23,11 @@ def rate_ratios(names: Iterable[str], config: TrainConfig) -> dict[str, float]:
         return {name: ratio for name in names if name.endswith(LORA_B)}
     left, found = list(names), {}
     for target, ratio in config.learning_rate_ratios.items():
-        means = [_meaning(part) for part in spread(target, OPTION)]
-        chosen = [name for name in left if any(one(name) for one in means)]
-        if not chosen:
+        meant = set().union(*(_meant(part, [*found, *left]) for part in spread(target, OPTION)))
+        if not (chosen := meant.intersection(left)):
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in (*found, *left)))
             why = f"no weight that trains has that name; what trains ends with: {kinds}"
-            if any(one(name) for one in means for name in found):
+            if meant:
                 why = "means only weights that an earlier target means, and the first counts"
             raise UserError(f"{setting(OPTION)} {target}: {why}")
         found |= dict.fromkeys(chosen, ratio)
@@ -36,17 +35,17 @@ def rate_ratios(names: Iterable[str], config: TrainConfig) -> dict[str, float]:
     return found
 
 
-def _meaning(target: str) -> Callable[[str], bool]:
-    """Whether a target means a weight: by its name, by that of a module around it, by the end of
+def _meant(target: str, weights: list[str]) -> set[str]:
+    """The weights that a target means: by their name, by that of a module around them, by the end of
     either, or as a regular expression that matches one of them whole."""
-    matches = name_pattern(target, OPTION)
-
-    def means(name: str) -> bool:
-        parts = name.split(".")
-        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-        return f".{target}." in f".{name}." or any(map(matches, around))
-
-    return means
+    around = {name: [name[:place] for place, sign in enumerate(name) if sign == "."] for name in weights}
+    places = [name for inside in around.values() for name in inside]
+    matching = names_matching(target, list(dict.fromkeys([*weights, *places])), OPTION)
+    return {
+        name
+        for name, inside in around.items()
+        if f".{target}." in f".{name}." or not matching.isdisjoint([name, *inside])
+    }
 
 
 def described_rates(names: Iterable[str], config: TrainConfig) -> str | None:
