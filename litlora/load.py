@@ -22,7 +22,9 @@ from litlora.model import GPT, Router
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
 from litlora.settings.targets import OUTPUT_HEAD
+from litlora.storage.blocks import LazyTensor
 from litlora.storage.fingerprint import check_finite
+from litlora.storage.pages import mapped, release
 from litlora.streaming import stream_base
 from litlora.tokenizer import Tokenizer, find_sidecars
 
@@ -86,15 +88,17 @@ def load_chain(
     dense: Sequence[str] | None = None,
     quantize: str | None = None,
     stream: bool = False,
+    late: bool = False,
 ) -> Loaded:
     """As `load`. With `stream`, which `streams` allows, the base's weights stay in their file, and the
-    outermost adapter is live."""
+    outermost adapter is live. With `late`, what is to be merged or quantised of the layers that are not
+    `dense` is a `LateWeight`."""
     top = chain.top
     text = load_text(chain)
     live_adapter = None
     if isinstance(top, Adapter) and (stream or (_is_quantised(top, quantize) if live is None else live)):
         live_adapter = top
-    tensors, config, quantized = _weights(chain, live_adapter, dense, quantize)
+    tensors, config, quantized = _weights(chain, live_adapter, dense, quantize, late=late)
     model = build(config, tensors, chain.base)
     if live_adapter:
         attach_adapter(model, live_adapter)
@@ -102,7 +106,10 @@ def load_chain(
         chain.notices.append(notice)
     model = model.to(device).eval()
     streamed = stream_base(model, chain.base.file) if stream else None
-    check_finite(dict(model.named_parameters()), top.file)
+    for name, weight in model.named_parameters():
+        check_finite({name: weight}, top.file)
+        if late and mapped([weight]):
+            release(weight)  # read, and not needed before it is divided
     return Loaded(text.tokenizer, text.prompt_style, text.template, model, chain, quantized, streamed)
 
 
@@ -122,8 +129,13 @@ def _is_quantised(adapter: Adapter, quantize: str | None) -> bool:
 
 
 def _weights(
-    chain: Chain, live: Adapter | None, dense: Sequence[str] | None, quantize: str | None
-) -> tuple[dict[str, Tensor | Quantized], ModelConfig, QuantizedBase | None]:
+    chain: Chain,
+    live: Adapter | None,
+    dense: Sequence[str] | None,
+    quantize: str | None,
+    *,
+    late: bool = False,
+) -> tuple[dict[str, Tensor | LazyTensor], ModelConfig, QuantizedBase | None]:
     """The weights of a model without its live adapter, its architecture, and how they were
     quantised; see `load`."""
     if quantize == "none" and chain.adapters:
@@ -146,9 +158,9 @@ def _weights(
     if quantizer is None and dense is None:
         return in_memory(plan), config, None
     linears = {name for name in block_linears(config) if not _is_in(name, dense or ())}
-    tensors = in_memory(plan, as_stored=linears.__contains__)
-    if quantizer is None:
-        return tensors, config, None
+    tensors = in_memory(plan, as_stored=linears.__contains__, late=late)
+    if quantizer is None or late:
+        return tensors, config, quantizer and QuantizedBase(quantizer, None)
     matrices = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Quantized)}
     return tensors, config, QuantizedBase(quantizer, fingerprint_of(matrices))
 
@@ -172,7 +184,7 @@ def _is_in(name: str, targets: Sequence[str]) -> bool:
     return any(f".{module}".endswith(f".{target}") for module in modules for target in targets)
 
 
-def build(config: ModelConfig, tensors: dict[str, Tensor], base: FullModel) -> GPT:
+def build(config: ModelConfig, tensors: dict[str, Tensor | LazyTensor], base: FullModel) -> GPT:
     """A GPT that holds these tensors; errors name the base's file."""
     try:
         return GPT.from_tensors(config, tensors)

@@ -168,15 +168,18 @@ def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
 
 
 def in_memory(
-    plan: Plan, *, as_stored: Callable[[str], bool] = lambda name: False
-) -> dict[str, Tensor | Quantized]:
+    plan: Plan, *, as_stored: Callable[[str], bool] = lambda name: False, late: bool = False
+) -> dict[str, Tensor | LazyTensor]:
     """The tensors of a plan, which is emptied on the way, computed. Those without an update are the
     base's own, still memory-mapped; a quantized one is dequantised unless its name is to stay
-    `as_stored`."""
+    `as_stored`. With `late`, those names that no file holds are still to be computed."""
 
-    def weight(name: str, tensor: MergedTensor) -> Tensor | Quantized:
-        stays = isinstance(tensor.start, Quantized) and not tensor.links and as_stored(name)
-        return tensor.start.settled() if stays else tensor.tensor()
+    def weight(name: str, tensor: MergedTensor) -> Tensor | LazyTensor:
+        if late and as_stored(name) and tensor.links:
+            return tensor
+        if isinstance(tensor.start, Quantized) and not tensor.links and as_stored(name):
+            return tensor.start if late else tensor.start.settled()
+        return tensor.tensor()
 
     return {name: weight(name, plan.pop(name)) for name in list(plan)}
 

@@ -96,8 +96,8 @@ class QuantizedBase:
     """The base of an adapter as its training saw it: the weights of its blocks in few bits."""
 
     quantizer: Quantizer
-    fingerprint: str
-    """Of the entries: see `fingerprint_of`."""
+    fingerprint: str | None
+    """Of the entries: see `fingerprint_of`. None until all of them are there."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class ToQuantize(Quantized):
 def fingerprint_of(matrices: Mapping[str, Quantized]) -> str:
     """Identifies quantised weights by their stored entries. The scales of scales are left out: they
     depend on a sum, whose last bit differs between processors."""
-    return _joined({name: fingerprint(matrix.stored()) for name, matrix in matrices.items()})
+    return joined({name: fingerprint(matrix.stored()) for name, matrix in matrices.items()})
 
 
 class Expected:
@@ -197,15 +197,15 @@ class Expected:
         """One more is quantised. Raises BaseMismatchError with the last if they are not those that
         were expected."""
         self._found[name] = fingerprint(matrix.stored())
-        if len(self._found) == self._count and (found := _joined(self._found)) != self._wanted:
+        if len(self._found) == self._count and (found := joined(self._found)) != self._wanted:
             raise BaseMismatchError(
                 f"{self._what} (fingerprint {found}, not {self._wanted}); "
                 f"go on with {setting('allow_base_mismatch')}"
             )
 
 
-def _joined(fingerprints: Mapping[str, str]) -> str:
-    """One fingerprint of many."""
+def joined(fingerprints: Mapping[str, str]) -> str:
+    """One fingerprint of those of many weights, by their names."""
     return fingerprint({}, "".join(f"{name} {fingerprints[name]}\n" for name in sorted(fingerprints)))
 
 

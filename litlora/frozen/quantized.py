@@ -1,7 +1,7 @@
 """A frozen weight that stays in the few bits in which a file stores it."""
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
 
+ALIGNMENT = 16
+"""Of the tensors among the bytes of a weight."""
+
 
 class QuantizedWeight(nn.Module, FrozenWeight):
     """W is dequantised for every use, into memory that all uses of a thread share, and never kept
@@ -21,24 +24,47 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         """Raises CheckpointError if a value is not finite."""
         super().__init__()
         matrix.check_finite()
-        self.matrix = matrix
+        self._matrix, self._shape = matrix, matrix.shape
+        self.register_parameter("stored_bytes", None)
+
+    @property
+    def matrix(self) -> Quantized:
+        """W as it is stored."""
+        flat = self.stored_bytes
+        if flat is None:
+            return self._matrix
+        return _each(self._matrix, lambda part: part.of(flat))
+
+    def as_one_parameter(self) -> None:
+        """Hold all that is stored as the bytes of a single parameter, `stored_bytes`, which FSDP can
+        divide among devices and put together again for each use."""
+        parts: list[Tensor] = []
+
+        def moved(value: Tensor) -> _Part:
+            part = _Part(sum(map(len, parts)), value.dtype, value.shape)
+            stored = value.contiguous().flatten().view(torch.uint8)
+            parts.append(torch.cat([stored, stored.new_zeros(-len(stored) % ALIGNMENT)]))
+            return part
+
+        self._matrix = _each(self._matrix, moved)
+        self.stored_bytes = nn.Parameter(torch.cat(parts), requires_grad=False)
 
     @property
     def shape(self) -> torch.Size:
-        return self.matrix.shape
+        return self._shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
+        return self._matrix.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.matrix.device
+        return self._matrix.device if self.stored_bytes is None else self.stored_bytes.device
 
     @property
     def nbytes(self) -> int:
         """The memory that it takes."""
-        return self.matrix.nbytes
+        return self._matrix.nbytes if self.stored_bytes is None else self.stored_bytes.nbytes
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.no_grad():  # the values are gone before a backward could read them
@@ -60,18 +86,31 @@ class QuantizedWeight(nn.Module, FrozenWeight):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         # A change of dtype would round the scales: only the device follows.
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
-        if device != self.device:
-            self.matrix = _moved(self.matrix, device)
+        if self.stored_bytes is None and device != self.device:
+            self._matrix = _each(self._matrix, lambda part: part.to(device))
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.matrix.kind}, {tuple(self.shape)}"
+        return f"{self._matrix.kind}, {tuple(self.shape)}"
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A stored matrix, or a part of one, on another device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
+@dataclass(frozen=True)
+class _Part:
+    """Where a tensor lies in the bytes of a weight."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def of(self, stored_bytes: Tensor) -> Tensor:
+        size = self.shape.numel() * self.dtype.itemsize
+        return stored_bytes[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A stored matrix, or a part of one, with every tensor (or `_Part`) in it changed."""
+    if isinstance(value, Tensor | _Part):
+        return change(value)
     if is_dataclass(value):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: _each(getattr(value, f.name), change) for f in fields(value)})
     return value

@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantize import ToQuantize
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, causal_mask
@@ -24,6 +26,7 @@ from litlora.model.block import Block
 from litlora.model.cache import KVCache
 from litlora.model.context import Context
 from litlora.model.norms import make_norm
+from litlora.storage.blocks import LazyTensor
 
 
 class Decoder(nn.Module):
@@ -155,9 +158,9 @@ class GPT(nn.Module):
                 )
 
     @classmethod
-    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor | Quantized]) -> "GPT":
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor | LazyTensor]) -> "GPT":
         """A model that holds these very tensors: nothing is initialised or copied. A linear layer
-        with a quantized weight is frozen.
+        with a quantized weight, or one that is still to be computed, is frozen.
 
         A tied head is stored once, under the embedding's name. Raises CheckpointError unless names
         and shapes fit exactly.
@@ -169,7 +172,9 @@ class GPT(nn.Module):
             layer, _, _ = name.rpartition(".")
             linear = model.get_submodule(layer)
             if type(linear) is nn.Linear:
-                model.set_submodule(layer, FrozenLinear(QuantizedWeight(tensors[name]), linear.bias))
+                is_late = isinstance(tensors[name], ToQuantize) or not isinstance(tensors[name], Quantized)
+                storage = (LateWeight if is_late else QuantizedWeight)(tensors[name])
+                model.set_submodule(layer, FrozenLinear(storage, linear.bias))
             else:
                 dense[name] = tensors[name].tensor()
         # Detached: a Parameter among the tensors would become the model's own, and change when the

@@ -155,11 +155,6 @@ class Finetune:
         fsdp = f"{setting('strategy')} fsdp"
         check(total > 1, f"{fsdp}: one device has nobody to share with; leave {setting('strategy')} out")
         check(
-            self.quantize in (None, "none"),
-            f"{setting('quantize')} {self.quantize} and {fsdp}: quantised weights are not divided among "
-            f"devices; use {setting('strategy')} ddp, or leave {setting('quantize')} out",
-        )
-        check(
             self.stream_base is not True,
             f"{setting('stream_base')} true and {fsdp}: each device holds its share of the base in memory; "
             "leave one of the two out",

@@ -180,15 +180,15 @@ class Parallel:
 
     def shard(
         self, objective: nn.Module, stored: list[nn.Parameter], dtype: torch.dtype, *, trains_base: bool
-    ) -> None:
+    ) -> dict[str, str]:
         """Divide the base among the devices, and convert it to this dtype, if the strategy says so:
-        see `litlora.train.sharding`."""
+        see `litlora.train.sharding`. Returns the fingerprints of what was quantised on the way."""
         if not self.is_sharded:
-            return
+            return {}
         from litlora.train.sharding import shard_base
 
         mesh = self._fabric.strategy.device_mesh["data_parallel"]
-        shard_base(objective, stored, mesh, self.device, dtype, trains_base=trains_base)
+        return shard_base(objective, stored, mesh, self.device, dtype, trains_base=trains_base)
 
     # ---- between the ranks
 

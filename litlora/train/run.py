@@ -18,6 +18,7 @@ from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantize import joined
 from litlora.load import pick_device
 from litlora.lora import Adapter
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
@@ -190,7 +191,10 @@ class Run:
         """Settle what depends on the memory of this machine. With that, the settings are
         resolved."""
         dtype, trains_base = self.precision.dtype, self.method.trains_base
-        self.parallel.shard(self.objective, self.undivided, dtype, trains_base=trains_base)
+        prints = self.parallel.shard(self.objective, self.undivided, dtype, trains_base=trains_base)
+        if prints:
+            quantized = dataclasses.replace(self.loaded.quantized, fingerprint=joined(prints))
+            self.loaded = dataclasses.replace(self.loaded, quantized=quantized)
         config, stream = self.settings.train, self.loaded.stream
         if stream is not None:
             config = settle_packs(stream, config, dtype, self.parallel, self.say)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import LINEAR, stored_weights
 from litlora.lora.layer import lora_layers
 from litlora.prompts import lacking_tokens
@@ -84,10 +85,11 @@ def describe_choice(model: nn.Module) -> str | None:
 def _quantised(run: "Run") -> list[str]:
     if (quantized := run.loaded.quantized) is None:
         return []
-    weights = list(stored_weights(run.model).values())
+    weights, how = list(stored_weights(run.model).values()), quantized.quantizer.describe()
+    if any(isinstance(weight, LateWeight) for weight in weights):
+        return [f"quantised: {len(weights)} layers to {how}, each when its block is divided"]
     size = sum(weight.nbytes for weight in weights) / 2**20
     dense = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights) / 2**20
-    how = quantized.quantizer.describe()
     return [f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}"]
 
 

@@ -15,9 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from litlora.errors import UserError, setting
+from litlora.frozen.later import settle
 from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.storage.blocks import LazyTensor, row_blocks
+from litlora.storage.fingerprint import fingerprint
+from litlora.storage.pages import mapped, release
 from litlora.train.objective import Objective
 
 
@@ -29,29 +32,37 @@ def shard_base(
     dtype: torch.dtype,
     *,
     trains_base: bool,
-) -> None:
+) -> dict[str, str]:
     """Divide the `stored` weights of an objective among the devices of `mesh`, a block at a time, each
-    first converted to `dtype`. Only that block is ever whole on a device: the weights may be mapped
-    from a file, of which each process then reads its share.
+    first converted to `dtype`, and those in few bits as they are. Only that block is ever whole on a
+    device: the weights may be mapped from a file, of which each process then keeps its share, or be
+    late ones.
 
-    What an adapter trains is small: it stays whole on every device. Raises UserError for weights in
-    few bits.
+    What an adapter trains is small: it stays whole on every device. Returns the fingerprints of the
+    weights that were quantised here, by their names.
     """
-    if stored_weights(objective):
-        raise UserError(
-            f"{setting('strategy')} fsdp: the base is stored in few bits, which are not divided among "
-            f"devices; use {setting('strategy')} ddp"
-        )
+    fingerprints: dict[str, str] = {}
     known = {id(parameter) for parameter in stored}
     whole = set() if trains_base else set(objective.trainable().values())
     for parameter in whole:
         parameter.data = parameter.data.to(device, dtype if id(parameter) in known else parameter.dtype)
     for unit in (*objective.model.model.layers, objective):
-        for parameter in unit.parameters():
-            if parameter not in whole and not isinstance(parameter, DTensor):
+        quantised = settle(unit)
+        fingerprints |= {name: fingerprint(matrix.stored()) for name, matrix in quantised.items()}
+        del quantised
+        for weight in stored_weights(unit).values():
+            if isinstance(weight, QuantizedWeight) and weight.stored_bytes is None:
+                weight.as_one_parameter()
+        undivided = [p for p in unit.parameters() if p not in whole and not isinstance(p, DTensor)]
+        read = mapped([parameter.data for parameter in undivided])
+        for parameter in undivided:
+            if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         # Divided again after the forward, the outermost too: between two calls all is divided.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        for tensor in read:
+            release(tensor)
+    return fingerprints
 
 
 def share_of(whole: Tensor, like: DTensor) -> DTensor:

@@ -39,6 +39,7 @@ def load_base(settings: Finetune, method: Method, parallel: Parallel) -> Loaded:
         dense=method.dense,
         quantize=settings.quantize,
         stream=base_streams(settings, method, chain, parallel),
+        late=parallel.is_sharded,
     )
 
 

@@ -69,6 +69,23 @@ def test_moving_and_converting_a_model_leaves_the_bits():
     assert linear.storage.device.type == linear(torch.ones(2, 80, device="meta")).device.type == "meta"
 
 
+@pytest.mark.parametrize("name", matrices())
+def test_the_bytes_of_one_parameter_are_the_same_weight(name):
+    """What FSDP divides: the values, the size and the moves are those of the weight as it was."""
+    matrix, values = matrices()[name]
+    for part, dense in ((matrix, values), (matrix.take(torch.tensor([20, 21, 3])), values[[20, 21, 3]])):
+        weight = QuantizedWeight(part)
+        weight.as_one_parameter()
+        assert [(p.dtype, p.requires_grad) for p in weight.parameters()] == [(torch.uint8, False)]
+        assert 0 <= weight.nbytes - part.nbytes < 16 * 6 and weight.to(torch.float16).dtype == dense.dtype
+        assert torch.equal(weight.rows(), dense) and weight.shape == dense.shape
+        x, dy = torch.randn(2, dense.size(1)), torch.randn(5, dense.size(0))
+        assert torch.equal(weight.times(x), F.linear(x, dense.float()))
+        assert torch.equal(weight.back(dy), dy @ dense.float())
+        assert weight.matrix.stored().keys() == part.stored().keys()
+        assert weight.to("meta").device.type == "meta"
+
+
 def test_a_scale_that_is_not_finite_is_refused_before_training():
     for matrix, _ in matrices().values():
         spoiled = _spoiled(matrix)

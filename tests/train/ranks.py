@@ -4,7 +4,8 @@
 
 with tests and tests/train on the import path.
 
-CASES is JSON: a list of {"name", "strategy", "method", "dtype", "train"}. Rank 0 writes DIR/NAME.pth:
+CASES is JSON: a list of {"name", "strategy", "method", "dtype", "train", "quantize"}, the last only for
+a base in few bits. Rank 0 writes DIR/NAME.pth:
 what trained, the validation loss, and the bytes that each rank held.
 """
 
@@ -17,6 +18,9 @@ import torch
 from conftest import tiny_config
 from test_fit import examples
 
+from litlora.adapters.quantised import block_linears
+from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantize import QUANTIZERS, Quantizer, ToQuantize
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.report.sinks import Sinks
@@ -35,6 +39,7 @@ TRAIN |= {"warmup_steps": 0, "save_interval": 0, "eval_interval": 2, "learning_r
 def bytes_held(objective, optimizer) -> dict[str, int]:
     """What this rank holds, without a buffer for what is exchanged."""
     weights = {id(p): local(p).nbytes for p in objective.parameters()}
+    weights |= {id(w): w.nbytes for w in stored_weights(objective).values() if w.stored_bytes is None}
     moments = [
         local(value).nbytes
         for slot in optimizer.state.values()
@@ -44,11 +49,24 @@ def bytes_held(objective, optimizer) -> dict[str, int]:
     return {"weights": sum(weights.values()), "moments": sum(moments)}
 
 
+def in_few_bits(model: GPT, quantizer: Quantizer, *, late: bool) -> GPT:
+    tensors = dict(model.named_parameters())
+    for name in block_linears(model.config):
+        W = tensors[name].detach()
+        facts = (name, Path("model"), W.dtype, W.size(1), range(W.size(0)))
+        tensors[name] = ToQuantize(*facts, lambda W=W: W, quantizer)
+        if not late:
+            tensors[name] = tensors[name].settled()
+    return GPT.from_tensors(model.config, tensors)
+
+
 def train(parallel, case, directory):
     """14 examples in steps of 4: the last one has 2. Their answers have 1 to 12 tokens."""
     torch.manual_seed(0)
     dtype, lora = getattr(torch, case["dtype"]), case["method"] == "lora"
     model = GPT(tiny_config()).to(dtype)
+    if quantize := case.get("quantize"):
+        model = in_few_bits(model, QUANTIZERS[quantize], late=parallel.is_sharded)
     stored = list(model.parameters())
     if lora:
         add_lora(model, LoRAConfig(), dtype)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, succeeds, tiny_config
+from families import save_folder
+from quantized import quantize_folder
 from ranks import train
 
 from litlora.errors import UserError
@@ -59,7 +62,6 @@ FSDP = {"devices": 2, "strategy": "fsdp"}
     ("settings", "words"),
     [
         (lambda: FinetuneLoRA(strategy="fsdp"), "strategy fsdp: one device has nobody to share with"),
-        (lambda: FinetuneLoRA(quantize="nf4", **FSDP), "quantize nf4 and strategy fsdp"),
         (lambda: FinetuneLoRA(train=TrainConfig(auto_batch=True), **FSDP), "auto_batch and strategy fsdp"),
         (lambda: FinetuneLoRA(train=TrainConfig(compile=True), **FSDP), "compile and strategy fsdp"),
         (lambda: FinetuneFull(train=TrainConfig(optimizer="adafactor"), **FSDP), "optimizer adafactor and"),
@@ -139,6 +141,28 @@ def test_many_ranks_learn_what_one_does(strategy, count, method, packing, tmp_pa
         assert abs(found[case["name"]]["val_loss"] - one["val_loss"]) < limit * 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantize", "count"), [("nf4", 2), ("int8", 4), ("nf4-dq", 2)])
+def test_a_divided_base_in_few_bits_learns_what_a_whole_one_does(quantize, count, tmp_path):
+    """QLoRA; and no bit of the base is on two ranks."""
+    same = {"strategy": "fsdp", "method": "lora", "quantize": quantize}
+    cases = [
+        {"name": "float64", "dtype": "float64", "train": {"max_grad_norm": 0.5}, **same},
+        {"name": "float32", "dtype": "float32", "train": {"optimizer": "sgd"}, **same},
+    ]
+    found = ranks(count, tmp_path, cases)
+    for case, limit in zip(cases, (1e-12, 1e-6), strict=True):
+        many = found[case["name"]]
+        train(Parallel("cpu"), case, tmp_path)
+        one = torch.load(tmp_path / f"{case['name']}.pth", weights_only=True)
+        assert farthest(many["model"], one["model"]) < limit
+        assert abs(many["val_loss"] - one["val_loss"]) < limit * 10
+        adapter = sum(tensor.nbytes for tensor in one["model"].values())
+        base = one["held"][0]["weights"] - adapter
+        held = [rank["weights"] - adapter for rank in many["held"]]
+        assert base <= sum(held) <= base + 14 * 16 * 3 and max(held) < 1.1 * base / count
+
+
 # ---- memory
 
 
@@ -200,6 +224,42 @@ def test_a_divided_run_resumes_on_another_number_of_devices(method, base, alpaca
     assert one.stat().st_size == many.stat().st_size
     for name, weight in learned(tmp_path / "one").items():
         torch.testing.assert_close(learned(tmp_path / "many")[name], weight, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_divided_quantised_run_resumes_and_merges_as_one_of_one_device(base, alpaca_file, tmp_path):
+    """Its adapter names the bits of the base that it was trained on, which a merge verifies."""
+    more = ("--quantize", "nf4", "--train.log_interval", 4, "--train.optimizer", "sgd")
+    script = "finetune/lora.py"
+    succeeds(script, *words_for(tmp_path / "one", base, alpaca_file, *more), OMP_NUM_THREADS="1")
+    words = words_for(tmp_path / "many", base, alpaca_file, *more, "--strategy", "fsdp", "--devices", 2)
+    succeeds(script, *words, "--train.max_time", 1e-4, OMP_NUM_THREADS="1")
+    done = succeeds(script, *words, "--resume", "auto", OMP_NUM_THREADS="1")
+    assert "1 steps done" in done.stdout and "quantised: 14 layers to nf4" in done.stdout
+    one, many = (
+        torch.load(tmp_path / name / "final/lit_model.pth", weights_only=True) for name in ("one", "many")
+    )
+    assert one["litlora"]["base"]["quantized"] == many["litlora"]["base"]["quantized"]
+    assert farthest(one["model"], many["model"]) < 1e-6
+    merged = succeeds(
+        "scripts/merge_lora.py", "--checkpoint_dir", base, "--lora_path", tmp_path / "many/final",
+        "--out_dir", tmp_path / "merged",
+    )  # fmt: skip
+    assert "verified" in merged.stdout
+
+
+@pytest.mark.slow
+def test_a_base_that_is_stored_in_few_bits_is_divided(tokenizer_dir, alpaca_file, tmp_path):
+    base = tmp_path / "base"
+    save_folder("llama", base, vocab_size=400)
+    quantize_folder(base, "nf4", nested=True)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, base)
+    more = ("--train.optimizer", "sgd", "--prompt_style", "plain", "--train.max_steps", 3)
+    for out, words in (("one", ()), ("many", ("--strategy", "fsdp", "--devices", 2))):
+        words = words_for(tmp_path / out, base, alpaca_file, *more, *words)
+        succeeds("finetune/lora.py", *words, OMP_NUM_THREADS="1")
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "many")) < 1e-6
 
 
 @pytest.mark.slow
