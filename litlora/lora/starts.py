@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
+from litlora.frozen.later import LateWeight
 from litlora.frozen.quantized import QuantizedWeight
+from litlora.frozen.weight import FrozenWeight
 from litlora.lora.layer import LoRAEmbedding, LoRALinear
 from litlora.settings import LoRAConfig
 
@@ -57,10 +59,15 @@ def loftq(W: Tensor, quantised: Tensor, rank: int, scale: float) -> Factors:
 
 @torch.no_grad()
 def start_lora(
-    model: nn.Module, config: LoRAConfig, *, original: Callable[[str], Tensor] | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    original: Callable[[str], Tensor] | None = None,
+    computes_in: torch.dtype | None = None,
 ) -> None:
     """Give the fresh adapter of a model the start that `config.init` names; eva has a function of
-    its own. `original` gives W (out, in) of a layer as it was before it was quantised.
+    its own. `original` gives W (out, in) of a layer as it was before it was quantised; `computes_in` is
+    the dtype to which weights will be converted later, if they will be.
 
     Raises UserError for a negative scale, and for loftq if no layer is quantised.
     """
@@ -76,6 +83,7 @@ def start_lora(
             nn.init.normal_(layer.lora_A, std=1 / layer.rank)
         elif kind in RESIDUAL:
             W, rank = layer.frozen.rows(), layer.rank
+            W = W.to(computes_in) if computes_in is not None and not is_quantised(layer.frozen) else W
             A, B = olora(W, rank) if kind == "olora" else pissa(W, rank, layer.scale, _niter(config))
             layer.start_at(A, B, is_residual=True)
     if kind == "loftq":
@@ -87,6 +95,11 @@ RESIDUAL = ("pissa", "olora")
 KEPT = (*RESIDUAL, "loftq")
 """The starts that cannot be told from the settings: their factors are kept, as no two machines find
 the same last bits."""
+
+
+def is_quantised(weight: FrozenWeight) -> bool:
+    """Whether it is in few bits, or will be."""
+    return isinstance(weight, QuantizedWeight) or (isinstance(weight, LateWeight) and weight.is_quantised)
 
 
 def family(init: str) -> str:
@@ -122,7 +135,7 @@ def _start_loftq(layers: dict[str, LoRALinear], original: Callable[[str], Tensor
     """A layer that is not quantised keeps its start: there is nothing to make up for."""
     started = 0
     for name, layer in layers.items():
-        if original is None or not isinstance(layer.frozen, QuantizedWeight):
+        if original is None or not is_quantised(layer.frozen):
             continue
         W, Q = original(name), layer.frozen.rows()
         layer.start_at(*loftq(W.to(Q.device), Q, layer.rank, layer.scale), is_residual=False)

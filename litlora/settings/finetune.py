@@ -159,10 +159,14 @@ class Finetune:
             f"{setting('stream_base')} true and {fsdp}: each device holds its share of the base in memory; "
             "leave one of the two out",
         )
-        for name in ("auto_batch", "compile", "offload_activations", "freeze"):
+        for name, instead in (
+            ("auto_batch", f"set {setting('micro_batch_tokens')}"),
+            ("compile", f"leave {setting('compile')} out"),
+            ("offload_activations", f"use {setting('checkpoint_activations')} full"),
+        ):
             check(
                 not getattr(self.train, name),
-                f"{setting(name)} and {fsdp} do not go together; leave one of the two out",
+                f"{setting(name)} and {fsdp} do not go together; {instead}, or use {setting('strategy')} ddp",
             )
 
     def _check_batch(self) -> None:
@@ -215,9 +219,9 @@ class FinetuneLoRA(Finetune):
             "set it, or choose another start",
         )
         check(
-            self.strategy != "fsdp" or self.lora.init in ("kaiming", "gaussian"),
-            f"{setting('init')} {self.lora.init} and {setting('strategy')} fsdp: this start needs whole "
-            f"weights; use {setting('strategy')} ddp, or {setting('init')} kaiming or gaussian",
+            self.strategy != "fsdp" or self.lora.init != "eva",
+            f"{setting('init')} eva and {setting('strategy')} fsdp: this start needs the whole model; use "
+            f"{setting('strategy')} ddp, or {setting('init')} pissa",
         )
         check(
             embedding is None or self.lora.variant == "lora",
@@ -330,10 +334,6 @@ class FinetuneDistill(FinetuneLoRA):
             not self.tokenizer.add_tokens,
             f"{setting('add_tokens')}: {setting('teacher')} does not know new tokens; "
             f"leave {setting('add_tokens')} out",
-        )
-        check(
-            self.strategy != "fsdp",
-            f"{setting('strategy')} fsdp: the teacher is not divided among devices; use ddp",
         )
 
 

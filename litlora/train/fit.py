@@ -215,17 +215,22 @@ class Trainer:
 
     def _take_best(self) -> None:
         """Put the weights of the best step in the place of the last one's. Raises UserError, after
-        saving the last step, if they cannot be read."""
+        saving the last step, if one of the ranks cannot read them."""
+        failed = None
         try:
             best = self.best.read(self.at)
             best.check_weights(self.objective)
-        except UserError:
+        except UserError as error:
+            failed = error
+        failed = next(filter(None, self.parallel.gather(failed)), None)
+        if failed is not None:
             self.save()
-            raise
+            raise failed
         best.put_weights(self.objective)
 
     def save(self) -> bool:
-        """Save an early checkpoint; if that fails, training continues. Returns whether it is there."""
+        """Save an early checkpoint; if that fails, training continues. Returns whether it is there, on
+        all ranks the same."""
         directory, newest = self.checkpoints.directory(self.at.step), self.checkpoints.newest
         state = capture(self.parallel, self.objective, self.optimizer, self.at, self.sums)
         try:
@@ -237,9 +242,9 @@ class Trainer:
                     f"the newest checkpoint is {newest or 'none'}"
                 )
             )
-            return False
+            return not self.parallel.largest(True)
         self.sink.handle(events.Saved(self.at.step, directory))
-        return True
+        return not self.parallel.largest(False)
 
     def _done(self, stopped: Stop | None) -> events.Done:
         at = self.at

@@ -224,6 +224,16 @@ class Parallel:
         """The value of rank 0, on all ranks."""
         return self._fabric.broadcast(value)
 
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise UserError unless all ranks have the same value, as where they see the same files."""
+        others = self.gather(value)
+        rank = next((rank for rank, other in enumerate(others) if other != others[0]), None)
+        if rank is not None:
+            raise UserError(
+                f"rank {rank} of {self.world_size} has another {what} than rank 0 ({others[rank]}, not "
+                f"{others[0]}): all machines must see the same files at the same paths"
+            )
+
     @contextmanager
     def gathering(self, value: Value) -> Iterator[Value | None]:
         """On rank 0: the value, in which every divided tensor is a lazy one that is gathered when it

@@ -98,18 +98,23 @@ def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
     many tensors that rounded. Raises UserError if `copy`, as the base trains, and one of its frozen
     weights would be rounded."""
     rounded = count_rounded(model, dtype)
-    for name, parameter in model.named_parameters():
-        is_frozen = copy and not parameter.requires_grad
-        if is_frozen and torch.promote_types(parameter.dtype, dtype) != dtype:
-            raise UserError(
-                f"{setting('precision')} rounds {name} from {short(parameter.dtype)} to {short(dtype)}, and "
-                f"{setting('freeze')} keeps it as it is; use 32-true or bf16-mixed"
-            )
-        parameter.data = parameter.data.to(dtype, copy=copy and not is_frozen)
+    check_frozen(model, dtype, trains_base=copy)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype, copy=copy and parameter.requires_grad)
     for module in model.modules():
         if isinstance(module, StreamedEmbedding):
             module.dtype = dtype
     return rounded
+
+
+def check_frozen(model: nn.Module, dtype: torch.dtype, *, trains_base: bool) -> None:
+    """Raise UserError if a weight that stays as it is in a base that trains would be rounded."""
+    for name, parameter in model.named_parameters() if trains_base else ():
+        if not parameter.requires_grad and torch.promote_types(parameter.dtype, dtype) != dtype:
+            raise UserError(
+                f"{setting('precision')} rounds {name} from {short(parameter.dtype)} to {short(dtype)}, and "
+                f"{setting('freeze')} keeps it as it is; use 32-true or bf16-mixed"
+            )
 
 
 def short(dtype: torch.dtype) -> str:

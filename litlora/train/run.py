@@ -42,7 +42,7 @@ from litlora.train.interrupts import Interrupts
 from litlora.train.learning_rate import settle_learning_rate
 from litlora.train.method import Method
 from litlora.train.parallel import Parallel
-from litlora.train.precision import bf16_speedup, cast, count_rounded, decide, stored_dtype
+from litlora.train.precision import bf16_speedup, cast, check_frozen, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.rates import described_rates
 from litlora.train.resume import (
@@ -123,7 +123,8 @@ class Run:
 
     def load(self) -> None:
         """Load the model to start from, and choose the prompt style."""
-        settings = self.settings
+        settings, place = self.settings, self.place
+        self.parallel.check_same("step directory to resume from", (place.start, place.complete))
         self.loaded = load_base(settings, self.method, self.parallel)
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
@@ -158,6 +159,7 @@ class Run:
             method.prepare(model)  # first: what is frozen needs no memory of its own
         if self.parallel.is_sharded:  # it is converted while it is divided
             num_rounded = count_rounded(model, precision.dtype)
+            check_frozen(model, precision.dtype, trains_base=method.trains_base)
         else:
             num_rounded = cast(model, precision.dtype, copy=method.trains_base)
         if not method.trains_base:
@@ -192,7 +194,7 @@ class Run:
         resolved."""
         dtype, trains_base = self.precision.dtype, self.method.trains_base
         prints = self.parallel.shard(self.objective, self.undivided, dtype, trains_base=trains_base)
-        if prints:
+        if prints and self.loaded.quantized is not None:
             quantized = dataclasses.replace(self.loaded.quantized, fingerprint=joined(prints))
             self.loaded = dataclasses.replace(self.loaded, quantized=quantized)
         config, stream = self.settings.train, self.loaded.stream
@@ -229,6 +231,8 @@ class Run:
         )
         if (quantized := self.loaded.quantized) is not None:
             self.facts["quantised base"] = quantized.fingerprint
+        for name, fact in self.facts.items():
+            self.parallel.check_same(name, fact)
 
     def find_start(self) -> tuple[State | None, str | None]:
         """The state to resume from and its metrics.csv, if any. Raises UserError if the run there

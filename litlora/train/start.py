@@ -52,7 +52,13 @@ def start_adapter(run: "Run") -> None:
         _take_over(model, run.parallel)
         run.say(f"start: {_ranks_line(layers, lora_layers(model))}")
     else:
-        start_lora(model, config, original=_original(run.loaded) if config.init == "loftq" else None)
+        start_lora(
+            model,
+            config,
+            original=_original(run.loaded) if config.init == "loftq" else None,
+            # What is still to be divided is not converted yet.
+            computes_in=run.precision.dtype if run.parallel.is_sharded else None,
+        )
         if run.parallel.world_size > 1 and (kept := start_tensors(model)):
             restart(model, config, run.parallel.broadcast(kept))
 

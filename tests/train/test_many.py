@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, succeeds, tiny_config
+from conftest import REPO, random_adapter, succeeds, tiny_config
 from families import save_folder
 from quantized import quantize_folder
 from ranks import train
@@ -64,6 +64,7 @@ FSDP = {"devices": 2, "strategy": "fsdp"}
         (lambda: FinetuneLoRA(strategy="fsdp"), "strategy fsdp: one device has nobody to share with"),
         (lambda: FinetuneLoRA(train=TrainConfig(auto_batch=True), **FSDP), "auto_batch and strategy fsdp"),
         (lambda: FinetuneLoRA(train=TrainConfig(compile=True), **FSDP), "compile and strategy fsdp"),
+        (lambda: FinetuneLoRA(lora=LoRAConfig(init="eva"), **FSDP), "init eva and strategy fsdp"),
         (lambda: FinetuneFull(train=TrainConfig(optimizer="adafactor"), **FSDP), "optimizer adafactor and"),
         (lambda: FinetuneLoRA(num_nodes=2), "num_nodes 2: MASTER_ADDR and MASTER_PORT and NODE_RANK must"),
         (
@@ -204,6 +205,10 @@ def words_for(out, base, data, *more):
     ]
 
 
+SGD = ("--train.optimizer", "sgd", "--train.learning_rate", 0.1)
+"""Of which each step is as large as its gradient, not as the rounding of one that is 0."""
+
+
 def learned(out) -> dict:
     return torch.load(out / "final/lit_model.pth", weights_only=True)["model"]
 
@@ -227,9 +232,50 @@ def test_a_divided_run_resumes_on_another_number_of_devices(method, base, alpaca
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("lora", ("--lora.init", "pissa")),
+        ("lora", ("--lora.init", "olora", "--quantize", "int8")),
+        ("lora", ("--lora.init", "loftq", "--quantize", "nf4")),
+        ("lora", ("--lora.variant", "dora", "--train.checkpoint_activations", "full")),
+        ("full", ("--train.freeze", "[embed_tokens,layers.0,layers.1.mlp.up_proj]")),
+        ("distill", ("--distill.top_k", 8)),
+    ],
+    ids=["pissa", "olora", "loftq", "dora", "freeze", "distill"],
+)
+def test_what_a_divided_base_takes_ends_as_on_one_device(method, words, base, alpaca_file, tmp_path):
+    teacher = ()
+    if method == "distill":
+        settings = LoRAConfig(rank=2, targets="all-linear")
+        teacher = ("--teacher", random_adapter(tmp_path / "teacher", base, settings))
+    more = (*words, *teacher, "--train.max_steps", 3, *SGD)
+    for out, words in (("one", ()), ("many", ("--strategy", "fsdp", "--devices", 2))):
+        words = words_for(tmp_path / out, base, alpaca_file, *more, *words)
+        succeeds(f"finetune/{method}.py", *words, OMP_NUM_THREADS="1")
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "many")) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_chain_is_merged_while_it_is_divided(base, alpaca_file, tmp_path):
+    """DPO on an adapter that was trained before, in bits of its own."""
+    first = tmp_path / "first"
+    words = words_for(first, base, alpaca_file, "--quantize", "int8", "--train.max_steps", 2)
+    succeeds("finetune/lora.py", *words, OMP_NUM_THREADS="1")
+    pairs = tmp_path / "pairs.json"
+    answers = [("ja " * n, "nein " * (9 - n)) for n in range(1, 9)]
+    records = [{"prompt": "Und?", "chosen": good, "rejected": bad} for good, bad in answers]
+    pairs.write_text(json.dumps(records))
+    for out, more in (("one", ()), ("many", ("--strategy", "fsdp", "--devices", 2))):
+        words = words_for(tmp_path / out, first / "final", pairs, *more, *SGD)
+        succeeds("finetune/dpo.py", *words, "--train.max_steps", 2, OMP_NUM_THREADS="1")
+    assert farthest(learned(tmp_path / "one"), learned(tmp_path / "many")) < 1e-6
+
+
+@pytest.mark.slow
 def test_a_divided_quantised_run_resumes_and_merges_as_one_of_one_device(base, alpaca_file, tmp_path):
     """Its adapter names the bits of the base that it was trained on, which a merge verifies."""
-    more = ("--quantize", "nf4", "--train.log_interval", 4, "--train.optimizer", "sgd")
+    more = ("--quantize", "nf4", "--train.log_interval", 4, *SGD)
     script = "finetune/lora.py"
     succeeds(script, *words_for(tmp_path / "one", base, alpaca_file, *more), OMP_NUM_THREADS="1")
     words = words_for(tmp_path / "many", base, alpaca_file, *more, "--strategy", "fsdp", "--devices", 2)
@@ -255,7 +301,7 @@ def test_a_base_that_is_stored_in_few_bits_is_divided(tokenizer_dir, alpaca_file
     quantize_folder(base, "nf4", nested=True)
     for file in tokenizer_dir.iterdir():
         shutil.copy(file, base)
-    more = ("--train.optimizer", "sgd", "--prompt_style", "plain", "--train.max_steps", 3)
+    more = ("--prompt_style", "plain", "--train.max_steps", 3, *SGD)
     for out, words in (("one", ()), ("many", ("--strategy", "fsdp", "--devices", 2))):
         words = words_for(tmp_path / out, base, alpaca_file, *more, *words)
         succeeds("finetune/lora.py", *words, OMP_NUM_THREADS="1")

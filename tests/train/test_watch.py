@@ -57,3 +57,31 @@ def test_without_rank_0_no_rank_stays_behind(base, alpaca_file, tmp_path):
     status, errors, seconds = faulty(tmp_path / "out", base, alpaca_file, fault)
     # subprocess.run returns once the last process has closed stderr.
     assert status == -9 and len(errors) == 1 and "rank 0" in errors[0] and seconds < 150, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["_optimizer_step", "save", "validate"])
+def test_a_rank_that_goes_silent_ends_the_run(method, base, alpaca_file, tmp_path):
+    """Stopped as a whole, as where its machine is gone: it does not even count."""
+    status, errors, seconds = faulty(tmp_path / "out", base, alpaca_file, f"{method} 1 SIGSTOP")
+    assert status == 2 and len(errors) == 1, errors
+    assert errors[0].startswith("error: rank 1 of 2: has not answered for 40 seconds; the newest checkpoint")
+    assert "--resume auto" in errors[0] and seconds < 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_hangs_ends_the_run(strategy, base, alpaca_file, tmp_path):
+    """Its threads go on, so only the exchange that the others wait for can tell."""
+    fault = "validate 1 hang"
+    status, errors, _ = faulty(tmp_path / "out", base, alpaca_file, fault, "--strategy", strategy)
+    assert status == 2 and len(errors) == 1, errors
+    assert errors[0].startswith("error: lost the connection to another rank: ") and "resume" in errors[0]
+
+
+@pytest.mark.slow
+def test_max_time_by_any_clock_stops_all_ranks_after_the_same_step(base, alpaca_file, tmp_path):
+    out, more = tmp_path / "out", ("--train.max_time", 60, "--strategy", "fsdp")
+    status, errors, _ = faulty(out, base, alpaca_file, "_optimizer_step 1 clock", *more)
+    assert status == 0 and not errors, errors
+    assert (out / "step-000003").is_dir() and not (out / "final").exists()
