@@ -62,6 +62,8 @@ def shard_base(
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         for tensor in read:
             release(tensor)
+        for parameter in undivided:  # whoever still has it must not keep the whole weight
+            parameter.data = parameter.data.new_empty(0)
     return fingerprints
 
 

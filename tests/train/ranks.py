@@ -6,17 +6,19 @@ with tests and tests/train on the import path.
 
 CASES is JSON: a list of {"name", "strategy", "method", "dtype", "train", "quantize"}, the last only for
 a base in few bits. Rank 0 writes DIR/NAME.pth:
-what trained, the validation loss, and the bytes that each rank held.
+what trained, the validation loss, the bytes that each rank held, and how often ranks exchanged something.
 """
 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from conftest import tiny_config
 from test_fit import examples
+from torch.profiler import ProfilerActivity, profile
 
 from litlora.adapters.quantised import block_linears
 from litlora.frozen.linear import stored_weights
@@ -83,12 +85,16 @@ def train(parallel, case, directory):
         sink=Sinks(),
         interrupts=Interrupts(),
     )
-    done = trainer.fit()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        done = trainer.fit()
+    exchanged = Counter(
+        event.name.removeprefix("c10d::") for event in profiler.events() if "c10d::" in event.name
+    )
     held = parallel.gather(bytes_held(objective, getattr(trainer.optimizer, "optimizer", trainer.optimizer)))
     trained = {name: parameter.detach() for name, parameter in objective.trainable().items()}
     with parallel.gathering(trained) as whole:
         if whole is not None:
-            content = {"model": whole, "val_loss": done.val_loss, "held": held}
+            content = {"model": whole, "val_loss": done.val_loss, "held": held, "exchanged": dict(exchanged)}
             torch_file.save(directory / f"{case['name']}.pth", content)
 
 

@@ -143,6 +143,22 @@ def test_many_ranks_learn_what_one_does(strategy, count, method, packing, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_more_micro_batches_exchange_no_more_gradients(strategy, tmp_path):
+    same = {"strategy": strategy, "method": "lora", "dtype": "float32"}
+    cases = [
+        {"name": name, "train": {"micro_batch_tokens": tokens, "eval_interval": 0}, **same}
+        for name, tokens in (("many", 30), ("one", 4000))
+    ]
+    found = {name: case["exchanged"] for name, case in ranks(2, tmp_path, cases).items()}
+    assert found["many"]["allreduce_"] == found["one"]["allreduce_"] > 0
+    if strategy == "ddp":
+        assert found["many"] == found["one"]
+    else:  # the base is fetched for each
+        assert found["many"]["_allgather_base_"] > found["one"]["_allgather_base_"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "count"), [("nf4", 2), ("int8", 4), ("nf4-dq", 2)])
 def test_a_divided_base_in_few_bits_learns_what_a_whole_one_does(quantize, count, tmp_path):
     """QLoRA; and no bit of the base is on two ranks."""
