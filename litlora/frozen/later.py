@@ -11,6 +11,7 @@ from litlora.frozen.quantize import ToQuantize
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.frozen.weight import FrozenWeight
 from litlora.storage.blocks import LazyTensor
+from litlora.storage.pages import Pages
 
 
 class LateWeight(FrozenWeight):
@@ -55,7 +56,7 @@ class LateWeight(FrozenWeight):
 def settle(module: nn.Module) -> dict[str, Quantized]:
     """Compute every late weight in a module, for good; those that were quantised, by their names.
     Raises CheckpointError for values that are not finite."""
-    found = {}
+    found, pages = {}, Pages()
     for name, linear in list(module.named_modules()):
         if not (isinstance(linear, FrozenLinear) and isinstance(linear.storage, LateWeight)):
             continue
@@ -66,6 +67,8 @@ def settle(module: nn.Module) -> dict[str, Quantized]:
             linear.storage = QuantizedWeight(matrix)
         else:
             module.set_submodule(name, _dense(source.tensor(), linear))
+            pages.done_with(*source.sources())
+            pages.release()
     return found
 
 
