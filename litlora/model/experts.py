@@ -45,13 +45,37 @@ class MixtureOfExperts(nn.Module):
         shares, picked = scores.topk(self.num_picked)  # (N, num_picked)
         if self.norm_shares:
             shares = shares / shares.sum(dim=-1, keepdim=True)
-        y = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
-            rows, places = torch.where(picked == number)
-            # In training, an expert that no token picked runs on no rows: its gradient is then zero
-            # instead of absent.
-            if len(rows) or torch.is_grad_enabled():
-                y = y.index_add(0, rows, (expert(tokens[rows]) * shares[rows, places, None]).to(y.dtype))
+        y = self._mixed(tokens, shares, picked)
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         return y.view_as(x)
+
+    def _mixed(self, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
+        """The sum of what the picked experts give, each times its share.
+
+        tokens (N, C), shares and picked (N, num_picked) -> (N, C). Rows are sorted by expert, so
+        that the counts are the one thing that the host waits for.
+        """
+        # Each token's experts in ascending order: the sum does not depend on their scores' order.
+        picked, places = picked.sort(dim=-1)
+        shares = shares.gather(-1, places)
+        order = picked.flatten().argsort(stable=True)
+        # Not bincount, which on a GPU makes the host wait for the largest value as well.
+        numbers = torch.arange(len(self.experts), device=picked.device)
+        counts = (picked.flatten()[:, None] == numbers).sum(dim=0).tolist()
+        # A copy for each place, and then permutations only: neither direction adds into a row
+        # twice, which on a GPU would happen in any order.
+        copies = tokens[:, None].expand(-1, self.num_picked, -1).flatten(0, 1)
+        outputs = [
+            expert(rows)
+            for expert, rows in zip(self.experts, copies.index_select(0, order).split(counts), strict=True)
+            # In training, an expert that no token picked runs on no rows: its gradient is then zero
+            # instead of absent. Without any token all run: torch.cat needs one of them.
+            if len(rows) or torch.is_grad_enabled() or not len(tokens)
+        ]
+        weighted = (torch.cat(outputs) * shares.flatten()[order, None]).to(tokens.dtype)
+        parts = weighted.index_select(0, order.argsort()).unflatten(0, shares.shape)
+        y = parts[:, 0]
+        for place in range(1, self.num_picked):
+            y = y + parts[:, place]
+        return y
