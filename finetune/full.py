@@ -30,7 +30,7 @@ def main(settings: FinetuneFull) -> None:
     full = Method(
         prepare=lambda model: train_all_but(model, frozen, adds_tokens=adds_tokens),
         trains_base=True,
-        content=lambda model: dict(model.named_parameters()),
+        content=lambda model: model.stored(),
         stores="the full model",
         resume=cli.RESUME,
         repeat=cli.REPEAT,

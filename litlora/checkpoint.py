@@ -26,6 +26,7 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QuantizedBase
 from litlora.lora import Adapter, BaseReference
 from litlora.lora.adapter import names_of
+from litlora.model.through_transformers import check_adapter
 from litlora.paths import HYPERPARAMETERS_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dir, is_checkpoint
 from litlora.prompts import STYLE_FILE, PromptStyle, write_style
 from litlora.stop_tokens import name_stops
@@ -37,6 +38,7 @@ from litlora.storage.torch_file import TorchFile, Written
 from litlora.storage.untrusted import has_file, own_file
 from litlora.text_facts import changed_text, text_facts
 from litlora.tokenizer import find_sidecars
+from litlora.transformers_config import Architecture, TransformersConfig, load_architecture
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Chain:
     """Whether the fingerprints of its links were not compared, and should not be."""
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> Architecture:
         """The base's architecture."""
         return self.base.config
 
@@ -190,6 +192,9 @@ def resolve(
     if stand_in is not None:
         unused = f"{setting('base_checkpoint_dir')} {base_dir}"
         raise CheckpointError(f"{path}: is not an adapter, so {unused} has no effect")
+    if isinstance(current.config, TransformersConfig):
+        for adapter in adapters:
+            check_adapter(current.config, adapter)
     return Chain(current, _completed(current, adapters[::-1]), notices, allow_base_mismatch)
 
 
@@ -240,14 +245,16 @@ def _check_base(adapter: Adapter, base: FullModel | Adapter) -> None:
             f"{base.fingerprint}, not {adapter.base.fingerprint}); name the right one, {go_on}"
         )
     here, there = adapter.directory / CONFIG_FILE, base.directory / CONFIG_FILE
-    trained = ModelConfig.load(here) if here.is_file() else None
+    trained = load_architecture(here) if here.is_file() else None
     config = base.config if isinstance(base, FullModel) else None
     if trained is not None and config is None and there.is_file():
-        # Adapters below may add tokens and untie the output head; their fingerprints tell.
-        changed = {name: getattr(trained, name) for name in ("vocab_size", "tie_word_embeddings")}
-        config = replace(ModelConfig.load(there), **changed)
+        config = load_architecture(there)
+        if isinstance(config, ModelConfig):
+            # Adapters below may add tokens and untie the output head; their fingerprints tell.
+            changed = {name: getattr(trained, name) for name in ("vocab_size", "tie_word_embeddings")}
+            config = replace(config, **changed)
     if trained is not None and config is not None and trained != config:
-        ours, theirs = trained.to_dict(), config.to_dict()
+        ours, theirs = trained.facts(), config.facts()
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise BaseMismatchError(
             f"{base.directory}: {name} is {theirs.get(name)}, but {adapter.directory} was trained with "
@@ -284,7 +291,7 @@ class Beside:
 def write_full(
     directory: Path,
     tensors: Mapping[str, Tensor | LazyTensor],
-    config: ModelConfig,
+    config: Architecture,
     *,
     sidecars_from: list[Path],
     beside: Beside = Beside(),
@@ -309,7 +316,7 @@ def write_full(
 def write_adapter(
     directory: Path,
     adapter: Adapter,
-    config: ModelConfig,
+    config: Architecture,
     *,
     sidecars_from: list[Path],
     beside: Beside = Beside(),
@@ -326,7 +333,7 @@ def write_adapter(
 def _write(
     directory: Path,
     tensors: Mapping[str, Tensor | LazyTensor],
-    config: ModelConfig,
+    config: Architecture,
     sources: list[Path],
     beside: Beside,
     entry: Callable[[Path, TorchFile, dict[str, Written]], dict[str, Any]],

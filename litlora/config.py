@@ -6,7 +6,7 @@ A field has the name that Hugging Face's `config.json` gives it, where it has on
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from litlora.errors import CheckpointError
 from litlora.facts import Facts, check_size, is_positive
@@ -260,6 +260,19 @@ class ModelConfig(Facts):
             raise CheckpointError(
                 "query_scale_beta needs a rope_scaling with original_max_position_embeddings"
             )
+
+    @property
+    def least_modules(self) -> int:
+        """Modules with weights that such a model has at least."""
+        sparse_layers = self.num_hidden_layers - len(self.dense_layers)
+        modules = self.num_hidden_layers + sparse_layers * (self.num_experts or 0)
+        if self.qk_norm == "each_head":
+            modules += self.num_hidden_layers * self.num_attention_heads
+        return modules
+
+    def facts(self) -> dict[str, Any]:
+        """The facts that two models are compared by."""
+        return self.to_dict()
 
     @property
     def rotary_dim(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
-from litlora.formats.families import HF_CONFIG_FILE, load_config
+from litlora.formats.families import HF_CONFIG_FILE, is_own, load_config
+from litlora.storage.untrusted import read_json_object
 from litlora.tokenizer import SIDECAR_FILES
 
 ADAPTER_FILES = (PEFT_CONFIG_FILE, *PEFT_WEIGHTS_FILES)
@@ -109,6 +110,11 @@ def _explained(repo_id: str, revision: str) -> Iterator[None]:
 
 def _check_covered(repo_id: str, directory: Path) -> None:
     try:
-        load_config(directory)
+        if is_own(read_json_object(directory / HF_CONFIG_FILE, "a Hugging Face folder needs it")):
+            load_config(directory)
+        else:
+            from litlora.formats.through_transformers import load_config as load_through
+
+            load_through(directory)
     except CheckpointError as error:
         raise UserError(f"{repo_id}: {error}; its weights were not downloaded") from None

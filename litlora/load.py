@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from litlora.adapters.merge import EMBEDDING, HEAD, in_memory, plan_merge, whole_of
 from litlora.adapters.quantised import as_trained, block_linears, quantised
 from litlora.checkpoint import Chain, resolve
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
 from litlora.frozen.streamed import Stream
 from litlora.lora import Adapter, attach_lora
-from litlora.model import GPT, Router
+from litlora.model import GPT, LanguageModel, Router, TransformersModel, kind_of
 from litlora.prompts import PromptStyle, load_style, load_template
 from litlora.ram import is_lack_of_memory
 from litlora.settings.targets import OUTPUT_HEAD
@@ -27,6 +26,7 @@ from litlora.storage.fingerprint import check_finite
 from litlora.storage.pages import mapped, release
 from litlora.streaming import stream_base
 from litlora.tokenizer import Tokenizer, find_sidecars
+from litlora.transformers_config import Architecture
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TextSide:
 class Loaded(TextSide):
     """A model ready for use, and what came with it."""
 
-    model: GPT
+    model: LanguageModel
     chain: Chain
     quantized: QuantizedBase | None = None
     """In what few bits the frozen weights of its blocks are, if they were quantised while loading."""
@@ -100,6 +100,8 @@ def load_chain(
         live_adapter = top
     tensors, config, quantized = _weights(chain, live_adapter, dense, quantize, late=late)
     model = build(config, tensors, chain.base)
+    if isinstance(model, TransformersModel):
+        model.check_causal(str(chain.base.directory))
     if live_adapter:
         attach_adapter(model, live_adapter)
     if notice := text.tokenizer.fit(model.config.vocab_size):
@@ -135,7 +137,7 @@ def _weights(
     quantize: str | None,
     *,
     late: bool = False,
-) -> tuple[dict[str, Tensor | LazyTensor], ModelConfig, QuantizedBase | None]:
+) -> tuple[dict[str, Tensor | LazyTensor], Architecture, QuantizedBase | None]:
     """The weights of a model without its live adapter, its architecture, and how they were
     quantised; see `load`."""
     if quantize == "none" and chain.adapters:
@@ -165,7 +167,7 @@ def _weights(
     return tensors, config, QuantizedBase(quantizer, fingerprint_of(matrices))
 
 
-def _check_frozen(config: ModelConfig, dense: Sequence[str], quantize: str) -> None:
+def _check_frozen(config: Architecture, dense: Sequence[str], quantize: str) -> None:
     """Raise UserError if one of the modules that train is to be quantised."""
     trains = [name for name in block_linears(config) if _is_in(name, dense)]
     if trains:
@@ -184,15 +186,15 @@ def _is_in(name: str, targets: Sequence[str]) -> bool:
     return any(f".{module}".endswith(f".{target}") for module in modules for target in targets)
 
 
-def build(config: ModelConfig, tensors: dict[str, Tensor | LazyTensor], base: FullModel) -> GPT:
-    """A GPT that holds these tensors; errors name the base's file."""
+def build(config: Architecture, tensors: dict[str, Tensor | LazyTensor], base: FullModel) -> LanguageModel:
+    """A model that holds these tensors; errors name the base's file."""
     try:
-        return GPT.from_tensors(config, tensors)
+        return kind_of(config).from_tensors(config, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{base.file}: {error}") from None
 
 
-def attach_adapter(model: GPT, adapter: Adapter) -> None:
+def attach_adapter(model: LanguageModel, adapter: Adapter) -> None:
     """Put an adapter's updates on the model as live LoRALinear layers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole = whole_of(adapter, model.config)
@@ -249,7 +251,7 @@ def _untie(model: GPT) -> None:
     model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
 
 
-def _replace(model: GPT, name: str, tensor: Tensor, *, like: Tensor) -> None:
+def _replace(model: LanguageModel, name: str, tensor: Tensor, *, like: Tensor) -> None:
     if tensor.shape != like.shape:
         raise UserError(
             f"{name} is {tuple(tensor.shape)}; the base has {tuple(like.shape)} (merging may resize a "

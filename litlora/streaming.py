@@ -15,7 +15,7 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.linear import FrozenLinear, stored_weights
 from litlora.frozen.streamed import TILE_BYTES, Stream, StreamedEmbedding, StreamedHead, stream_linears
 from litlora.lora import Adapter
-from litlora.model import GPT
+from litlora.model import GPT, kind_of
 from litlora.ram import free_ram
 from litlora.storage.fingerprint import check_finite
 from litlora.storage.pages import mapped, read, release
@@ -97,6 +97,8 @@ def _hindrance(chain: Chain, device: torch.device) -> str | None:
     """Why a chain's base cannot stream; None if it can."""
     if device.type != "cpu":
         return f"a base streams on the CPU alone, and this device is {device.type}"
+    if not kind_of(chain.config).packs:
+        return f"{chain.base.directory} runs through transformers, which needs it in memory"
     top = chain.top
     if len(chain.adapters) > 1:
         inner = chain.adapters[-2].directory

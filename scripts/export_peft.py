@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litlora.cli import call, run
+from litlora.config import ModelConfig
 from litlora.console import say
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import MLX_WEIGHTS_FILE, PEFT_WEIGHTS_FILES
@@ -61,6 +62,10 @@ def main(settings: ExportPEFT) -> None:
 
     (chain,) = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
     _check_single(chain)
+    if settings.format == "mlx" and not isinstance(chain.config, ModelConfig):
+        raise UserError(
+            f"--format mlx: {chain.base.directory} runs through transformers, whose names are not mlx-lm's"
+        )
     if settings.format == "mlx" and chain.top.needs_quantised:
         raise UserError(
             f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its "

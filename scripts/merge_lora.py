@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from litlora.adapters.merge import Plan
     from litlora.adapters.unmerged import Unmerged
     from litlora.checkpoint import Chain
-    from litlora.config import ModelConfig
+    from litlora.transformers_config import Architecture
 
 DEQUANTIZED, ORIGINAL = "dequantized", "original"
 
@@ -85,7 +85,7 @@ def main(settings: MergeLoRA) -> None:
 
 def _plans(
     asked: str | None, chains: "list[Chain]", weights: list[float]
-) -> "tuple[str | None, dict[str | None, tuple[Plan, ModelConfig]]]":
+) -> "tuple[str | None, dict[str | None, tuple[Plan, Architecture]]]":
     """What is merged into, and the merge; of adapters that were trained on a quantised base both
     merges, the one that is written first. Raises UserError for a choice where there is none."""
     from litlora.adapters.merge import plan_sum
@@ -109,10 +109,10 @@ def _plans(
 
 def _verified(
     plan: "Plan",
-    config: "ModelConfig",
+    config: "Architecture",
     directory: Path,
     unmerged: "Unmerged",
-    plans: "dict[str | None, tuple[Plan, ModelConfig]]",
+    plans: "dict[str | None, tuple[Plan, Architecture]]",
 ) -> list[str]:
     """What verifying a complete directory found, or why it was not verified, and how well each of two
     plans fits. Raises CheckpointError for a merge that is not what was tested."""
@@ -121,7 +121,7 @@ def _verified(
     from litlora.adapters.verify import bytes_needed, probe_ids, verify
     from litlora.ram import free_ram
 
-    need, free = bytes_needed(plan), free_ram()
+    need, free = bytes_needed(plan, config), free_ram()
     if free is not None and need > free:
         return [f"not verified: it takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"]
     ids, notice = probe_ids([directory], config)

@@ -27,7 +27,7 @@ from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.lora import Adapter, LoRAConfig, adapter_of, add_lora
 from litlora.lora.adapter import parse_tensors
-from litlora.model import GPT
+from litlora.model import GPT, kind_of
 from litlora.prompts import STYLES
 from litlora.report.events import Event, Step
 from litlora.report.sinks import Sink
@@ -106,7 +106,9 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
     torch.manual_seed(seed)
     chain = resolve(base_dir)
     tensors, config = merge_chain(chain)
-    model = GPT.from_tensors(config, tensors)
+    model = kind_of(config).from_tensors(config, tensors)
+    if not model.packs:
+        model.check_causal(str(base_dir))
     add_lora(model, settings)
     adapter = adapter_of(model, settings)
     random = {name: torch.randn_like(tensor) * 0.1 for name, tensor in adapter.tensors.items()}

@@ -97,9 +97,9 @@ def hub(tmp_path):
         "README.md": b"not needed",
     }
     Hub.repositories = {"someone/llama": files, "someone/gated": files}
-    Hub.repositories["someone/mamba"] = {
+    Hub.repositories["someone/t5"] = {
         **files,
-        "config.json": b'{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}',
+        "config.json": b'{"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}',
     }
     Hub.repositories["someone/data"] = {"README.md": b"no model"}
     Hub.break_after, Hub.ranges = {}, []
@@ -155,7 +155,7 @@ def test_a_gated_model_says_what_to_do(hub, tmp_path):
         ("someone/nothing", [], "no such model"),
         ("someone/llama", ["--revision", "v9"], "--revision v9"),
         ("someone/data", [], "choose another repository"),
-        ("someone/mamba", [], "state-space layers.*weights were not downloaded"),
+        ("someone/t5", [], "no causal decoder of this type.*weights were not downloaded"),
     ],
 )
 def test_what_cannot_be_downloaded_is_named(repo_id, words, message, hub, tmp_path):

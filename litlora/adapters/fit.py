@@ -10,7 +10,7 @@ from torch import Tensor
 from litlora.adapters.merge import MergedTensor, Plan
 from litlora.adapters.unmerged import Unmerged
 from litlora.adapters.verify import compared, live_model, logits
-from litlora.config import ModelConfig
+from litlora.transformers_config import Architecture
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rounded:
 
 
 def fits(
-    trained: Plan, candidates: Mapping[str, Plan], config: ModelConfig, ids: Tensor, unmerged: Unmerged
+    trained: Plan, candidates: Mapping[str, Plan], config: Architecture, ids: Tensor, unmerged: Unmerged
 ) -> dict[str, Fit]:
     """How each of the merges, rounded to the nearest, fits the model that was trained: the logits of
     ids (1, T). `config` is that of the merges; `unmerged` as for `verify`."""

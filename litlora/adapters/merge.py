@@ -12,7 +12,6 @@ from torch import Tensor
 
 from litlora.adapters.quantised import as_trained
 from litlora.checkpoint import Chain
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
@@ -21,6 +20,7 @@ from litlora.lora.update import fitting
 from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.blocks import LazyTensor, Memory, one_thread, row_blocks, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
+from litlora.transformers_config import Architecture
 
 HEAD = f"{OUTPUT_HEAD}.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -160,7 +160,7 @@ def rounded(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     return torch.where(taken, neighbour, nearest)
 
 
-def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], ModelConfig]:
+def merge_chain(chain: Chain) -> tuple[dict[str, Tensor], Architecture]:
     """The weights that a chain stands for: every adapter merged, one after the other, in the base's
     dtype. Tensors without an update are the base's own, still memory-mapped."""
     plan, config = plan_merge(chain)
@@ -184,7 +184,7 @@ def in_memory(
     return {name: weight(name, plan.pop(name)) for name in list(plan)}
 
 
-def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
+def plan_merge(chain: Chain) -> tuple[Plan, Architecture]:
     """What `merge_chain` computes, with nothing computed yet. An adapter that was trained on its base
     in few bits is added to the values of these bits."""
     plan = {
@@ -198,7 +198,7 @@ def plan_merge(chain: Chain) -> tuple[Plan, ModelConfig]:
     return plan, config
 
 
-def plan_sum(chains: list[Chain], weights: list[float]) -> tuple[Plan, ModelConfig]:
+def plan_sum(chains: list[Chain], weights: list[float]) -> tuple[Plan, Architecture]:
     """The same for base + Σ weight · update over the outermost adapters of chains that share their
     base, which may be an adapter itself."""
     plan, config = plan_merge(chains[0].inner)
@@ -208,8 +208,8 @@ def plan_sum(chains: list[Chain], weights: list[float]) -> tuple[Plan, ModelConf
 
 
 def add_adapters(
-    plan: Plan, config: ModelConfig, adapters: list[tuple[Adapter, float]]
-) -> tuple[Plan, ModelConfig]:
+    plan: Plan, config: Architecture, adapters: list[tuple[Adapter, float]]
+) -> tuple[Plan, Architecture]:
     """A plan with one more link: W + Σ weight · (W' - W) over adapters that were trained on this
     very model.
 
@@ -256,7 +256,7 @@ def add_adapters(
     return merged, config
 
 
-def whole_of(adapter: Adapter, config: ModelConfig) -> dict[str, Tensor]:
+def whole_of(adapter: Adapter, config: Architecture) -> dict[str, Tensor]:
     """The tensors that an adapter of this model puts in place of others.
 
     Where it updates a layer and also holds its weight, that weight is the one below the update.
@@ -292,7 +292,7 @@ def _check_quantised(adapters: list[tuple[Adapter, float]]) -> None:
             )
 
 
-def _vocabulary(config: ModelConfig, adapters: list[tuple[Adapter, float]], *, sole: bool) -> int:
+def _vocabulary(config: Architecture, adapters: list[tuple[Adapter, float]], *, sole: bool) -> int:
     """The rows of the embedding with these adapters. Raises CheckpointError if they change it and
     are not merged alone and at weight 1."""
     for adapter, _ in adapters:
@@ -309,8 +309,8 @@ def _vocabulary(config: ModelConfig, adapters: list[tuple[Adapter, float]], *, s
 
 
 def _untied(
-    plan: Plan, config: ModelConfig, adapters: list[Adapter], num_rows: int
-) -> tuple[Plan, ModelConfig]:
+    plan: Plan, config: Architecture, adapters: list[Adapter], num_rows: int
+) -> tuple[Plan, Architecture]:
     """The plan with an output head of its own, if one of the adapters changes a tied one."""
     changed = {name for adapter in adapters for name in (*names_of(adapter.updates), *adapter.whole)}
     touched = {HEAD, EMBEDDING} & changed

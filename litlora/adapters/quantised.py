@@ -9,28 +9,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from litlora.checkpoint import Chain
-from litlora.config import ModelConfig
 from litlora.errors import UserError, setting
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import Expected, Quantizer, ToQuantize
 from litlora.lora import Adapter
-from litlora.model import GPT
+from litlora.model import kind_of
 from litlora.storage.pages import Pages
+from litlora.transformers_config import Architecture
 
 if TYPE_CHECKING:
     from litlora.adapters.merge import Plan
 
-BLOCKS = "model.layers."
-"""What the names of all that lies in a block begin with."""
 
-
-def block_linears(config: ModelConfig) -> list[str]:
+def block_linears(config: Architecture) -> list[str]:
     """The names of the weights that are quantised: those of the linear layers in the blocks."""
-    modules = GPT.without_weights(config).named_modules()
-    return [f"{name}.weight" for name, one in modules if type(one) is nn.Linear and name.startswith(BLOCKS)]
+    model = kind_of(config).without_weights(config)
+    linears = [name for name, one in model.named_modules() if type(one) is nn.Linear]
+    return [f"{name}.weight" for name in linears if name.startswith(model.block_prefix)]
 
 
-def as_trained(plan: "Plan", config: ModelConfig, adapter: Adapter, chain: Chain) -> "Plan":
+def as_trained(plan: "Plan", config: Architecture, adapter: Adapter, chain: Chain) -> "Plan":
     """The plan of an adapter's base as its training saw it: in few bits, if it was quantised for it.
     Raises BaseMismatchError, once all is computed, for other bits than those."""
     quantized = adapter.base and adapter.base.quantized
@@ -45,7 +43,7 @@ def as_trained(plan: "Plan", config: ModelConfig, adapter: Adapter, chain: Chain
 
 def quantised(
     plan: "Plan",
-    config: ModelConfig,
+    config: Architecture,
     quantizer: Quantizer,
     file: Path,
     *,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.adapters.merge import EMBEDDING, HEAD, MergedTensor, Plan
-from litlora.config import ModelConfig
 from litlora.lora import Adapter, Update
 from litlora.lora.variants import variant_named
 from litlora.model import GPT
+from litlora.transformers_config import Architecture
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Unmerged:
     """A model before its last merge, and the adapters of that merge with their weights."""
 
     plan: Plan
-    config: ModelConfig
+    config: Architecture
     adapters: list[tuple[Adapter, float]]
 
-    def is_untied_by(self, merged: ModelConfig) -> bool:
+    def is_untied_by(self, merged: Architecture) -> bool:
         """Whether the merge gives the model an output head of its own, by updates that `add_live`
         can compute."""
         updates = (self._update(adapter, name) for adapter, _ in self.adapters for name in (EMBEDDING, HEAD))

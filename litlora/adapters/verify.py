@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from litlora.adapters.merge import Added, MergedTensor, Plan
 from litlora.adapters.unmerged import Unmerged
 from litlora.checkpoint import open_checkpoint
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.lora import LoRALinear, Update
 from litlora.lora.variants import variant_named
-from litlora.model import GPT
+from litlora.model import LanguageModel, kind_of
 from litlora.storage.blocks import row_blocks, rows_at_a_time
 from litlora.storage.pages import MAX_HELD, Pages
 from litlora.tokenizer import Tokenizer
+from litlora.transformers_config import Architecture
 
 PROBE = """\
 The merged model must be the model that was tested. Question: what is the capital of France, \
@@ -92,17 +92,19 @@ def tolerance(dtype: torch.dtype) -> float:
     return NOISE * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
 
 
-def bytes_needed(plan: Plan) -> int:
+def bytes_needed(plan: Plan, config: Architecture) -> int:
     """Memory for parts of the base and of the merged model, which are mapped and given back once they
-    were read, and for the largest layer in fp32."""
+    were read, and for the largest layer in fp32. A model of transformers is in memory whole."""
     sizes = [tensor.shape.numel() for tensor in plan.values()]
     mapped = sum(
         tensor.shape.numel() * (tensor.own.itemsize + tensor.dtype.itemsize) for tensor in plan.values()
     )
+    if not kind_of(config).packs:  # the live and the merged one, each whole
+        return 2 * sum(sizes) * torch.float32.itemsize + mapped
     return max(sizes) * torch.float32.itemsize + min(mapped, 4 * MAX_HELD)
 
 
-def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | None]:
+def probe_ids(sources: list[Path], config: Architecture) -> tuple[Tensor, str | None]:
     """Token ids (1, T) of a text that most tokenizers cut into many kinds of tokens, and a notice
     if there was no tokenizer."""
     limit = min(PROBE_TOKENS, config.max_position_embeddings)
@@ -119,7 +121,7 @@ def probe_ids(sources: list[Path], config: ModelConfig) -> tuple[Tensor, str | N
 
 @torch.inference_mode()
 def verify(
-    plan: Plan, config: ModelConfig, directory: Path, ids: Tensor, unmerged: Unmerged | None = None
+    plan: Plan, config: Architecture, directory: Path, ids: Tensor, unmerged: Unmerged | None = None
 ) -> Report:
     """Compare the checkpoint in `directory` with the plan that it was written from.
 
@@ -129,7 +131,10 @@ def verify(
     """
     written = open_checkpoint(directory)
     lost, worst = _rounding_losses(plan, written.tensors)
-    models = live_model(plan, config, unmerged), (GPT.from_tensors(written.config, written.tensors), {})
+    models = (
+        live_model(plan, config, unmerged),
+        (kind_of(written.config).from_tensors(written.config, written.tensors), {}),
+    )
     # Side by side: threads that share one small product wait for each other, and for a long time
     # where other programs use the processor.
     with _workers(2, threads=max(1, torch.get_num_threads() // 2)) as pool:
@@ -181,7 +186,9 @@ Computed = dict[nn.Parameter, Callable[[slice], Tensor]]
 """Weights of which only some rows are in memory, when they are asked for."""
 
 
-def live_model(plan: Plan, config: ModelConfig, unmerged: Unmerged | None = None) -> tuple[GPT, Computed]:
+def live_model(
+    plan: Plan, config: Architecture, unmerged: Unmerged | None = None
+) -> tuple[LanguageModel, Computed]:
     """The model before its last merge, adapters live, all other weights as exact as they can be.
 
     Where the merge unties the output head, the head and the embedding are those of `unmerged`, and
@@ -196,7 +203,8 @@ def live_model(plan: Plan, config: ModelConfig, unmerged: Unmerged | None = None
         unmerged.add_live(model)
         return model, computed
     tensors, links, parts = {}, {}, {}
-    layers = dict(GPT.without_weights(config).named_modules())
+    kinds = kind_of(config)
+    layers = dict(kinds.without_weights(config).named_modules())
     for name, tensor in plan.items():
         layer, _, leaf = name.rpartition(".")
         kind = layers.get(layer)
@@ -206,11 +214,11 @@ def live_model(plan: Plan, config: ModelConfig, unmerged: Unmerged | None = None
         part = tensor.before if live or not tensor.links else tensor.exact
         if _is_mapped(tensor, live):
             tensors[name] = tensor.start
-        elif isinstance(kind, (nn.Linear, nn.Embedding)) and leaf == "weight":
+        elif kinds.packs and isinstance(kind, (nn.Linear, nn.Embedding)) and leaf == "weight":
             tensors[name], parts[name] = torch.empty(1, dtype=tensor.own).expand(tensor.shape), part
         else:
             tensors[name] = torch.cat([part(rows) for rows in tensor.row_slices()])
-    model = GPT.from_tensors(config, tensors)
+    model = kinds.from_tensors(config, tensors)
     computed = {model.get_parameter(name): part for name, part in parts.items()}
     for layer, link in links.items():
         model.set_submodule(layer, _live_layer(model.get_submodule(layer), link))
@@ -249,8 +257,11 @@ def _live_layer(linear: nn.Linear, link: tuple[Added, ...]) -> LoRALinear:
 
 
 @torch.inference_mode()
-def logits(model: GPT, computed: Computed, ids: Tensor) -> Tensor:
-    """(T, V) of ids (1, T), in fp32 throughout."""
+def logits(model: LanguageModel, computed: Computed, ids: Tensor) -> Tensor:
+    """(T, V) of ids (1, T), in fp32 throughout. A model of transformers reads its layers' weights in
+    ways of its own, so all of it becomes fp32 first."""
+    if not model.packs:
+        return model.in_fp32().eval()(ids)[0]
     with _computing_in_fp32(model, computed):
         return model.eval()(ids)[0]
 

@@ -8,16 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import notice
 from litlora.formats.parts import Parts
 from litlora.frozen import stored
 from litlora.frozen.bitsandbytes import Quantized
-from litlora.model import GPT
+from litlora.model import kind_of
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import fingerprint
+from litlora.transformers_config import NOTICE, Architecture, TransformersConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes in which weights may be stored."""
@@ -31,7 +31,7 @@ class FullModel:
     file: Path
     """What an error about the weights names."""
     tensors: dict[str, Tensor | Quantized]
-    config: ModelConfig
+    config: Architecture
     merged: dict[str, str] | None = None
     """Of a merged model: the fingerprint of the "chain" that it was made from, and that of its own
     weights at that time, the "result"."""
@@ -56,7 +56,8 @@ class FullModel:
     def notices(self) -> list[str]:
         """What every command tells about these weights, a line each."""
         parts = self.parts.notice if self.parts else None
-        lines = (stored.notice(self.directory, self.tensors), notice(self.file), parts)
+        through = f"{self.directory}: {NOTICE}" if isinstance(self.config, TransformersConfig) else None
+        lines = (stored.notice(self.directory, self.tensors), notice(self.file), parts, through)
         return [line for line in lines if line]
 
     @property
@@ -67,6 +68,8 @@ class FullModel:
     def family(self, preferred: str | None = None) -> str:
         """The Hugging Face family: the one that config.json names; without it, `preferred` or the
         plainest that can express the architecture. Raises CheckpointError if none can."""
+        if isinstance(self.config, TransformersConfig):
+            return self.config.model_type
         if self.has_hf_config:
             return load_config(self.directory)[0]
         return write_config(self.config, preferred)["model_type"]
@@ -87,16 +90,13 @@ class FullModel:
                 f"{self.file}: {odd[0]} is {dtype}; weights must be in float32, bfloat16, float16 or float64"
             )
         config, count = self.config, len(self.tensors)
-        sparse_layers = config.num_hidden_layers - len(config.dense_layers)
-        modules = config.num_hidden_layers + sparse_layers * (config.num_experts or 0)
-        if config.qk_norm == "each_head":
-            modules += config.num_hidden_layers * config.num_attention_heads
+        modules = config.least_modules
         if modules > count:  # before a model of that many parts is built to compare with
             raise CheckpointError(
                 f"{self.file}: holds {count} weights; its configuration describes {modules:,} modules or more"
             )
         try:
-            GPT.without_weights(config).check_fit(self.tensors)
+            kind_of(config).without_weights(config).check_fit(self.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{self.file}: {error}") from None
         return self

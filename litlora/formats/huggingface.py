@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litlora.config import ModelConfig
+from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.chat_template import add_template
 from litlora.formats.families import (
     HF_CONFIG_FILE,
     adapt_config,
+    is_own,
     load_config,
     load_storage,
     multimodal_of,
@@ -34,6 +35,9 @@ from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
 from litlora.formats.parts import Parts, divide, kept_parts
+from litlora.formats.through_transformers import adapt_config as adapt_through
+from litlora.formats.through_transformers import file_tensors, read_tensors
+from litlora.formats.through_transformers import load_config as load_through
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.stored import find_stored
 from litlora.prompts import STYLE_FILE
@@ -42,6 +46,7 @@ from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_tensors, save_safetensors
 from litlora.storage.untrusted import has_file, own_file, read_json_object
 from litlora.tokenizer import GENERATION_FILE, Tokenizer, find_sidecars, read_settings
+from litlora.transformers_config import Architecture, TransformersConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -54,7 +59,8 @@ def open_folder(directory: Path) -> FullModel:
     read. Raises CheckpointError for a missing shard, an index that does not fit, and duplicate
     or misshapen tensors.
     """
-    kind, config = load_config(directory)
+    is_ours = is_own(read_json_object(directory / HF_CONFIG_FILE, "a Hugging Face folder needs it"))
+    kind, config = load_config(directory) if is_ours else (None, load_through(directory))
     file, shards = weight_files(directory)
     theirs: dict[str, Tensor] = {}
     where: dict[str, Path] = {}
@@ -70,6 +76,8 @@ def open_folder(directory: Path) -> FullModel:
             )
         theirs |= tensors
         where |= dict.fromkeys(tensors, shard)
+    if not is_ours:
+        return _through(directory, file, theirs, config, tuple(shards))
     theirs = find_stored(theirs, where, load_storage(directory))
     try:
         theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
@@ -79,6 +87,21 @@ def open_folder(directory: Path) -> FullModel:
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return FullModel(directory, file, ours, config, shards=tuple(shards), parts=parts).checked()
+
+
+def _through(
+    directory: Path,
+    file: Path,
+    theirs: dict[str, Tensor],
+    config: TransformersConfig,
+    shards: tuple[Path, ...],
+) -> FullModel:
+    """A model that runs through transformers, from the tensors of its folder."""
+    try:
+        ours, config = read_tensors(config, theirs)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return FullModel(directory, file, ours, config, shards=shards).checked()
 
 
 def parts_of(sources: list[Path]) -> Parts | None:
@@ -118,7 +141,11 @@ def _same(one: Tensor | Quantized, other: Tensor | Quantized) -> bool:
 
 
 def write_folder(
-    directory: Path, tensors: dict[str, Tensor], config: ModelConfig, sources: list[Path], max_shard_size: int
+    directory: Path,
+    tensors: dict[str, Tensor],
+    config: Architecture,
+    sources: list[Path],
+    max_shard_size: int,
 ) -> str:
     """Write a complete folder: config.json, tokenizer, chat template, generation config and
     weights; returns a line that describes it.
@@ -155,13 +182,22 @@ def write_folder(
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         write_json(directory / "tokenizer_config.json", settings)
-    write_weights(directory, tensors, config, read_config(values)[0], max_shard_size, parts)
+    if isinstance(config, TransformersConfig):
+        write_weights(directory, file_tensors(config, tensors), config, config.model_type, max_shard_size)
+    else:
+        write_weights(directory, tensors, config, read_config(values)[0], max_shard_size, parts)
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 
-def _config_of(original: Path | None, config: ModelConfig, parts: Parts | None) -> tuple[dict[str, Any], str]:
+def _config_of(
+    original: Path | None, config: Architecture, parts: Parts | None
+) -> tuple[dict[str, Any], str]:
     """(the config.json to write, where it comes from)."""
     values = read_settings(original)
+    if isinstance(config, TransformersConfig):
+        own = adapt_through(values, config)
+        same = all(own.get(name) == value for name, value in values.items() if name in config.settings)
+        return own, f"as in {original}" if values and same else f"made from {CONFIG_FILE}"
     adapted = adapt_config(values, config) if values else None
     whole = values and multimodal_of(values) is not None
     if adapted is not None and not (whole and parts is None):
@@ -180,7 +216,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_weights(
     directory: Path,
     tensors: dict[str, Tensor],
-    config: ModelConfig,
+    config: Architecture,
     model_type: str,
     max_shard_size: int,
     parts: Parts | None = None,

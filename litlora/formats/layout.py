@@ -25,6 +25,7 @@ from torch import Tensor
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.transformers_config import Architecture, TransformersConfig
 
 LAYER = "model.layers.{}."
 QKV = tuple(f"{LAYER}self_attn.{part}_proj" for part in "qkv")
@@ -149,9 +150,11 @@ class Layout:
                     yield f"{rule.theirs}.{constant}", torch.tensor(value, dtype=tensor.dtype)
 
 
-def layout(model_type: str, config: ModelConfig) -> Layout:
+def layout(model_type: str, config: Architecture) -> Layout:
     """How a Hugging Face family names and fuses its tensors. `model_type` is a key of
     `families.FAMILIES`."""
+    if isinstance(config, TransformersConfig):  # its names are transformers' own
+        return Layout([], "")
     rules, prefix = LAYOUTS.get(model_type, (lambda config: [], "model."))
     return Layout(rules(config), prefix)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from litlora.config import CONFIG_FILE, ModelConfig
+from litlora.config import CONFIG_FILE
 from litlora.errors import CheckpointError, UserError
 from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
@@ -28,6 +28,7 @@ from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_t
 from litlora.lora.rows import LEAF, TokenRows
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_torch
+from litlora.transformers_config import load_architecture
 
 FORMAT, QUANTIZED_FORMAT = 1, 2
 """Versions of the layout, one of which is stored in every file; any other one is refused. The second
@@ -66,7 +67,7 @@ def open_directory(directory: Path) -> FullModel | Adapter:
         return _adapter(file, tensors, described)
     if kind != "full":
         raise CheckpointError(f"{file}: kind is {kind!r}; it must be full or adapter")
-    config = ModelConfig.load(directory / CONFIG_FILE)
+    config = load_architecture(directory / CONFIG_FILE)
     parts = kept_parts(directory)
     return FullModel(directory, file, tensors, config, _merged(file, described), parts=parts).checked()
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
 from litlora.formats import peft_weights
@@ -47,6 +46,7 @@ from litlora.lora.variants import MAGNITUDE
 from litlora.model import shorten
 from litlora.settings import LoRAConfig
 from litlora.storage.tensors import open_tensors
+from litlora.transformers_config import Architecture
 
 _FAMILIES = (
     (r"(^|\.)layers\.\d+\.(attention\.|mlp\.dense_)|^gpt_neox\.|^embed_(in|out)$", "gpt_neox"),
@@ -70,7 +70,7 @@ def base_of(directory: Path) -> tuple[str, Path | None]:
 
 
 def read_adapter(
-    directory: Path, model: ModelConfig, base: Mapping[str, Tensor], *, base_is_full: bool = True
+    directory: Path, model: Architecture, base: Mapping[str, Tensor], *, base_is_full: bool = True
 ) -> Adapter:
     """The adapter in a PEFT folder, under our names; `model` and `base` describe its base.
 
@@ -89,7 +89,7 @@ def adapter_of(
     file: Path,
     tensors: Mapping[str, Tensor],
     config: dict[str, Any],
-    model: ModelConfig,
+    model: Architecture,
     base: Mapping[str, Tensor],
     *,
     base_is_full: bool = True,
@@ -123,7 +123,7 @@ class _Found:
     file: Path
     config: dict[str, Any]
     names: "_Names"
-    model: ModelConfig
+    model: Architecture
     base: Mapping[str, Tensor]
     updates: dict[str, Update] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
@@ -343,7 +343,7 @@ def _checked_pair(file: Path, module: str, pair: dict[str, Tensor], rank: int) -
 class _Names:
     """PEFT's names of modules, which are those of the Hugging Face model, and the base's own."""
 
-    def __init__(self, model: ModelConfig, base: Mapping[str, Tensor], modules: list[str]) -> None:
+    def __init__(self, model: Architecture, base: Mapping[str, Tensor], modules: list[str]) -> None:
         modules = [_of_language_model(name) for name in modules]
         self._layout = layout_of(_family(modules), model)
         # An adapter of the decoder without its head has names without the prefix.

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.layout import Layout, Rule
@@ -38,6 +37,7 @@ from litlora.lora.rows import TokenRows
 from litlora.lora.variants import MAGNITUDE, variant_named
 from litlora.model import shorten
 from litlora.storage.tensors import save_safetensors
+from litlora.transformers_config import Architecture
 
 NO_TARGETS = "dummy-target-modules"
 """What PEFT calls an adapter that only replaces modules: it refuses an empty list."""
@@ -49,7 +49,7 @@ _LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 def to_peft(
     adapter: Adapter,
     model_type: str,
-    model: ModelConfig,
+    model: Architecture,
     base: Mapping[str, Tensor],
     base_name: str,
     parts: Parts | None = None,

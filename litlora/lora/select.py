@@ -61,7 +61,7 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
         if isinstance(module, LINEAR)
         or (isinstance(module, nn.Embedding) and any(_is_end(target, name) for target in asked))
     ]
-    found_by = {target: _meant(target, linears) for target in asked}
+    found_by = {target: _meant(target, linears, model) for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
         raise UserError(
@@ -69,7 +69,8 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
             f"presets: {', '.join(PRESETS)}; layers: {there}"
         )
     selected = [name for name in linears if any(name in found for found in found_by.values())]
-    refused = {name: reason for name in selected if (reason := _why_not(modules, name))}
+    why_not = getattr(model, "why_not", lambda name: None)
+    refused = {name: reason for name in selected if (reason := _why_not(modules, name) or why_not(name))}
     if refused:
         able = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in selected if name not in refused))
         name, reason = next(iter(refused.items()))
@@ -78,10 +79,11 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     return selected
 
 
-def _meant(target: str, names: list[str]) -> set[str]:
-    """The layers among `names` that a target means."""
+def _meant(target: str, names: list[str], model: nn.Module) -> set[str]:
+    """The layers among `names` that a target means. A model may know by itself what a preset means."""
     if target in PRESETS:
-        return {name for name in names if in_preset(name, target)}
+        own = getattr(model, "in_preset", in_preset)
+        return {name for name in names if own(name, target)}
     return {name for name in names if _is_end(target, name)} | names_matching(target, names)
 
 

@@ -7,5 +7,14 @@ vocabulary.
 from litlora.model.cache import KVCache
 from litlora.model.experts import Router
 from litlora.model.gpt import GPT, shorten
+from litlora.model.through_transformers import TransformersModel
+from litlora.transformers_config import Architecture, TransformersConfig
 
-__all__ = ["GPT", "KVCache", "Router", "shorten"]
+__all__ = ["GPT", "KVCache", "LanguageModel", "Router", "TransformersModel", "kind_of", "shorten"]
+
+LanguageModel = GPT | TransformersModel
+
+
+def kind_of(config: Architecture) -> type[GPT] | type[TransformersModel]:
+    """The class of the models of an architecture."""
+    return TransformersModel if isinstance(config, TransformersConfig) else GPT

@@ -111,7 +111,17 @@ class Decoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only language model: token ids (B, T) -> logits (B, T, V)."""
+    """A decoder-only language model: token ids (B, T) -> logits (B, T, V).
+
+    What the rest of litlora asks of a model: `hidden`, `logits`, `new_cache`, `like`, `blocks` and
+    `block_prefix`, `embedding`, `head` and `plain_head`, `packs`, `check_fit`. A `TransformersModel`
+    answers the same.
+    """
+
+    packs = True
+    """A pack of sequences is computed as one row of tokens."""
+    block_prefix = "model.layers."
+    """What the names of all that lies in a block begin with."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,6 +133,38 @@ class GPT(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.logits(self.model(input_ids, cache))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """As `Decoder.forward`."""
+        return self.model(input_ids, cache, lengths=lengths, positions=positions)
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """An empty cache for one sequence of at most so many tokens."""
+        like = self.like
+        return KVCache(self.config, 1, max_length, dtype=like.dtype, device=like.device)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    @property
+    def head(self) -> nn.Module:
+        return self.lm_head
+
+    @property
+    def plain_head(self) -> nn.Module | None:
+        """The output head, if logits are its product and a cap alone."""
+        return self.lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
@@ -140,8 +182,12 @@ class GPT(nn.Module):
     @classmethod
     def without_weights(cls, config: ModelConfig) -> "GPT":
         """The model on the meta device: names and shapes only."""
-        with torch.device("meta"), _SkipInit():
+        with torch.device("meta"), skipping_init():
             return cls(config)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file of the model holds."""
+        return dict(self.named_parameters())
 
     def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of this model's weights;
@@ -167,29 +213,35 @@ class GPT(nn.Module):
         """
         model = cls.without_weights(config)
         model.check_fit(tensors)
-        dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        for name in tensors.keys() - dense.keys():
-            layer, _, _ = name.rpartition(".")
-            linear = model.get_submodule(layer)
-            if type(linear) is nn.Linear:
-                is_late = isinstance(tensors[name], ToQuantize) or not isinstance(tensors[name], Quantized)
-                storage = (LateWeight if is_late else QuantizedWeight)(tensors[name])
-                model.set_submodule(layer, FrozenLinear(storage, linear.bias))
-            else:
-                dense[name] = tensors[name].tensor()
-        # Detached: a Parameter among the tensors would become the model's own, and change when the
-        # model's dtype or device does.
-        model.load_state_dict(
-            {name: tensor.detach() for name, tensor in dense.items()}, strict=False, assign=True
-        )
+        hold(model, tensors)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
 
-class _SkipInit(TorchFunctionMode):
-    """Skips initialisation: the meta device has nothing to fill, yet torch's first random number
-    there costs a second of imports."""
+def hold(model: nn.Module, tensors: Mapping[str, Tensor | Quantized]) -> None:
+    """Let a model on the meta device hold these very tensors. A linear layer with a quantized weight
+    becomes a frozen one; another quantized weight is dequantised."""
+    dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for name in tensors.keys() - dense.keys():
+        layer, _, _ = name.rpartition(".")
+        linear = model.get_submodule(layer)
+        if type(linear) is nn.Linear:
+            is_late = isinstance(tensors[name], ToQuantize) or not isinstance(tensors[name], Quantized)
+            storage = (LateWeight if is_late else QuantizedWeight)(tensors[name])
+            model.set_submodule(layer, FrozenLinear(storage, linear.bias))
+        else:
+            dense[name] = tensors[name].tensor()
+    # Detached: a Parameter among the tensors would become the model's own, and change when the
+    # model's dtype or device does.
+    model.load_state_dict(
+        {name: tensor.detach() for name, tensor in dense.items()}, strict=False, assign=True
+    )
+
+
+class skipping_init(TorchFunctionMode):
+    """A context that skips initialisation: the meta device has nothing to fill, yet torch's first
+    random number there costs a second of imports."""
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None

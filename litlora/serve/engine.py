@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import UserError
-from litlora.model import GPT, KVCache
+from litlora.model import LanguageModel
 from litlora.tokenizer import Tokenizer
 
 
@@ -41,7 +41,7 @@ class Sampling:
 class Engine:
     """A model in memory and its tokenizer: prompts and sampling settings in, tokens out."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     @property
@@ -67,7 +67,7 @@ class Engine:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: LanguageModel,
     prompt_ids: list[int],
     sampling: Sampling,
     *,
@@ -89,13 +89,13 @@ def generate(
         )
     like = model.like
     length = min(context, len(prompt_ids) + sampling.max_new_tokens)
-    cache = KVCache(model.config, 1, length, dtype=like.dtype, device=like.device)
+    cache = model.new_cache(length)
     new_ids = torch.tensor([prompt_ids], device=like.device)
     for _ in range(length - len(prompt_ids)):
         is_single = new_ids.numel() == 1 and like.device.type == "cpu"
         computing = _one_dnn.off() if is_single else nullcontext()
         with computing:
-            hidden = model.model(new_ids, cache)[:, -1]  # (1, C): the head needs the last position only
+            hidden = model.hidden(new_ids, cache)[:, -1]  # (1, C): the head needs the last position only
             logits = model.logits(hidden)[0]
         if not torch.isfinite(logits).all():
             raise UserError(

@@ -8,18 +8,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from litlora.model import GPT
+from litlora.model import LanguageModel
 
 
-def checkpoint_activations(model: GPT, how: str) -> None:
+def checkpoint_activations(model: LanguageModel, how: str) -> None:
     """Recompute parts of the forward in the backward instead of keeping their activations.
 
     full: every block, from its input; selective: the feed-forward half of every block, which has
     the widest activations and takes a part of the arithmetic; none: nothing. Random numbers
     (dropout) are the same the second time.
     """
-    for block in model.model.layers:
-        for module, chosen in ((block, how == "full"), (block.mlp, how == "selective")):
+    for block in model.blocks:
+        parts = [(block, how == "full"), (getattr(block, "mlp", None), how == "selective")]
+        for module, chosen in parts[: 2 if model.packs else 1]:
             module.__dict__.pop("forward", None)
             if chosen:
                 module.forward = computed_again(module.forward)

@@ -92,7 +92,7 @@ class AnswerObjective(Objective):
     def answer_batch(self, examples: Sequence[Any], device: torch.device) -> AnswerBatch:
         """The answers of these examples on the device."""
         answers = [answer for example in examples for answer in self.answers(example)]
-        batch = collate(answers, mask_prompt=True, packed=self.config.packing)
+        batch = collate(answers, mask_prompt=True, packed=self.packed)
         num_tokens = torch.tensor([num_learned(answer) for answer in answers])
         owners = torch.arange(len(answers)).repeat_interleave(num_tokens)
         unknown = (0.0,) * self.num_answers

@@ -37,7 +37,7 @@ def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
         if isinstance(weight, QuantizedWeight):
             weight.values = torch.compiler.disable(weight.values)
     attention = torch.compiler.disable(packed_attention)
-    for block in model.model.layers:
+    for block in model.blocks:
         block.self_attn.packed_attention = attention
         # The block is compiled inside of what computes it again, since the compiler skips what it
         # cannot compile in one piece.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litlora.data.examples import Examples, tokenize
 from litlora.lora import Adapter
-from litlora.model import GPT
+from litlora.model import LanguageModel
 from litlora.train.objective import SFT, Objective
 
 
@@ -15,13 +15,13 @@ from litlora.train.objective import SFT, Objective
 class Method:
     """What distinguishes one way of fine-tuning from another."""
 
-    prepare: Callable[[GPT], None]
+    prepare: Callable[[LanguageModel], None]
     """Marks what trains with requires_grad."""
     trains_base: bool
     """Whether the base's own weights change. They are then kept in fp32, in memory of their own."""
     dense: Sequence[str] | None = None
     """The modules that must not stay quantized, as they train: see `load`."""
-    content: Callable[[GPT], dict[str, Tensor] | Adapter]
+    content: Callable[[LanguageModel], dict[str, Tensor] | Adapter]
     """What a checkpoint stores: every weight, or an adapter."""
     objective: Callable[..., Objective] = SFT
     """Makes what the run minimises, of (model, settings of the loop, contexts)."""

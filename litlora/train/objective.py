@@ -28,7 +28,7 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.streamed import StreamedHead
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
-from litlora.model import GPT
+from litlora.model import LanguageModel
 from litlora.settings import TrainConfig
 from litlora.train.neftune import noisy
 from litlora.train.parallel import Parallel
@@ -50,7 +50,7 @@ class Objective(nn.Module, ABC):
     """What `prepared` computes, if that takes long: it is said before."""
 
     def __init__(
-        self, model: GPT, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
+        self, model: LanguageModel, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
     ) -> None:
         """`contexts` are entered for each forward: autocast, for example."""
         super().__init__()
@@ -123,12 +123,20 @@ class Objective(nn.Module, ABC):
         memory of the whole is estimated; None if there is no such piece."""
         return None
 
+    @property
+    def packed(self) -> bool:
+        """Whether a batch is a row of sequences of known lengths: packs, and whatever a model that
+        cannot pack computes one by one."""
+        return self.config.packing or not self.model.packs
+
     def hidden(self, batch: Batch) -> Tensor:
         """The model's hidden states (M, C) at the learned positions."""
-        ids, lengths, places = bucketed(batch.input_ids, batch.lengths, batch.positions, self.model.like)
-        alpha, embedding = self.config.neftune_alpha, self.model.model.embed_tokens
+        ids, lengths, places = batch.input_ids, batch.lengths, batch.positions
+        if self.model.packs:
+            ids, lengths, places = bucketed(ids, lengths, places, self.model.like)
+        alpha, embedding = self.config.neftune_alpha, self.model.embedding
         with noisy(embedding, alpha, lengths) if alpha and self.training and lengths else nullcontext():
-            return self.model.model(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
+            return self.model.hidden(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
 
     def token_losses(self, batch: Batch) -> Tensor:
         """-log p of each learned token in nats, in fp32 or better: (M,)."""
@@ -140,7 +148,7 @@ class Objective(nn.Module, ABC):
 
     def _plain_head(self, hidden: Tensor) -> Tensor | StreamedHead | None:
         """The output head, if it is a frozen matrix, which the fused functions take."""
-        head = self.model.lm_head
+        head = self.model.plain_head
         if torch.is_autocast_enabled(hidden.device.type) or getattr(head, "bias", None) is not None:
             return None
         if isinstance(head, FrozenLinear) and isinstance(head.storage, StreamedHead):
@@ -161,7 +169,7 @@ class SFT(Objective):
     position."""
 
     def __init__(
-        self, model: GPT, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
+        self, model: LanguageModel, config: TrainConfig | None = None, contexts: Sequence[Context] = ()
     ) -> None:
         """Raises UserError if padding would change what an example is."""
         super().__init__(model, config, contexts)
@@ -174,7 +182,7 @@ class SFT(Objective):
             )
 
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        batch = collate(examples, mask_prompt=self.config.mask_prompt, packed=self.config.packing)
+        batch = collate(examples, mask_prompt=self.config.mask_prompt, packed=self.packed)
         tensors = (batch.input_ids, batch.positions, batch.targets)
         if device.type == "cuda":  # from pinned memory the copy does not wait for the device
             tensors = (tensor.pin_memory() for tensor in tensors)

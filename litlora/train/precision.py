@@ -19,6 +19,7 @@ from torch import nn
 from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.frozen.streamed import StreamedEmbedding
+from litlora.model import TransformersModel
 from litlora.storage.dtypes import dtype_name
 
 FAST = 1.2
@@ -104,6 +105,8 @@ def cast(model: nn.Module, dtype: torch.dtype, *, copy: bool = False) -> int:
     for module in model.modules():
         if isinstance(module, StreamedEmbedding):
             module.dtype = dtype
+        elif isinstance(module, TransformersModel):
+            module.renew_buffers(dtype)
     return rounded
 
 

@@ -58,6 +58,7 @@ from litlora.train.run_directory import RunDirectory
 from litlora.train.said import kept, outcome, what_it_learns, what_trains
 from litlora.train.start import check_resumed_start, start_adapter, start_state
 from litlora.train.streamed import load_base, settle_packs
+from litlora.train.through_transformers import check_through
 from litlora.train.vocabulary import AddedTokens, missing_tokens
 from litlora.train.watch import watched
 
@@ -128,6 +129,8 @@ class Run:
         self.loaded = load_base(settings, self.method, self.parallel)
         keep_inputs(self.path, self.loaded.chain.directories)
         self.base, self.model = self.loaded.chain.top, self.loaded.model
+        if not self.model.packs:
+            check_through(settings)
         self.style, self.style_reason = choose_style(
             settings.prompt_style,
             self.loaded.prompt_style,

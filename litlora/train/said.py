@@ -79,6 +79,8 @@ def describe_choice(model: nn.Module) -> str | None:
         ", ".join(f"{count} {kind}" for kind, count in Counter(map(kind_of, names)).items())
         for names in (adapted, others)
     )
+    more = getattr(model, "not_adapted", dict)()  # what has no linear layer of its own
+    left = ", ".join([left, *(f"{count} {kind}" for kind, count in more.items())]).removeprefix(", ")
     return f"{chosen}; none on {left}" if left else chosen
 
 

@@ -46,7 +46,7 @@ def shard_base(
     whole = set() if trains_base else set(objective.trainable().values())
     for parameter in whole:
         parameter.data = parameter.data.to(device, dtype if id(parameter) in known else parameter.dtype)
-    for unit in (*objective.model.model.layers, objective):
+    for unit in (*objective.model.blocks, objective):
         quantised = settle(unit)
         fingerprints |= {name: fingerprint(matrix.stored()) for name, matrix in quantised.items()}
         del quantised
@@ -80,7 +80,7 @@ def share_of(whole: Tensor, like: DTensor) -> DTensor:
 def unsharded_bytes(objective: Objective) -> int:
     """The memory of what a device fetches from the others: two blocks, as one is fetched while
     another computes, and what is outside of the blocks."""
-    blocks = [_divided_bytes(block) for block in objective.model.model.layers]
+    blocks = [_divided_bytes(block) for block in objective.model.blocks]
     return 2 * max(blocks) + _divided_bytes(objective) - sum(blocks)
 
 

@@ -15,7 +15,7 @@ from litlora.lora import LoRALinear
 from litlora.lora.eva import Inputs, start_eva
 from litlora.lora.layer import lora_layers
 from litlora.lora.starts import KEPT, check_start, family, restart, start_lora, start_tensors
-from litlora.model import GPT
+from litlora.model import LanguageModel
 from litlora.paths import STATE_FILE
 from litlora.settings import FinetuneLoRA, LoRAConfig
 from litlora.storage.tensors import open_torch
@@ -77,14 +77,14 @@ def check_resumed_start(settings: Any, directory: Path, stored: dict[str, Any]) 
         )
 
 
-def start_state(model: GPT, settings: Any) -> dict[str, Any]:
+def start_state(model: LanguageModel, settings: Any) -> dict[str, Any]:
     """What an early checkpoint stores of the start, for `start_adapter`; nothing, where the settings
     tell all."""
     tensors = start_tensors(model)
     return {"start": {"init": settings.lora.init, "tensors": tensors}} if tensors else {}
 
 
-def _resume(model: GPT, config: LoRAConfig, directory: Path) -> None:
+def _resume(model: LanguageModel, config: LoRAConfig, directory: Path) -> None:
     """The start that the run in this step directory had. What trained since then is not restored."""
     file = directory / STATE_FILE
     content = open_torch(file)
@@ -110,7 +110,7 @@ def _resume(model: GPT, config: LoRAConfig, directory: Path) -> None:
         ) from None
 
 
-def _set_ranks(model: GPT, weights: Any) -> None:
+def _set_ranks(model: LanguageModel, weights: Any) -> None:
     """The ranks of stored weights, by their shapes; layers that have none are plain again. Raises
     ValueError for what is no rank of the layer."""
     if not isinstance(weights, dict):
@@ -150,21 +150,21 @@ def _inputs(objective: Objective, examples: Any, seed: int) -> Inputs:
     plan = Plan(objective.lengths(examples), objective.config, seed)
     micro_batches = list(islice(chain.from_iterable(plan.epoch(0)), EVA_BATCHES))
     model = objective.model
-    device = model.model.embed_tokens.weight.device
+    device = model.like.device
 
     def batch(number: int) -> tuple[Any, Tensor]:
         made = objective.batch([examples[index] for index in micro_batches[number]], device)
         text = objective.text(made)
 
         def run() -> Any:
-            return objective(text, lambda text: model.model(text.input_ids, lengths=text.lengths))
+            return objective(text, lambda text: model.hidden(text.input_ids, lengths=text.lengths))
 
         return run, text.positions + 1
 
     return Inputs(len(micro_batches), batch)
 
 
-def _take_over(model: GPT, parallel: Parallel) -> None:
+def _take_over(model: LanguageModel, parallel: Parallel) -> None:
     """The ranks and the values of rank 0, on all ranks."""
     if parallel.world_size == 1:
         return

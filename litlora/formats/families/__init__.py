@@ -12,7 +12,7 @@ from typing import Any
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families.hf_config import HFConfig, standard_settings
-from litlora.formats.families.missing import why_not_covered
+from litlora.formats.families.missing import has_parts, why_not_covered
 from litlora.formats.families.multimodal import MULTIMODAL, Multimodal, text_settings, with_vocabulary
 from litlora.formats.families.table import FAMILIES
 from litlora.frozen.methods import Storage
@@ -21,6 +21,9 @@ from litlora.storage.untrusted import read_json_object
 __all__ = [
     "FAMILIES",
     "HF_CONFIG_FILE",
+    "architecture_of",
+    "is_own",
+    "why_not_covered",
     "adapt_config",
     "load_config",
     "load_storage",
@@ -37,7 +40,7 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     model. Raises CheckpointError for an architecture or a setting that is not covered, naming it,
     with what is missing."""
     values = _language_model(values)
-    kind, named = values.get("model_type"), _architecture(values)
+    kind, named = values.get("model_type"), architecture_of(values)
     covered = isinstance(kind, str) and kind in FAMILIES
     if not covered or (named is not None and named != FAMILIES[kind].architecture):
         why = why_not_covered(kind, named, values)
@@ -64,12 +67,21 @@ def multimodal_of(values: dict[str, Any]) -> Multimodal | None:
     """The multimodal family of a config.json whose language model can be read; None if it has none."""
     kind = values.get("model_type")
     outer = MULTIMODAL.get(kind) if isinstance(kind, str) else None
-    return outer if outer is not None and _architecture(values) in (None, outer.architecture) else None
+    return outer if outer is not None and architecture_of(values) in (None, outer.architecture) else None
 
 
-def _architecture(values: dict[str, Any]) -> str | None:
+def architecture_of(values: dict[str, Any]) -> str | None:
     architectures = values.get("architectures")
     return str(architectures[0]) if isinstance(architectures, list) and architectures else None
+
+
+def is_own(values: dict[str, Any]) -> bool:
+    """Whether a config.json is for litlora's own model, if it can be read at all: others go through
+    transformers. A model with parts beside its language model never does."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind in FAMILIES or kind in MULTIMODAL:
+        return True
+    return has_parts(values)
 
 
 def load_config(directory: Path) -> tuple[str, ModelConfig]:

@@ -1,4 +1,5 @@
-"""What an architecture that is not covered needs: from a table of families, or from what its
+"""What an architecture that is not one of litlora's own needs: it may run through transformers, from
+a folder; here stands why the one GPT cannot compute it. From a table of families, or from what its
 config.json says. Torch-free."""
 
 from typing import Any
@@ -164,6 +165,12 @@ def why_not_covered(kind: Any, named: str | None, values: dict[str, Any]) -> str
     if not found and not (isinstance(text_kind, str) and text_kind in NEEDS):
         return f"it needs {needs}; {_covered()}"
     return f"it needs {needs}, and its language model needs {_lacks(text_kind, text)}; {_covered()}"
+
+
+def has_parts(values: dict[str, Any]) -> bool:
+    """Whether a config.json tells of parts beside a language model, such as an image encoder."""
+    inside = any(isinstance(values.get(name), dict) for name in _TEXT_PARTS)
+    return inside or any(values.get(name) for name in _PARTS)
 
 
 def _covered() -> str:
