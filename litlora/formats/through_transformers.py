@@ -56,6 +56,10 @@ def read_tensors(
     They are the mapped tensors themselves, but for those that transformers joins (the experts of a
     layer), which are copied. Raises CheckpointError for names that it cannot place.
     """
+    if (least := config.least_modules) > len(tensors):  # before so many are built
+        raise CheckpointError(
+            f"holds {len(tensors)} weights; its configuration describes {least:,} modules or more"
+        )
     inner = skeleton(config, torch.float32, with_buffers=False)
     expected, tied = inner.state_dict(), tied_names(inner)
     ignored = [name for name in tensors if name not in expected and NOT_WEIGHTS.search(name)]
