@@ -16,11 +16,12 @@ from litlora import cli
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.console import say
 from litlora.errors import CheckpointError, setting
-from litlora.formats.families import FAMILIES, HF_CONFIG_FILE, load_config
+from litlora.formats.families import FAMILIES, HF_CONFIG_FILE
 from litlora.formats.families.multimodal import MULTIMODAL
 from litlora.paths import checkpoint_dir
 from litlora.settings import PRESETS, ListModels
 from litlora.settings.targets import in_preset, kind_of
+from litlora.transformers_config import Architecture, load_architecture
 
 
 def main(settings: ListModels) -> None:
@@ -55,6 +56,7 @@ def _models(settings: ListModels) -> None:
         say("")
     say("The language model inside these; the rest of the folder stays as it is:", "")
     say(*_wrapped(", ".join(MULTIMODAL), "  "), "")
+    say("Any other causal decoder of transformers: docs/other-models.md.")
     say("What a run adapts, it prints. --memory CONFIG: what memory a fine-tune takes.")
 
 
@@ -86,6 +88,11 @@ def _wrapped(text: str, start: str, after: str | None = None) -> list[str]:
 
 def _memory(settings: ListModels) -> None:
     config = _config(Path(settings.memory))
+    if not isinstance(config, ModelConfig):
+        raise CheckpointError(
+            f"{setting('memory')} {settings.memory}: runs through transformers, and of such a model the "
+            "memory is not computed"
+        )
 
     from litlora.train.estimate import METHODS, need
 
@@ -111,7 +118,7 @@ def _memory(settings: ListModels) -> None:
     )
 
 
-def _config(path: Path) -> ModelConfig:
+def _config(path: Path) -> Architecture:
     """The architecture that a file or a directory tells. Raises CheckpointError if it does not."""
     if path.is_file():
         if path.name not in (HF_CONFIG_FILE, CONFIG_FILE):
@@ -122,9 +129,11 @@ def _config(path: Path) -> ModelConfig:
     else:
         name = next((name for name in (CONFIG_FILE, HF_CONFIG_FILE) if (path / name).is_file()), None)
     if name == CONFIG_FILE:
-        return ModelConfig.load(path / CONFIG_FILE)
+        return load_architecture(path / CONFIG_FILE)
     if name == HF_CONFIG_FILE:
-        return load_config(path)[1]
+        from litlora.formats.huggingface import architecture_in
+
+        return architecture_in(path)[1]
 
     from litlora.checkpoint import resolve
 

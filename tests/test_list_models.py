@@ -83,6 +83,7 @@ def test_a_config_alone_is_enough(forked, tmp_path):
     "words, says",
     [
         (["nothing"], "nothing: no such directory"),
+        (["config.json"], "runs through transformers"),
         (["--memory", "tokenizer.json"], "must be a directory, a config.json or a model_config.yaml"),
         ([QUICKSTART, "--rank", "0"], "--rank must be at least 1"),
         ([QUICKSTART, "--seq", "1"], "--seq must be at least 2"),
@@ -90,4 +91,5 @@ def test_a_config_alone_is_enough(forked, tmp_path):
 )
 def test_what_cannot_be_listed_is_one_line(words, says, forked, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
     assert says in forked.refuses("scripts/list_models.py", *words, cwd=tmp_path)

@@ -51,6 +51,13 @@ from litlora.transformers_config import Architecture, TransformersConfig
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def architecture_in(directory: Path) -> tuple[str | None, Architecture]:
+    """(the family, the architecture) of the config.json in a directory; None for a model that runs
+    through transformers. The message of a CheckpointError begins with the file's path."""
+    is_ours = is_own(read_json_object(directory / HF_CONFIG_FILE, "a Hugging Face folder needs it"))
+    return load_config(directory) if is_ours else (None, load_through(directory))
+
+
 def open_folder(directory: Path) -> FullModel:
     """The model in a folder, under our names.
 
@@ -59,8 +66,7 @@ def open_folder(directory: Path) -> FullModel:
     read. Raises CheckpointError for a missing shard, an index that does not fit, and duplicate
     or misshapen tensors.
     """
-    is_ours = is_own(read_json_object(directory / HF_CONFIG_FILE, "a Hugging Face folder needs it"))
-    kind, config = load_config(directory) if is_ours else (None, load_through(directory))
+    kind, config = architecture_in(directory)
     file, shards = weight_files(directory)
     theirs: dict[str, Tensor] = {}
     where: dict[str, Path] = {}
@@ -76,7 +82,7 @@ def open_folder(directory: Path) -> FullModel:
             )
         theirs |= tensors
         where |= dict.fromkeys(tensors, shard)
-    if not is_ours:
+    if isinstance(config, TransformersConfig):
         return _through(directory, file, theirs, config, tuple(shards))
     theirs = find_stored(theirs, where, load_storage(directory))
     try:

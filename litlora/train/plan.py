@@ -74,9 +74,9 @@ def _steps(
     )
 
 
-def described(lengths: Sequence[int], config: TrainConfig, seed: int) -> str:
+def described(lengths: Sequence[int], config: TrainConfig, seed: int, *, packs: bool = True) -> str:
     """How large the micro-batches of the first epoch are, for the user: the largest pack, or the share
-    of padding. Empty where the size is still to be found."""
+    of padding. Empty where the size is still to be found. `packs`: whether the model packs."""
     if config.auto_batch:
         return ""
     steps = Plan(lengths, config, seed).epoch(0)
@@ -87,4 +87,4 @@ def described(lengths: Sequence[int], config: TrainConfig, seed: int) -> str:
     largest = max(max(lengths), pack_tokens(config))
     if few:
         largest = max(sum(lengths[index] for index in micro) for step in steps for micro in step)
-    return f"; packed, at most {largest:,} at a time"
+    return f"; {'packed' if packs else 'not packed'}, at most {largest:,} at a time"

@@ -98,7 +98,7 @@ def _quantised(run: "Run") -> list[str]:
 def what_it_learns(run: "Run") -> str:
     """The examples, in numbers."""
     lengths = run.objective.lengths(run.data.train)
-    how = described(lengths, run.settings.train, run.data.seed)
+    how = described(lengths, run.settings.train, run.data.seed, packs=run.model.packs)
     return (
         f"data: {len(lengths):,} examples to train on, {len(run.data.val):,} to validate; "
         f"{sum(lengths):,} tokens, the longest example {max(lengths):,}{how}"
