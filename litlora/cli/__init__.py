@@ -207,6 +207,8 @@ def make_parser(settings_class: type, base: str, names_source: bool) -> "Argumen
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml."
     )
     parser.add_class_arguments(settings_class, as_group=False)
+    if any(field.default_factory is quickstart for field in dataclasses.fields(settings_class)):
+        parser.set_defaults({CHECKPOINT: base})
     if names_source:
         parser.set_defaults(data=Alpaca())
     flags = {name for name, kind in setting_types(settings_class).items() if kind is bool}

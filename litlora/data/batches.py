@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from litlora.data.examples import Example
+from litlora.kernels.attention import Shared
 
 Step = list[list[int]]
 """The micro-batches of one optimizer step, each as the indices of its examples."""
@@ -29,6 +30,8 @@ class Batch(NamedTuple):
     """(M,): these next tokens."""
     lengths: list[int] | None
     """The lengths of the packed examples; None if they are padded."""
+    shared: Shared | None = None
+    """Which tokens they share, if input_ids has each of these once."""
 
 
 def plan_epoch(
@@ -218,3 +221,33 @@ def collate(examples: Sequence[Example], *, mask_prompt: bool, packed: bool, pad
         input_ids[positions + 1],
         lengths if packed else None,
     )
+
+
+def sharing(batch: Batch, group: int) -> Batch:
+    """A pack in which the examples of each group, so many in a row, share the tokens that all of them
+    begin with."""
+    ids, copies, kept = batch.input_ids[0], [], []
+    start = 0
+    for first in range(0, len(batch.lengths), group):
+        sequences = ids[start : start + sum(batch.lengths[first : first + group])].split(
+            batch.lengths[first : first + group]
+        )
+        common = _common(sequences)
+        for number, sequence in enumerate(sequences):
+            own = common if number else 0  # the first brings the tokens that they share
+            place = sum(map(len, kept))
+            if number == 0:
+                shared = torch.arange(place, place + common)
+            kept.append(torch.arange(start + own, start + len(sequence)))
+            beyond = place + common if number == 0 else place
+            copies += [shared, torch.arange(beyond, beyond + len(sequence) - common)]
+            start += len(sequence)
+    copies, kept = torch.cat(copies), torch.cat(kept)
+    return Batch(ids[kept][None], copies[batch.positions], batch.targets, batch.lengths, Shared(copies, kept))
+
+
+def _common(sequences: Sequence[Tensor]) -> int:
+    """How many tokens all of them begin with."""
+    least = min(map(len, sequences))
+    same = torch.stack([sequence[:least] == sequences[0][:least] for sequence in sequences]).all(dim=0)
+    return int(same.long().cumprod(0).sum())

@@ -7,7 +7,7 @@ pack, all sequences together.
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,29 @@ def causal_mask(T: int, start: int, window: int | None, device: torch.device) ->
     return mask if window is None else mask.triu(start - window + 1)
 
 
+class Shared(NamedTuple):
+    """Sequences that begin with the same tokens, which are computed once: only attention sees each
+    sequence whole. N places of all sequences, N' tokens computed."""
+
+    copies: Tensor
+    """(N,): the token at each place."""
+    kept: Tensor
+    """(N',): a place of each token."""
+
+    def padded(self, size: int) -> "Shared":
+        """With tokens of their own added, to N' = size."""
+        copies, kept = self
+        more = torch.arange(size - len(kept), device=kept.device)
+        return Shared(torch.cat([copies, more + len(kept)]), torch.cat([kept, more + len(copies)]))
+
+
 class Pack:
     """Several sequences in one row, of these lengths, and what the layers share of them."""
 
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: list[int], shared: Shared | None = None) -> None:
+        self.lengths, self.shared = lengths, shared
+        self.whole = self if shared is None else Pack(lengths)
+        """The same sequences, none of which shares a token."""
         self._block_masks: dict[int | None, Any] = {}
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
@@ -160,7 +178,12 @@ def packed_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
-    with our own backward."""
+    with our own backward. Where sequences share tokens, N is the number of these: attention alone
+    computes them once a sequence."""
+    if pack.shared is not None:
+        q, k, v = (part.index_select(2, pack.shared.copies) for part in (q, k, v))
+        whole = packed_attention(q, k, v, pack.whole, scale=scale, window=window, softcap=softcap)
+        return whole.index_select(2, pack.shared.kept)
     if q.device.type == "cuda" and len(pack.lengths) > 1:
         return flex_packed_attention(q, k, v, pack, scale=scale, window=window, softcap=softcap)
     within = window is None or max(pack.lengths) <= window

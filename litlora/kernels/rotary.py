@@ -49,7 +49,10 @@ class RotaryTable:
     def packed_rows(self, pack: Pack, like: Tensor) -> Rope:
         """As rows, for packed sequences: the positions of each start at 0."""
         cos, sin = zip(*(self.rows(0, length, like) for length in pack.lengths), strict=True)
-        return torch.cat(cos), torch.cat(sin)
+        cos, sin = torch.cat(cos), torch.cat(sin)
+        if pack.shared is not None:
+            cos, sin = (part.index_select(0, pack.shared.kept) for part in (cos, sin))
+        return cos, sin
 
     def _regime_of(self, length: int) -> int:
         """Lengths of one regime share their frequencies; with two of the scalings these depend on

@@ -19,7 +19,7 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import ToQuantize
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.frozen.streamed import StreamedEmbedding
-from litlora.kernels.attention import Pack, causal_mask
+from litlora.kernels.attention import Pack, Shared, causal_mask
 from litlora.kernels.rotary import RotaryTable
 from litlora.lora import LoRAEmbedding
 from litlora.model.block import Block
@@ -56,15 +56,17 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
-        sees itself alone.
+        sees itself alone; with `shared`, input_ids (1, N') are the tokens of these sequences that
+        differ, as `shares_tokens` allows.
 
         With `positions` (M,) of the flattened input_ids, only the hidden states there are returned,
         (1, M, C).
         """
         start, T = cache.length if cache is not None else 0, input_ids.size(1)
-        pack = Pack(lengths) if lengths is not None else None
+        pack = Pack(lengths, shared) if lengths is not None else None
         x = self._embed(input_ids, start, pack)
         masks = {}
         if pack is None:
@@ -90,8 +92,7 @@ class Decoder(nn.Module):
         beta, scaling = self.config.query_scale_beta, self.config.rope_scaling
         if beta is None:
             return None
-        spans = [range(start, start + T)] if pack is None else [range(length) for length in pack.lengths]
-        places = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(like.device)
+        places = _places(start, T, pack, like.device)
         turns = places // scaling.original_max_position_embeddings
         return (1 + beta * torch.log1p(turns.to(torch.float32)))[:, None].to(like.dtype)
 
@@ -104,10 +105,17 @@ class Decoder(nn.Module):
         if self.config.embedding_multiplier is not None:
             x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
-            spans = [(start, input_ids.size(1))] if pack is None else [(0, length) for length in pack.lengths]
-            places = torch.cat([torch.arange(first, first + length) for first, length in spans])
-            x = x + self.embed_positions(places.to(x.device))
+            places = _places(start, input_ids.size(1), pack, x.device)
+            x = x + self.embed_positions(places)
         return x
+
+
+def _places(start: int, T: int, pack: Pack | None, device: torch.device) -> Tensor:
+    """The position of each token in its sequence, (T,)."""
+    if pack is None:
+        return torch.arange(start, start + T, device=device)
+    places = torch.cat([torch.arange(length) for length in pack.lengths]).to(device)
+    return places if pack.shared is None else places.index_select(0, pack.shared.kept)
 
 
 class GPT(nn.Module):
@@ -140,9 +148,17 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """As `Decoder.forward`."""
-        return self.model(input_ids, cache, lengths=lengths, positions=positions)
+        return self.model(input_ids, cache, lengths=lengths, positions=positions, shared=shared)
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether sequences that begin alike can share these tokens: not where the rotation of a token
+        depends on the length of its sequence."""
+        scaling = self.config.rope_scaling
+        return scaling is None or scaling.rope_type not in ("dynamic", "longrope")
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for one sequence of at most so many tokens."""

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litlora.data.batches import Batch, collate
+from litlora.data.batches import Batch, collate, sharing
 from litlora.data.examples import Example, content_line
 from litlora.errors import UserError, setting
+from litlora.kernels.attention import Shared
 from litlora.model import GPT
 from litlora.settings import PreferenceConfig, TrainConfig
 from litlora.train.fit import evaluating
@@ -97,9 +98,20 @@ class AnswerObjective(Objective):
         owners = torch.arange(len(answers)).repeat_interleave(num_tokens)
         unknown = (0.0,) * self.num_answers
         reference = torch.tensor([example.reference or unknown for example in examples], device=device)
+        shared = None
+        if self.shares_prompts:
+            batch = sharing(batch, self.num_answers)
+            shared = Shared(*(tensor.to(device) for tensor in batch.shared))
         tensors = (tensor.to(device) for tensor in (batch.input_ids, batch.positions, batch.targets))
         counts = num_tokens.view(-1, self.num_answers).to(device)
-        return AnswerBatch(Batch(*tensors, batch.lengths), owners.to(device), counts, reference)
+        return AnswerBatch(Batch(*tensors, batch.lengths, shared), owners.to(device), counts, reference)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers of an example are computed on one copy of their prompt."""
+        noise = self.config.neftune_alpha  # differs with the length of a sequence
+        can = self.model.packs and self.config.packing and self.model.shares_tokens
+        return can and self.num_answers > 1 and not noise
 
     def text(self, batch: AnswerBatch) -> Batch:
         return batch.batch

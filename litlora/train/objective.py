@@ -131,12 +131,16 @@ class Objective(nn.Module, ABC):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The model's hidden states (M, C) at the learned positions."""
-        ids, lengths, places = batch.input_ids, batch.lengths, batch.positions
+        ids, lengths, places, more = batch.input_ids, batch.lengths, batch.positions, {}
         if self.model.packs:
             ids, lengths, places = bucketed(ids, lengths, places, self.model.like)
+        if batch.shared is not None:
+            more["shared"] = batch.shared.padded(ids.size(1))
         alpha, embedding = self.config.neftune_alpha, self.model.embedding
         with noisy(embedding, alpha, lengths) if alpha and self.training and lengths else nullcontext():
-            return self.model.hidden(ids, lengths=lengths, positions=places)[0, : len(batch.positions)]
+            return self.model.hidden(ids, lengths=lengths, positions=places, **more)[
+                0, : len(batch.positions)
+            ]
 
     def token_losses(self, batch: Batch) -> Tensor:
         """-log p of each learned token in nats, in fp32 or better: (M,)."""

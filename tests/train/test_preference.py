@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny_config
 from trl_said import ALONE, CPU, answer, model_of, trl_said
 
+from litlora.config import RopeScaling
 from litlora.data.pairs import PairExample
 from litlora.errors import UserError
 from litlora.lora import add_lora
@@ -174,3 +175,62 @@ def test_wrong_settings_are_refused(settings, says):
 def test_prompts_cannot_be_preferred():
     with pytest.raises(UserError, match="mask_prompt false: a preference"):
         Preference(GPT(tiny_config()), TrainConfig(mask_prompt=False))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"sliding_window": 5, "full_attention_layers": (1,)},
+        {"positions": "learned"},
+        {"attn_logit_softcapping": 2.0, "sliding_window": 4},
+    ],
+    ids=["rotary", "windows", "learned positions", "softcap"],
+)
+def test_answers_that_share_a_prompt_are_those_computed_apart(facts, monkeypatch):
+    model = GPT(tiny_config(**facts)).double().requires_grad_()
+    pairs = random_pairs(4)
+    same = [1, 2, 3, 4, 5]  # the answers begin alike too, and one is the beginning of the other
+    pairs += [
+        PairExample(answer(same, [6, 7, 8]), answer(same, [6, 7, 9, 10])),
+        PairExample(answer(same, [6]), answer(same, [6, 7])),
+    ]
+
+    def computed():
+        objective = Preference(model, TrainConfig(), preference=PreferenceConfig(loss="orpo"))
+        batch = objective.batch(pairs, CPU)
+        loss, _ = objective(batch)
+        model.zero_grad()
+        loss.backward()
+        return batch.batch, loss.detach(), [weight.grad.clone() for weight in model.parameters()]
+
+    batch, loss, gradients = computed()
+    monkeypatch.setattr(Preference, "shares_prompts", False)
+    apart, expected, expected_gradients = computed()
+    assert batch.input_ids.numel() < apart.input_ids.numel() == sum(batch.lengths)
+    torch.testing.assert_close(loss, expected, atol=1e-11, rtol=0)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-11, rtol=0)
+
+
+def test_nothing_is_shared_where_the_length_of_a_sequence_changes_its_tokens():
+    scaling = RopeScaling(rope_type="dynamic", factor=2.0)
+    for facts, config in (
+        ({"rope_scaling": scaling}, {}),
+        ({}, {"neftune_alpha": 5.0}),
+        ({}, {"packing": False}),
+    ):
+        objective = Preference(GPT(tiny_config(**facts)), TrainConfig(**config))
+        assert objective.batch(random_pairs(), CPU).batch.shared is None
+
+
+def test_shared_prompts_in_bf16_keep_to_the_precision():
+    """Sizes are buckets there, so that tokens are added to the pack."""
+    model = GPT(tiny_config()).bfloat16().requires_grad_()
+    pairs = random_pairs(4)
+    objective = Preference(model, TrainConfig(), preference=PreferenceConfig(loss="orpo"))
+    loss, _ = objective(objective.batch(pairs, CPU))
+    loss.backward()
+    model.float()
+    expected, _ = objective(objective.batch(pairs, CPU))
+    torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0)
