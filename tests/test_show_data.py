@@ -62,6 +62,19 @@ def test_tokens_that_a_run_adds_are_shown_as_such(tmp_path, output, show):
     assert not any("into pieces" in notice for notice in found["notices"])
 
 
+def test_a_refusal_leads_to_the_settings_that_read_the_records(tmp_path, forked, show):
+    turns = [{"speaker": "CUSTOMER", "text": "1 + 2?"}, {"speaker": "AGENT", "text": "3"}]
+    data = write(tmp_path / "x.jsonl", *[{"dialog": turns}] * 2)
+    words = ("--data", data, "--data.val_fraction", 0)
+    refused = partial(forked.refuses, SHOW, cwd=tmp_path)
+    columns = ("--data.columns", "{messages: dialog, role: speaker, content: text}")
+    assert f"if \"dialog\" are its messages: {columns[0]} '{columns[1]}'\n" in refused(*words)
+    assert "by another name: --data.roles '{CUSTOMER: ROLE}'\n" in refused(*words, *columns)
+    roles = ("--data.roles", "{CUSTOMER: user, AGENT: assistant}")
+    (tokens,) = show(*words, *columns, *roles)["conversations"][0]["examples"]
+    assert "".join(t["text"] for t in tokens if t["learned"]) == "3<|endoftext|>"
+
+
 def test_tokens_and_their_marks(tmp_path, output, show):
     """An answer in Chinese, whose characters are spread over tokens."""
     record = {"instruction": "Say \u4f60\u597d \U0001f600.", "output": "\u4f60\u597d \U0001f600"}

@@ -155,6 +155,8 @@ def _read_files(files: Sequence[Path], source: DataSource, form: str | None = No
     form = choose_form(looked_at, known, source.columns, source.ignore)
     if form is None:
         form, files = "alpaca", ()  # no records at all, as `settled` says
-    reader = RecordReader(form, source.ignore, source.columns, source.on_bad, source.learn, source.system)
+    reader = RecordReader(
+        *(form, source.ignore, source.columns, source.on_bad, source.learn, source.system, source.roles)
+    )
     notices = () if known or not files else (f"the records are of the form {form}",)
     return Dataset(Records(tuple(files), reader, held=held), source, notices=notices, read_once=once)

@@ -36,7 +36,10 @@ class DataSource(ABC):
     chosen and rejected, for finetune/dpo.py."""
     columns: dict[str, str] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
     """What the records call the fields of their form, where that is another name: {prompt: question,
-    completion: answer}."""
+    completion: answer}; and those of messages: {role: speaker, content: text}."""
+    roles: dict[str, str] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
+    """Who speaks in messages, by the records' own names: {CUSTOMER: user, AGENT: assistant}. The roles
+    are system, user, assistant, tool, and function_call for a call as text."""
     on_bad: Literal["error", "skip"] = field(default="error", metadata=UNLESS_DEFAULT)
     """What becomes of a record that cannot be trained on: error ends the run before it begins; skip
     leaves the record out, and says so."""
@@ -154,6 +157,8 @@ class MixedSource:
     """Likewise."""
     columns: dict[str, str] | None = field(default=None, metadata=UNLESS_DEFAULT)
     """Likewise."""
+    roles: dict[str, str] | None = field(default=None, metadata=UNLESS_DEFAULT)
+    """Likewise."""
     system: str | None = field(default=None, metadata=UNLESS_DEFAULT)
     """Likewise."""
 
@@ -180,7 +185,7 @@ class Mix(DataSource):
     sources: list[MixedSource]
     """[{path: a.jsonl, weight: 2}, {source: Alpaca, weight: 0.1}]; weight is how many times the
     records of a source are taken in an epoch (default 1). They may differ in format,
-    columns, ignore and system."""
+    columns, roles, ignore and system."""
 
     @property
     def name(self) -> str:

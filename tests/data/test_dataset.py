@@ -264,8 +264,12 @@ def test_sources_of_a_mixture_may_have_different_forms(tmp_path):
         MixedSource(path=str(tmp_path / "b.jsonl"), columns={"prompt": "question"}),
         MixedSource(path=str(tmp_path / "c.jsonl"), format="sharegpt"),
     ]
+    talk = [{"role": "CUSTOMER", "content": "d"}, {"role": "AGENT", "content": "x"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": talk}))
+    roles = {"CUSTOMER": "user", "AGENT": "assistant"}
+    sources.append(MixedSource(path=str(tmp_path / "d.jsonl"), roles=roles))
     found = read_dataset(Mix(sources=sources, val_fraction=0.0))
-    assert asked(found.conversations) == ["a", "b", "c"]
+    assert asked(found.conversations) == ["a", "b", "c", "d"]
 
 
 def test_a_pipe_is_read_once(tmp_path):

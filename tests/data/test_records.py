@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 
 import pytest
+import yaml
 from conftest import succeeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,7 +230,11 @@ def test_sharegpt_as_llama_factory_has_it():
 
 
 @pytest.mark.parametrize(
-    "names", [("human", "gpt"), ("user", "assistant"), ("user", "chatgpt"), ("human", "bard")]
+    "names",
+    [
+        *(("human", "gpt"), ("user", "assistant"), ("user", "chatgpt"), ("human", "bard"), ("User", "bot")),
+        *(("USER", "ASSISTANT"), ("Human", "AI"), ("user", "model"), ("human", "bing")),
+    ],
 )
 def test_sharegpt_has_many_names_for_two_speakers(names):
     texts = ["a", "b", "c", "d"]
@@ -239,10 +244,76 @@ def test_sharegpt_has_many_names_for_two_speakers(names):
         ("user", "c", False),
         ("assistant", "d", True),
     ]
-    for role, content in (("from", "value"), ("role", "content")):
+    for role, content in (("from", "value"), ("role", "content"), ("role", "value")):
         turns = [{role: names[n % 2], content: text} for n, text in enumerate(texts)]
         assert said("sharegpt", {"conversations": turns}) == expected
+        assert said("messages", {"messages": turns}, columns={"role": role, "content": content}) == expected
     assert said("sharegpt", {"conversations": texts}) == expected, "LIMA's"
+
+
+def test_messages_with_names_of_their_own():
+    """LLaMA-Factory's tags, and axolotl's message_property_mappings and roles."""
+    talk = [
+        {"who": "SHOP", "text": "Be brief."},
+        {"who": "customer", "text": "1 + 1?"},
+        {"who": "Agent", "calls": [CALL], "why": "Adding."},
+        {"who": "CALLS", "text": '{"name": "add", "arguments": {"a": 1}}', "learn": False},
+        {"who": "TILL", "text": [{"type": "text", "text": "2"}], "id": 5},
+        {"who": "AI", "text": "2."},
+    ]
+    columns = {"role": "who", "content": "text", "tool_calls": "calls", "thinking": "why", "train": "learn"}
+    roles = {"SHOP": "system", "CUSTOMER": "user", "agent": "assistant", "TILL": "tool"}
+    changes = {"roles": {**roles, "CALLS": "function_call"}, "ignore": ("talk.id",)}
+    for form, name in (("messages", "messages"), ("sharegpt", "conversations")):
+        found = read(form, {"talk": talk, "who": None}, columns={**columns, name: "talk"}, **changes)
+        roles_found = [message.role for message in found.messages]
+        assert roles_found == ["system", "user", "assistant", "assistant", "tool", "assistant"]
+        assert [message.train for message in found.messages] == [False, False, True, False, False, True]
+        assert [message.content for message in found.messages] == ["Be brief.", "1 + 1?", "", "", "2", "2."]
+        assert found.messages[2].more == {"tool_calls": [CALLED], "thinking": "Adding."}
+        assert found.messages[3].more["tool_calls"][0]["function"] == CALLED["function"]
+    pair = {"prompt": talk[:2], "chosen": talk[-1:], "rejected": talk[-1:]}
+    record = read_record(pair, place, columns, (), (), roles)
+    assert [message.role for message in FORMS["preference"].pair(record).chosen.messages] == [
+        *("system", "user", "assistant"),
+    ]
+
+
+def test_a_role_that_is_set_comes_before_a_known_one():
+    turns = [{"role": "assistant", "content": "a"}, {"role": "User", "content": "b"}]
+    swapped = {"Assistant": "user", "user": "assistant"}
+    expected = [("user", "a", False), ("assistant", "b", True)]
+    assert said("messages", {"messages": turns}, roles=swapped) == expected
+
+
+def test_a_field_of_a_message_whose_name_another_took_is_not_used_silently():
+    turns = [{**ASKED, "speaker": "human"}, {"role": "x", "speaker": "bot", "content": "Hi."}]
+    with pytest.raises(DataError, match='training would not use: "messages.role"; used are speaker, '):
+        read("messages", {"messages": turns}, columns={"role": "speaker"})
+    changes = {"columns": {"role": "speaker"}, "ignore": ("messages.role",)}
+    assert said("messages", {"messages": turns}, **changes)[1] == ("assistant", "Hi.", True)
+
+
+@pytest.mark.parametrize(
+    ("message", "names"),
+    [
+        ({"speaker": "EVE", "text": "Hi?"}, "role: speaker, content: text"),
+        ({"mood": "calm", "is": "USER", "utterance": "Hi?"}, "role: is, content: utterance"),
+        ({"from": "human", "said it": "Hi?"}, 'role: from, content: "said it"'),
+        ({"role": "user", "content": "Hi?"}, ""),
+    ],
+)
+def test_the_refusal_of_other_names_says_which_setting_reads_them(message, names):
+    record = {"id": 3, "talk": [message, message]}
+    columns = f"{{messages: talk{', ' if names else ''}{names}}}"
+    with pytest.raises(DataError) as refused:
+        choose_form([(place, record)], None, {}, ())
+    assert str(refused.value).endswith(f"if \"talk\" are its messages: columns '{columns}'")
+    columns, roles = yaml.safe_load(columns), {"EVE": "assistant", "human": "assistant"}
+    assert choose_form([(place, record)], None, columns, ()) == "messages"
+    roles |= {"USER": "assistant", "user": "assistant"}
+    found = said("messages", record, columns=columns, roles=roles, ignore=("id", "talk.mood"))
+    assert found == [("assistant", "Hi?", True)] * 2
 
 
 def test_prompts_and_completions():
@@ -324,6 +395,7 @@ def test_mixed_forms_are_refused(other, tmp_path):
         ({"q": "a", "a": "b"}, r'no known form; it has "q", "a"; known are alpaca \(instruction and .*'
          r"columns '\{prompt: NAME, completion: NAME\}'"),
         ({}, "of no known form; it has nothing"),
+        ({"id": "0", "data": ["a", "b"]}, r"if \"data\" are questions and .* '\{conversations: data\}'$"),
         ({"instruction": "a", "out": "b"}, r"has no \"output\", which records of the form alpaca have; it "
          r"has \"instruction\", \"out\"; .* columns '\{output: NAME\}'"),
         ({**ALPACA, "text": "x"}, r"several forms, those of alpaca \(instruction, output\) and those of text"
@@ -406,7 +478,11 @@ BAD_MESSAGES = [
     ({"messages": ["Hi?"]}, r"messages\[0\] must be an object, not str"),
     ({"messages": [ASKED]}, "has no assistant's message"),
     ({"messages": [ASKED, {"content": "Hi."}]}, r'messages\[1\] has no role; it has "content"'),
-    ({"messages": [{"role": "bot", "content": ""}]}, r'messages\[0\]\.role is "bot"; known are system'),
+    ({"messages": [{"role": "elf", "content": ""}]},
+     r'messages\[0\]\.role is "elf"; known are system, .*; if it is .* roles \'{elf: ROLE}\'$'),
+    ({"messages": [{"from": "human", "value": ""}]},
+     r'has no role; it has "from", "value"; if .* columns \'{role: from, content: value}\'$'),
+    ({"messages": [{"role": "user", "say": "a", "to": "b"}]}, r"content is missing; .* '{content: NAME}'$"),
     ({"messages": [{"role": 5, "content": ""}]}, r"messages\[0\]\.role is int; known are"),
     (assistant(content=None), r"messages\[1\]\.content is null"),
     (assistant(), r"messages\[1\]\.content is missing"),
@@ -555,6 +631,13 @@ def test_what_a_record_says_of_a_message_wins_over_learn():
         ),
         ("alpaca", {"ignore": ("output",)}, "ignore output: a record cannot be trained on without it"),
         ("prompt_completion", {"columns": {"prompt": "q"}, "ignore": ("q",)}, "ignore q: a record cannot"),
+        ("alpaca", {"columns": {"role": "q"}}, "columns role: records of the form alpaca have instruction"),
+        ("text", {"roles": {"BOT": "assistant"}}, "roles: records of the form text have no messages"),
+        (
+            "messages",
+            {"roles": {"assistant": "BOT"}},
+            "roles '{assistant: BOT}': BOT is no role; those are system, .*: '{BOT: assistant}'$",
+        ),
         ("text", {"system": "Be kind."}, "system: records of the form text are not conversations"),
         ("text", {"learn": "last"}, "learn: records of the form text are not conversations"),
     ],

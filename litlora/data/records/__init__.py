@@ -16,10 +16,19 @@ from litlora.data.conversation import Conversation, Message, Place, is_document
 from litlora.data.files import Entry
 from litlora.data.records.alpaca import AlpacaForm
 from litlora.data.records.detect import FIRST, detect, fitting_forms, without
-from litlora.data.records.fields import Record, Unused, quoted, read_record, some, unknown_fields
+from litlora.data.records.fields import (
+    MESSAGE_FIELDS,
+    Record,
+    Unused,
+    in_yaml,
+    quoted,
+    read_record,
+    some,
+    unknown_fields,
+)
 from litlora.data.records.form import RecordForm
 from litlora.data.records.labelled import Labelled, LabelledForm
-from litlora.data.records.messages import MessagesForm
+from litlora.data.records.messages import ROLES, MessagesForm
 from litlora.data.records.preference import Pair, PreferenceForm
 from litlora.data.records.prompt_completion import PromptCompletionForm
 from litlora.data.records.sharegpt import ShareGPTForm
@@ -52,21 +61,25 @@ class RecordReader:
     ignore: tuple[str, ...] = ()
     """Fields that are left out; those of messages as "messages.id"."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """What the records call a field of the form, where that is another name."""
+    """What the records call a field of the form, or of its messages, where that is another name."""
     on_bad: Literal["error", "skip"] = "error"
     """What becomes of a record that cannot be used."""
     learn: Literal["all", "last"] = "all"
     """Which of the assistant's messages are learned."""
     system: str | None = None
     """The system message of records that have none."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Which of ROLES those have who speak in messages, where their names are not known."""
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that do not fit the form."""
         form = FORMS[self.form]
+        in_messages = MESSAGE_FIELDS if form.has_messages else ()
         for name in self.columns:
-            if name not in form.fields:
+            if name not in form.fields and name not in in_messages:
                 known = ", ".join(form.fields)
                 raise UserError(f"{setting('columns')} {name}: records of the form {self.form} have {known}")
+        self._check_roles()
         needed = {name: self.columns.get(name, name) for name in form.required}
         for name in needed.values():
             if name in self.ignore:
@@ -74,6 +87,16 @@ class RecordReader:
         for name, is_set in (("system", self.system is not None), ("learn", self.learn != "all")):
             if is_set and not form.is_chat:
                 raise UserError(f"{setting(name)}: records of the form {self.form} are not conversations")
+
+    def _check_roles(self) -> None:
+        if self.roles and not FORMS[self.form].has_messages:
+            raise UserError(f"{setting('roles')}: records of the form {self.form} have no messages")
+        for name, role in self.roles.items():
+            if role not in ROLES:
+                raise UserError(
+                    f"{setting('roles')} '{in_yaml({name: role})}': {role} is no role; those are "
+                    f"{', '.join(ROLES)}, and stand behind the records' own names: '{{BOT: assistant}}'"
+                )
 
     def read(self, entries: Iterable[Entry], skipped: Skipped | None = None) -> Iterator[Learned]:
         """One conversation a record, or two of a form of pairs, or one with its label. Raises
@@ -103,7 +126,7 @@ class RecordReader:
     def _read(self, place: Place, value: Any) -> tuple[Record, Learned]:
         form = FORMS[self.form]
         try:
-            record = read_record(value, place, self.columns, self.ignore, form.required)
+            record = read_record(value, place, self.columns, self.ignore, form.required, self.roles)
             for name in form.required:
                 if name not in record.fields:
                     record.wrong(self._misses(record, name))
@@ -154,7 +177,7 @@ def choose_form(
     """The form to read records in: the given one, or that of the first records; none if there are no
     records. Raises DataError for records that do not tell, and UserError for a name in `columns` that
     no form has."""
-    fields = {name for each in FORMS.values() for name in each.fields}
+    fields = {*MESSAGE_FIELDS, *(name for each in FORMS.values() for name in each.fields)}
     for name, theirs in columns.items():
         if name not in fields:
             turned = f"; the form's name stands first: '{{{theirs}: {name}}}'" if theirs in fields else ""

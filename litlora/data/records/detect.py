@@ -5,8 +5,9 @@ from itertools import islice
 
 from litlora.data.conversation import Place
 from litlora.data.files import Entry
-from litlora.data.records.fields import Record, quoted, read_record, some
+from litlora.data.records.fields import Record, in_yaml, quoted, read_record, some
 from litlora.data.records.form import RecordForm
+from litlora.data.records.messages import likely_names
 from litlora.errors import DataError, setting
 
 FIRST = 100
@@ -95,11 +96,30 @@ def _unrecognised(record: Record, forms: Mapping[str, RecordForm]) -> str:
             f'{record.place}: has no "{missing}", which records of the form {near[0].name} have; '
             f"it has {has}; if it has another name: {setting('columns')} '{{{missing}: NAME}}'"
         )
+    if hint := _as_messages(record):
+        return f"{record.place}: is of no known form; it has {has}; {hint}"
     needs = ", ".join(f"{form.name} ({' and '.join(form.required)})" for form in forms.values())
     return (
         f"{record.place}: is of no known form; it has {has}; known are {needs}; "
         f"if its fields have other names: {setting('columns')} '{{prompt: NAME, completion: NAME}}'"
     )
+
+
+def _as_messages(record: Record) -> str:
+    """How to read a record one of whose fields is a list of messages, or of questions and answers in
+    turn; empty if none is."""
+    for name, value in record.fields.items():
+        if not isinstance(value, list) or not value:
+            continue
+        if all(isinstance(text, str) for text in value) and len(value) % 2 == 0:
+            columns = in_yaml({**record.columns, "conversations": name})
+            return f"if {quoted(name)} are questions and answers in turn: {setting('columns')} '{columns}'"
+        if all(isinstance(message, dict) for message in value):
+            names = {role: theirs for role, theirs in likely_names(value[0]).items() if role != theirs}
+            if "NAME" not in names.values():
+                columns = {**record.columns, "messages": name, **names}
+                return f"if {quoted(name)} are its messages: {setting('columns')} '{in_yaml(columns)}'"
+    return ""
 
 
 def without(name: str) -> str:

@@ -11,6 +11,13 @@ from litlora.data.conversation import Place
 from litlora.data.files import Repeated
 from litlora.errors import DataError, setting
 
+THOUGHTS = ("reasoning_content", "thinking")
+MESSAGE_FIELDS = (
+    *("role", "content", "name", "tool_calls", "function_call", "tool_call_id"),
+    *(*THOUGHTS, "train", "weight"),
+)
+"""All that is used of a message, by OpenAI's names. No form has a field of its own by one of them."""
+
 
 class Unused(NamedTuple):
     """A field that nothing would use."""
@@ -27,7 +34,9 @@ class Record:
     fields: dict[str, Any]
     place: Place
     columns: Mapping[str, str] = field(default_factory=dict)
-    """What the file calls a field of the form, where that is another name."""
+    """What the file calls a field of the form, or of its messages, where that is another name."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Which role those have who speak in messages, where their names are not known."""
     ignore: tuple[str, ...] = ()
     """Fields to leave out; those of messages as "messages.id"."""
     unused: dict[str, Unused] = field(default_factory=dict)
@@ -63,7 +72,12 @@ class Record:
 
 
 def read_record(
-    value: Any, place: Place, columns: Mapping[str, str], ignore: tuple[str, ...], needed: Collection[str]
+    value: Any,
+    place: Place,
+    columns: Mapping[str, str],
+    ignore: tuple[str, ...],
+    needed: Collection[str],
+    roles: Mapping[str, str] | None = None,
 ) -> Record:
     """What a file holds as a record, which must be an object. `needed` are the form's fields that
     the message names."""
@@ -74,13 +88,13 @@ def read_record(
         raise DataError(f"{place}: must be {needs}, not {type(value).__name__}")
     mapping(value, "", place)
     fields = {name: content for name, content in value.items() if name not in ignore}
-    if columns:
-        ours = {theirs: name for name, theirs in columns.items()}
-        shadowed = {name: content for name, content in fields.items() if name in columns.keys() - ours.keys()}
+    shadowed: dict[str, Any] = {}
+    if ours := {theirs: name for name, theirs in columns.items() if name not in MESSAGE_FIELDS}:
+        renamed = set(ours.values()) - ours.keys()
+        shadowed = {name: content for name, content in fields.items() if name in renamed}
         fields = {ours.get(name, name): fields[name] for name in fields if name not in shadowed}
-    record = Record(fields, place, columns, ignore)
-    if columns:
-        record.used(shadowed, tuple(ours))
+    record = Record(fields, place, columns, roles or {}, ignore)
+    record.used(shadowed, tuple(ours))
     return record
 
 
@@ -141,8 +155,7 @@ def unknown_fields(unknown: Mapping[str, Unused]) -> str:
     names = list(unknown)
     place, known = unknown[names[0]]
     one = len(names) == 1
-    listed = [name if _is_plain(name) else json.dumps(name) for name in names]
-    shown = f"[{', '.join(listed)}]" if len(names) <= 6 else "[NAME, ...]"
+    shown = f"[{', '.join(map(_yaml_name, names))}]" if len(names) <= 6 else "[NAME, ...]"
     return (
         f"{place}: has {'a field' if one else 'fields'} that training would not use: "
         f"{some([quoted(name) for name in names])}; used are {', '.join(known)}; "
@@ -150,10 +163,16 @@ def unknown_fields(unknown: Mapping[str, Unused]) -> str:
     )
 
 
-def _is_plain(name: str) -> bool:
-    """Whether YAML reads the bare name as text."""
+def in_yaml(names: Mapping[str, str]) -> str:
+    """A mapping of names, as a command line takes it."""
+    return f"{{{', '.join(f'{_yaml_name(name)}: {_yaml_name(other)}' for name, other in names.items())}}}"
+
+
+def _yaml_name(name: str) -> str:
+    """A name as YAML reads it as text: bare, if that is text."""
     words = ("yes", "no", "on", "off", "y", "n", "true", "false", "null")
-    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", name) is not None and name.lower() not in words
+    is_plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", name) is not None and name.lower() not in words
+    return name if is_plain else json.dumps(name)
 
 
 def quoted(name: Any) -> str:

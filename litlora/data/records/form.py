@@ -18,6 +18,8 @@ class RecordForm(ABC):
     is_chat: ClassVar[bool] = True
     """Whether its records are conversations, to which a system message can be added, and of which
     the last answer alone can be learned; else plain text."""
+    has_messages: ClassVar[bool] = False
+    """Whether its records may hold lists of messages."""
     is_pairs: ClassVar[bool] = False
     """Whether a record has two answers, a better and a worse one, and so is not one conversation."""
     is_labelled: ClassVar[bool] = False

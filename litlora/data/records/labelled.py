@@ -22,6 +22,7 @@ class LabelledForm(RecordForm):
     name = "labelled"
     fields = ("prompt", "completion", "label", "system", "tools")
     required = ("prompt", "completion", "label")
+    has_messages = True
     is_labelled = True
 
     def conversation(self, record: Record) -> NoReturn:

@@ -1,44 +1,40 @@
 """Records with a list of messages, as OpenAI has them. Torch-free."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from litlora.data.conversation import Conversation, Message
-from litlora.data.records.fields import Record, mapping, quoted, some, text
+from litlora.data.records.fields import (
+    MESSAGE_FIELDS,
+    THOUGHTS,
+    Record,
+    in_yaml,
+    mapping,
+    parsed,
+    quoted,
+    some,
+    text,
+)
 from litlora.data.records.form import RecordForm
 from litlora.data.records.tools import read_call, read_calls, read_tools
+from litlora.errors import setting
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
+CALL = "function_call"
+"""Who speaks where the text is a call, as JSON."""
+SPEAKERS = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    CALL: CALL,
 }
-"""OpenAI's roles, and what they are here."""
-THOUGHTS = ("reasoning_content", "thinking")
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How messages are written."""
-
-    roles: Mapping[str, str]
-    """Who may speak, and what role that is here."""
-    role: str = "role"
-    content: str = "content"
-    """The two fields of every message."""
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """All fields of a message that are used."""
-        calls = ("name", "tool_calls", "function_call", "tool_call_id")
-        return (self.role, self.content, *calls, *THOUGHTS, "train", "weight")
-
-
-OPENAI = Spelling(ROLES)
+"""Who may speak, in capitals too, and what role that is here."""
+ROLES = tuple(dict.fromkeys(SPEAKERS.values()))
+USUAL = {
+    "role": ("role", "from", "speaker", "author", "sender", "participant"),
+    "content": ("content", "value", "text", "message", "utterance", "body"),
+}
+"""What other files call the two fields of every message."""
 
 
 class MessagesForm(RecordForm):
@@ -47,6 +43,7 @@ class MessagesForm(RecordForm):
     name = "messages"
     fields = ("messages", "tools", "functions")
     required = ("messages",)
+    has_messages = True
 
     def conversation(self, record: Record) -> Conversation:
         """The messages as they are; every answer is learned but those that say otherwise."""
@@ -60,7 +57,7 @@ class MessagesForm(RecordForm):
 def read_messages(value: Any, name: str, record: Record) -> list[Message]:
     """The messages in the record's field `name`."""
     return [
-        read_message(message, f"{name}[{number}]", name, record, OPENAI)
+        read_message(message, f"{name}[{number}]", name, record)
         for number, message in enumerate(message_list(value, name, record))
     ]
 
@@ -74,23 +71,51 @@ def message_list(value: Any, name: str, record: Record) -> list[Any]:
     return value
 
 
-def read_message(value: Any, at: str, path: str, record: Record, spelling: Spelling) -> Message:
-    """One message. `at` is where it stands, and `path` what `ignore` calls that place."""
-    fields = record.used(mapping(value, at, record.place), spelling.fields, path)
-    if spelling.role not in fields:
+def read_message(
+    value: Any, at: str, path: str, record: Record, usual: Mapping[str, str] | None = None
+) -> Message:
+    """One message. `at` is where it stands, and `path` what `ignore` calls that place; `usual` is what
+    the form calls fields of it, where `columns` says nothing else."""
+    theirs = {**(usual or {}), **record.columns}
+    names = {name: theirs.get(name, name) for name in MESSAGE_FIELDS}
+    fields = record.used(mapping(value, at, record.place), tuple(names.values()), path)
+    if names["role"] not in fields:
         has = some([quoted(name) for name in value]) or "nothing"
-        record.wrong(f"{at} has no {spelling.role}; it has {has}")
-    role = _role(fields[spelling.role], f"{at}.{spelling.role}", record, spelling.roles)
-    more = _more(fields, role, at, record)
-    where = f"{at}.{spelling.content}"
-    if spelling.content in fields:
-        content = read_content(fields[spelling.content], where, f"{path}.{spelling.content}", record)
-    elif "tool_calls" in more:
-        content = ""  # OpenAI's null
-    else:
-        missing = "is null" if spelling.content in value else "is missing"
-        record.wrong(f"{where} {missing}; only a message with tool_calls may have none")
-    return Message(role, content, train=_is_learned(fields, role, at, record), more=more)
+        record.wrong(f"{at} has no {names['role']}; it has {has}{_other_names(value, record)}")
+    spoken = _role(fields[names["role"]], f"{at}.{names['role']}", record)
+    role = "assistant" if spoken == CALL else spoken
+    more = _more(fields, role, at, names, record)
+    content, where = "", f"{at}.{names['content']}"
+    if names["content"] in fields:
+        content = read_content(fields[names["content"]], where, f"{path}.{names['content']}", record)
+    elif "tool_calls" not in more:  # with them, content may be null
+        missing = "is null" if names["content"] in value else "is missing"
+        hint = "" if names["content"] in value else _other_names(value, record)
+        record.wrong(f"{where} {missing}; only a message with tool_calls may have none{hint}")
+    if spoken == CALL and "tool_calls" not in more:
+        calls = parsed(content, where, record.place)
+        more["tool_calls"] = read_calls(calls if isinstance(calls, list) else [calls], where, record)
+        content = ""
+    return Message(role, content, train=_is_learned(fields, role, at, names, record), more=more)
+
+
+def likely_names(message: Mapping[str, Any]) -> dict[str, str]:
+    """What a message that is spelled in another way seems to call its role and its content; NAME
+    where its fields do not tell."""
+    texts = {name: value for name, value in message.items() if isinstance(value, str)}
+    known = next((name for name, value in texts.items() if value.lower() in SPEAKERS), None)
+    role = known or next((name for name in USUAL["role"] if name in texts), "NAME")
+    others = [name for name in texts if name != role]
+    alone = others[0] if len(others) == 1 and role != "NAME" else "NAME"
+    return {"role": role, "content": next((name for name in USUAL["content"] if name in others), alone)}
+
+
+def _other_names(message: Mapping[str, Any], record: Record) -> str:
+    """The end of an error: which columns would name the two fields."""
+    names = {name: theirs for name, theirs in likely_names(message).items() if theirs != name}
+    if not names:
+        return ""
+    return f"; if these have other names: {setting('columns')} '{in_yaml({**record.columns, **names})}'"
 
 
 def read_content(value: Any, at: str, path: str, record: Record) -> str:
@@ -108,38 +133,49 @@ def read_content(value: Any, at: str, path: str, record: Record) -> str:
     return "".join(texts)
 
 
-def _role(value: Any, at: str, record: Record, roles: Mapping[str, str]) -> str:
-    if not isinstance(value, str) or value not in roles:
-        shown = quoted(value) if isinstance(value, str) else type(value).__name__
-        record.wrong(f"{at} is {shown}; known are {', '.join(roles)}")
-    return roles[value]
+def _role(value: Any, at: str, record: Record) -> str:
+    if not isinstance(value, str):
+        record.wrong(f"{at} is {type(value).__name__}; known are {', '.join(SPEAKERS)}")
+    role = record.roles.get(value)
+    if role is None:
+        known = {**SPEAKERS, **{name.lower(): role for name, role in record.roles.items()}}
+        role = known.get(value.lower())
+    if role is None:
+        record.wrong(
+            f"{at} is {quoted(value)}; known are {', '.join({**SPEAKERS, **record.roles})}; if it is one of "
+            f"them by another name: {setting('roles')} '{in_yaml({**record.roles, value: 'ROLE'})}'"
+        )
+    return role
 
 
-def _more(fields: dict[str, Any], role: str, at: str, record: Record) -> dict[str, Any]:
+def _more(
+    fields: dict[str, Any], role: str, at: str, names: Mapping[str, str], record: Record
+) -> dict[str, Any]:
     """What a chat template is given beside role and content."""
     more: dict[str, Any] = {}
-    calls = read_calls(fields.get("tool_calls", []), f"{at}.tool_calls", record)
-    if "function_call" in fields:
+    listed, single = names["tool_calls"], names["function_call"]
+    calls = read_calls(fields.get(listed, []), f"{at}.{listed}", record)
+    if single in fields:
         if calls:
-            record.wrong(f"{at} has both tool_calls and function_call; keep one of them")
-        calls = [read_call(fields["function_call"], f"{at}.function_call", record)]
+            record.wrong(f"{at} has both {listed} and {single}; keep one of them")
+        calls = [read_call(fields[single], f"{at}.{single}", record)]
     if calls:
         more["tool_calls"] = calls
     for name in ("name", "tool_call_id", *THOUGHTS):
-        if name in fields:
-            more[name] = text(fields[name], f"{at}.{name}", record.place)
+        if names[name] in fields:
+            more[name] = text(fields[names[name]], f"{at}.{names[name]}", record.place)
     for name in ("tool_calls", *THOUGHTS):
         if name in more and role != "assistant":
-            record.wrong(f"{at} has {name}, which only an assistant's message has; its role is {role}")
+            record.wrong(f"{at} has {names[name]}, which only an assistant's message has; its role is {role}")
     return more
 
 
-def _is_learned(fields: dict[str, Any], role: str, at: str, record: Record) -> bool:
-    train, weight = fields.get("train"), fields.get("weight")
+def _is_learned(fields: dict[str, Any], role: str, at: str, names: Mapping[str, str], record: Record) -> bool:
+    train, weight = fields.get(names["train"]), fields.get(names["weight"])
     if train is not None and not isinstance(train, bool):
-        record.wrong(f"{at}.train must be true or false, not {type(train).__name__}")
+        record.wrong(f"{at}.{names['train']} must be true or false, not {type(train).__name__}")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        record.wrong(f"{at}.weight must be 0 or 1: a message is learned or not")
+        record.wrong(f"{at}.{names['weight']} must be 0 or 1: a message is learned or not")
     if role != "assistant":
         if train or weight:
             record.wrong(f"{at} is to be learned, but its role is {role}: only the assistant's are")

@@ -26,6 +26,7 @@ class PreferenceForm(RecordForm):
     name = "preference"
     fields = ("prompt", "chosen", "rejected", "system", "tools")
     required = ("chosen", "rejected")
+    has_messages = True
     is_pairs = True
 
     def conversation(self, record: Record) -> NoReturn:

@@ -16,6 +16,7 @@ class PromptCompletionForm(RecordForm):
     name = "prompt_completion"
     fields = ("prompt", "completion", "system", "tools")
     required = ("prompt", "completion")
+    has_messages = True
 
     def conversation(self, record: Record) -> Conversation:
         """The prompt, of which nothing is learned, and the completion."""

@@ -1,27 +1,13 @@
 """Records with a list of conversations, as ShareGPT has them, and LLaMA-Factory and axolotl after it.
 Torch-free."""
 
-from dataclasses import replace
 from typing import Any
 
 from litlora.data.conversation import Conversation, Message
-from litlora.data.records.fields import Record, parsed, quoted
+from litlora.data.records.fields import Record, quoted, text
 from litlora.data.records.form import RecordForm
-from litlora.data.records.messages import ROLES, Spelling, message_list, read_message
-from litlora.data.records.tools import read_calls, read_tools
-
-CALL = "function_call"
-"""Who speaks where the text is a call, as JSON."""
-SPEAKERS = {
-    **ROLES,
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bard", CALL), "assistant"),
-    "observation": "tool",
-}
-
-
-FROM_VALUE = Spelling(SPEAKERS, "from", "value")
-ROLE_CONTENT = Spelling(SPEAKERS)
+from litlora.data.records.messages import message_list, read_message
+from litlora.data.records.tools import read_tools
 
 
 class ShareGPTForm(RecordForm):
@@ -31,6 +17,7 @@ class ShareGPTForm(RecordForm):
     name = "sharegpt"
     fields = ("conversations", "system", "tools")
     required = ("conversations",)
+    has_messages = True
 
     def conversation(self, record: Record) -> Conversation:
         """The messages as they are; every answer is learned but those that say otherwise."""
@@ -55,11 +42,10 @@ def system_message(record: Record, messages: list[Message]) -> list[Message]:
 def _message(entry: Any, number: int, name: str, record: Record) -> Message:
     at = f"{name}[{number}]"
     if isinstance(entry, str):  # LIMA's conversations are bare texts
-        entry = {"role": "assistant" if number % 2 else "user", "content": entry}
-    spelling = FROM_VALUE if isinstance(entry, dict) and "from" in entry else ROLE_CONTENT
-    message = read_message(entry, at, name, record, spelling)
-    if entry[spelling.role] != CALL or "tool_calls" in message.more:
-        return message
-    calls = parsed(message.content, f"{at}.{spelling.content}", record.place)
-    calls = read_calls(calls if isinstance(calls, list) else [calls], f"{at}.{spelling.content}", record)
-    return replace(message, content="", more={**message.more, "tool_calls": calls})
+        is_answer = number % 2 == 1
+        return Message("assistant" if is_answer else "user", text(entry, at, record.place), train=is_answer)
+    usual = {}
+    if isinstance(entry, dict):
+        usual |= {"role": "from"} if "from" in entry else {}
+        usual |= {"content": "value"} if "value" in entry or (usual and "content" not in entry) else {}
+    return read_message(entry, at, name, record, usual)
