@@ -17,7 +17,7 @@ from litlora.prompts import STYLE_FILE
 from litlora.settings import CombineLoRA, check, dump
 
 if TYPE_CHECKING:
-    from litlora.adapters.combine import Recipe
+    from litlora.adapters.combine_entries import Recipe
     from litlora.adapters.resize import Change
     from litlora.checkpoint import Chain
 
@@ -122,7 +122,7 @@ def _combine_files(files: list[Path], settings: CombineLoRA) -> None:
 
 
 def _recipe(settings: CombineLoRA) -> "Recipe":
-    from litlora.adapters.combine import Recipe
+    from litlora.adapters.combine_entries import Recipe
 
     return Recipe(
         weights=settings.each_weight,

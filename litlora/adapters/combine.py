@@ -21,12 +21,13 @@ multiplied into its scale.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
+from litlora.adapters.combine_entries import Recipe, combine_dense
+from litlora.adapters.combine_rows import combine_rows
 from litlora.adapters.factored import common_dtype, difference, least_rank, norm, wide
 from litlora.adapters.merge import EMBEDDING, HEAD, Plan, plan_merge, whole_of
 from litlora.adapters.resize import Change, Form, finite, plain_updates, shrink
@@ -39,47 +40,20 @@ from litlora.lora import Adapter, Update
 from litlora.lora.select import settings_for
 from litlora.storage.dtypes import dtype_name
 
-ELECTING = ("ties", "dare_ties")
 _OVERSAMPLE, _ITERATIONS = 16, 4
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How adapters are combined."""
-
-    weights: list[float]
-    """A factor for each adapter, of any sign; one of weight 0 is left out."""
-    mode: str = "linear"
-    """One of those above."""
-    density: float = 1.0
-    """Share of an update's entries that magnitude_prune, ties and the dare modes keep."""
-    rank: int | None = None
-    """Rank of the result; with max_error, the largest that a layer may get."""
-    max_error: float | None = None
-    """Largest share of an update's norm (Frobenius) that may be lost in a layer."""
-    seed: int = 0
-
-    @property
-    def elects(self) -> bool:
-        """Whether the adapters vote on the sign of each entry."""
-        return self.mode in ELECTING
 
 
 def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list[Change]]:
     """The combination of the outermost adapters of `chains`, and what became of every layer.
 
-    Tensors saved whole are combined by their differences from the base. Raises CheckpointError for
-    a layer whose shapes differ and for what a mode cannot combine.
+    Tensors saved whole are combined by their differences from the base, and rows of added tokens by
+    those from what they started as. Raises CheckpointError for a layer whose shapes differ, for
+    adapters that add different tokens, and for what a mode cannot combine.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     base, model = plan_merge(chains[0].inner)
     chains = [_with_whole(chain, whole_of(chain.top, model)) for chain in chains]
     adapters = [chain.top for chain in chains]
-    if adding := [adapter for adapter in adapters if adapter.rows is not None]:
-        raise CheckpointError(
-            f"{adding[0].file}: adds tokens, whose rows cannot be combined; merge it first, and train the "
-            "others on the result"
-        )
     if making_up := [adapter for adapter in adapters if adapter.needs_quantised]:
         raise CheckpointError(
             f"{making_up[0].file}: was started by LoftQ, and makes up for what quantising lost; merge "
@@ -93,6 +67,7 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
     )
     configs = [adapter.config for adapter in adapters]
     whole = _combine_whole(base, chains, recipe, generator)
+    rows = combine_rows(base, chains, recipe, generator)
     if model.tie_word_embeddings:
         whole |= _other_ends(base, updates, whole)
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save)
@@ -109,7 +84,7 @@ def combine_adapters(chains: list[Chain], recipe: Recipe) -> tuple[Adapter, list
         targets=configs[0].targets if same else list(updates),
         modules_to_save=list(saved),
     )
-    return Adapter(settings_for(updates, like), updates, whole, adapters[0].base), changes
+    return Adapter(settings_for(updates, like), updates, whole, adapters[0].base, rows=rows), changes
 
 
 def combine_files(loras: list[LoRAFile], recipe: Recipe, dtype: torch.dtype) -> tuple[LoRAFile, list[Change]]:
@@ -256,40 +231,6 @@ def _checked_range(update: Update) -> Update:
     return update
 
 
-def combine_dense(deltas: list[Tensor], recipe: Recipe, generator: Generator) -> Tensor:
-    """The combination of weighted changes of one tensor, entry by entry; equal shapes, fp32 or
-    better."""
-    density, random = recipe.density, recipe.mode.startswith("dare")
-    if density < 1:
-        deltas = [
-            drop_random(delta, density, generator) if random else trim(delta, density) for delta in deltas
-        ]
-    total = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-    if not recipe.elects:
-        return total
-    elected, agreed, count = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
-    for delta in deltas:
-        agrees = delta.sign() == elected
-        agreed += delta * agrees
-        count += agrees
-    return agreed / count.clamp(min=1)
-
-
-def trim(delta: Tensor, density: float) -> Tensor:
-    """The entries of the largest magnitude, a share `density` of them (and any as large as the
-    last), the others zero."""
-    size = delta.abs()
-    keep = max(1, int(density * size.numel()))
-    least = size.flatten().kthvalue(size.numel() - keep + 1).values
-    return delta * (size >= least)
-
-
-def drop_random(delta: Tensor, density: float, generator: Generator) -> Tensor:
-    """Random entries, each kept with probability `density` and divided by it: the mean over all
-    draws is delta."""
-    return delta * torch.empty_like(delta).bernoulli_(density, generator=generator) / density
-
-
 def factorized(
     delta: Tensor, rank: int, max_error: float | None, generator: Generator
 ) -> tuple[Tensor, Tensor]:
@@ -355,8 +296,10 @@ def _combine_whole(
 
 
 def _with_whole(chain: Chain, whole: dict[str, Tensor]) -> Chain:
-    """The chain, with these tensors held whole by its outermost adapter."""
+    """The chain, with these tensors held whole by its outermost adapter, but for those that the rows
+    of its added tokens make."""
     *inner, top = chain.adapters
+    whole = {name: tensor for name, tensor in whole.items() if not top.rows or name not in top.rows.tensors}
     return dataclasses.replace(chain, adapters=[*inner, dataclasses.replace(top, whole=whole)])
 
 

@@ -60,6 +60,12 @@ class TokenRows:
         return whole
 
 
+def new_row(weight: Tensor, known: int) -> Tensor:
+    """What the row (C,) of an added token starts as: the mean of the known tokens' rows (Hewitt 2021),
+    in fp32 or better. The token is then no likelier than others at first."""
+    return weight[:known].mean(dim=0, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
 class RowsEmbedding(nn.Module):
     """A frozen embedding in which the rows of some tokens train."""
 

@@ -1,8 +1,7 @@
 """Tokens that a run adds: to the tokenizer's files, to the embedding and to the output head.
 
 A new token gets the next number. Where the embedding has a row for it already, as embeddings are often
-padded, that row is used; else the embedding and the head get one more. Each new row starts as the mean
-of the known tokens' rows (Hewitt 2021): the token is then no likelier than others at first.
+padded, that row is used; else the embedding and the head get one more.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from litlora.errors import CheckpointError, UserError, setting
 from litlora.load import Loaded, set_vocabulary
 from litlora.lora import Adapter, LoRALinear
 from litlora.lora.adapter import names_of
-from litlora.lora.rows import RowsEmbedding, RowsHead
+from litlora.lora.rows import RowsEmbedding, RowsHead, new_row
 from litlora.model import GPT
 from litlora.prompts import PromptStyle, control_tokens
 from litlora.settings.tokenizer import AUTO
@@ -179,5 +178,5 @@ def _extend_model(model: GPT, ids: list[int], known: int) -> None:
 
 def _extended(weight: Tensor, ids: list[int], known: int) -> Tensor:
     rows = torch.cat([weight, weight.new_zeros(max(0, ids[-1] + 1 - len(weight)), weight.size(1))])
-    rows[ids] = weight[:known].mean(dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(rows)
+    rows[ids] = new_row(weight, known).to(rows)
     return rows

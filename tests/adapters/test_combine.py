@@ -9,16 +9,8 @@ import torch
 from conftest import fails, random_adapter, succeeds
 from safetensors.torch import load_file, save_file
 
-from litlora.adapters.combine import (
-    Recipe,
-    combine_adapters,
-    combine_dense,
-    combine_files,
-    combine_layer,
-    drop_random,
-    factorized,
-    trim,
-)
+from litlora.adapters.combine import combine_adapters, combine_files, combine_layer, factorized
+from litlora.adapters.combine_entries import Recipe, combine_dense, drop_random, trim
 from litlora.adapters.merge import merge_chain
 from litlora.checkpoint import open_checkpoint, reference_to, resolve, write_adapter
 from litlora.errors import CheckpointError, UserError

@@ -2,7 +2,6 @@
 other programs take the result."""
 
 import json
-import shutil
 from functools import partial
 
 import pytest
@@ -179,12 +178,74 @@ def test_what_cannot_be_added_is_refused(model_folder, run, tmp_path, forked):
         TokenizerConfig(add_tokens=[" a"])
     with pytest.raises(UserError, match="names a token twice"):
         TokenizerConfig(add_tokens=["a", "a"])
-    final = run("lora", tmp_path / "out", *words, "<a>") / "final"
-    other = shutil.copytree(final, tmp_path / "other")
-    line = forked.refuses(
-        *("scripts/combine_lora.py", "--lora_path", final, other, "--out_dir", tmp_path / "sum"), cwd=tmp_path
+
+
+@pytest.mark.parametrize(
+    ("tied", "spare", "weights", "mode"),
+    [
+        pytest.param(True, 0, (0.7, 0.3), "linear", id="tied"),
+        pytest.param(False, 5, (1, 1), "cat", id="untied, spare rows"),
+        pytest.param(True, 5, (0.5, -1.5), "svd", id="tied, spare rows", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_of_the_same_tokens_are_combined(
+    tied, spare, weights, mode, model_folder, run, succeeds, tmp_path
+):
+    """By what training made of the rows; at weights whose sum is 1, that is the sum of the rows."""
+    base, known = model_folder(spare, tied)
+    finals = [
+        run("lora", tmp_path / name, "--checkpoint_dir", base, *CHATML, *STEPS, "--seed", seed) / "final"
+        for name, seed in (("one", 1), ("two", 2))
+    ]
+    words = ("--lora_path", *finals, "--weights", *weights, "--mode", mode, "--out_dir", tmp_path / "sum")
+    succeeds("scripts/combine_lora.py", *words)
+    live = [load(path, live=True) for path in (*finals, tmp_path / "sum")]
+    before = load(base).model
+    for name in (EMBEDDING, HEAD):
+        one, two, both = (found.model.get_parameter(name) for found in live)
+        assert not torch.equal(one[known], two[known])
+        start = before.get_parameter(name)[:known].mean(dim=0)
+        expected = start + weights[0] * (one[known:][:2] - start) + weights[1] * (two[known:][:2] - start)
+        assert torch.allclose(both[known:][:2], expected, atol=1e-6)
+        if sum(weights) == 1:
+            assert torch.allclose(
+                both[known:][:2], weights[0] * one[known:][:2] + weights[1] * two[known:][:2]
+            )
+        assert torch.equal(both[:known], one[:known])
+    asked = live[2].tokenizer.encode(live[2].prompt_style.render("the fox", ""))
+    assert asked[0] == known
+    succeeds("scripts/merge_lora.py", "--lora_path", tmp_path / "sum", "--out_dir", tmp_path / "merged")
+    expected = logits(live[2].model, asked)
+    assert torch.allclose(logits(load(tmp_path / "merged").model, asked), expected, atol=1e-5)
+
+
+def test_adapters_of_other_tokens_are_not_combined(model_folder, run, tmp_path, forked):
+    base, known = model_folder(5, True)
+    words = ("--checkpoint_dir", base, *STEPS, "--prompt_style", "alpaca")
+    one, other, turned, none = (
+        run("lora", tmp_path / name, *words, *more) / "final"
+        for name, more in (
+            ("one", ("--tokenizer.add_tokens", "[<a>, <b>]")),
+            ("other", ("--tokenizer.add_tokens", "[<a>, <c>]")),
+            ("turned", ("--tokenizer.add_tokens", "[<b>, <a>]")),
+            ("none", ()),
+        )
     )
-    assert "adds tokens, whose rows cannot be combined" in line
+    for path, tokens in (
+        (other, f"<a> ({known}), <c> ({known + 1})"),
+        (turned, f"<b> ({known}), <a> ({known + 1})"),
+        (none, "none"),
+    ):
+        line = forked.refuses(
+            *("scripts/combine_lora.py", "--lora_path", one, path, "--out_dir", tmp_path / "sum"),
+            cwd=tmp_path,
+        )
+        assert f"{path / 'lit_model.pth'}: the tokens that it adds are {tokens}, those of {one}" in line
+    (other / "tokenizer.json").unlink()
+    words = ("scripts/combine_lora.py", "--lora_path", one, other, "--out_dir", tmp_path / "sum")
+    assert "its tokenizer is not beside it; which they are is not known" in forked.refuses(
+        *words, cwd=tmp_path
+    )
 
 
 def test_an_adapter_with_tokens_is_merged_alone_and_at_strength_1(model_folder, run, tmp_path, forked):
