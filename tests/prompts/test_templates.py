@@ -258,10 +258,15 @@ def test_each_answer_is_learned_after_the_ids_that_transformers_asks_with(name, 
             for one in said.more.get("tool_calls", ()):
                 assert "look" in answer and json.loads(one["function"]["arguments"])["at"] in answer
             finished = theirs.apply_chat_template(dicts[: index + 1], tools=tools or None, tokenize=False)
-            whole = ours.text(ids[: turn.stop])
-            if (name, talk) not in REWRITTEN and name != "glm4":
+            # What GLM 4's answers end with is the beginning of the next turn, which is not there yet.
+            stop = turn.stop - (name == "glm4")
+            if (name, talk) not in REWRITTEN:
+                whole = ours.text(ids[:stop])
                 assert finished.startswith(whole)
                 assert finished.removeprefix(whole) in ("", "\n", "</s>"), "only what follows the end"
+            else:
+                shown = answer.rpartition("</think>")[2] if name == "deepseek_r1" else answer
+                assert finished.removesuffix("\n").endswith(shown), "R1's takes out the thought at once"
     assert refused == {"name", *REFUSED[name]}
 
 
@@ -346,12 +351,19 @@ def test_gpt_oss_learns_an_answer_after_the_thought_that_its_call_is_asked_with(
 
 
 def test_smollm_3_learns_after_the_empty_thought_that_no_think_asks_with(model):
+    transformers = pytest.importorskip("transformers")
     ours = model("smollm3")
+    theirs = transformers.AutoTokenizer.from_pretrained(ours.directory)
     talk = [system("Be brief. /no_think"), user("dog"), assistant("fox"), user("the"), assistant("quick")]
     (draft,) = ours.encode(talk).drafts
     assert ours.learned(talk) == ["fox<|im_end|>", "quick<|im_end|>"]
-    for turn in draft.turns:
+    for index, turn in zip((2, 4), draft.turns, strict=True):
         assert ours.text(draft.ids[: turn.start]).endswith("assistant\n<think>\n\n</think>\n")
+        asked, finished = dicts_of(talk[:index]), dicts_of(talk[: index + 1])
+        asked = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert draft.ids[: turn.start] == asked
+        finished = theirs.apply_chat_template(finished, tokenize=False)
+        assert finished == ours.text(draft.ids[: turn.stop]) + "\n"
 
 
 @pytest.mark.parametrize("name", ["chatml", "phi4", "zephyr"])
