@@ -658,7 +658,8 @@ def test_a_field_whose_name_another_took_is_not_used_silently():
 
 
 def test_a_reader_can_be_sent_to_another_process():
-    reader = RecordReader("prompt_completion", ("id",), {"prompt": "q"}, "skip", "last", "Be kind.")
+    settings = ({"prompt": "q"}, "skip", "last", "Be kind.", {"BOT": "assistant"})
+    reader = RecordReader("prompt_completion", ("id",), *settings)
     sent = pickle.loads(pickle.dumps(reader))
     record = [(place, {"q": "a", "completion": "b", "id": 1})]
     assert sent == reader and list(sent.read(record)) == list(reader.read(record))
