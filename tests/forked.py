@@ -65,7 +65,6 @@ def main() -> None:
         importlib.import_module(f"litlora.{name}")
     cli, settings = sys.modules["litlora.cli"], sys.modules["litlora.settings"]
     base = str(REPO / settings.QUICKSTART)
-    os.chdir("/")  # as for tests, which run elsewhere: the default base by its full path
     for command, names_source in PARSERS:
         cli.make_parser(getattr(settings, command), base, names_source)
     print('"ready"', flush=True)
