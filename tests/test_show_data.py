@@ -192,7 +192,7 @@ def test_duplicates_and_what_is_left_out(tmp_path, show):
         (["--preference.loss", "dpo"], "--data: required"),
         (
             ["--data", PAIRS_FILE, "--preference.loss", "dpo", "--train.mask_prompt", "false"],
-            "--train.mask_prompt false: a preference is about answers alone",
+            "--train.mask_prompt false and --preference.loss dpo: a preference is about answers alone",
         ),
         (["--data", PAIRS_FILE, "--preference.loss", "dop"], "--preference.loss"),
         (
