@@ -1,8 +1,10 @@
 """How much memory the system can still provide, and whether it has run out. Torch-free."""
 
+import ctypes
 import errno
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -45,6 +47,23 @@ def _free_in_groups(root: Path) -> Iterator[int]:
                 yield int(limit.read_text()) - int(used.read_text()) + cached
             if directory == mount:
                 break
+
+
+def return_freed_memory() -> None:
+    """Let the C library give blocks of a megabyte and more back to the system when they are freed.
+
+    glibc learns to keep blocks of up to 32 MB: a process that fetches weights from others, again and
+    again, would hold several times what it uses at once. This is for the whole process, which a
+    command that trains has for itself. Other C libraries stay as they are.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_TRIM_THRESHOLD, 2**20)
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
+from litlora.ram import return_freed_memory
 from litlora.train.fabric import Fabric
 
 Value = TypeVar("Value")
@@ -187,6 +188,8 @@ class Parallel:
             return {}
         from litlora.train.sharding import shard_base
 
+        if self.device.type == "cpu":
+            return_freed_memory()
         mesh = self._fabric.strategy.device_mesh["data_parallel"]
         return shard_base(objective, stored, mesh, self.device, dtype, trains_base=trains_base)
 
