@@ -178,6 +178,19 @@ class ModelConfig(Facts):
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to ± this (OLMo 1)."""
 
+    attention_gate: bool | None = None
+    """What attention gives is multiplied by a sigmoid that each head's query projection computes
+    beside the query (Qwen3-Next)."""
+    linear_attention_layers: tuple[int, ...] | None = None
+    """Numbers of the layers with linear attention by the gated delta rule (Qwen3-Next)."""
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    """Each key head serves linear_num_value_heads / linear_num_key_heads values."""
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = None
+    """Tokens that the convolution in front of linear attention sees."""
+
     num_experts: int | None = None
     """Mixture of experts: MLPs in each layer, of which a router picks some for each token."""
     num_experts_per_tok: int | None = None
@@ -199,6 +212,7 @@ class ModelConfig(Facts):
             elif type(value) is tuple:
                 self._check_layers(field.name, value)
         self._check_attention()
+        self._check_linear_attention()
         self._check_experts()
         self._check_blocks()
         if self.rope_scaling is not None:
@@ -227,6 +241,21 @@ class ModelConfig(Facts):
                 f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an "
                 "even number"
             )
+
+    def _check_linear_attention(self) -> None:
+        names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+        sizes = [getattr(self, f"linear_{name}") for name in names]
+        if not self.linear_attention_layers:
+            return
+        if None in sizes:
+            raise CheckpointError(f"linear_{names[sizes.index(None)]} missing: linear attention needs it")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise CheckpointError(
+                f"linear_num_value_heads ({self.linear_num_value_heads}) is not a multiple of "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+        if self.linear_conv_kernel_dim < 2:
+            raise CheckpointError("linear_conv_kernel_dim must be at least 2")
 
     def _check_experts(self) -> None:
         sizes = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
@@ -283,13 +312,23 @@ class ModelConfig(Facts):
         """Tokens that a layer sees, the current one included; None if it sees all of them."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    @property
+    def linear_channels(self) -> int:
+        """Queries, keys and values of linear attention: what its convolution runs over."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer has linear attention."""
+        return layer in (self.linear_attention_layers or ())
+
     def cached(self, layer: int) -> tuple[int, int, int]:
         """(heads, width of a key, width of a value): what a layer keeps of each token."""
         return self.num_key_value_heads, self.head_dim, self.head_dim
 
     def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
         """Base and scaling of a layer's rotary frequencies; None if the layer has none."""
-        if self.positions == "learned" or layer in self.layers_without_rope:
+        if self.positions == "learned" or layer in self.layers_without_rope or self.is_linear(layer):
             return None
         if self.window(layer) is not None and self.rope_local_base_freq is not None:
             return self.rope_local_base_freq, None

@@ -214,6 +214,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.7},
         },
     ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {**GROUPED, **EXPERTS, "num_hidden_layers": 4, "head_dim": 16, "shared_expert_intermediate_size": 40}
+        | {"mlp_only_layers": [1], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    ),
 }
 
 
@@ -228,7 +234,8 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
-            is_norm &= not name.startswith(("gemma", "nemotron"))
+            plus_one = name.startswith(("gemma", "nemotron", "qwen3-next"))
+            is_norm &= not plus_one or "linear_attn" in parameter_name
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
     return model
 

@@ -22,7 +22,8 @@ class Attention(nn.Module):
         self.softcap = config.attn_logit_softcapping
         self.clip = config.clip_qkv
         H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, H * self.head_dim, bias=bias)
+        self.gated = bool(config.attention_gate)
+        self.q_proj = nn.Linear(config.hidden_size, H * self.head_dim * (1 + self.gated), bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
         output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
@@ -39,6 +40,9 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         B, T, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        gate = None
+        if self.gated:  # each head's query, and then its gate
+            q, gate = (part.flatten(2) for part in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         if self.norm_all_heads:
@@ -66,4 +70,7 @@ class Attention(nn.Module):
             y = self.packed_attention(
                 q, k, v, context.pack, scale=self.scale, window=self.window, softcap=self.softcap
             )
-        return project(pick(y.transpose(1, 2).reshape(B, T, -1), context.positions), self.o_proj)[0]
+        y = pick(y.transpose(1, 2).reshape(B, T, -1), context.positions)
+        if gate is not None:
+            y = y * pick(gate, context.positions).sigmoid()
+        return project(y, self.o_proj)[0]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from litlora.config import ModelConfig
 from litlora.model.attention import Attention
 from litlora.model.context import Context, pick
+from litlora.model.delta_net import DeltaNet
 from litlora.model.experts import MixtureOfExperts
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
@@ -22,7 +23,11 @@ class Block(nn.Module):
         # The names are those of the families: where only inputs are normalised, the norm of the
         # MLP's input is called post_attention_layernorm.
         self.input_layernorm = nn.Identity() if self.norm_position == "after" else make_norm(config)
-        self.self_attn = Attention(config, layer)
+        self.is_linear = config.is_linear(layer)
+        if self.is_linear:
+            self.linear_attn = DeltaNet(config, layer)
+        else:
+            self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.Identity() if self.shared_norm else make_norm(config)
         if self.norm_position != "before":
             self.pre_feedforward_layernorm = (
@@ -35,7 +40,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         normed = self.input_layernorm(x)
-        attended = self._scaled(self.self_attn(normed, context))
+        attention = self.linear_attn if self.is_linear else self.self_attn
+        attended = self._scaled(attention(normed, context))
         x = pick(x, context.positions)
         if self.parallel:
             normed = pick(normed, context.positions)

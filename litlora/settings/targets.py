@@ -24,6 +24,8 @@ def in_preset(name: str, preset: str) -> bool:
     leaf = name.rpartition(".")[2]
     if preset == "experts":
         return _EXPERTS.fullmatch(name) is not None
+    if preset == "attention" and ".linear_attn." in name:
+        return True
     return leaf != OUTPUT_HEAD if preset == "all-linear" else leaf in _SUFFIXES[preset]
 
 

@@ -31,14 +31,18 @@ def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
     computes it again. Names stay the same.
 
     Attention over a pack is not compiled: its loop over the lengths would be compiled anew for every
-    pack. Nor is dequantising, whose memory is shared by all layers.
+    pack. Nor is linear attention, which loops over chunks of the tokens; nor is dequantising, whose
+    memory is shared by all layers.
     """
     for weight in stored_weights(model).values():
         if isinstance(weight, QuantizedWeight):
             weight.values = torch.compiler.disable(weight.values)
     attention = torch.compiler.disable(packed_attention)
     for block in model.blocks:
-        block.self_attn.packed_attention = attention
+        if block.is_linear:
+            block.linear_attn.forward = torch.compiler.disable(block.linear_attn.forward)
+        else:
+            block.self_attn.packed_attention = attention
         # The block is compiled inside of what computes it again, since the compiler skips what it
         # cannot compile in one piece.
         forward = torch.compile(type(block).forward.__get__(block), dynamic=True)

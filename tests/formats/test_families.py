@@ -83,7 +83,9 @@ def test_several_tokens_behind_a_past_see_what_they_should(name, folder):
     model = open_model(folder(name)[0])
     ids = torch.randint(SIZES["vocab_size"], (2, TOKENS))
     with torch.no_grad():
-        assert (in_pieces(model, ids, [4, 7, 1, 1, 12, 5]) - model(ids)).abs().max() <= 1e-5
+        difference = (in_pieces(model, ids, [4, 7, 1, 1, 12, 5]) - model(ids)).abs().max()
+    # Chunks of other tokens round differently: tests/test_delta_net.py compares them in float64.
+    assert difference <= (1e-4 if name == "qwen3-next" else 1e-5)
 
 
 @pytest.mark.parametrize("name", [*STEADY[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in LATE)])
@@ -104,7 +106,7 @@ def test_packed_sequences_equal_separate_ones(name, folder):
     [
         pytest.param(name, marks=() if name == "granite" else pytest.mark.slow)
         for name in LATE
-        if name != "olmoe"
+        if name not in ("olmoe", "qwen3-next")
     ],
 )
 def test_gradients_are_the_slope_of_the_loss(name, folder):
@@ -181,7 +183,7 @@ def test_presets_mean_the_same_in_every_family():
         linears = [part for part, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         chosen = {preset: select_layers(model, preset) for preset in ("attention", "mlp", "all-linear", "qv")}
         assert sorted(chosen["attention"] + chosen["mlp"] + ["lm_head"]) == sorted(linears), name
-        assert all(".self_attn." in layer for layer in chosen["attention"]), name
+        assert all(re.search(r"\.(self|linear)_attn\.", layer) for layer in chosen["attention"]), name
         assert chosen["all-linear"] == [layer for layer in linears if layer != "lm_head"], name
         assert set(chosen["qv"]) < set(chosen["attention"]), name
         if model.config.num_experts is None:
@@ -318,7 +320,6 @@ def test_what_is_not_covered_is_refused_by_name(values, message, tmp_path):
 
 WHAT_IS_MISSING = {
     "qwen3_5": "an image encoder, and its language model needs linear attention",
-    "qwen3_next": "linear attention .gated delta rule. and gated attention",
     "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
     "granitemoe": "a reader of its fused experts",
     "lfm2": "short convolutions",

@@ -22,6 +22,10 @@ _SIZES = {
     "n_layer": 4,
     "n_head": 4,
     "n_positions": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 """By all the names that the families have for them."""
 

@@ -87,7 +87,6 @@ NEEDS = {
     "qwen2_5_omni_text": _GRID,
     "qwen3_5_moe_text": f"{_DELTA}, and {_GRID}",
     "qwen3_5_text": f"{_DELTA}, and {_GRID}",
-    "qwen3_next": _DELTA,
     "qwen3_omni_moe_text": f"{_GRID}, and a reader of its experts",
     "qwen3_vl_moe_text": f"{_GRID}, and a reader of its experts",
     "recurrent_gemma": "recurrent layers (RG-LRU)",

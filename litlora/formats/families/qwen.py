@@ -30,7 +30,7 @@ def read_qwen2_moe(c: HFConfig) -> dict[str, Any]:
     return {
         **common_fields(c),
         **window_fields(c, _window(c), lambda layer: layer % 2 == 0 and layer < last),
-        **_expert_fields(c),
+        **expert_fields(c),
         "shared_expert_intermediate_size": c.need("shared_expert_intermediate_size"),
         "attention_bias": bias,
         "attention_output_bias": False if bias else None,
@@ -40,7 +40,7 @@ def read_qwen2_moe(c: HFConfig) -> dict[str, Any]:
 def write_qwen2_moe(config: ModelConfig) -> dict[str, Any]:
     return {
         **optional_window_settings(config),
-        **_expert_settings(config),
+        **expert_settings(config),
         "qkv_bias": config.attention_bias,
     }
 
@@ -63,7 +63,7 @@ def read_qwen3_moe(c: HFConfig) -> dict[str, Any]:
     return {
         **common_fields(c),
         **window_fields(c.replace(layer_types=None), _window(c), lambda layer: True),
-        **_expert_fields(c),
+        **expert_fields(c),
         "attention_bias": c.get("attention_bias", False),
         "qk_norm": "head",
     }
@@ -72,7 +72,7 @@ def read_qwen3_moe(c: HFConfig) -> dict[str, Any]:
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
     return {
         **optional_window_settings(config),
-        **_expert_settings(config),
+        **expert_settings(config),
         "attention_bias": config.attention_bias,
     }
 
@@ -81,7 +81,7 @@ def _window(c: HFConfig) -> int | None:
     return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
 
 
-def _expert_fields(c: HFConfig) -> dict[str, Any]:
+def expert_fields(c: HFConfig) -> dict[str, Any]:
     """The fields of the experts: every decoder_sparse_step-th layer has them, except those listed
     in mlp_only_layers."""
     step, plain = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or []
@@ -94,7 +94,7 @@ def _expert_fields(c: HFConfig) -> dict[str, Any]:
     }
 
 
-def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+def expert_settings(config: ModelConfig) -> dict[str, Any]:
     return {
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,

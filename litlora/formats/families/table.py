@@ -1,6 +1,6 @@
 """The families that are covered. Torch-free."""
 
-from litlora.formats.families import gemma, gpt, interleaved, llama, near_llama, qwen
+from litlora.formats.families import gemma, gpt, interleaved, llama, near_llama, qwen, qwen_next
 from litlora.formats.families.hf_config import Family
 
 _NOT_FALCON = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps")
@@ -57,6 +57,7 @@ FAMILIES = {
     "ministral": Family("MinistralForCausalLM", near_llama.read_ministral, near_llama.write_ministral),
     "ministral3": Family("Ministral3ForCausalLM", near_llama.read_ministral3, near_llama.write_ministral3,
                          ("rope_theta", "rope_scaling")),
+    "qwen3_next": Family("Qwen3NextForCausalLM", qwen_next.read_qwen3_next, qwen_next.write_qwen3_next),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
