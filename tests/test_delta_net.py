@@ -1,13 +1,20 @@
 """Linear attention by the gated delta rule: chunks against the plain recurrence, packs against
 separate sequences, the cache, all in float64."""
 
+import shutil
+
 import pytest
 import torch
+from families import save_folder
+from safetensors.torch import load_file, save_file
 
+from litlora.checkpoint import open_checkpoint
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.families.example import example_config
+from litlora.formats.layout import PREDICTORS
 from litlora.kernels.delta_rule import causal_convolution, chunked_delta_rule, recurrent_delta_rule
+from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT, KVCache
 
@@ -119,3 +126,39 @@ def test_the_cache_changes_nothing(sizes):
 def test_facts_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
         dense(**changes)
+
+
+def test_weights_that_predict_ahead_are_named(tmp_path):
+    """transformers does not read them either."""
+    save_folder("qwen3-next", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, f"{PREDICTORS}fc.weight": torch.ones(500, 500)}, file, {"format": "pt"})
+    source = open_checkpoint(tmp_path)
+    assert len(source.tensors) >= len(tensors) and not any("mtp" in name for name in source.tensors)
+    [notice] = source.notices
+    assert "predict several tokens ahead (mtp.*, 1.0 MB) are not used" in notice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"], ["--stream_base", "true"]])
+def test_train_and_convert(more, tmp_path, tokenizer_dir, alpaca_file, forked):
+    """transformers gives the logits of what chat loads."""
+    from transformers import AutoModelForCausalLM
+
+    base, run, back = tmp_path / "base", tmp_path / "run", tmp_path / "back"
+    save_folder("qwen3-next", base, vocab_size=400, max_position_embeddings=256)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, base)
+    data = ["--data", "JSON", "--data.path", alpaca_file, "--train.max_steps", 2, "--precision", "32-true"]
+    data += ["--train.max_seq_length", 60, "--checkpoint_dir", base, "--prompt_style", "plain", *more]
+    data += ["--lora.targets", "all-linear", "--train.learning_rate", 0.01]
+    forked.succeeds("finetune/lora.py", "--out_dir", run, *data, cwd=tmp_path)
+    words = ["--checkpoint_dir", run / "final", "--out_dir", back]
+    forked.succeeds("scripts/convert_lit_checkpoint.py", *words, cwd=tmp_path)
+    ids = torch.randint(300, (1, 30))
+    theirs = AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected, before = load(run / "final").model(ids), load(base).model(ids)
+        assert (theirs(ids).logits - expected).abs().max() <= 1e-4
+    assert (expected - before).abs().max() > 1e-3

@@ -105,8 +105,13 @@ def test_architectures(changes, make_checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "gemma2", "qwen2-moe"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in ("gpt2", "phi3", "gemma2", "qwen2-moe", "qwen3-next")),
+        *((family, torch.bfloat16) for family in ("gpt2", "phi3", "gemma2", "qwen2-moe")),
+    ],
+)
 def test_families_that_fuse_or_transpose(family, dtype, tmp_path, tokenizer_dir):
     save_folder(family, tmp_path / "folder")
     for file in tokenizer_dir.iterdir():

@@ -33,6 +33,8 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|m
 """Entries of old files that are not weights: rotary frequencies and causal masks, which are
 computed here."""
 
+PREDICTORS = "mtp."
+"""What the names of weights begin with that predict several tokens ahead (Qwen3-Next)."""
 
 CONSTANTS = {"beta": 0.5, "eps": -1e-6}
 """What is stored beside the weights of the activation xIELU, and is the same in every model."""

@@ -56,7 +56,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 LATE = ("olmo3", "olmoe", "exaone4", "starcoder2", "granite", "cohere2", "glm", "glm4", "ernie4-5")
-LATE += ("nemotron", "hunyuan", "apertus", "arcee", "helium", "ministral3", "seed-oss")
+LATE += ("nemotron", "hunyuan", "apertus", "arcee", "helium", "ministral3", "seed-oss", "qwen3-next")
 
 
 def of_family(name: str) -> Any:
@@ -137,6 +137,10 @@ CASES |= {
         },
     ),
     "qwen2_moe": ("qwen2_moe", {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "o_proj"]}),
+    "qwen3_next": (
+        "qwen3-next",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]},
+    ),
     "phi3": (
         "phi3",
         {
