@@ -188,6 +188,9 @@ class ModelConfig(Facts):
     """Each key head serves linear_num_value_heads / linear_num_key_heads values."""
     linear_key_head_dim: int | None = None
     linear_value_head_dim: int | None = None
+    linear_split: bool | None = None
+    """Linear attention has four input projections (Qwen 3.5), not two whose rows are grouped by key
+    head (Qwen3-Next)."""
     linear_conv_kernel_dim: int | None = None
     """Tokens that the convolution in front of linear attention sees."""
 

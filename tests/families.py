@@ -220,6 +220,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mlp_only_layers": [1], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
         | {"linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
+    "qwen3-5": (
+        "Qwen3_5TextConfig",
+        {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    ),
 }
 
 
@@ -234,7 +239,7 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
-            plus_one = name.startswith(("gemma", "nemotron", "qwen3-next"))
+            plus_one = name.startswith(("gemma", "nemotron", "qwen3-next", "qwen3-5"))
             is_norm &= not plus_one or "linear_attn" in parameter_name
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
     return model
@@ -318,6 +323,18 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "intermediate_size": 24,
             "out_hidden_size": 32,
             "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5Config",
+        FAMILIES["qwen3-5"][1]
+        | {"rope_parameters": {**QWEN3_GRID, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+        {
+            **VISUAL,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
             "num_position_embeddings": 16,
         },
     ),

@@ -102,7 +102,7 @@ def _without_predictors(
     kind: str, tensors: dict[str, Tensor | Quantized]
 ) -> tuple[dict[str, Tensor | Quantized], int]:
     """(the tensors without those that predict several tokens ahead, the bytes of these)."""
-    if kind != "qwen3_next":
+    if kind not in ("qwen3_next", "qwen3_5_text"):
         return tensors, 0
     ahead = {name: tensor for name, tensor in tensors.items() if name.startswith(PREDICTORS)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in ahead}

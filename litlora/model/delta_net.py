@@ -20,7 +20,8 @@ class DeltaNet(nn.Module):
     """Mixes tokens through a state of a fixed size, which each token reads and changes.
 
     The names are those of the family: in_proj_qkvz gives queries, keys, values and gates of the
-    output; in_proj_ba how fast the state learns and decays.
+    output; in_proj_ba how fast the state learns and decays. Qwen 3.5 has in_proj_qkv, in_proj_z,
+    in_proj_b and in_proj_a instead.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -36,8 +37,12 @@ class DeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.A_log = nn.Parameter(torch.zeros(self.value_heads))
         self.norm = RMSNorm(self.value_dim, config.norm_eps)
-        self.in_proj_qkvz = nn.Linear(C, channels + values, bias=False)
-        self.in_proj_ba = nn.Linear(C, 2 * self.value_heads, bias=False)
+        self.split = bool(config.linear_split)
+        sizes = {"qkvz": channels + values, "ba": 2 * self.value_heads}
+        if self.split:
+            sizes = {"qkv": channels, "z": values, "b": self.value_heads, "a": self.value_heads}
+        for name, size in sizes.items():
+            self.add_module(f"in_proj_{name}", nn.Linear(C, size, bias=False))
         self.out_proj = nn.Linear(values, C, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -66,7 +71,13 @@ class DeltaNet(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, T, C) -> queries, keys and values (B, T, channels); gates (B, T, H, V); what decay and
-        rate are made of, (B, T, H) each. Their rows are grouped by key head."""
+        rate are made of, (B, T, H) each."""
+        if self.split:
+            mixed, gate, rate, slow = project(
+                x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+            )
+            return mixed, gate.unflatten(-1, (self.value_heads, self.value_dim)), slow, rate
+        # Their rows are grouped by key head.
         qkvz, ba = project(x, self.in_proj_qkvz, self.in_proj_ba)
         each = self.value_heads // self.key_heads
         values = each * self.value_dim

@@ -47,6 +47,13 @@ def open_model(directory: Path) -> GPT:
     return GPT.from_tensors(source.config, source.tensors).eval()
 
 
+def limit(name: str) -> float:
+    """What logits may differ by. Outputs of linear attention are normalised, which magnifies the
+    rounding of small ones, and chunks of other tokens round differently: tests/test_delta_net.py
+    compares them in float64."""
+    return 1e-4 if name in ("qwen3-next", "qwen3-5") else 1e-5
+
+
 @torch.no_grad()
 def in_pieces(model: GPT, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     cache = KVCache(model.config, len(ids), ids.size(1), dtype=torch.float32, device=ids.device)
@@ -60,7 +67,7 @@ def test_logits_equal_those_of_transformers(name, folder):
     with torch.no_grad():
         expected, logits = theirs(ids).logits, open_model(directory)(ids)
     assert expected.abs().max() > 0.3  # there is something to compare
-    assert (logits - expected).abs().max() <= 1e-5
+    assert (logits - expected).abs().max() <= limit(name)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -73,7 +80,9 @@ def test_token_by_token_equals_transformers(name, folder):
             step = theirs(token[:, None], past_key_values=past, use_cache=True)
             past = step.past_key_values
             expected.append(step.logits)
-    assert (in_pieces(open_model(directory), ids, [1] * TOKENS) - torch.cat(expected, 1)).abs().max() <= 1e-5
+    assert (
+        in_pieces(open_model(directory), ids, [1] * TOKENS) - torch.cat(expected, 1)
+    ).abs().max() <= limit(name)
 
 
 @pytest.mark.parametrize("name", STEADY)
@@ -84,8 +93,7 @@ def test_several_tokens_behind_a_past_see_what_they_should(name, folder):
     ids = torch.randint(SIZES["vocab_size"], (2, TOKENS))
     with torch.no_grad():
         difference = (in_pieces(model, ids, [4, 7, 1, 1, 12, 5]) - model(ids)).abs().max()
-    # Chunks of other tokens round differently: tests/test_delta_net.py compares them in float64.
-    assert difference <= (1e-4 if name == "qwen3-next" else 1e-5)
+    assert difference <= limit(name)
 
 
 @pytest.mark.parametrize("name", [*STEADY[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in LATE)])
@@ -97,7 +105,7 @@ def test_packed_sequences_equal_separate_ones(name, folder):
     with torch.no_grad():
         packed = model.logits(model.model(torch.cat(sequences, dim=1), lengths=lengths))
         separate = torch.cat([model(sequence) for sequence in sequences], dim=1)
-    assert (packed - separate).abs().max() <= 1e-5
+    assert (packed - separate).abs().max() <= limit(name)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +327,6 @@ def test_what_is_not_covered_is_refused_by_name(values, message, tmp_path):
 
 
 WHAT_IS_MISSING = {
-    "qwen3_5": "an image encoder, and its language model needs linear attention",
     "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
     "granitemoe": "a reader of its fused experts",
     "lfm2": "short convolutions",

@@ -184,7 +184,7 @@ def test_a_full_fine_tune_keeps_the_other_parts(folder, tmp_path, alpaca_file, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen3_vl", "qwen3_5", "smolvlm"])
 def test_peft_gives_the_same_logits_with_the_exported_adapter(name, folder, tmp_path, alpaca_file, forked):
     """On the multimodal class; the image encoder, whose layers have the same last names, gets none."""
     from peft import PeftModel

@@ -56,7 +56,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 LATE = ("olmo3", "olmoe", "exaone4", "starcoder2", "granite", "cohere2", "glm", "glm4", "ernie4-5")
-LATE += ("nemotron", "hunyuan", "apertus", "arcee", "helium", "ministral3", "seed-oss", "qwen3-next")
+LATE += (
+    "nemotron",
+    "hunyuan",
+    "apertus",
+    "arcee",
+    "helium",
+    "ministral3",
+    "seed-oss",
+    "qwen3-next",
+    "qwen3-5",
+)
 
 
 def of_family(name: str) -> Any:

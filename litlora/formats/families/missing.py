@@ -11,7 +11,6 @@ from litlora.frozen.methods import METHODS, method_of
 
 _LATENT = "multi-head latent attention"
 _STATE_SPACE = "state-space layers"
-_DELTA = "linear attention (gated delta rule) and gated attention"
 _CODE = "its own remote code, which is never run"
 _GEMMA4 = "norms of the values, layers with different head sizes, and in some models per-layer embeddings"
 _GRID = "rotary embeddings over time, height and width"
@@ -85,8 +84,7 @@ NEEDS = {
     "phi4_multimodal": "image and audio encoders",
     "phimoe": "its router (sparsemixer) and layer norms with experts",
     "qwen2_5_omni_text": _GRID,
-    "qwen3_5_moe_text": f"{_DELTA}, and {_GRID}",
-    "qwen3_5_text": f"{_DELTA}, and {_GRID}",
+    "qwen3_5_moe_text": "a reader of its fused experts",
     "qwen3_omni_moe_text": f"{_GRID}, and a reader of its experts",
     "qwen3_vl_moe_text": f"{_GRID}, and a reader of its experts",
     "recurrent_gemma": "recurrent layers (RG-LRU)",

@@ -77,6 +77,7 @@ MULTIMODAL = {
     "qwen2_5_vl": Multimodal("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", _QWEN,
                              flat=True),
     "qwen3_vl": Multimodal("Qwen3VLForConditionalGeneration", "qwen3_vl_text", (_NEW,)),
+    "qwen3_5": Multimodal("Qwen3_5ForConditionalGeneration", "qwen3_5_text", (_NEW,)),
 }
 # fmt: on
 """By the `model_type` of the whole."""

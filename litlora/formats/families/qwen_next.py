@@ -1,4 +1,4 @@
-"""Qwen3-Next: linear attention by the gated delta rule in most layers. Torch-free."""
+"""Qwen3-Next and Qwen 3.5: linear attention by the gated delta rule in most layers. Torch-free."""
 
 from typing import Any
 
@@ -28,6 +28,24 @@ def read_qwen3_next(c: HFConfig) -> dict[str, Any]:
         "attention_bias": c.get("attention_bias", False),
         "attention_gate": True,
     }
+
+
+def read_qwen3_5(c: HFConfig) -> dict[str, Any]:
+    linear = _linear_fields(c)
+    return {
+        **common_fields(c, head_dim=256, partial=0.25),
+        **linear,
+        "linear_split": True if linear else None,
+        "norm": "rmsnorm_plus_one",
+        "qk_norm": "head",
+        "attention_bias": c.get("attention_bias", False),
+        "attention_gate": True,
+    }
+
+
+def write_qwen3_5(config: ModelConfig) -> dict[str, Any]:
+    experts = expert_settings(config)
+    return {name: value for name, value in write_qwen3_next(config).items() if name not in experts}
 
 
 def write_qwen3_next(config: ModelConfig) -> dict[str, Any]:

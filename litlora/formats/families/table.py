@@ -58,6 +58,7 @@ FAMILIES = {
     "ministral3": Family("Ministral3ForCausalLM", near_llama.read_ministral3, near_llama.write_ministral3,
                          ("rope_theta", "rope_scaling")),
     "qwen3_next": Family("Qwen3NextForCausalLM", qwen_next.read_qwen3_next, qwen_next.write_qwen3_next),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
