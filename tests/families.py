@@ -223,7 +223,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-5": (
         "Qwen3_5TextConfig",
         {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}
-        | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+        | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
 }
 

@@ -351,7 +351,9 @@ def test_every_architecture_of_transformers_is_read_or_refused_with_what_is_miss
             read = read_config({**values, "architectures": [architecture]})[0]
         except CheckpointError as error:
             reasons[kind] = str(error)
-            refused = rf"architecture '{architecture}' \(model_type '.+'\) is not covered: it needs \w.*; "
+            refused = rf"architecture '{architecture}' \(model_type '.+'\) is not covered: "
+            # transformers reads the text of a multimodal folder under this name as well
+            refused += "it needs \\w.*; " if kind != "qwen3_5" else "of the family qwen3_5 only Qwen3_5For"
             assert re.match(refused, reasons[kind]) and "\n" not in reasons[kind], kind
             assert kind not in COVERED, reasons[kind]
         else:
