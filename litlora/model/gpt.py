@@ -156,9 +156,11 @@ class GPT(nn.Module):
     @property
     def shares_tokens(self) -> bool:
         """Whether sequences that begin alike can share these tokens: not where the rotation of a token
-        depends on the length of its sequence."""
+        depends on the length of its sequence, nor in linear attention, whose state is a sequence's."""
         scaling = self.config.rope_scaling
-        return scaling is None or scaling.rope_type not in ("dynamic", "longrope")
+        if scaling is not None and scaling.rope_type in ("dynamic", "longrope"):
+            return False
+        return not self.config.linear_attention_layers
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for one sequence of at most so many tokens."""

@@ -12,6 +12,7 @@ from trl_said import ALONE, CPU, answer, model_of, trl_said
 from litlora.config import RopeScaling
 from litlora.data.pairs import PairExample
 from litlora.errors import UserError
+from litlora.formats.families.example import example_config
 from litlora.lora import add_lora
 from litlora.model import GPT
 from litlora.settings import LoRAConfig, PreferenceConfig, TrainConfig
@@ -234,3 +235,9 @@ def test_shared_prompts_in_bf16_keep_to_the_precision():
     model.float()
     expected, _ = objective(objective.batch(pairs, CPU))
     torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0)
+
+
+def test_linear_attention_shares_nothing():
+    model = GPT(example_config("qwen3_5_text"))
+    objective = Preference(model, TrainConfig(), preference=PreferenceConfig(loss="orpo"))
+    assert objective.batch(random_pairs(), CPU).batch.shared is None
