@@ -142,7 +142,9 @@ def test_wrong_values_of_every_option(script, forked, sound):
         )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=pytest.mark.slow) if s in SHARED_OPTIONS else s for s in SCRIPTS]
+)
 def test_wrong_paths_of_every_option(script, forked, sound):
     for field in dataclasses.fields(SCRIPTS[script]):
         if field.name in ("checkpoint_dir", "base_checkpoint_dir", "lora_path", "teacher"):

@@ -85,7 +85,6 @@ def test_other_tokens_are_refused_with_the_first_difference(make_checkpoint, for
         (("--teacher", "nowhere"), "nowhere"),
         (("--teacher", QUICKSTART, "--distill.top_k", 0), "--distill.top_k 0: must be at least 1"),
         (("--teacher", QUICKSTART, "--tokenizer.add_tokens", "auto"), "--teacher does not know new tokens"),
-        (("--teacher", QUICKSTART, "--devices", 2, "--strategy", "fsdp"), "the teacher is not divided"),
         (("--teacher", QUICKSTART, "--out_dir", QUICKSTART, "--overwrite", "true"), "quickstart"),
     ],
 )

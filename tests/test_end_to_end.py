@@ -165,6 +165,7 @@ def test_ones_own_data_and_the_real_tokenizer(tmp_path):
     assert re.search(r"data: \d+ examples left out: their prompts alone fill 200 tokens", done.stdout)
 
 
+@pytest.mark.slow
 def test_two_devices_learn_what_one_does(adapter, tmp_path):
     _, one = adapter
     done = succeeds(

@@ -64,14 +64,16 @@ def test_the_figures_are_those_of_a_real_model():
 
 
 def test_a_config_alone_is_enough(forked, tmp_path):
-    words = ("--memory", QUICKSTART / "model_config.yaml", "--seq", "256")
+    words = ("--memory", QUICKSTART / "model_config.yaml", "--seq", "16")
     said = forked.succeeds("scripts/list_models.py", *words, cwd=tmp_path).splitlines()
     assert said[0].startswith("MiB on one device, rank 16") and [line.split()[0] for line in said[3:6]] == [
         "LoRA",
         "QLoRA",
         "full",
     ]
-    found = json.loads(forked.succeeds("scripts/list_models.py", QUICKSTART, "--json", cwd=tmp_path))
+    found = json.loads(
+        forked.succeeds("scripts/list_models.py", QUICKSTART, "--seq", "8", "--json", cwd=tmp_path)
+    )
     assert found[0]["weights"] == 2 * 1_894_080
     config = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "max_position_embeddings": 64, "model_type": "mixtral"}

@@ -20,6 +20,10 @@ from litlora.settings import MergeLoRA
 
 IDS = torch.arange(40).view(2, 20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ONE_FAST = [
+    torch.bfloat16,
+    *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES if dtype != torch.bfloat16),
+]
 VARIANTS = {
     "all linear": {},
     "query and value": {"targets": "qv", "rank": 4, "alpha": 3},
@@ -74,7 +78,7 @@ def test_merged_equals_live(tmp_path, make_checkpoint, dtype, variant, tied):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_FAST, ids=str)
 def test_a_chain_equals_merging_one_by_one(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype)
     first = write_adapter(tmp_path / "first", base, modules_to_save=["norm"])
@@ -194,7 +198,7 @@ def test_large_layers_are_computed_some_rows_at_a_time(monkeypatch):
 # ---- undone
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_FAST, ids=str)
 def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype, num_hidden_layers=1)
     adapters = [
@@ -231,7 +235,9 @@ def test_a_thousand_cycles_and_swapped_adapters_leave_no_drift(tmp_path, make_ch
 # ---- rounding
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_in_the_mean(dtype):
     tiny = torch.finfo(dtype).smallest_normal
     values = torch.cat(

@@ -19,7 +19,7 @@ def said_by(code: str, *words: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "script", ["finetune/lora.py", pytest.param("finetune/full.py", marks=pytest.mark.slow)]
+    "script", [pytest.param(s, marks=pytest.mark.slow) for s in ("finetune/lora.py", "finetune/full.py")]
 )
 def test_a_run_that_compiles_nothing_imports_no_compiler(script, tmp_path):
     run = (

@@ -85,6 +85,7 @@ def test_a_full_run_of_a_bf16_base_resumes_from_the_weights_it_trains(run, make_
     assert same(out, expected)
 
 
+@pytest.mark.slow
 def test_what_was_measured_at_the_start_is_not_measured_again(
     run, make_checkpoint, tmp_path, monkeypatch, capsys
 ):
