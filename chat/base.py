@@ -126,9 +126,12 @@ def talk(session: "ChatSession") -> None:
 
 def answer(session: "ChatSession", question: str) -> None:
     """Stream one answer to the terminal."""
+    from litlora.serve.terminal import keeping_input
+
     try:
-        for piece in session.ask(question):
-            print(piece, end="", flush=True)
+        with keeping_input():
+            for piece in session.ask(question):
+                print(piece, end="", flush=True)
         if session.notice:
             print(f"\n({one_line(session.notice)})", end="")
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """Questions from whoever sits at the terminal, or from a pipe. Torch-free."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 PROMPT = ">>> "
 
@@ -14,10 +15,39 @@ def question_reader() -> Callable[[], str]:
     lines is one question; the history lasts as long as the chat. Elsewhere each line is a question.
     A byte that is not text becomes a surrogate, which `ChatSession.ask` refuses by question.
     """
-    if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
+    if _at_terminal():
         return _line_editor()
     sys.stdin.reconfigure(errors="surrogateescape")  # the default depends on the locale
     return lambda: input(PROMPT)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+
+
+@contextmanager
+def keeping_input() -> Iterator[None]:
+    """While an answer is shown at a terminal: what is typed or pasted meanwhile waits, unseen and whole,
+    for the next prompt, as if it were typed there. Ctrl-C interrupts as ever, and drops it."""
+    if not _at_terminal():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    waiting = termios.tcgetattr(sys.stdin)
+    waiting[0] &= ~termios.ICRNL  # Enter as the line editor gets it
+    waiting[3] &= ~(termios.ICANON | termios.ECHO)
+    screen = sys.stdout if sys.stdout.isatty() else sys.stderr
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, waiting)
+    screen.write("\x1b[?2004h")  # mark the beginning and the end of a paste
+    screen.flush()
+    try:
+        yield
+    finally:
+        screen.write("\x1b[?2004l")
+        screen.flush()
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _line_editor() -> Callable[[], str]:

@@ -1,6 +1,7 @@
 """What is typed, pasted or piped reaches the model as it was meant: on a real terminal (a pty) and
 through a pipe."""
 
+import fcntl
 import os
 import pty
 import select
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 
 import pytest
 from conftest import QUICKSTART, REPO
@@ -18,12 +20,18 @@ from litlora.serve.conversation import ChatSession
 from litlora.serve.engine import Engine, Sampling
 
 ECHO = """
-import runpy, sys
+import runpy, sys, time
+from pathlib import Path
 talk = runpy.run_path("chat/base.py")["talk"]
 
 class Echo:
     notice = None
     def ask(self, question):
+        if question == "slow":
+            yield "[begun]"
+            sys.stdin.flush()
+            while not Path(sys.argv[1]).exists():
+                time.sleep(0.01)
         yield f"[asked {ascii(question)}]"
     def clear(self):
         print("[cleared]")
@@ -47,9 +55,15 @@ class Terminal:
         self._process = subprocess.Popen(
             [sys.executable, *map(str, words)], stdin=terminal, stdout=terminal, stderr=terminal,
             start_new_session=True, cwd=REPO, env=environment,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
         )  # fmt: skip
-        os.close(terminal)
+        self._terminal = terminal
         self._seen = ""
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed, as it did before the program."""
+        return bool(termios.tcgetattr(self._terminal)[3] & termios.ECHO)
 
     def expect(self, text: str) -> str:
         """What is shown up to `text`, which is then done with."""
@@ -60,12 +74,14 @@ class Terminal:
         before, _, self._seen = self._seen.partition(text)
         return before
 
-    def send(self, keys: str | bytes) -> None:
-        """Type at the prompt."""
+    def send(self, keys: str | bytes, until: Callable[[], object] | None = None) -> None:
+        """Type at the prompt. Where the terminal takes no more for now, call `until`."""
         left = keys if isinstance(keys, bytes) else keys.encode()
         while left:
             _, ready, _ = select.select([], [self._main], [], 0.05)
             left = left[os.write(self._main, left[:256]) :] if ready else left
+            if not ready and until is not None:
+                until()
             self._read(0)  # a program that cannot print does not read either
 
     def asked(self, keys: str | bytes) -> str:
@@ -87,6 +103,7 @@ class Terminal:
         self._process.kill()
         self._process.wait()
         os.close(self._main)
+        os.close(self._terminal)
 
     def _read(self, seconds: float) -> None:
         try:
@@ -139,6 +156,45 @@ def test_a_long_paste_arrives_whole(echo):
     assert echo.asked(paste(long)) == ascii(long)
     long = long[:4499]
     assert echo.asked(long) == ascii(long), "by a terminal that does not mark pastes"
+
+
+@pytest.mark.parametrize("size", [3, 9000], ids=["short", "long"])
+def test_what_is_pasted_while_an_answer_streams_is_the_next_question(start, tmp_path, size):
+    go = tmp_path / "go"
+    chat = start("-c", ECHO, go)
+    chat.send("slow\r")
+    chat.expect("[begun]")
+    pasted = "\n".join("x" * (size // 3) for _ in range(3))
+    chat.send(paste(pasted), until=None if size < 4000 else go.touch)
+    go.touch()
+    assert "x" not in chat.expect("[asked 'slow']")
+    chat.expect(">>>")
+    assert chat.asked(" and more") == ascii(pasted + " and more")
+    chat.send(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_what_is_typed_while_an_answer_streams_is_asked_after_it(start, tmp_path):
+    chat = start("-c", ECHO, tmp_path / "go")
+    chat.send("slow\r")
+    chat.expect("[begun]")
+    chat.send("one\rtwo")
+    (tmp_path / "go").touch()
+    chat.expect("[asked 'slow']")
+    chat.expect("[asked 'one']")
+    assert chat.asked("!") == "'two!'"
+
+
+def test_ctrl_c_stops_an_answer_and_leaves_the_terminal_as_it_was(start, tmp_path):
+    chat = start("-c", ECHO, tmp_path / "go")
+    chat.send("slow\r")
+    chat.expect("[begun]")
+    chat.send(CTRL_C)
+    chat.expect("(stopped)")
+    chat.expect(">>>")
+    assert chat.asked("next") == "'next'"
+    chat.send(CTRL_D)
+    assert chat.status() == 0 and chat.echoes
 
 
 def test_a_command_is_not_a_question(echo):
