@@ -36,6 +36,8 @@ class AnswerBatch(NamedTuple):
     """(n, k): learned tokens of the answers."""
     reference: Tensor
     """(n, k): the log-probabilities of the answers before training; 0 if they are not known."""
+    apart: Batch
+    """The answers, each with a prompt of its own."""
 
 
 class AnswerObjective(Objective):
@@ -98,13 +100,10 @@ class AnswerObjective(Objective):
         owners = torch.arange(len(answers)).repeat_interleave(num_tokens)
         unknown = (0.0,) * self.num_answers
         reference = torch.tensor([example.reference or unknown for example in examples], device=device)
-        shared = None
-        if self.shares_prompts:
-            batch = sharing(batch, self.num_answers)
-            shared = Shared(*(tensor.to(device) for tensor in batch.shared))
-        tensors = (tensor.to(device) for tensor in (batch.input_ids, batch.positions, batch.targets))
+        apart = _on(device, batch)
+        batch = _on(device, sharing(batch, self.num_answers)) if self.shares_prompts else apart
         counts = num_tokens.view(-1, self.num_answers).to(device)
-        return AnswerBatch(Batch(*tensors, batch.lengths, shared), owners.to(device), counts, reference)
+        return AnswerBatch(batch, owners.to(device), counts, reference, apart)
 
     @property
     def shares_prompts(self) -> bool:
@@ -114,7 +113,7 @@ class AnswerObjective(Objective):
         return can and self.num_answers > 1 and not noise
 
     def text(self, batch: AnswerBatch) -> Batch:
-        return batch.batch
+        return batch.apart
 
     def log_probs(self, batch: AnswerBatch) -> Tensor:
         """(n, k): the log-probabilities of the answers."""
@@ -140,3 +139,9 @@ class AnswerObjective(Objective):
 def num_learned(answer: Example) -> int:
     """The number of an answer's tokens."""
     return sum(stop - start for start, stop in answer.learned_spans())
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    tensors = (tensor.to(device) for tensor in (batch.input_ids, batch.positions, batch.targets))
+    shared = None if batch.shared is None else Shared(*(tensor.to(device) for tensor in batch.shared))
+    return Batch(*tensors, batch.lengths, shared)

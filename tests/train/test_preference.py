@@ -203,6 +203,7 @@ def test_answers_that_share_a_prompt_are_those_computed_apart(facts, monkeypatch
         loss, _ = objective(batch)
         model.zero_grad()
         loss.backward()
+        assert objective.text(batch).shared is None
         return batch.batch, loss.detach(), [weight.grad.clone() for weight in model.parameters()]
 
     batch, loss, gradients = computed()
