@@ -16,6 +16,7 @@ losses, one run at a time, interleaved: `--jobs` does not touch them.
 """
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -40,7 +41,7 @@ HELD_OUT = ROOT / "litlora/data/alpaca_sample_heldout.json"
 TOOLS = ("finetune/lora.py", "finetune/full.py", "finetune/dpo.py", "finetune/distill.py")
 LORA, FULL, DPO, DISTILL = TOOLS
 SEEDS = (1, 2, 3)
-TIMED_ROUNDS = 3
+TIMED_ROUNDS, TIMED_STEPS = 3, 20
 MAX_NEW_TOKENS = 48
 NUM_PAIRS = 400
 
@@ -54,6 +55,10 @@ class Method:
     command: str = LORA
     rate: float = 3.1e-3
     """Where the grid of learning rates begins: what `auto` is for the command on this base."""
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"\W+", "-", self.name)
 
     def arguments(self, rate: float, seed: int) -> list[str]:
         return [*self.settings, "--train.learning_rate", f"{rate:.2e}", "--seed", str(seed)]
@@ -184,7 +189,7 @@ class Bench:
         )
 
     def place(self, task: Task, method: Method, rate: float, seed: int) -> Path:
-        return self.directory / task.name / re.sub(r"\W+", "-", method.name) / f"{rate:.2e}-{seed}"
+        return self.directory / task.name / method.folder / f"{rate:.2e}-{seed}"
 
     def best(self, task: Task, method: Method) -> dict[str, Any]:
         """A row of the page: the best rate of the grid, with all seeds."""
@@ -212,20 +217,25 @@ class Bench:
     def speeds(self, task: Task, methods: tuple[Method, ...]) -> dict[str, dict[str, float]]:
         """Tokens a second and peak memory of every method, alone on the machine: medians of
         interleaved rounds."""
-        found: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
-        for _ in range(TIMED_ROUNDS):
-            for method in methods:
-                steps = ["--train.max_steps", "40", "--data.val_fraction", "0"]
-                arguments = [*task.settings, *steps, *method.arguments(method.rate, SEEDS[0])]
-                figures = self.train(method.command, arguments, self.directory / "timed")
-                found[method.name].append(figures)
+        rounds = [[self.timed(task, method, number) for method in methods] for number in range(TIMED_ROUNDS)]
         return {
-            name: {
-                "tokens_per_second": median(run["tokens_per_second"] for run in runs),
-                "memory": median(run["memory"] for run in runs),
+            method.name: {
+                figure: median(run[figure] for run in runs) for figure in ("tokens_per_second", "memory")
             }
-            for name, runs in found.items()
+            for method, *runs in zip(methods, *rounds, strict=True)
         }
+
+    def timed(self, task: Task, method: Method, number: int) -> dict[str, Any]:
+        """The figures of one run of a round, kept as the others are."""
+        kept = self.directory / "timed" / task.name / f"{method.folder}-{number}.json"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            steps = ["--train.max_steps", str(TIMED_STEPS), "--data.val_fraction", "0"]
+            arguments = [*task.settings, *steps, *method.arguments(method.rate, SEEDS[0])]
+            figures = self.train(method.command, arguments, self.directory / "timed/out")
+            kept.write_text(json.dumps(figures), encoding="utf-8")
+            print(f"{task.name} | {method.name} | {figures['tokens_per_second']:,.0f} tokens/s", flush=True)
+        return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def in_fork(compute: Callable[[], Any], kept: Path) -> Any:
@@ -365,30 +375,24 @@ def table(task: Task, rows: list[dict[str, Any]]) -> str:
 
 def measure(bench: Bench) -> dict[str, Any]:
     bench.prepare()
+    for name in ("litlora.load", "litlora.train.run"):  # every fork has them
+        importlib.import_module(name)
     import torch
 
-    import litlora.load
-    import litlora.train.run  # noqa: F401  every fork has them
-
     torch.set_num_threads(1)  # a process with more threads cannot be forked safely
-    tables: dict[str, list[dict[str, Any]]] = {}
+    speeds = {task.name: bench.speeds(task, methods) for task, methods in TABLES}
     with ThreadPoolExecutor(bench.jobs) as pool:
-        rows = {}
-        for task, methods in TABLES:
-            rows[task.name] = [pool.submit(bench.best, task, method) for method in methods]
-        for name, futures in rows.items():
-            tables[name] = [future.result() for future in futures]
-    for task, methods in TABLES:
-        speeds = bench.speeds(task, methods)
-        tables[task.name] = [{**row, **speeds[row["method"]]} for row in tables[task.name]]
-    before = [held_out_loss(bench.places["tuned"], bench.held_out["pairs"])]
-    return {
-        "before_preference": {
-            "loss": before[0],
-            "exact": exact_match(bench.places["tuned"], bench.held_out["pairs"]),
-        },
-        "tables": tables,
-    }
+        rows = {
+            task.name: [pool.submit(bench.best, task, method) for method in methods]
+            for task, methods in TABLES
+        }
+        tables = {
+            name: [{**row, **speeds[name][row["method"]]} for row in (future.result() for future in futures)]
+            for name, futures in rows.items()
+        }
+    start, records = bench.places["tuned"], bench.held_out["pairs"]
+    before = {"loss": held_out_loss(start, records), "exact": exact_match(start, records)}
+    return {"before_preference": before, "tables": tables}
 
 
 def main() -> None:

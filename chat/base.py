@@ -18,6 +18,7 @@ from litlora.settings import Chat
 
 if TYPE_CHECKING:
     from litlora.serve.conversation import ChatSession
+    from litlora.serve.terminal import CtrlC
 
 
 def main(settings: Chat) -> None:
@@ -95,41 +96,50 @@ COMMAND = re.compile(r"/[^\s/]*([^\S\n].*)?")
 
 def talk(session: "ChatSession") -> None:
     """Answer questions from the terminal until its end of input."""
-    from litlora.serve.terminal import question_reader
+    from litlora.serve.terminal import CtrlC, question_reader
 
     read = question_reader()
-    while True:
-        try:
-            typed = read()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D ends)")
-            continue
-        question = typed.strip()
-        if question in ("/exit", "/quit"):
-            return
-        if question in ("/clear", "/reset"):
-            session.clear()
-        elif question == "/help":
-            say(*HELP.splitlines())
-        elif COMMAND.fullmatch(typed.rstrip()):
-            word = one_line(question.split()[0])
-            say(
-                f"error: {word}: no such command; /help lists them, a space before it makes it a question",
-                file=sys.stderr,
-            )
-        elif question:
-            answer(session, question)
+    with CtrlC() as ctrl_c:
+        while True:
+            try:
+                with ctrl_c.stops():
+                    typed = read()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D ends)")
+                continue
+            if not act_on(session, typed, ctrl_c):
+                return
 
 
-def answer(session: "ChatSession", question: str) -> None:
+def act_on(session: "ChatSession", typed: str, ctrl_c: "CtrlC") -> bool:
+    """Do or answer what was typed; returns whether the chat goes on."""
+    question = typed.strip()
+    if question in ("/exit", "/quit"):
+        return False
+    if question in ("/clear", "/reset"):
+        session.clear()
+    elif question == "/help":
+        say(*HELP.splitlines())
+    elif COMMAND.fullmatch(typed.rstrip()):
+        word = one_line(question.split()[0])
+        say(
+            f"error: {word}: no such command; /help lists them, a space before it makes it a question",
+            file=sys.stderr,
+        )
+    elif question:
+        answer(session, question, ctrl_c)
+    return True
+
+
+def answer(session: "ChatSession", question: str, ctrl_c: "CtrlC") -> None:
     """Stream one answer to the terminal."""
     from litlora.serve.terminal import keeping_input
 
     try:
-        with keeping_input():
+        with keeping_input(), ctrl_c.stops():
             for piece in session.ask(question):
                 print(piece, end="", flush=True)
         if session.notice:

@@ -69,7 +69,9 @@ class TransformersConfig:
     def built(self) -> Any:
         """The `PreTrainedConfig`, for reading only. Raises CheckpointError for settings that
         transformers cannot use."""
-        kinds = library().models.auto.configuration_auto.CONFIG_MAPPING
+        library()
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING as kinds
+
         if self.model_type not in kinds:
             raise CheckpointError(f"transformers knows no model_type {self.model_type!r}")
         try:
@@ -146,7 +148,6 @@ def library() -> Any:
         os.environ["USE_HUB_KERNELS"] = "0"
     try:
         import transformers
-        from transformers.models.auto import configuration_auto, modeling_auto  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
             "this architecture is not one of litlora's own, and transformers, through which it would run, "
@@ -159,7 +160,9 @@ def library() -> Any:
 
 def causal_class(kind: str) -> str | None:
     """The class of transformers that AutoModelForCausalLM builds for a model_type; None if none."""
-    names = library().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    library()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
     found = names.get(kind)
     return found[0] if isinstance(found, tuple | list) else found
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from conftest import tiny_config
 
-from litlora.config import ModelConfig
 from litlora.model.experts import MixtureOfExperts
 
 NUM_EXPERTS = 6
@@ -11,15 +11,8 @@ NUM_EXPERTS = 6
 
 def make_experts(num_picked: int, *, shared: int | None = None) -> MixtureOfExperts:
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=8,
+    config = tiny_config(
         hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=8,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=num_picked,
         moe_intermediate_size=12,

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, tiny_config
 
-from litlora.config import ModelConfig
 from litlora.data.batches import Batch
 from litlora.formats.families import FAMILIES
 from litlora.formats.families.multimodal import MULTIMODAL
@@ -19,16 +18,7 @@ from litlora.train.memory import saved_bytes
 from litlora.train.objective import SFT
 
 QUICKSTART = REPO / "checkpoints/litlora/quickstart"
-SMALL = ModelConfig(
-    vocab_size=300,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-)
+SMALL = tiny_config(num_hidden_layers=3)
 
 
 def test_every_family_is_listed_with_what_the_presets_adapt(forked, tmp_path):

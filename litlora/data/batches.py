@@ -227,21 +227,17 @@ def sharing(batch: Batch, group: int) -> Batch:
     """A pack in which the examples of each group, so many in a row, share the tokens that all of them
     begin with."""
     ids, copies, kept = batch.input_ids[0], [], []
-    start = 0
+    start = computed = 0
     for first in range(0, len(batch.lengths), group):
-        sequences = ids[start : start + sum(batch.lengths[first : first + group])].split(
-            batch.lengths[first : first + group]
-        )
+        lengths = batch.lengths[first : first + group]
+        sequences = ids[start : start + sum(lengths)].split(lengths)
         common = _common(sequences)
-        for number, sequence in enumerate(sequences):
-            own = common if number else 0  # the first brings the tokens that they share
-            place = sum(map(len, kept))
-            if number == 0:
-                shared = torch.arange(place, place + common)
-            kept.append(torch.arange(start + own, start + len(sequence)))
-            beyond = place + common if number == 0 else place
-            copies += [shared, torch.arange(beyond, beyond + len(sequence) - common)]
-            start += len(sequence)
+        shared = torch.arange(computed, computed + common)
+        for number, length in enumerate(lengths):
+            known = common if number else 0  # the first brings the tokens that they share
+            kept.append(torch.arange(start + known, start + length))
+            copies += [shared, torch.arange(computed + common - known, computed + length - known)]
+            start, computed = start + length, computed + length - known
     copies, kept = torch.cat(copies), torch.cat(kept)
     return Batch(ids[kept][None], copies[batch.positions], batch.targets, batch.lengths, Shared(copies, kept))
 

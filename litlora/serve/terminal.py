@@ -1,5 +1,6 @@
 """Questions from whoever sits at the terminal, or from a pipe. Torch-free."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,35 @@ def question_reader() -> Callable[[], str]:
         return _line_editor()
     sys.stdin.reconfigure(errors="surrogateescape")  # the default depends on the locale
     return lambda: input(PROMPT)
+
+
+class CtrlC:
+    """Ctrl-C in a chat: one KeyboardInterrupt inside `with ctrl_c.stops():`, and nothing elsewhere, so
+    that a second one, or one between two questions, does not end the program. It is the process's
+    handler of SIGINT from the beginning of `with CtrlC() as ctrl_c:` to its end."""
+
+    def __init__(self) -> None:
+        self._stops = False
+
+    def __enter__(self) -> "CtrlC":
+        self._before = signal.signal(signal.SIGINT, self._received)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def stops(self) -> Iterator[None]:
+        self._stops = True
+        try:
+            yield
+        finally:
+            self._stops = False
+
+    def _received(self, *signal_and_frame: object) -> None:
+        if self._stops:
+            self._stops = False
+            raise KeyboardInterrupt
 
 
 def _at_terminal() -> bool:

@@ -25,6 +25,7 @@ _MOMENTS = 2
 
 
 _FEW = 256
+"""Tokens of the vocabulary that are enough to count what is kept."""
 
 
 @dataclass(frozen=True)

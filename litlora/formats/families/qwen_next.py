@@ -19,23 +19,22 @@ _SIZES = {
 
 def read_qwen3_next(c: HFConfig) -> dict[str, Any]:
     return {
-        **common_fields(c, head_dim=256, partial=0.25),
-        **_linear_fields(c),
+        **_hybrid_fields(c),
         **expert_fields(c.replace(norm_topk_prob=c.get("norm_topk_prob", True))),
         "shared_expert_intermediate_size": c.need("shared_expert_intermediate_size"),
-        "norm": "rmsnorm_plus_one",
-        "qk_norm": "head",
-        "attention_bias": c.get("attention_bias", False),
-        "attention_gate": True,
     }
 
 
 def read_qwen3_5(c: HFConfig) -> dict[str, Any]:
-    linear = _linear_fields(c)
+    fields = _hybrid_fields(c)
+    return {**fields, "linear_split": True if "linear_attention_layers" in fields else None}
+
+
+def _hybrid_fields(c: HFConfig) -> dict[str, Any]:
+    """What both have."""
     return {
         **common_fields(c, head_dim=256, partial=0.25),
-        **linear,
-        "linear_split": True if linear else None,
+        **_linear_fields(c),
         "norm": "rmsnorm_plus_one",
         "qk_norm": "head",
         "attention_bias": c.get("attention_bias", False),
