@@ -380,16 +380,16 @@ def measure(bench: Bench) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)  # a process with more threads cannot be forked safely
-    speeds = {task.name: bench.speeds(task, methods) for task, methods in TABLES}
     with ThreadPoolExecutor(bench.jobs) as pool:
         rows = {
             task.name: [pool.submit(bench.best, task, method) for method in methods]
             for task, methods in TABLES
         }
-        tables = {
-            name: [{**row, **speeds[name][row["method"]]} for row in (future.result() for future in futures)]
-            for name, futures in rows.items()
-        }
+        losses = {name: [future.result() for future in futures] for name, futures in rows.items()}
+    tables = {}
+    for task, methods in TABLES:
+        speeds = bench.speeds(task, methods)
+        tables[task.name] = [{**row, **speeds[row["method"]]} for row in losses[task.name]]
     start, records = bench.places["tuned"], bench.held_out["pairs"]
     before = {"loss": held_out_loss(start, records), "exact": exact_match(start, records)}
     return {"before_preference": before, "tables": tables}

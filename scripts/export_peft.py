@@ -62,25 +62,18 @@ def main(settings: ExportPEFT) -> None:
 
     (chain,) = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
     _check_single(chain)
-    if settings.format == "mlx" and not isinstance(chain.config, ModelConfig):
-        raise UserError(
-            f"--format mlx: {chain.base.directory} runs through transformers, whose names are not mlx-lm's"
-        )
-    if settings.format == "mlx" and chain.top.needs_quantised:
-        raise UserError(
-            f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its "
-            "base lost, and mlx-lm has no base of these bits; export the merged model"
-        )
+    if settings.format == "mlx":
+        _check_for_mlx(chain)
     check_finite(chain.top.tensors, chain.top.file)
     for notice in chain.notices:
         say(f"note: {notice}")
     base = chain.base
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
-    tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name, base.parts)
     if settings.format == "mlx":
-        _write_mlx(out_dir, *to_mlx(tensors, config, chain.config.num_hidden_layers))
+        _write_mlx(out_dir, *to_mlx(chain.top, family, chain.config, base.tensors, base_name))
         return
+    tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name, base.parts)
     with replacing_directory(out_dir) as staging:
         write_peft(staging, tensors, config)
         for file in find_sidecars([chain.top.directory]):
@@ -177,6 +170,23 @@ def _name_stops(staging: Path, chain: "Chain") -> list[str]:
     if added or (staging / GENERATION_FILE).is_file():
         name_stops(staging, list(dict.fromkeys([*theirs, *stops])))
     return [tokenizer.token(stop) for stop in added]
+
+
+def _check_for_mlx(chain: "Chain") -> None:
+    """Raise UserError for a base that mlx-lm does not have."""
+    where = chain.base.directory
+    if not isinstance(chain.config, ModelConfig):
+        raise UserError(f"--format mlx: {where} runs through transformers, whose names are not mlx-lm's")
+    if chain.base.parts is not None:
+        raise UserError(
+            f"--format mlx: {where} is multimodal, and mlx-lm calls the layers of such a model by names of "
+            "its own; merge the adapter and convert the merged model"
+        )
+    if chain.top.needs_quantised:
+        raise UserError(
+            f"--format mlx: {chain.top.file} was started by LoftQ, which makes up for what quantising its "
+            "base lost, and mlx-lm has no base of these bits; export the merged model"
+        )
 
 
 def _write_mlx(out_dir: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:

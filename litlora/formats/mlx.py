@@ -25,8 +25,8 @@ from litlora.storage.patterns import ByPattern
 from litlora.storage.tensors import open_tensors
 from litlora.storage.untrusted import read_json_object
 
-_SWITCH = ".switch_mlp."
-_MIXTRALS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+SWITCH = ".switch_mlp."
+MIXTRALS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 """What mlx-lm calls Mixtral's layers, and what PEFT does."""
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings")
 _ANOTHER_WAY = "fuse it with mlx_lm.fuse, and use the model that it writes"
@@ -54,7 +54,7 @@ def as_peft(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if part == "m":
             tensors[f"{PREFIX}{module}.{MAGNITUDE}"] = tensor
             continue
-        is_expert = _SWITCH in module and tensor.ndim == 3
+        is_expert = SWITCH in module and tensor.ndim == 3
         axis = 1 if part == "lora_a" else 2 if is_expert else 0
         if (tensor.ndim != 2 and not is_expert) or tensor.size(axis) != rank:
             raise CheckpointError(
@@ -79,8 +79,8 @@ def as_peft(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _experts(module: str, count: int) -> list[str]:
     """What PEFT calls the layers of single experts that `switch_mlp` holds as one."""
-    place, _, leaf = module.partition(_SWITCH)
-    leaf = _MIXTRALS.get(leaf, leaf) if place.endswith("block_sparse_moe") else leaf
+    place, _, leaf = module.partition(SWITCH)
+    leaf = MIXTRALS.get(leaf, leaf) if place.endswith("block_sparse_moe") else leaf
     return [f"{place}.experts.{expert}.{leaf}" for expert in range(count)]
 
 

@@ -117,7 +117,7 @@ class _Found:
 
     def add_update(self, module: str, rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
         """The update of one module of theirs."""
-        rank, scale, A, B = _join(rule, adapter, base)
+        rank, scale, A, B = join(rule, adapter, base)
         self._set_strength(module, rank, scale, adapter)
         key, is_embedding = PREFIX + module, rule.ours[0].rpartition(".")[2].startswith("embed_")
         if is_embedding and _is_dora(adapter):
@@ -126,7 +126,7 @@ class _Found:
                 "merge the adapter and export the merged model"
             )
         if _is_dora(adapter):
-            self.tensors[f"{key}.{MAGNITUDE}"] = _magnitude(rule, adapter, base)
+            self.tensors[f"{key}.{MAGNITUDE}"] = magnitude(rule, adapter, base)
         if is_embedding:
             self.tensors |= {f"{key}.lora_embedding_A": B.T, f"{key}.lora_embedding_B": A.T}
         else:
@@ -142,7 +142,7 @@ class _Found:
                 "adapter and export the merged model"
             )
         for name in sorted(name for name in names if _IN_EXPERTS not in name):
-            rank, scale, A, B = _join(Rule(name, (name,)), adapter, base)
+            rank, scale, A, B = join(Rule(name, (name,)), adapter, base)
             self._add_parameter(f"{name}.weight", f"{PREFIX}{name}", (rank, scale, A, B), adapter)
         for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
             experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
@@ -236,7 +236,7 @@ def _is_dora(adapter: Adapter) -> bool:
     return adapter.config.variant == "dora"
 
 
-def _magnitude(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> Tensor:
+def magnitude(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> Tensor:
     """The magnitudes of one module of theirs. A part without an update has the lengths of its rows."""
     parts = []
     for member in rule.ours:
@@ -297,7 +297,7 @@ def _groups(
     return groups
 
 
-def _join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int, float, Tensor, Tensor]:
+def join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int, float, Tensor, Tensor]:
     """(rank, scale, A, B) of one update that equals those of the members, each on its own rows.
 
     Members that share one A share its rows; any other member has its own rows of A and columns of
@@ -330,7 +330,7 @@ def _join_experts(
     """(rank, scale, A, B) of one parameter of a layer's experts: a rule for each. An expert of a
     smaller rank, or without an update, is filled up with zeros."""
     pairs = [
-        _join(rule, adapter, base) if any(name in adapter.updates for name in rule.ours) else None
+        join(rule, adapter, base) if any(name in adapter.updates for name in rule.ours) else None
         for rule in rules
     ]
     first = next(pair for pair in pairs if pair is not None)

@@ -224,9 +224,63 @@ def test_an_adapter_is_exported_with_one_rank_and_one_scale(base, tmp_path):
         torch.testing.assert_close(merged[name], wanted[name], rtol=1e-5, atol=1e-5)
 
 
+def export(own, tmp_path) -> dict:
+    """What export_peft writes, and that it merges to what the adapter does; its config."""
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "exported"]
+    succeeds("scripts/export_peft.py", *words)
+    found, wanted = (merge_chain(resolve(path))[0] for path in (tmp_path / "exported", own))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+    return json.loads((tmp_path / "exported/adapter_config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "first"), [("lora", "embed_tokens"), ("dora", "q_proj")])
+def test_embeddings_and_dora_are_exported(variant, first, tmp_path):
+    make_base(tmp_path / "base", tie_word_embeddings=False)
+    config = LoRAConfig(rank=4, alpha=8, targets=[first, "lm_head", "down_proj"], variant=variant)
+    stated = export(random_adapter(tmp_path / "own", tmp_path / "base", config), tmp_path)
+    name = "model.embed_tokens" if variant == "lora" else "self_attn.q_proj"
+    assert sorted(stated["lora_parameters"]["keys"]) == sorted(["lm_head", "mlp.down_proj", name])
+    assert stated["fine_tune_type"] == variant
+
+
+@pytest.mark.slow
+def test_what_a_tied_head_shares_decides_whether_it_is_exported(tmp_path):
+    """What mlx-lm reads as both is written back; an update of the embedding alone is another thing."""
+    base, rows = make_base(tmp_path / "base", tie_word_embeddings=True), "model.embed_tokens"
+    tokens, width = base[f"{rows}.weight"].shape
+    write_mlx(
+        tmp_path, {f"{rows}.lora_a": torch.randn(tokens, 4), f"{rows}.lora_b": torch.randn(4, width)}, "lora"
+    )
+    assert export(tmp_path / "mlx", tmp_path)["lora_parameters"]["keys"] == [rows]
+    config = LoRAConfig(rank=4, alpha=8, targets=["embed_tokens"])
+    own = random_adapter(tmp_path / "own", tmp_path / "base", config)
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "not"]
+    assert "the output head of this base has the embedding's update" in fails(
+        "scripts/export_peft.py", *words
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_experts_are_exported(family, tmp_path):
+    settings = MOE | {"num_experts": 3} if family == "qwen2_moe" else {"num_local_experts": 3}
+    make_base(tmp_path / "base", family, **settings)
+    targets = ["model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp.experts.2.up_proj", "v_proj"]
+    config = LoRAConfig(rank=4, alpha=8, targets=targets, rank_pattern={targets[0]: 2})
+    stated = export(random_adapter(tmp_path / "own", tmp_path / "base", config), tmp_path)
+    place = "mlp" if family == "qwen2_moe" else "block_sparse_moe"
+    assert f"{place}.switch_mlp.up_proj" in stated["lora_parameters"]["keys"]
+    stored = load_file(tmp_path / "exported/adapters.safetensors")
+    a, b = (stored[f"model.layers.1.{place}.switch_mlp.up_proj.lora_{part}"] for part in "ab")
+    assert a.shape[:2] == (3, 4) and b.shape[2] == 4 and not b[1].any() and b[2].any()
+
+
 def test_what_mlx_cannot_hold_is_not_exported(base, tmp_path):
     config = LoRAConfig(rank=2, alpha=2, targets=["q_proj"], modules_to_save=["model.norm"])
     own = random_adapter(tmp_path / "own", base, config)
     words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
-    assert "an MLX folder holds only LoRA of linear layers" in fails("scripts/export_peft.py", *words)
+    assert "an MLX folder holds only LoRA and DoRA of the layers" in fails("scripts/export_peft.py", *words)
     assert not (tmp_path / "mlx").exists()
