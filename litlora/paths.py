@@ -50,6 +50,12 @@ def is_checkpoint(directory: Path) -> bool:
         return True
 
 
+def stands_for_directory(path: Path) -> bool:
+    """Whether a path means a checkpoint directory, by its own name or that of the weights in it; any
+    other file stands for itself."""
+    return not path.is_file() or path.name in formats.NAMED_FILES or path.suffix == ".gguf"
+
+
 def checkpoint_dir(path: str | Path) -> Path:
     """The checkpoint directory at `path`, which may name the weights' file in it. Raises
     CheckpointError if there is none, and for a part of it that is not a file: it would be taken for

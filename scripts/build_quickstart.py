@@ -210,7 +210,7 @@ def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
     import torch.nn.functional as F
     from tokenizers import Tokenizer
 
-    from litlora.checkpoint import full_meta, write_checkpoint
+    from litlora.checkpoint import write_full
     from litlora.config import ModelConfig
     from litlora.model import GPT
 
@@ -246,7 +246,7 @@ def train_base(facts: Facts, directory: Path, plan: Plan) -> None:
             optimizer.step()
         if step % 100 == 0 or step == plan.steps - 1:
             print(f"step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
-    write_checkpoint(directory, dict(model.named_parameters()), full_meta(), config, sidecars_from=directory)
+    write_full(directory, dict(model.named_parameters()), config, sidecars_from=[directory])
 
 
 def main() -> None:

@@ -13,15 +13,15 @@ import json
 from functools import partial
 from pathlib import Path
 
-from litlora import cli, formats
+from litlora import cli
 from litlora.console import say
-from litlora.paths import checkpoint_dir
+from litlora.paths import checkpoint_dir, stands_for_directory
 from litlora.settings import InspectCheckpoint
 
 
 def main(settings: InspectCheckpoint) -> None:
     path = Path(settings.checkpoint_dir)
-    if not path.is_file() or path.name in formats.NAMED_FILES:
+    if stands_for_directory(path):
         path = checkpoint_dir(path)
     base_dir = checkpoint_dir(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
 

@@ -202,3 +202,8 @@ def test_safetensors_are_preferred_and_the_index_comes_first():
     assert needed_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
         *("adapter_config.json", "adapter_model.safetensors")
     ]
+
+
+def test_a_name_that_is_left_out_is_asked_for_with_an_example():
+    said = fails("scripts/download.py")
+    assert said.startswith("error: --repo_id: required, as in: python scripts/download.py --repo_id Eleuther")

@@ -5,10 +5,14 @@ import importlib
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPO, succeeds
+
+from litlora.checkpoint import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 build_quickstart = importlib.import_module("build_quickstart")
@@ -133,3 +137,14 @@ def test_quickstart_checkpoint_is_small():
     files = [path for path in build_quickstart.CHECKPOINT_DIR.rglob("*") if path.is_file()]
     assert {"lit_model.pth", "model_config.yaml", "tokenizer.json"} <= {path.name for path in files}
     assert sum(path.stat().st_size for path in files) <= 8_000_000
+
+
+@pytest.mark.slow
+def test_the_base_is_built_and_answers(tmp_path):
+    words = ["--checkpoint_dir", str(tmp_path / "base"), "--steps", "2", "--threads", "1"]
+    subprocess.run([sys.executable, str(REPO / "scripts/build_quickstart.py"), *words], check=True)
+    model = open_checkpoint(tmp_path / "base")
+    assert model.tensors.keys() == open_checkpoint(build_quickstart.CHECKPOINT_DIR).tensors.keys()
+    tokenizer = (tmp_path / "base/tokenizer.json").read_bytes()
+    assert tokenizer == (build_quickstart.CHECKPOINT_DIR / "tokenizer.json").read_bytes()
+    succeeds("chat/base.py", "--checkpoint_dir", tmp_path / "base", "--prompt", "Hi", "--max_new_tokens", 2)

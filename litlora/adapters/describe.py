@@ -22,7 +22,7 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.dense import DenseUpdate
 from litlora.model import shorten
-from litlora.paths import checkpoint_dir, is_checkpoint
+from litlora.paths import checkpoint_dir, is_checkpoint, stands_for_directory
 from litlora.prompts import STYLE_FILE
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import check_finite
@@ -39,7 +39,7 @@ def describe(
 ) -> Description:
     """Describe a checkpoint directory, or a LoRA file of another tool. Raises CheckpointError for
     anything else. `option` spells the settings that a problem names, see `UserError`."""
-    if path.is_file() and path.name not in formats.NAMED_FILES:
+    if not stands_for_directory(path):
         return _of_outline(path, read_lora(path, allow_unknown=True).outline(), [])
     directory = checkpoint_dir(path)
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,10 @@ EXPLANATIONS: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
         r"\1: needs a value; one that begins with - as \1=VALUE",
     ),
     # settings without a default
-    (r"the following arguments are required: (.+)", lambda found: f"{_options(found[1])}: required"),
+    (
+        r"the following arguments are required: (.+)",
+        lambda found: f"{_options(found[1])}: required{_example()}",
+    ),
     # `--source`, the beginning of several options
     (r"^ambiguous option: (\S+) could match (.+)", r"\1: could match \2"),
     (r'^Invalid option "(.*)" for --print_config', r"--print_config=\1: no such flag"),
@@ -81,6 +85,13 @@ def explain(error: Exception, types: Mapping[str, Any], config: str, sources: It
 def _options(names: str) -> str:
     """`rank, alpha` as the options that they are."""
     return ", ".join(f"--{name}" for name in names.split(", "))
+
+
+def _example() -> str:
+    """`, as in python scripts/download.py ...`: the first command in the running script's docstring."""
+    text = sys.modules["__main__"].__doc__ or ""
+    found = re.search(r"^ *(python (?:.|\n)+?)(?=\n\n|\n *python|\Z)", text, re.MULTILINE)
+    return f", as in: {' '.join(found[1].replace(chr(92), ' ').split())}" if found else ""
 
 
 def did_you_mean(option: str, types: Mapping[str, Any]) -> str:

@@ -109,6 +109,10 @@ def open_gguf(file: Path) -> FullModel:
     return FullModel(file.parent, file, ours, config).checked()
 
 
+_SAID = ("GGUF", "Sorry", "Bad", "Invalid", "Unknown", "Found")
+"""How the package's own messages begin."""
+
+
 def _reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
@@ -118,10 +122,12 @@ def _reader(file: Path) -> Any:
         ) from None
     try:
         return GGUFReader(file)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{file}: not a usable GGUF file: {' '.join(str(error).split())[:200]}; copy it again"
-        ) from None
+    except ValueError as error:  # in the package's own words, or in numpy's
+        reason = " ".join(str(error).split())[:200] if str(error).startswith(_SAID) else ""
+    except (IndexError, KeyError, TypeError, OverflowError):
+        reason = ""
+    reason = reason or f"it ends too early, or is no GGUF file ({file.stat().st_size:,} bytes)"
+    raise CheckpointError(f"{file}: not a usable GGUF file: {reason}; copy it again")
 
 
 # ---- settings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import succeeds
+from conftest import fails, succeeds
 from families import save_folder
 from safetensors.torch import load_file
 
@@ -142,6 +142,11 @@ def test_every_command_takes_a_file(tmp_path, tokenizer_dir, alpaca_file):
     assert "Q8_0" in said["dtypes"]
 
 
+def cut_short(file: Path) -> Path:
+    file.write_bytes(b"GGUF")
+    return file
+
+
 def test_damaged_files_are_refused_in_one_line(tmp_path):
     place = tmp_path / "gguf"
     place.mkdir()
@@ -152,8 +157,10 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
         file.write_bytes(whole[:size])
         with pytest.raises(
             CheckpointError, match="model.gguf: .*(not a usable GGUF file|the end of the file)"
-        ):
+        ) as refused:
             open_checkpoint(place)
+        assert "axis" not in str(refused.value), "numpy's words"
+    assert "not a usable GGUF file" in fails("scripts/inspect_checkpoint.py", cut_short(tmp_path / "a.gguf"))
     file.write_bytes(whole.replace(b"blk.0.attn_q.weight", b"blk.0.attn_Q.weight"))
     with pytest.raises(CheckpointError, match="attn_Q.weight, which the architecture does not have"):
         open_checkpoint(place)
