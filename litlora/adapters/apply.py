@@ -67,7 +67,8 @@ def match(
             if not parts:
                 unmatched.append(f"{lora.path}: {addition.key}: the model has no such tensor")
                 continue
-            if lora.config is not None and not is_parameter(f"{key}.weight", lora.config):
+            is_peft = lora.config is not None or addition.key.startswith(PEFT_PREFIX)
+            if is_peft and not is_parameter(f"{key}.weight", lora.config or {}):
                 addition = _oriented(addition, parts[0].tensor, model, lora)
             if misfit := _misfit(addition, parts, model):
                 unmatched.append(misfit)

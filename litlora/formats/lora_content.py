@@ -166,7 +166,13 @@ class Content:
         if self.config is not None or self.header.adapters or self.alphas:
             return []
         ranks = {module: update.rank for module, update in updates.items() if update.rank is not None}
-        return check_understood(self.file, self.header, ranks)
+        said = check_understood(self.file, self.header, ranks)
+        if any(module.startswith(peft.PREFIX) for module in self.layers):
+            said.append(
+                f"{self.file}: its names are PEFT's, which keeps alpha in {PEFT_CONFIG_FILE}, and none lies "
+                "beside it; its scale is taken to be 1"
+            )
+        return said
 
     def update(self, module: str) -> Update | DenseUpdate:
         """What one module's tensors add to its weight. Raises CheckpointError if they do not form an

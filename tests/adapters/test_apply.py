@@ -320,6 +320,23 @@ def test_a_square_weight_that_nothing_tells_about_is_refused(tmp_path, shapes, s
         from_peft(tmp_path, factors, zeros(shapes), stated)
 
 
+def test_a_peft_file_without_its_config_is_turned_as_well_and_its_scale_is_said(tmp_path):
+    """Only the square layers of GPT-2: no shape of theirs tells."""
+    up, down = pair(8)
+    keys = {"lora_A": down, "lora_B": up}
+    tensors = {f"base_model.model.h.0.attn.c_proj.{part}.weight": tensor for part, tensor in keys.items()}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    lora = read_lora(tmp_path / "bare.safetensors")
+    assert (
+        "keeps alpha in adapter_config.json" in lora.notices[0]
+        and "scale is taken to be 1" in lora.notices[0]
+    )
+    [addition] = match([(lora, 1.0)], zeros(GPT2))[0]["h.0.attn.c_proj.weight"]
+    assert addition.value.kind == "conv1d"
+    with pytest.raises(CheckpointError, match="is square, and neither"):
+        match([(lora, 1.0)], zeros({"h.0.attn.c_proj": (8, 8)}))
+
+
 def from_peft(
     tmp_path: Path, factors: dict[str, tuple[Tensor, Tensor]], model: dict[str, Tensor], stated: bool
 ) -> dict[str, Tensor]:
