@@ -81,7 +81,6 @@ class Task:
 
 TUNING = (
     Method("full fine-tuning", (), FULL, 3.1e-4),
-    Method("full, muon", ("--train.optimizer", "muon"), FULL, 3.1e-4),
     Method("lora (the default)"),
     Method("lora, qv only", ("--lora.targets", "qv")),
     Method("lora, rank 64", ("--lora.rank", "64")),
@@ -98,6 +97,7 @@ TUNING = (
     Method("QLoRA, int8", ("--quantize", "int8")),
     Method("QLoRA, fp8", ("--quantize", "fp8")),
     Method("distillation", ("--teacher", "{teacher}"), DISTILL),
+    Method("full, muon", ("--train.optimizer", "muon"), FULL, 3.1e-4),
 )
 PREFERENCES = tuple(
     Method(loss, ("--preference.loss", loss, "--checkpoint_dir", "{tuned}"), DPO, 9.4e-4)

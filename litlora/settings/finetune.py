@@ -162,7 +162,6 @@ class Finetune:
         for name, instead in (
             ("auto_batch", f"set {setting('micro_batch_tokens')}"),
             ("compile", f"leave {setting('compile')} out"),
-            ("offload_activations", f"use {setting('checkpoint_activations')} full"),
         ):
             check(
                 not getattr(self.train, name),

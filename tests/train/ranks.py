@@ -5,8 +5,8 @@
 with tests and tests/train on the import path.
 
 CASES is JSON: a list of {"name", "strategy", "method", "dtype", "train", "quantize"}, the last only for
-a base in few bits. Rank 0 writes DIR/NAME.pth:
-what trained, the validation loss, the bytes that each rank held, and how often ranks exchanged something.
+a base in few bits. Rank 0 writes DIR/NAME.pth: what trained, the validation loss, the bytes that each
+rank held and moved to the host, and how often ranks exchanged something.
 """
 
 import json
@@ -28,6 +28,7 @@ from litlora.model import GPT
 from litlora.report.sinks import Sinks
 from litlora.settings import TrainConfig
 from litlora.storage import torch_file
+from litlora.train import activations
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
@@ -73,7 +74,11 @@ def train(parallel, case, directory):
     if lora:
         add_lora(model, LoRAConfig(), dtype)
     config = TrainConfig(**{**TRAIN, **case["train"]})
-    objective = SFT(model, config)
+    contexts, moved = [], []
+    if config.offload_activations:
+        contexts.append(lambda: activations.offloading(model))
+        activations.to_host = lambda tensor: moved.append(tensor.nbytes) or tensor.clone()
+    objective = SFT(model, config, contexts)
     if parallel.is_sharded:
         parallel.shard(objective, stored, dtype, trains_base=not lora)
     trainer = Trainer(
@@ -91,10 +96,12 @@ def train(parallel, case, directory):
         event.name.removeprefix("c10d::") for event in profiler.events() if "c10d::" in event.name
     )
     held = parallel.gather(bytes_held(objective, getattr(trainer.optimizer, "optimizer", trainer.optimizer)))
+    moved = parallel.gather(sum(moved))
     trained = {name: parameter.detach() for name, parameter in objective.trainable().items()}
     with parallel.gathering(trained) as whole:
         if whole is not None:
-            content = {"model": whole, "val_loss": done.val_loss, "held": held, "exchanged": dict(exchanged)}
+            content = {"model": whole, "val_loss": done.val_loss, "held": held, "moved": moved}
+            content["exchanged"] = dict(exchanged)
             torch_file.save(directory / f"{case['name']}.pth", content)
 
 

@@ -159,6 +159,19 @@ def test_more_micro_batches_exchange_no_more_gradients(strategy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_divided_base_moves_its_activations_and_none_of_the_weights_it_fetched(method, tmp_path):
+    same, moved = {"method": method, "dtype": "float64"}, {}
+    plain = ranks(2, tmp_path, [{"name": "plain", "strategy": "fsdp", "train": {}, **same}])["plain"]
+    for strategy in ("ddp", "fsdp"):
+        case = {"name": strategy, "strategy": strategy, "train": {"offload_activations": True}, **same}
+        found = ranks(2, tmp_path, [case])[strategy]
+        moved[strategy] = found["moved"]
+        assert farthest(found["model"], plain["model"]) < 1e-12
+    assert moved["fsdp"] == moved["ddp"] and min(moved["fsdp"]) > 0 and not any(plain["moved"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "count"), [("nf4", 2), ("int8", 4), ("nf4-dq", 2)])
 def test_a_divided_base_in_few_bits_learns_what_a_whole_one_does(quantize, count, tmp_path):
     """QLoRA; and no bit of the base is on two ranks."""
