@@ -14,12 +14,16 @@ from litlora.data.records import FORMS, choose_form
 from litlora.errors import UserError
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+OURS = r"(?:[A-Z_]+=\S+ )*python (?:finetune|chat|scripts)/"
+"""How a command of ours begins, with its environment."""
 COMMANDS = sorted(
     {
-        line.split("  #")[0].split("&& ")[-1].strip()
+        found.split("  #")[0].strip()
         for page in PAGES
         for line in page.read_text().splitlines()
-        if re.match(r" {4,}.*\bpython (finetune|chat|scripts)/", line)
+        for found in re.findall(rf"`({OURS}[^`]+)`|^(?: {{4,}}|)(?:.*&& )?({OURS}.*)", line)
+        for found in found
+        if found
     }
 )
 FORMS_TABLE = (REPO / "docs/data.md").read_text().split("| form | a record |")[1].split("\n\n")[0]
@@ -30,6 +34,15 @@ LINKS = [
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
     if ":" not in link
 ]
+
+
+SAID = [
+    words
+    for line in (REPO / "docs/trouble.md").read_text().splitlines()
+    if line.startswith("| `")
+    for words in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+]
+"""What messages say, in the tables of docs/trouble.md."""
 
 
 def settings_of(script: str, words: list[str], monkeypatch) -> type:
@@ -78,3 +91,10 @@ def test_a_link_leads_somewhere(page, link):
     headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
     assert not heading or heading in slugs
+
+
+def test_what_messages_say_is_in_the_code():
+    code = [file.read_text() for folder in ("litlora", "scripts") for file in (REPO / folder).rglob("*.py")]
+    code = [re.sub(r'"\s*\n\s*f?"', "", text) for text in code]  # a message of several lines
+    assert len(SAID) > 25
+    assert [words for words in SAID if not any(words in text for text in code)] == []

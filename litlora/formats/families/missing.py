@@ -172,7 +172,7 @@ def has_parts(values: dict[str, Any]) -> bool:
 
 def _covered() -> str:
     names = [family.architecture for family in (*FAMILIES.values(), *MULTIMODAL.values())]
-    return f"covered: {', '.join(names[:6])} and {len(names) - 6} more, which README.md lists"
+    return f"covered: {', '.join(names[:6])} and {len(names) - 6} more, which docs/formats.md lists"
 
 
 def _lacks(kind: Any, values: dict[str, Any]) -> str:
