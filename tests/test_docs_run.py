@@ -33,7 +33,7 @@ DIRECTORIES = {
 }
 """What the variables stand for in what a command reads."""
 SHORT = ["--train.max_steps", "2", "--train.global_batch_size", "2", "--data.max_examples", "12"]
-TALK = [{"speaker": "CUSTOMER", "content": "1 + 2?"}, {"speaker": "AGENT", "content": "3"}]
+TALK = [{"speaker": "CUSTOMER", "text": "1 + 2?"}, {"speaker": "AGENT", "text": "3"}]
 RECORDS = {
     "records": {"instruction": "Add them.", "input": "1, 2", "output": "3"},
     "questions": {"question": "1 + 2?", "answer": "3"},
@@ -51,12 +51,13 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, forked) -> Path:
+def place(tmp_path_factory, forked, tokenizer_dir) -> Path:
     """A directory with all that the commands name."""
     directory = tmp_path_factory.mktemp("docs")
     for name in (QUICKSTART, "EleutherAI/pythia-70m"):
         shutil.copytree(REPO / "checkpoints" / QUICKSTART, directory / "checkpoints" / name)
     save_folder("qwen2", directory / "checkpoints/Qwen/Qwen2.5-0.5B")
+    shutil.copytree(tokenizer_dir, directory / "checkpoints/Qwen/Qwen2.5-0.5B", dirs_exist_ok=True)
     write_data(directory)
     base = directory / "checkpoints" / QUICKSTART
     for seed, name in enumerate(("one/final", "two/final", "LORA")):
