@@ -56,8 +56,9 @@ def place(tmp_path_factory, forked, tokenizer_dir) -> Path:
     directory = tmp_path_factory.mktemp("docs")
     for name in (QUICKSTART, "EleutherAI/pythia-70m"):
         shutil.copytree(REPO / "checkpoints" / QUICKSTART, directory / "checkpoints" / name)
-    save_folder("qwen2", directory / "checkpoints/Qwen/Qwen2.5-0.5B", vocab_size=400)
-    shutil.copytree(tokenizer_dir, directory / "checkpoints/Qwen/Qwen2.5-0.5B", dirs_exist_ok=True)
+    qwen = directory / "checkpoints/Qwen/Qwen2.5-0.5B"
+    save_folder("qwen2", qwen, vocab_size=400, max_position_embeddings=512)
+    shutil.copytree(tokenizer_dir, qwen, dirs_exist_ok=True)
     write_data(directory)
     base = directory / "checkpoints" / QUICKSTART
     for seed, name in enumerate(("one/final", "two/final", "LORA")):
