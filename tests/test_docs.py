@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 
 import pytest
@@ -98,3 +99,13 @@ def test_what_messages_say_is_in_the_code():
     code = [re.sub(r'"\s*\n\s*f?"', "", text) for text in code]  # a message of several lines
     assert len(SAID) > 25
     assert [words for words in SAID if not any(words in text for text in code)] == []
+
+
+def test_the_picture_is_drawn_from_its_figures():
+    figures = json.loads((REPO / "benchmarks/learning_rate.json").read_text())
+    drawn = (REPO / "docs/pictures/learning_rate.svg").read_text()
+    assert runpy.run_path(str(REPO / "benchmarks/curves.py"))["drawing"](figures) == drawn
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (REPO / "docs/learning_rate.md").read_text(), re.MULTILINE)
+    tables = {name: re.findall(r"[\d.]+", cells) for name, cells in rows}
+    for name, curve in figures["curves"].items():
+        assert [float(loss) for loss in tables[name]] == [loss for _, loss in curve]
