@@ -69,6 +69,8 @@ def plain_project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None
 
 def project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> tuple[Tensor, ...]:
     """As plain_project. W and b get no gradient: they must be frozen."""
+    if torch.compiler.is_compiling():  # torch 2.11's compiler: see `rms_norm`
+        return tuple(plain_project(x, layers, keep))
     return _Project.apply(x, keep, layers, *_trained(layers))
 
 
@@ -112,6 +114,8 @@ def gated_mlp(
     keep_inner: Tensor | None = None,
 ) -> Tensor:
     """As plain_gated_mlp. Every W and b must be frozen."""
+    if torch.compiler.is_compiling():
+        return plain_gated_mlp(x, gate, up, down, activation, keep, keep_inner)
     layers = [gate, up, down]
     return _GatedMLP.apply(x, keep, keep_inner, activation, layers, *_trained(layers))
 

@@ -155,6 +155,7 @@ class Run:
                 stored_dtype(model),
                 lambda: bf16_speedup(device),
                 trains_base=method.trains_base,
+                device=device,
             )
         self.precision = precision = self.parallel.broadcast(decision)
         self.undivided = list(model.parameters())

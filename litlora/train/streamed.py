@@ -65,7 +65,8 @@ def base_streams(settings: Finetune, method: Method, chain: Chain, parallel: Par
     device = parallel.device
 
     def computes_in(stored: torch.dtype) -> torch.dtype:
-        return decide(settings.precision, stored, lambda: bf16_speedup(device), trains_base=False).dtype
+        asked = settings.precision
+        return decide(asked, stored, lambda: bf16_speedup(device), trains_base=False, device=device).dtype
 
     return bool(parallel.broadcast(streams(settings.stream_base, chain, device, computes_in, hindrance)))
 

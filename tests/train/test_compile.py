@@ -39,7 +39,7 @@ def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler here")
     model = GPT(tiny_config(num_hidden_layers=1)).double()
-    add_lora(model, LoRAConfig(rank=2, targets="qv"), torch.float64)
+    add_lora(model, LoRAConfig(rank=2), torch.float64)
     objective = SFT(model, TrainConfig(packing=packed)).train()
     sizes = ((9, 4), (14, 5, 11), (3, 8, 2, 2))
     batches = [objective.batch(examples(*lengths), torch.device("cpu")) for lengths in sizes]

@@ -60,6 +60,24 @@ def test_auto_is_fast_where_it_may_be_and_rounds_no_base(stored, ratio, trains_b
         assert torch.promote_types(stored, decision.dtype) == decision.dtype
 
 
+@pytest.mark.parametrize(
+    ("stored", "trains_base", "name", "says"),
+    [
+        (torch.bfloat16, False, "bf16-true", "stored in it"),
+        (torch.float16, False, "bf16-true", "rounds the base, which is stored in fp16"),
+        (torch.float32, False, "bf16-mixed", "stays in fp32"),
+        (torch.bfloat16, True, "bf16-mixed", "stored in it"),
+    ],
+)
+def test_a_gpu_with_bf16_computes_in_it(stored, trains_base, name, says, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    asked = {"trains_base": trains_base, "device": torch.device("cuda")}
+    decision = decide("auto", stored, lambda: pytest.fail("measured"), **asked)
+    assert decision.name == name and says in decision.reason
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    assert decide("auto", stored, lambda: 0.5, **asked).name == "32-true", "an old one emulates it"
+
+
 def test_what_was_asked_for_is_not_measured():
     assert (
         decide("bf16-mixed", torch.bfloat16, lambda: pytest.fail("measured"), trains_base=False).name
