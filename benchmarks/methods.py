@@ -97,7 +97,6 @@ TUNING = (
     Method("QLoRA, int8", ("--quantize", "int8")),
     Method("QLoRA, fp8", ("--quantize", "fp8")),
     Method("distillation", ("--teacher", "{teacher}"), DISTILL),
-    Method("full, muon", ("--train.optimizer", "muon"), FULL, 3.1e-4),
 )
 PREFERENCES = tuple(
     Method(loss, ("--preference.loss", loss, "--checkpoint_dir", "{tuned}"), DPO, 9.4e-4)
