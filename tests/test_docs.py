@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+from collections import Counter
 
 import pytest
 from conftest import REPO
@@ -14,19 +15,23 @@ from litlora.data.conversation import Place
 from litlora.data.records import FORMS, choose_form
 from litlora.errors import UserError
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+READMES = REPO / "README.md", REPO / "README.zh-CN.md"
+PAGES = [*READMES, *sorted((REPO / "docs").glob("*.md"))]
 OURS = r"(?:[A-Z_]+=\S+ )*python (?:finetune|chat|scripts)/"
 """How a command of ours begins, with its environment."""
-COMMANDS = sorted(
-    {
-        found.split("  #")[0].strip()
-        for page in PAGES
+
+
+def commands_of(page) -> list[str]:
+    found = (
+        either
         for line in page.read_text().splitlines()
-        for found in re.findall(rf"`({OURS}[^`]+)`|^(?: {{4,}}|)(?:.*&& )?({OURS}.*)", line)
-        for found in found
-        if found
-    }
-)
+        for both in re.findall(rf"`({OURS}[^`]+)`|^(?: {{4,}}|)(?:.*&& )?({OURS}.*)", line)
+        for either in both
+    )
+    return [command.split("  #")[0].strip() for command in found if command]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page)})
 FORMS_TABLE = (REPO / "docs/data.md").read_text().split("| form | a record |")[1].split("\n\n")[0]
 EXAMPLES = re.findall(r"^\| `(\w+)` \| `(\{.+\})` \|$", FORMS_TABLE, re.MULTILINE)
 LINKS = [
@@ -109,3 +114,16 @@ def test_the_picture_is_drawn_from_its_figures():
     tables = {name: re.findall(r"[\d.]+", cells) for name, cells in rows}
     for name, curve in figures["curves"].items():
         assert [float(loss) for loss in tables[name]] == [loss for _, loss in curve]
+
+
+def test_the_chinese_readme_says_the_same():
+    english, chinese = ([page.read_text(), commands_of(page)] for page in READMES)
+    assert chinese[1] == english[1]
+    for pattern in (
+        r"^## ",
+        r"\((docs/[^)]+|SECURITY.md)\)",
+        r"^    \w+/ ",
+        r"(?<![\w.])\d[\d,.]*\d(?![\w.])",
+    ):
+        found = [Counter(re.findall(pattern, text, re.MULTILINE)) for text, _ in (english, chinese)]
+        assert found[0] == found[1]
