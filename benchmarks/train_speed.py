@@ -7,6 +7,7 @@ the first step; on the CPU or a GPU.
     python benchmarks/train_speed.py --rows ours --without supervised_logits
     python benchmarks/train_speed.py --rows ours --quantize nf4 int8 --stream
     python benchmarks/train_speed.py --model llama-3.2-1b --targets all-linear --quick
+    python benchmarks/train_speed.py --rows ours --compile
 
 Every run is a process of its own. The rounds are interleaved (ours, PEFT, ours, PEFT, ...), and a
 row shows the medians of its runs; every run prints a line when it ends. All runs get the same weights
@@ -322,6 +323,7 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     from litlora.settings import LoRAConfig, TrainConfig
     from litlora.train.activations import checkpoint_activations
     from litlora.train.checkpoints import EarlyCheckpoints
+    from litlora.train.compile import compile_blocks
     from litlora.train.fit import Data, Trainer
     from litlora.train.interrupts import Interrupts
     from litlora.train.objective import SFT
@@ -335,13 +337,15 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     config = ModelConfig(
         **shape, **COMMON, norm_eps=1e-6, rope_scaling=RopeScaling(**scaling) if scaling else None
     )
-    if job.hold == "memory":
+    if job.hold in ("memory", "compiled"):
         model = build(lambda: GPT(config), job, device)
     else:
         model = held(config, job)
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
     fill(model, job)
     checkpoint_activations(model, job.checkpoint_activations)
+    if job.hold == "compiled":
+        compile_blocks(model, recomputed=job.checkpoint_activations == "full")
     train_config = TrainConfig(**train_settings(job))
     examples = [Example(array("i", ids), ((prompt, len(ids)),)) for ids, prompt in data["examples"]]
     with tempfile.TemporaryDirectory() as scratch:
@@ -521,6 +525,7 @@ def arguments() -> argparse.Namespace:
         help="one more row for each: ours with the base in few bits (CPU)",
     )
     parser.add_argument("--stream", action="store_true", help="one more row: the base stays in its file")
+    parser.add_argument("--compile", action="store_true", help="one more row: the blocks are compiled")
     parser.add_argument("--quick", action="store_true", help="few short steps, once")
     parser.add_argument("--hold", default="memory", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -588,6 +593,7 @@ def main() -> None:
         **{f"ours without {n}": ("ours", [n], "memory") for n in job.without},
         **{f"ours {kind}": ("ours", [], kind) for kind in job.quantize},
         **({"ours streamed": ("ours", [], "streamed")} if job.stream else {}),
+        **({"ours compiled": ("ours", [], "compiled")} if job.compile else {}),
     }
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as scratch:
