@@ -128,6 +128,10 @@ class ModelConfig(Facts):
     """With parallel_residual: one norm serves both."""
     mlp: Literal["gated", "plain"] = "gated"
     """gated: down(act(gate(x)) · up(x)); plain: down(act(up(x)))."""
+    swiglu_limit: float | None = None
+    """The gate is clamped from above, up to ± this, and then the MLP is
+    down(gate · sigmoid(swiglu_alpha · gate) · (up + 1)) (gpt-oss)."""
+    swiglu_alpha: float | None = None
     hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"] = "silu"
     """relu2 is the square of relu; xielu (Apertus) has two weights in each layer."""
     attention_bias: bool = False
@@ -175,6 +179,8 @@ class ModelConfig(Facts):
     """Attention scores s become cap · tanh(s / cap)."""
     final_logit_softcapping: float | None = None
     """The same cap for the logits."""
+    attention_sinks: bool | None = None
+    """Each head's softmax has one score more, a weight, of a value that is zero (gpt-oss)."""
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to ± this (OLMo 1)."""
 
@@ -199,6 +205,8 @@ class ModelConfig(Facts):
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
     """Inner width of an expert."""
+    router_bias: bool | None = None
+    """The router's scores have a bias (gpt-oss)."""
     norm_topk_prob: bool = False
     """The weights of the picked experts add up to 1."""
     shared_expert_intermediate_size: int | None = None
@@ -238,6 +246,10 @@ class ModelConfig(Facts):
         if heads % groups:
             raise CheckpointError(
                 f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
+            )
+        if self.attention_sinks and self.attn_logit_softcapping is not None:
+            raise CheckpointError(
+                "attention_sinks with attn_logit_softcapping is not a supported architecture"
             )
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise CheckpointError(
@@ -279,6 +291,10 @@ class ModelConfig(Facts):
             )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError("shared_norm needs parallel_residual")
+        if (self.swiglu_limit is None) != (self.swiglu_alpha is None):
+            raise CheckpointError("swiglu_limit and swiglu_alpha must be set together")
+        if self.swiglu_limit is not None and (self.mlp != "gated" or self.hidden_act != "silu"):
+            raise CheckpointError("swiglu_limit needs a gated mlp with the activation silu")
         if self.hidden_act == "xielu" and (self.mlp != "plain" or self.num_experts is not None):
             raise CheckpointError("hidden_act xielu needs a plain mlp, without experts")
         if self.residual_multiplier is not None and self.norm_position != "before":

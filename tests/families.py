@@ -225,6 +225,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}
         | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
+        | {"num_hidden_layers": 4, "swiglu_limit": 0.2}
+        | {"rope_parameters": {**YARN, "rope_theta": 1.5e5, "truncate": False}},
+    ),
 }
 
 

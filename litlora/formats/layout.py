@@ -18,12 +18,14 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.formats.fused_experts import FusedExperts
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.transformers_config import Architecture, TransformersConfig
 
@@ -95,8 +97,10 @@ class Rule:
 class Layout:
     """The rules of one model. A module without a rule has the same name on both sides."""
 
-    def __init__(self, rules: list[Rule], prefix: str = "model.") -> None:
-        self.rules = rules
+    def __init__(self, rules: list[Rule | FusedExperts], prefix: str = "model.") -> None:
+        self.fused = [rule for rule in rules if isinstance(rule, FusedExperts)]
+        """Tensors that hold a part of all experts of a layer."""
+        self.rules = rules = [rule for rule in rules if isinstance(rule, Rule)]
         self.prefix = prefix
         """The prefix of all their names but the output head's. Files of the bare decoder lack
         it."""
@@ -104,6 +108,10 @@ class Layout:
             (_pattern(name), rule) for rule in rules for name in (rule.theirs, rule.also) if name
         ]
         self._by_ours = [(_pattern(name), rule) for rule in rules for name in rule.ours]
+        self._fused_by_theirs = [(_pattern(fused.theirs), fused) for fused in self.fused]
+        self._fused_by_ours = [
+            (_pattern(f"{fused.experts}.{{}}.{part}"), fused) for fused in self.fused for part in fused.parts
+        ]
 
     def to_ours(self, module: str) -> Rule:
         """The rule for a module of theirs, with numbers filled in."""
@@ -113,6 +121,12 @@ class Layout:
         """The rule for a module of ours, with numbers filled in; `rule.ours.index(module)` is its
         part."""
         return _find(self._by_ours, module)
+
+    def rule_of_expert(self, expert: str, leaves: tuple[str, ...], size: int) -> Rule:
+        """How these layers of one expert, of `size` rows each, share a parameter of transformers 5."""
+        turns = len(leaves) > 1 and any(fused.interleaved for fused in self.fused)
+        ours = tuple(f"{expert}.{leaf}" for leaf in leaves)
+        return Rule(expert, ours, size if turns else 1, (1 if turns else size,) * len(leaves))
 
     def read(self, tensors: Mapping[str, Tensor | Quantized]) -> dict[str, Tensor | Quantized]:
         """Their tensors under our names. Raises CheckpointError if two of theirs claim one of
@@ -126,20 +140,31 @@ class Layout:
             module, _, parameter = name.rpartition(".")
             if bare and module not in ("lm_head", "embed_out"):
                 module = self.prefix + module
-            rule = self.to_ours(module)
-            # A quantized weight is always (out, in).
-            transposed = rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
-            rows = tensor.t() if transposed else tensor
-            for part, value in zip(rule.ours, rule.split(rows), strict=True):
-                target = f"{part}.{parameter}"
+            for target, value in self._parts(module, parameter, tensor):
                 if target in ours:
                     raise CheckpointError(f"{name} and {sources[target]} are both read as {target}")
                 ours[target], sources[target] = value, name
         return ours
 
+    def _parts(
+        self, module: str, parameter: str, tensor: Tensor | Quantized
+    ) -> Iterable[tuple[str, Tensor | Quantized]]:
+        """The tensors of ours that one of theirs consists of, by name."""
+        if (fused := _match(self._fused_by_theirs, f"{module}.{parameter}")) is not None:
+            return zip(fused.ours, fused.split(tensor), strict=True)
+        rule = self.to_ours(module)
+        # A quantized weight is always (out, in).
+        transposed = rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
+        parts = rule.split(tensor.t() if transposed else tensor)
+        return [(f"{part}.{parameter}", value) for part, value in zip(rule.ours, parts, strict=True)]
+
     def write(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Our tensors under their names and in our order, joined one at a time."""
         for name, tensor in tensors.items():
+            if (fused := _match(self._fused_by_ours, name)) is not None:
+                if name == fused.ours[0]:
+                    yield fused.theirs, fused.join([tensors[one] for one in fused.ours])
+                continue
             module, _, parameter = name.rpartition(".")
             rule = self.to_theirs(module)
             if rule.ours[0] != module:
@@ -293,6 +318,21 @@ def _mixtral(config: ModelConfig) -> list[Rule]:
     ]
 
 
+def _gpt_oss(config: ModelConfig) -> list[Rule | FusedExperts]:
+    def fused(theirs: str, leaf: str, *parts: str) -> FusedExperts:
+        ours = tuple(f"{part}_proj.{leaf}" for part in parts)
+        place, count = LAYER + "mlp.experts", config.num_experts
+        return FusedExperts(f"{place}.{theirs}", place, ours, count, interleaved=True, transposed=True)
+
+    return [
+        Rule(LAYER + "mlp.router", (LAYER + "mlp.gate",)),
+        fused("gate_up_proj", "weight", "gate", "up"),
+        fused("gate_up_proj_bias", "bias", "gate", "up"),
+        fused("down_proj", "weight", "down"),
+        fused("down_proj_bias", "bias", "down"),
+    ]
+
+
 LAYOUTS = {
     "gpt_neox": (_gpt_neox, "gpt_neox."),
     "gpt2": (_gpt2, "transformer."),
@@ -306,6 +346,7 @@ LAYOUTS = {
     "apertus": (_apertus, "model."),
     "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
+    "gpt_oss": (_gpt_oss, "model."),
 }
 
 
@@ -326,7 +367,13 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _find(patterns: list[tuple[re.Pattern[str], Rule]], module: str) -> Rule:
+    found = _match(patterns, module)
+    return Rule(module, (module,)) if found is None else found
+
+
+def _match(patterns: list[tuple[re.Pattern[str], Any]], name: str) -> Any:
+    """The first rule whose pattern a name matches, with numbers filled in; None if there is none."""
     for pattern, rule in patterns:
-        if match := pattern.fullmatch(module):
+        if match := pattern.fullmatch(name):
             return rule.fill(match.groups())
-    return Rule(module, (module,))
+    return None

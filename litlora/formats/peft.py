@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats import PEFT_CONFIG_FILE as CONFIG_FILE
 from litlora.formats import peft_weights
@@ -230,8 +231,8 @@ class _Found:
         B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)
         leaves = EXPERTS[parameter]
         for expert in experts:
-            for leaf, rows in zip(leaves, B[:, :, expert].chunk(len(leaves)), strict=True):
-                ours = f"{place}.{expert}.{leaf}"
+            rule = self.names.layout.rule_of_expert(f"{place}.{expert}", leaves, len(B) // len(leaves))
+            for ours, rows in zip(rule.ours, rule.split(B[:, :, expert]), strict=True):
                 if ours in self.updates:
                     raise CheckpointError(f"{self.file}: {place} has two updates of {parameter}")
                 self.updates[ours], self.alphas[ours] = Update(A[expert], rows.contiguous(), scale), alpha
@@ -345,9 +346,9 @@ class _Names:
 
     def __init__(self, model: Architecture, base: Mapping[str, Tensor], modules: list[str]) -> None:
         modules = [_of_language_model(name) for name in modules]
-        self._layout = layout_of(_family(modules), model)
+        self.layout = layout_of(_family(modules, model), model)
         # An adapter of the decoder without its head has names without the prefix.
-        self._bare = not any(name.startswith(self._layout.prefix) for name in modules)
+        self._bare = not any(name.startswith(self.layout.prefix) for name in modules)
         # A tied head is stored once, under the embedding's name.
         self._known = {*base, "lm_head.weight"}
 
@@ -355,7 +356,7 @@ class _Names:
         """Which of our modules a module of theirs consists of."""
         module = _of_language_model(module)
         is_bare = self._bare and module != "lm_head"
-        return self._layout.to_ours(self._layout.prefix + module if is_bare else module)
+        return self.layout.to_ours(self.layout.prefix + module if is_bare else module)
 
     def all_known(self, rule: Rule, leaf: str) -> bool:
         """Whether the base has this tensor for each of the rule's modules."""
@@ -382,8 +383,10 @@ def experts_of(module: str) -> str | None:
     return found[1] if (found := re.fullmatch(r"(.+\.experts)(\.base_layer)*", name)) else None
 
 
-def _family(modules: list[str]) -> str:
-    """The Hugging Face family whose layers have names like these."""
+def _family(modules: list[str], model: Architecture) -> str:
+    """The Hugging Face family whose layers have names like these, or are like those of this model."""
+    if isinstance(model, ModelConfig) and model.attention_sinks:
+        return "gpt_oss"
     return next(
         (family for pattern, family in _FAMILIES for name in modules if re.search(pattern, name)), "llama"
     )

@@ -68,10 +68,11 @@ def to_peft(
             "export the merged model"
         )
     beside = [] if parts is None else [name.rpartition(".")[0] for name in parts.tensors]
-    found = _Found(_groups(layout_of(model_type, model), base, parts), beside)
+    layout = layout_of(model_type, model)
+    found = _Found(layout, _groups(layout, base, parts), beside)
     made = {*adapter.rows.tensors} if adapter.rows else set()
     as_parameters = set()
-    if model.num_experts is not None and not _are_joined_rightly(adapter, base):
+    if model.num_experts is not None and (layout.fused or not _are_joined_rightly(adapter, base)):
         as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name)}
     if as_parameters:
         if parts is not None:
@@ -104,6 +105,7 @@ def to_peft(
 class _Found:
     """What goes into the folder, as it is collected."""
 
+    layout: Layout
     groups: dict[str, tuple[Rule, list[str]]]
     beside: list[str]
     """The modules of the other parts of a multimodal model."""
@@ -148,14 +150,8 @@ class _Found:
             experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
             key = f"{PREFIX}{place}.mlp.experts"
             for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
-                rules = [
-                    Rule(
-                        parameter,
-                        tuple(f"{expert}.{leaf}" for leaf in leaves),
-                        sizes=tuple(base[f"{experts[0]}.{leaf}.weight"].size(0) for leaf in leaves),
-                    )
-                    for expert in experts
-                ]
+                size = base[f"{experts[0]}.{leaves[0]}.weight"].size(0)
+                rules = [self.layout.rule_of_expert(expert, leaves, size) for expert in experts]
                 if any(name in adapter.updates for rule in rules for name in rule.ours):
                     joined = _join_experts(rules, adapter, base)
                     self._add_parameter(f"{place}.mlp.experts.{parameter}", key, joined, adapter)
@@ -288,9 +284,10 @@ def _groups(
     groups = {}
     for name in (*base, "lm_head.weight"):  # PEFT names a tied head, which is not stored, as any other
         module, _, leaf = name.rpartition(".")
-        # transformers 5 calls a router so in every family; it renames only the factors in a PEFT folder
-        is_router = module.endswith(".mlp.gate")
-        rule = Rule(module, (module,)) if is_router else layout.to_theirs(module)
+        rule = layout.to_theirs(module)
+        # transformers 5 has another name for Mixtral's; it renames only the factors in a PEFT folder
+        if rule.theirs.endswith("block_sparse_moe.gate"):
+            rule = Rule(module, (module,))
         theirs = f"{rule.theirs}.{leaf}"
         theirs = theirs if parts is None else parts.outer.spellings[0].outer(theirs)
         groups[theirs] = rule, [f"{part}.{leaf}" for part in rule.ours]

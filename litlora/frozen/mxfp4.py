@@ -9,7 +9,7 @@ tensor (E, out, in) is `matrix.take(range(e * out, (e + 1) * out))`. W is (out, 
 transformers' `convert_moe_packed_tensors` returns its transpose.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,6 +40,17 @@ class MXFP4(Quantized):
     @property
     def kind(self) -> str:
         return "mxfp4"
+
+    def take(self, stored_rows: Tensor) -> "Quantized":
+        """As of any matrix. One expert's rows, all or every second, are a matrix of their own, so that no
+        other rows are counted, checked or read for it."""
+        steps = stored_rows.diff().unique()
+        if len(steps) > 1 or not isinstance(self.stored_rows, range):
+            return super().take(stored_rows)
+        step = int(steps[0]) if len(steps) else 1
+        rows = slice(int(stored_rows[0]), int(stored_rows[-1]) + 1, step)
+        parts = {"packed": self.packed[rows], "exponents": self.exponents[rows]}
+        return replace(self, stored_rows=range(len(stored_rows)), **parts)
 
     @property
     def bits(self) -> int:

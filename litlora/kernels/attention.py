@@ -7,7 +7,7 @@ pack, all sequences together.
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,41 @@ from litlora.kernels.cross_entropy import exact_dtype
 QUERIES = 256
 """Rows of scores that exist at a time: few enough to skip most of the masked ones, enough for
 multiplications at full speed."""
+SINK_DIMS = 8
+"""Dimensions that a sink adds to queries and keys: one is used, and CUDA's kernels want multiples."""
 BLOCK = 128
 """Queries, and keys, in one block of FlexAttention's mask."""
 
 
+class Scores(TypedDict, total=False):
+    """The settings of `attend`."""
+
+    scale: Required[float]
+    softcap: float | None
+    sinks: Tensor | None
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+    """softmax(scale · q kᵀ) v: q (B, H, T, D), k (B, G, S, D) and v (B, G, S, E) -> (B, H, T, E).
 
     mask (T, S) is True where a token sees. Without one and with T > 1, T = S and attention is
-    causal. With a softcap the scores are cap · tanh(scores / cap) (Gemma 2).
+    causal. With a softcap the scores are cap · tanh(scores / cap) (Gemma 2). With sinks (H,), and
+    then without a softcap, the softmax of each head has that score, too, of a value that is zero
+    (gpt-oss).
     """
+    if sinks is not None:
+        if q.size(2) == 1:
+            return _one_sinking(q, k, v, sinks, scale)
+        return _sinking(q, k, v, mask, sinks, scale)
     if softcap is None:
         # To a compiler the comparison is a symbol; SDPA wants a bool.
         causal = True if mask is None and q.size(2) > 1 else False
@@ -47,6 +70,29 @@ def attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
+
+
+def _one_sinking(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    """`attend` with sinks of one token, which sees all keys: they are not copied."""
+    B, H, _, D = q.shape
+    scores = q.view(B, k.size(1), -1, D) @ k.transpose(2, 3) * scale  # (B, G, H / G, S)
+    sink = sinks.to(scores.dtype).view(1, k.size(1), -1, 1).expand(B, -1, -1, -1)
+    exact = torch.promote_types(v.dtype, torch.float32)
+    shares = torch.cat([scores, sink], dim=-1).softmax(dim=-1, dtype=exact)[..., :-1]
+    return (shares.to(v.dtype) @ v).view(B, H, 1, -1)
+
+
+def _sinking(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
+    """`attend` with sinks of several tokens, by SDPA: a key in front of all others, whose value is zero,
+    has one dimension more, in which each head's queries hold its sink."""
+    (B, _, T, D), more = q.shape, SINK_DIMS
+    sink = (sinks.to(torch.promote_types(q.dtype, torch.float32)) / scale).to(q.dtype)
+    sink = F.pad(sink[:, None], (0, more - 1))[None, :, None].expand(B, -1, T, -1)
+    q, k, v = torch.cat([q, sink], dim=-1), F.pad(k, (0, more, 1, 0)), F.pad(v, (0, more, 1, 0))
+    k[:, :, 0, D] = 1
+    if mask is None:  # a query more: SDPA's triangle needs as many as there are keys
+        return attend(F.pad(q, (0, 0, 1, 0)), k, v, None, scale=scale)[:, :, 1:, :-more]
+    return attend(q, k, v, F.pad(mask, (1, 0), value=True), scale=scale)[..., :-more]
 
 
 def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -149,9 +195,8 @@ def plain_packed_attention(
     v: Tensor,
     pack: Pack,
     *,
-    scale: float,
     window: int | None = None,
-    softcap: float | None = None,
+    **scores: Unpack[Scores],
 ) -> Tensor:
     """Attention of packed sequences, each by itself: q (1, H, N, D), k and v (1, G, N, D) ->
     (1, H, N, D)."""
@@ -161,9 +206,7 @@ def plain_packed_attention(
         size = bucket(T, q, least=32, parts=8)
         if size != T:  # no token sees what comes after it
             part = [F.pad(tensor, (0, 0, 0, size - T)) for tensor in part]
-        outputs.append(
-            attend(*part, causal_mask(size, 0, window, q.device), scale=scale, softcap=softcap)[:, :, :T]
-        )
+        outputs.append(attend(*part, causal_mask(size, 0, window, q.device), **scores)[:, :, :T])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -173,29 +216,28 @@ def packed_attention(
     v: Tensor,
     pack: Pack,
     *,
-    scale: float,
     window: int | None = None,
-    softcap: float | None = None,
+    **scores: Unpack[Scores],
 ) -> Tensor:
     """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
     with our own backward. Where sequences share tokens, N is the number of these: attention alone
     computes them once a sequence."""
     if pack.shared is not None:
         q, k, v = (part.index_select(2, pack.shared.copies) for part in (q, k, v))
-        whole = packed_attention(q, k, v, pack.whole, scale=scale, window=window, softcap=softcap)
+        whole = packed_attention(q, k, v, pack.whole, window=window, **scores)
         return whole.index_select(2, pack.shared.kept)
     if q.device.type == "cuda" and len(pack.lengths) > 1:
-        return flex_packed_attention(q, k, v, pack, scale=scale, window=window, softcap=softcap)
+        return flex_packed_attention(q, k, v, pack, window=window, **scores)
     within = window is None or max(pack.lengths) <= window
     if (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
         and torch.is_grad_enabled()
         and within
-        and softcap is None
+        and not any(scores.get(name) is not None for name in ("softcap", "sinks"))
     ):
-        return matrix_packed_attention(q, k, v, pack, scale=scale)
-    return plain_packed_attention(q, k, v, pack, scale=scale, window=window, softcap=softcap)
+        return matrix_packed_attention(q, k, v, pack, scale=scores["scale"])
+    return plain_packed_attention(q, k, v, pack, window=window, **scores)
 
 
 def matrix_packed_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
@@ -281,15 +323,28 @@ def flex_packed_attention(
     v: Tensor,
     pack: Pack,
     *,
-    scale: float,
     window: int | None = None,
-    softcap: float | None = None,
+    **scores: Unpack[Scores],
 ) -> Tensor:
     """As plain_packed_attention, by FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled on
     first use."""
 
-    options = flex_options(q.device, pack, window=window, softcap=softcap)
-    return _compiled_flex()(q, k, v, **options, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    sinks = scores.get("sinks")
+    options = flex_options(q.device, pack, window=window, softcap=scores.get("softcap"))
+    options |= {"scale": scores["scale"], "enable_gqa": q.size(1) != k.size(1)}
+    if sinks is None:
+        return _compiled_flex()(q, k, v, **options)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    y, aux = _compiled_flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    return sunk(y, aux.lse, sinks)
+
+
+def sunk(y: Tensor, log_sums: Tensor, sinks: Tensor) -> Tensor:
+    """Attention without sinks y (1, H, N, E), and the logarithms of the sums of each query's exponentials
+    (1, H, N) -> attention with sinks (H,): these add to the sums."""
+    kept = torch.sigmoid(log_sums - sinks.to(log_sums.dtype)[None, :, None])
+    return (y * kept[..., None]).to(y.dtype)
 
 
 def flex_options(

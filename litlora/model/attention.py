@@ -1,5 +1,6 @@
 """Causal self-attention over queries, keys and values of each token."""
 
+import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
@@ -30,6 +31,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * self.head_dim, config.hidden_size, bias=output_bias)
         # An attribute, since compiled blocks leave it uncompiled: see litlora.train.compile.
         self.packed_attention = packed_attention
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.norm_all_heads = config.qk_norm == "all_heads"
         self.norm_rotated = config.qk_norm == "head_rotated"
         self.interleaved_dim = config.rotary_dim if config.rope_interleaved else None
@@ -65,11 +67,10 @@ class Attention(nn.Module):
             if T == 1 and self.window is not None:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         if context.pack is None:
-            y = attend(q, k, v, context.mask, scale=self.scale, softcap=self.softcap)
+            y = attend(q, k, v, context.mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         else:
-            y = self.packed_attention(
-                q, k, v, context.pack, scale=self.scale, window=self.window, softcap=self.softcap
-            )
+            scores = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+            y = self.packed_attention(q, k, v, context.pack, window=self.window, **scores)
         y = pick(y.transpose(1, 2).reshape(B, T, -1), context.positions)
         if gate is not None:
             y = y * pick(gate, context.positions).sigmoid()

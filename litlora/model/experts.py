@@ -9,16 +9,17 @@ from litlora.model.mlp import MLP
 
 
 class Router(nn.Module):
-    """Scores of each token: x Wᵀ. Not an nn.Linear, since adapters on all linear layers leave it
-    out."""
+    """Scores of each token: x Wᵀ, and perhaps a bias. Not an nn.Linear, since adapters on all linear
+    layers leave it out."""
 
-    def __init__(self, hidden_size: int, num_scores: int) -> None:
+    def __init__(self, hidden_size: int, num_scores: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_scores, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_scores)) if bias else None
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class MixtureOfExperts(nn.Module):
@@ -29,7 +30,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.num_picked = config.num_experts_per_tok
         self.norm_shares = config.norm_topk_prob
-        self.gate = Router(config.hidden_size, config.num_experts)
+        self.gate = Router(config.hidden_size, config.num_experts, bool(config.router_bias))
         self.experts = nn.ModuleList(
             MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
         )

@@ -250,11 +250,18 @@ def hold(model: nn.Module, tensors: Mapping[str, Tensor | Quantized]) -> None:
             model.set_submodule(layer, FrozenLinear(storage, linear.bias))
         else:
             dense[name] = tensors[name].tensor()
+    dense = {name: _usable(tensor) for name, tensor in dense.items()}
     # Detached: a Parameter among the tensors would become the model's own, and change when the
     # model's dtype or device does.
     model.load_state_dict(
         {name: tensor.detach() for name, tensor in dense.items()}, strict=False, assign=True
     )
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a matrix with gaps in its rows and in its columns, which every product
+    would copy: where the rows of two layers take turns in one tensor of gpt-oss."""
+    return tensor.contiguous() if tensor.ndim == 2 and 1 not in tensor.stride() else tensor
 
 
 class skipping_init(TorchFunctionMode):

@@ -20,14 +20,26 @@ class MLP(nn.Module):
         )
         self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.clamp = (config.swiglu_alpha, config.swiglu_limit)
         self.act_fn = XIELU() if self.activation == "xielu" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        alpha, limit = self.clamp
+        if limit is not None:
+            inner = clamped_swiglu(*project(x, self.gate_proj, self.up_proj), alpha, limit)
+            return project(inner, self.down_proj)[0]
         if self.gate_proj is not None:
             return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
         (inner,) = project(x, self.up_proj)
         activate = self.act_fn or ACTIVATIONS[self.activation]
         return project(activate(inner), self.down_proj)[0]
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate · sigmoid(alpha · gate) · (up + 1), with the gate clamped from above and up to ± limit
+    (gpt-oss)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate * alpha) * (up + 1)
 
 
 class XIELU(nn.Module):

@@ -66,6 +66,7 @@ LATE += (
     "seed-oss",
     "qwen3-next",
     "qwen3-5",
+    "gpt-oss",
 )
 
 
@@ -208,6 +209,10 @@ CASES |= {
             "trainable_token_indices": {"wte": [7, 14]},
             "fan_in_fan_out": True,
         },
+    ),
+    "gpt_oss-experts": (
+        "gpt-oss",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["k_proj"], "target_parameters": EXPERTS},
     ),
     "mixtral-experts": (
         "mixtral",

@@ -235,6 +235,36 @@ def test_packed_attention_equals_each_sequence_alone(way, window, softcap, group
     same_value_and_gradients(packed, alone, [q, k, v])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_takes_its_share_of_each_softmax(window):
+    """Packed, in one piece, of one token behind others, and from what FlexAttention returns."""
+    torch.manual_seed(0)
+    lengths = [5, 1, 9, 4]
+    q, k, v = (torch.randn(1, n, 19, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    sequence = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    sees = (sequence[:, None] == sequence).tril() & ~torch.ones(19, 19).tril(-(window or 19)).bool()
+
+    def scores():
+        return (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
+
+    def explicit():
+        with_sink = torch.cat([scores(), sinks[None, :, None, None].expand(1, 4, 19, 1)], -1)
+        return with_sink.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)
+
+    def packed():
+        return attention.packed_attention(q, k, v, Pack(lengths), scale=0.3, window=window, sinks=sinks)
+
+    def from_sums():
+        plain = attention.packed_attention(q, k, v, Pack(lengths), scale=0.3, window=window)
+        return attention.sunk(plain, scores().logsumexp(-1), sinks)
+
+    same_value_and_gradients(packed, explicit, [q, k, v, sinks])
+    same_value_and_gradients(from_sums, explicit, [q, k, v, sinks])
+    last = (q[:, :, -1:], k[:, :, -(window or 4) :], v[:, :, -(window or 4) :])
+    assert torch.allclose(attention.attend(*last, None, scale=0.3, sinks=sinks), explicit()[:, :, -1:])
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_the_backward_by_matrix_multiplications(groups, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)

@@ -53,7 +53,6 @@ NEEDS = {
     "glm4v_text": f"interleaved {_GRID}",
     "gpt_bigcode": "its fused multi-query layout",
     "gpt_neo": "local attention, and attention scores without scaling",
-    "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU, released in MXFP4",
     "gptj": "a reader of its settings (interleaved rotary embeddings, a plain MLP)",
     "granite_swa": "attention sinks",
     "granitemoe": "a reader of its fused experts",

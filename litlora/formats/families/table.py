@@ -1,6 +1,6 @@
 """The families that are covered. Torch-free."""
 
-from litlora.formats.families import gemma, gpt, interleaved, llama, near_llama, qwen, qwen_next
+from litlora.formats.families import gemma, gpt, gpt_oss, interleaved, llama, near_llama, qwen, qwen_next
 from litlora.formats.families.hf_config import Family
 
 _NOT_FALCON = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps")
@@ -59,6 +59,8 @@ FAMILIES = {
                          ("rope_theta", "rope_scaling")),
     "qwen3_next": Family("Qwen3NextForCausalLM", qwen_next.read_qwen3_next, qwen_next.write_qwen3_next),
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss.read_gpt_oss, gpt_oss.write_gpt_oss,
+                      ("rope_theta", "rope_scaling")),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
