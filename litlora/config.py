@@ -207,10 +207,22 @@ class ModelConfig(Facts):
     """Inner width of an expert."""
     router_bias: bool | None = None
     """The router's scores have a bias (gpt-oss)."""
+    router_scoring: Literal["sigmoid"] | None = None
+    """An expert's share of a token is a sigmoid of its score (DeepSeek-V3), not a softmax of all."""
+    router_correction: bool | None = None
+    """Experts are picked by their scores and a value for each, which does not count when they are
+    weighed (DeepSeek-V3)."""
+    n_group: int | None = None
+    """Groups of experts, of which topk_group can be picked from (DeepSeek-V3)."""
+    topk_group: int | None = None
+    routed_scaling_factor: float | None = None
+    """The shares are multiplied by it."""
     norm_topk_prob: bool = False
     """The weights of the picked experts add up to 1."""
     shared_expert_intermediate_size: int | None = None
     """Inner width of an additional expert that every token uses (Qwen 2 MoE)."""
+    shared_experts_intermediate_size: int | None = None
+    """The same of one without a gate (DeepSeek-V3)."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers with one MLP instead of experts."""
 
@@ -283,6 +295,21 @@ class ModelConfig(Facts):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts "
                 f"({self.num_experts})"
             )
+        groups, picked = self.n_group, self.topk_group
+        if (groups is None) != (picked is None):
+            raise CheckpointError("n_group and topk_group must be set together")
+        if groups is not None and self.num_experts is not None:
+            size = self.num_experts // groups
+            if self.num_experts % groups or size < 2 or picked > groups:
+                raise CheckpointError(
+                    f"n_group ({groups}) and topk_group ({picked}) do not fit {self.num_experts} experts: "
+                    "a group needs two experts or more, and all groups as many"
+                )
+            if self.num_experts_per_tok > picked * size:
+                raise CheckpointError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the experts of "
+                    f"topk_group ({picked}) groups"
+                )
 
     def _check_blocks(self) -> None:
         if self.parallel_residual and self.norm_position != "before":

@@ -4,7 +4,7 @@ Torch-free."""
 import dataclasses
 import math
 import types
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litlora.errors import CheckpointError
 
@@ -53,7 +53,7 @@ def _types(cls: type) -> dict[str, Any]:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """The value, converted to its type where that loses nothing. Raises CheckpointError if it has
     another type."""
-    if get_origin(kind) is types.UnionType:  # every union here is "or None"
+    if get_origin(kind) in (types.UnionType, Union):  # every union here is "or None"
         return None if value is None else _checked(name, value, get_args(kind)[0])
     if get_origin(kind) is Literal:
         if not isinstance(value, str) or value not in get_args(kind):

@@ -108,7 +108,7 @@ def load_chain(
         chain.notices.append(notice)
     model = model.to(device).eval()
     streamed = stream_base(model, chain.base.file) if stream else None
-    for name, weight in model.named_parameters():
+    for name, weight in model.stored().items():
         check_finite({name: weight}, top.file)
         if late and mapped([weight]):
             release(weight)  # read, and not needed before it is divided
@@ -196,7 +196,7 @@ def build(config: Architecture, tensors: dict[str, Tensor | LazyTensor], base: F
 
 def attach_adapter(model: LanguageModel, adapter: Adapter) -> None:
     """Put an adapter's updates on the model as live LoRALinear layers."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = model.stored() | dict(model.named_parameters(remove_duplicate=False))
     whole = whole_of(adapter, model.config)
     made = adapter.rows.tensors if adapter.rows else {}
     touched = {*adapter.updates, *(name.rpartition(".")[0] for name in whole if name not in made)}
@@ -258,7 +258,9 @@ def _replace(model: LanguageModel, name: str, tensor: Tensor, *, like: Tensor) -
             "vocabulary)"
         )
     module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(like.dtype), requires_grad=False))
+    new = tensor.to(like.dtype)
+    new = nn.Parameter(new, requires_grad=False) if isinstance(like, nn.Parameter) else new
+    setattr(model.get_submodule(module), leaf, new)
 
 
 def pick_device(accelerator: str) -> torch.device:

@@ -28,6 +28,15 @@ GPT2 = {
     "eos_token_id": 0,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -231,6 +240,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "swiglu_limit": 0.2}
         | {"rope_parameters": {**YARN, "rope_theta": 1.5e5, "truncate": False}},
     ),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {**GROUPED, **SIGMOID, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}
+        | {"n_group": 2, "topk_group": 1, "num_mtp_layers": 0},
+    ),
+    "dots1": (
+        "Dots1Config",
+        {**GROUPED, **SIGMOID, "head_dim": 16, "sliding_window": 6, "max_window_layers": 1}
+        | {"first_k_dense_replace": 0, "norm_topk_prob": False, "n_shared_experts": 2},
+    ),
+    "flex-olmo": ("FlexOlmoConfig", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "ernie4-5-moe": (
+        "Ernie4_5_MoeConfig",
+        {**GROUPED, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24}
+        | {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2},
+    ),
 }
 
 
@@ -248,6 +273,9 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
             plus_one = name.startswith(("gemma", "nemotron", "qwen3-next", "qwen3-5"))
             is_norm &= not plus_one or "linear_attn" in parameter_name
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     return model
 
 

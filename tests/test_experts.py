@@ -25,7 +25,7 @@ def make_experts(num_picked: int, *, shared: int | None = None) -> MixtureOfExpe
 def defined(experts: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
     """Every expert on every token, times a share that is zero where it was not picked."""
     scores = experts.gate(x).softmax(dim=-1)
-    shares, picked = scores.float().topk(experts.num_picked)
+    shares, picked = scores.float().topk(experts.gate.num_picked)
     kept = torch.zeros_like(scores).scatter(-1, picked, 1.0) * scores
     kept = kept / kept.sum(dim=-1, keepdim=True)
     y = sum(kept[..., number, None] * expert(x) for number, expert in enumerate(experts.experts))

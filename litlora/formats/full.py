@@ -11,7 +11,6 @@ from torch import Tensor
 from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import notice
-from litlora.formats.layout import PREDICTORS
 from litlora.formats.parts import Parts
 from litlora.frozen import stored
 from litlora.frozen.bitsandbytes import Quantized
@@ -40,8 +39,9 @@ class FullModel:
     """The files that hold the weights; none: `file` alone."""
     parts: Parts | None = None
     """What a multimodal model has beside its language model, which these weights are."""
-    left_out: int = 0
-    """Bytes of weights beside the model that predict several tokens ahead, which nothing reads."""
+    left_out: tuple[str, int] | None = None
+    """What the names of weights begin with that predict several tokens ahead, which nothing reads, and
+    how many bytes they are."""
 
     kind: ClassVar[str] = "full"
 
@@ -60,9 +60,10 @@ class FullModel:
         """What every command tells about these weights, a line each."""
         parts = self.parts.notice if self.parts else None
         through = f"{self.directory}: {NOTICE}" if isinstance(self.config, TransformersConfig) else None
+        start, size = self.left_out or ("", 0)
         ahead = (
-            f"{self.directory}: the weights that predict several tokens ahead ({PREDICTORS}*, "
-            f"{self.left_out / 1e6:,.1f} MB) are not used, and no model made from it has them"
+            f"{self.directory}: the weights that predict several tokens ahead ({start}*, "
+            f"{size / 1e6:,.1f} MB) are not used, and no model made from it has them"
         )
         stored_as = stored.notice(self.directory, self.tensors)
         lines = (stored_as, notice(self.file), parts, through, ahead if self.left_out else None)

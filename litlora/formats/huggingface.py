@@ -33,7 +33,7 @@ from litlora.formats.families import (
 )
 from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
-from litlora.formats.layout import PREDICTORS, layout
+from litlora.formats.layout import layout, predictors
 from litlora.formats.parts import Parts, divide, kept_parts
 from litlora.formats.through_transformers import adapt_config as adapt_through
 from litlora.formats.through_transformers import file_tensors, read_tensors
@@ -87,7 +87,7 @@ def open_folder(directory: Path) -> FullModel:
     theirs = find_stored(theirs, where, load_storage(directory))
     try:
         theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
-        theirs, left_out = _without_predictors(kind, theirs)
+        theirs, left_out = _without_predictors(kind, config, theirs)
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
             ours, config = _tied(ours, config)
@@ -99,14 +99,16 @@ def open_folder(directory: Path) -> FullModel:
 
 
 def _without_predictors(
-    kind: str, tensors: dict[str, Tensor | Quantized]
-) -> tuple[dict[str, Tensor | Quantized], int]:
-    """(the tensors without those that predict several tokens ahead, the bytes of these)."""
-    if kind not in ("qwen3_next", "qwen3_5_text"):
-        return tensors, 0
-    ahead = {name: tensor for name, tensor in tensors.items() if name.startswith(PREDICTORS)}
+    kind: str, config: ModelConfig, tensors: dict[str, Tensor | Quantized]
+) -> tuple[dict[str, Tensor | Quantized], tuple[str, int] | None]:
+    """(the tensors without those that predict several tokens ahead, what the names of these begin with
+    and how many bytes they are)."""
+    start = predictors(kind, config)
+    ahead = {name: tensor for name, tensor in tensors.items() if start and name.startswith(start)}
+    if start is None or not ahead:
+        return tensors, None
     rest = {name: tensor for name, tensor in tensors.items() if name not in ahead}
-    return rest, sum(tensor.nbytes for tensor in ahead.values())
+    return rest, (start, sum(tensor.nbytes for tensor in ahead.values()))
 
 
 def _through(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.formats.fused_experts import FusedExperts
+from litlora.formats.tensor_rules import FusedExperts, Row, TensorRule
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.transformers_config import Architecture, TransformersConfig
 
@@ -34,9 +34,6 @@ QKV = tuple(f"{LAYER}self_attn.{part}_proj" for part in "qkv")
 NOT_WEIGHTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
 """Entries of old files that are not weights: rotary frequencies and causal masks, which are
 computed here."""
-
-PREDICTORS = "mtp."
-"""What the names of weights begin with that predict several tokens ahead (Qwen3-Next)."""
 
 CONSTANTS = {"beta": 0.5, "eps": -1e-6}
 """What is stored beside the weights of the activation xIELU, and is the same in every model."""
@@ -97,21 +94,20 @@ class Rule:
 class Layout:
     """The rules of one model. A module without a rule has the same name on both sides."""
 
-    def __init__(self, rules: list[Rule | FusedExperts], prefix: str = "model.") -> None:
-        self.fused = [rule for rule in rules if isinstance(rule, FusedExperts)]
+    def __init__(self, rules: list[Rule | TensorRule], prefix: str = "model.") -> None:
+        self.rules = [rule for rule in rules if isinstance(rule, Rule)]
+        tensors = [rule for rule in rules if isinstance(rule, TensorRule)]
+        self.fused = [rule for rule in tensors if isinstance(rule, FusedExperts)]
         """Tensors that hold a part of all experts of a layer."""
-        self.rules = rules = [rule for rule in rules if isinstance(rule, Rule)]
         self.prefix = prefix
         """The prefix of all their names but the output head's. Files of the bare decoder lack
         it."""
         self._by_theirs = [
-            (_pattern(name), rule) for rule in rules for name in (rule.theirs, rule.also) if name
+            (_pattern(name), rule) for rule in self.rules for name in (rule.theirs, rule.also) if name
         ]
-        self._by_ours = [(_pattern(name), rule) for rule in rules for name in rule.ours]
-        self._fused_by_theirs = [(_pattern(fused.theirs), fused) for fused in self.fused]
-        self._fused_by_ours = [
-            (_pattern(f"{fused.experts}.{{}}.{part}"), fused) for fused in self.fused for part in fused.parts
-        ]
+        self._by_ours = [(_pattern(name), rule) for rule in self.rules for name in rule.ours]
+        self._tensors_by_theirs = [(_pattern(rule.theirs), rule) for rule in tensors]
+        self._tensors_by_ours = [(_pattern(name), rule) for rule in tensors for name in rule.forms]
 
     def to_ours(self, module: str) -> Rule:
         """The rule for a module of theirs, with numbers filled in."""
@@ -150,8 +146,8 @@ class Layout:
         self, module: str, parameter: str, tensor: Tensor | Quantized
     ) -> Iterable[tuple[str, Tensor | Quantized]]:
         """The tensors of ours that one of theirs consists of, by name."""
-        if (fused := _match(self._fused_by_theirs, f"{module}.{parameter}")) is not None:
-            return zip(fused.ours, fused.split(tensor), strict=True)
+        if (whole := _match(self._tensors_by_theirs, f"{module}.{parameter}")) is not None:
+            return zip(whole.ours, whole.split(tensor), strict=True)
         rule = self.to_ours(module)
         # A quantized weight is always (out, in).
         transposed = rule.transposed and isinstance(tensor, Tensor) and tensor.ndim == 2
@@ -161,9 +157,9 @@ class Layout:
     def write(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Our tensors under their names and in our order, joined one at a time."""
         for name, tensor in tensors.items():
-            if (fused := _match(self._fused_by_ours, name)) is not None:
-                if name == fused.ours[0]:
-                    yield fused.theirs, fused.join([tensors[one] for one in fused.ours])
+            if (whole := _match(self._tensors_by_ours, name)) is not None:
+                if name == whole.ours[0]:
+                    yield whole.theirs, whole.join([tensors[one] for one in whole.ours])
                 continue
             module, _, parameter = name.rpartition(".")
             rule = self.to_theirs(module)
@@ -184,6 +180,14 @@ def layout(model_type: str, config: Architecture) -> Layout:
         return Layout([], "")
     rules, prefix = LAYOUTS.get(model_type, (lambda config: [], "model."))
     return Layout(rules(config), prefix)
+
+
+def predictors(model_type: str, config: ModelConfig) -> str | None:
+    """What the names of weights begin with that predict several tokens ahead: those of the layers after
+    the last one (DeepSeek-V3), or of a module of their own (Qwen3-Next). None: there can be none."""
+    if model_type in ("glm4_moe", "deepseek_v3", "kimi_k2"):
+        return LAYER.format(config.num_hidden_layers)
+    return "mtp." if model_type.startswith(("qwen3_next", "qwen3_5")) else None
 
 
 def _gpt_neox(config: ModelConfig) -> list[Rule]:
@@ -318,6 +322,11 @@ def _mixtral(config: ModelConfig) -> list[Rule]:
     ]
 
 
+def _ernie4_5_moe(config: ModelConfig) -> list[Row]:
+    leaf = "e_score_correction_bias"
+    return [Row(f"{LAYER}mlp.moe_statics.{leaf}", f"{LAYER}mlp.gate.{leaf}")]
+
+
 def _gpt_oss(config: ModelConfig) -> list[Rule | FusedExperts]:
     def fused(theirs: str, leaf: str, *parts: str) -> FusedExperts:
         ours = tuple(f"{part}_proj.{leaf}" for part in parts)
@@ -347,6 +356,7 @@ LAYOUTS = {
     "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
     "gpt_oss": (_gpt_oss, "model."),
+    "ernie4_5_moe": (_ernie4_5_moe, "model."),
 }
 
 

@@ -5,8 +5,8 @@ vocabulary.
 """
 
 from litlora.model.cache import KVCache
-from litlora.model.experts import Router
 from litlora.model.gpt import GPT, shorten
+from litlora.model.router import Router
 from litlora.model.through_transformers import TransformersModel
 from litlora.transformers_config import Architecture, TransformersConfig
 

@@ -1,36 +1,21 @@
 """Mixtures of experts: MLPs of which a router picks some for each token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.model.mlp import MLP
-
-
-class Router(nn.Module):
-    """Scores of each token: x Wᵀ, and perhaps a bias. Not an nn.Linear, since adapters on all linear
-    layers leave it out."""
-
-    def __init__(self, hidden_size: int, num_scores: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_scores, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_scores)) if bias else None
-        nn.init.normal_(self.weight, std=hidden_size**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+from litlora.model.router import ExpertRouter, Router
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through the experts that score highest, and through the shared expert if
-    there is one (Jiang et al. 2024, arXiv:2401.04088)."""
+    """Each token goes through the experts that its router picks, and through the shared expert if
+    there is one (Jiang et al. 2024, arXiv:2401.04088). The names are those of the families: a shared
+    expert without a gate is called shared_experts."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_picked = config.num_experts_per_tok
-        self.norm_shares = config.norm_topk_prob
-        self.gate = Router(config.hidden_size, config.num_experts, bool(config.router_bias))
+        self.gate = ExpertRouter(config)
         self.experts = nn.ModuleList(
             MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
@@ -38,17 +23,17 @@ class MixtureOfExperts(nn.Module):
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
             self.shared_expert_gate = Router(config.hidden_size, 1)
+        self.shared_experts = None
+        if config.shared_experts_intermediate_size is not None:
+            self.shared_experts = MLP(config, config.shared_experts_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.size(-1))  # (B, T, C) -> (N, C)
-        # fp32: the shares decide which experts are picked
-        scores = self.gate(tokens).softmax(dim=-1, dtype=torch.float32)
-        shares, picked = scores.topk(self.num_picked)  # (N, num_picked)
-        if self.norm_shares:
-            shares = shares / shares.sum(dim=-1, keepdim=True)
-        y = self._mixed(tokens, shares, picked)
+        y = self._mixed(tokens, *self.gate.pick(tokens))
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
         return y.view_as(x)
 
     def _mixed(self, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
@@ -66,7 +51,7 @@ class MixtureOfExperts(nn.Module):
         counts = (picked.flatten()[:, None] == numbers).sum(dim=0).tolist()
         # A copy for each place, and then permutations only: neither direction adds into a row
         # twice, which on a GPU would happen in any order.
-        copies = tokens[:, None].expand(-1, self.num_picked, -1).flatten(0, 1)
+        copies = tokens[:, None].expand(-1, picked.size(1), -1).flatten(0, 1)
         outputs = [
             expert(rows)
             for expert, rows in zip(self.experts, copies.index_select(0, order).split(counts), strict=True)
@@ -77,6 +62,6 @@ class MixtureOfExperts(nn.Module):
         weighted = (torch.cat(outputs) * shares.flatten()[order, None]).to(tokens.dtype)
         parts = weighted.index_select(0, order.argsort()).unflatten(0, shares.shape)
         y = parts[:, 0]
-        for place in range(1, self.num_picked):
+        for place in range(1, picked.size(1)):
             y = y + parts[:, place]
         return y

@@ -204,13 +204,15 @@ class GPT(nn.Module):
             return cls(config)
 
     def stored(self) -> dict[str, Tensor]:
-        """What a file of the model holds."""
-        return dict(self.named_parameters())
+        """What a file of the model holds: weights, and what its routers add to scores."""
+        kept = self.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name in kept}
+        return {**dict(self.named_parameters()), **buffers}
 
     def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError unless names and shapes are exactly those of this model's weights;
         a tied head has no name of its own."""
-        expected = {name: parameter.shape for name, parameter in self.named_parameters()}
+        expected = {name: tensor.shape for name, tensor in self.stored().items()}
         if missing := sorted(expected.keys() - tensors.keys()):
             raise CheckpointError(f"weight(s) missing: {shorten(missing)}")
         if unexpected := sorted(tensors.keys() - expected.keys()):

@@ -34,7 +34,8 @@ def kind_of(name: str) -> str:
     leaf = name.rpartition(".")[2]
     if _EXPERTS.fullmatch(name):
         return f"experts.{leaf}"
-    return f"shared_expert.{leaf}" if ".shared_expert." in name else leaf
+    shared = next((part for part in ("shared_expert", "shared_experts") if f".{part}." in name), None)
+    return leaf if shared is None else f"{shared}.{leaf}"
 
 
 def embedding_among(targets: str | list[str]) -> str | None:

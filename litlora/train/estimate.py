@@ -129,6 +129,7 @@ def as_dense(config: ModelConfig) -> ModelConfig:
     on values."""
     width = config.num_experts_per_tok * config.moe_intermediate_size
     width += config.shared_expert_intermediate_size or 0
+    width += config.shared_experts_intermediate_size or 0
     return dataclasses.replace(
         config,
         intermediate_size=width,
@@ -136,6 +137,7 @@ def as_dense(config: ModelConfig) -> ModelConfig:
         num_experts_per_tok=None,
         moe_intermediate_size=None,
         shared_expert_intermediate_size=None,
+        shared_experts_intermediate_size=None,
         norm_topk_prob=False,
         dense_layers=(),
     )

@@ -67,6 +67,10 @@ LATE += (
     "qwen3-next",
     "qwen3-5",
     "gpt-oss",
+    "glm4-moe",
+    "dots1",
+    "flex-olmo",
+    "ernie4-5-moe",
 )
 
 
@@ -208,6 +212,14 @@ CASES |= {
             "target_modules": ["c_attn"],
             "trainable_token_indices": {"wte": [7, 14]},
             "fan_in_fan_out": True,
+        },
+    ),
+    "glm4_moe": (
+        "glm4-moe",
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "target_parameters": [*EXPERTS, "shared_experts.up_proj.weight"],
         },
     ),
     "gpt_oss-experts": (
@@ -386,6 +398,9 @@ OWN_CASES |= {
 }
 
 
+OWN_CASES |= {
+    "glm4-moe-router": ("glm4-moe", LoRAConfig(rank=3, targets="qv", modules_to_save=["mlp.gate"])),
+}
 OWN_CASES |= {name: (name, LoRAConfig(rank=3, alpha=7.0)) for name in LATE}
 
 

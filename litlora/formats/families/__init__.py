@@ -135,6 +135,8 @@ def adapt_config(values: dict[str, Any], config: ModelConfig) -> dict[str, Any] 
     # quantized.
     dropped = ("auto_map", "quantization_config")
     values = {name: value for name, value in values.items() if name not in dropped}
+    if "num_nextn_predict_layers" in values:  # their weights are not read
+        values["num_nextn_predict_layers"] = 0
     size, tied = config.vocab_size, config.tie_word_embeddings
     adapted = {**values, "vocab_size": size, "tie_word_embeddings": tied}
     if (outer := multimodal_of(values)) is not None:

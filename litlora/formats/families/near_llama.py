@@ -194,6 +194,12 @@ def write_olmoe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def read_flex_olmo(c: HFConfig) -> dict[str, Any]:
+    c = c.replace(num_experts=c.get("num_experts", 7), num_experts_per_tok=c.get("num_experts_per_tok", 5))
+    theta = c.get("rope_theta") or 500_000.0
+    return {**read_olmoe(c.replace(rope_theta=theta, clip_qkv=None)), "norm_position": "after"}
+
+
 def read_exaone4(c: HFConfig) -> dict[str, Any]:
     window = c.get("sliding_window", 4096)
     pattern = c.get("sliding_window_pattern", 4) if window is not None else None

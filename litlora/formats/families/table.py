@@ -1,6 +1,16 @@
 """The families that are covered. Torch-free."""
 
-from litlora.formats.families import gemma, gpt, gpt_oss, interleaved, llama, near_llama, qwen, qwen_next
+from litlora.formats.families import (
+    gemma,
+    gpt,
+    gpt_oss,
+    interleaved,
+    llama,
+    near_llama,
+    qwen,
+    qwen_next,
+    routed,
+)
 from litlora.formats.families.hf_config import Family
 
 _NOT_FALCON = ("num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps")
@@ -61,6 +71,12 @@ FAMILIES = {
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
     "gpt_oss": Family("GptOssForCausalLM", gpt_oss.read_gpt_oss, gpt_oss.write_gpt_oss,
                       ("rope_theta", "rope_scaling")),
+    "glm4_moe": Family("Glm4MoeForCausalLM", routed.read_glm4_moe, routed.write_glm4_moe),
+    "dots1": Family("Dots1ForCausalLM", routed.read_dots1, routed.write_dots1),
+    "flex_olmo": Family("FlexOlmoForCausalLM", near_llama.read_flex_olmo, near_llama.write_olmoe,
+                        ("head_dim",)),
+    "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", routed.read_ernie4_5_moe,
+                           routed.write_ernie4_5_moe),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
