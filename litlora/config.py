@@ -4,6 +4,7 @@ A field has the name that Hugging Face's `config.json` gives it, where it has on
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,6 +185,16 @@ class ModelConfig(Facts):
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to ± this (OLMo 1)."""
 
+    kv_lora_rank: int | None = None
+    """Multi-head latent attention (DeepSeek-V3): width of the latent that keys and values are made of.
+    head_dim is then the rotated part of a key, which all heads share."""
+    q_lora_rank: int | None = None
+    """Width of the latent that queries are made of; None: they are made of the input."""
+    qk_nope_head_dim: int | None = None
+    """Width of the part of a key that is not rotated."""
+    v_head_dim: int | None = None
+    mscale_all_dim: float | None = None
+    """With a scaling of the rotation, scores are multiplied by (0.1 · mscale_all_dim · ln(factor) + 1)²."""
     attention_gate: bool | None = None
     """What attention gives is multiplied by a sigmoid that each head's query projection computes
     beside the query (Qwen3-Next)."""
@@ -235,6 +246,7 @@ class ModelConfig(Facts):
             elif type(value) is tuple:
                 self._check_layers(field.name, value)
         self._check_attention()
+        self._check_latent_attention()
         self._check_linear_attention()
         self._check_experts()
         self._check_blocks()
@@ -268,6 +280,29 @@ class ModelConfig(Facts):
                 f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an "
                 "even number"
             )
+
+    def _check_latent_attention(self) -> None:
+        sizes = [self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim]
+        if None in sizes and sizes != [None] * 3:
+            raise CheckpointError("kv_lora_rank, qk_nope_head_dim and v_head_dim must be set together")
+        if self.kv_lora_rank is None:
+            return
+        others = {
+            "sliding_window": self.sliding_window,
+            "attention_sinks": self.attention_sinks,
+            "attn_logit_softcapping": self.attn_logit_softcapping,
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "query_scale_beta": self.query_scale_beta,
+            "clip_qkv": self.clip_qkv,
+            "attention_gate": self.attention_gate,
+            "layers_without_rope": self.layers_without_rope or None,
+        }
+        if found := [name for name, value in others.items() if value is not None]:
+            raise CheckpointError(f"{found[0]} with kv_lora_rank is not a supported architecture")
+        if self.qk_norm != "none" or self.rotary_dim != self.head_dim or self.positions != "rotary":
+            raise CheckpointError("kv_lora_rank needs heads without norms, whose head_dim is rotated whole")
+        if self.mscale_all_dim is not None and getattr(self.rope_scaling, "factor", None) is None:
+            raise CheckpointError("mscale_all_dim needs a rope_scaling with a factor")
 
     def _check_linear_attention(self) -> None:
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
@@ -370,7 +405,17 @@ class ModelConfig(Facts):
 
     def cached(self, layer: int) -> tuple[int, int, int]:
         """(heads, width of a key, width of a value): what a layer keeps of each token."""
+        if self.kv_lora_rank is not None:
+            return 1, self.kv_lora_rank + self.head_dim, 0
         return self.num_key_value_heads, self.head_dim, self.head_dim
+
+    @property
+    def latent_scale(self) -> float:
+        """What scores of latent attention are multiplied by."""
+        scale = (self.qk_nope_head_dim + self.head_dim) ** -0.5
+        if self.mscale_all_dim is None or self.rope_scaling.factor <= 1:
+            return scale
+        return scale * (0.1 * self.mscale_all_dim * math.log(self.rope_scaling.factor) + 1) ** 2
 
     def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
         """Base and scaling of a layer's rotary frequencies; None if the layer has none."""

@@ -37,6 +37,7 @@ SIGMOID = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.5,
 }
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -255,6 +256,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Ernie4_5_MoeConfig",
         {**GROUPED, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24}
         | {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **SIZES,
+            **SIGMOID,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 20,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_mtp_layers": 0,
+        }
+        | {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.8}},
+    ),
+    "moonlight": (
+        "DeepseekV3Config",
+        {
+            **SIZES,
+            **SIGMOID,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+        | {"rope_interleave": False, "v_head_dim": 24, "attention_bias": True, "num_mtp_layers": 0},
     ),
 }
 

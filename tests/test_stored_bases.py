@@ -64,7 +64,8 @@ def store(directory: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "how"), [("llama", "gptq"), ("phi3", "gptq"), ("qwen3-moe", "fp8"), ("phi3", "fp8")]
+    ("family", "how"),
+    [("llama", "gptq"), ("phi3", "gptq"), ("qwen3-moe", "fp8"), ("phi3", "fp8"), ("deepseek-v3", "fp8")],
 )
 def test_gradients_and_fingerprint_are_those_of_the_values(family, how, tmp_path, tokenizer_dir):
     save_folder(family, tmp_path / "stored", vocab_size=400)

@@ -7,6 +7,7 @@ from litlora.model.attention import Attention
 from litlora.model.context import Context, pick
 from litlora.model.delta_net import DeltaNet
 from litlora.model.experts import MixtureOfExperts
+from litlora.model.latent_attention import LatentAttention
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
 
@@ -27,7 +28,8 @@ class Block(nn.Module):
         if self.is_linear:
             self.linear_attn = DeltaNet(config, layer)
         else:
-            self.self_attn = Attention(config, layer)
+            is_latent = config.kv_lora_rank is not None
+            self.self_attn = LatentAttention(config, layer) if is_latent else Attention(config, layer)
         self.post_attention_layernorm = nn.Identity() if self.shared_norm else make_norm(config)
         if self.norm_position != "before":
             self.pre_feedforward_layernorm = (

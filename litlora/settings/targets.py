@@ -12,8 +12,11 @@ OUTPUT_HEAD = "lm_head"
 MOST_LAYERS = 10_000
 _RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _SUFFIXES = {
-    "qv": ("q_proj", "v_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "qv": ("q_proj", "v_proj", "q_b_proj", "kv_b_proj"),
+    "attention": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 _EXPERTS = re.compile(r"(?:.*\.)?experts\.\d+\.[^.]+")

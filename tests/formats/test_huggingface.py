@@ -112,7 +112,8 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
     assert open_checkpoint(directory).fingerprint == before
 
 
-SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe")
+SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe", "gpt-oss", "glm4-moe")
+SLOW += ("deepseek-v3", "ernie4-5-moe")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])

@@ -71,6 +71,8 @@ LATE += (
     "dots1",
     "flex-olmo",
     "ernie4-5-moe",
+    "deepseek-v3",
+    "moonlight",
 )
 
 

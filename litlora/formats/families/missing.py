@@ -33,7 +33,6 @@ NEEDS = {
     "cwm": "a reader of its settings (Llama's layers, most of them with a sliding window)",
     "dbrx": "its fused experts",
     "deepseek_v2": f"{_LATENT}, and experts with a router of their own",
-    "deepseek_v3": f"{_LATENT}, and experts with {_ROUTER}",
     "diffllama": "differential attention",
     "emu3": _TOKENS,
     "falcon_h1": f"{_STATE_SPACE} beside attention, and multipliers",

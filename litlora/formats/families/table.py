@@ -5,6 +5,7 @@ from litlora.formats.families import (
     gpt,
     gpt_oss,
     interleaved,
+    latent,
     llama,
     near_llama,
     qwen,
@@ -77,6 +78,10 @@ FAMILIES = {
                         ("head_dim",)),
     "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", routed.read_ernie4_5_moe,
                            routed.write_ernie4_5_moe),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", latent.read_deepseek_v3, latent.write_deepseek_v3,
+                          ("rope_theta", "rope_scaling")),
+    "kimi_k2": Family("DeepseekV3ForCausalLM", latent.read_deepseek_v3, latent.write_deepseek_v3,
+                      ("rope_theta", "rope_scaling")),
 }
 # fmt: on
 """By `model_type`. A model without a family of its own is written as the first that can express
