@@ -235,6 +235,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GROUPED, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2}
         | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
+    "qwen3-5-moe": (
+        "Qwen3_5MoeTextConfig",
+        {**{n: v for n, v in GROUPED.items() if n != "intermediate_size"}, **EXPERTS, "num_hidden_layers": 4}
+        | {"head_dim": 16, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
@@ -385,6 +391,18 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "intermediate_size": 24,
             "out_hidden_size": 32,
             "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeConfig",
+        FAMILIES["qwen3-5-moe"][1]
+        | {"rope_parameters": {**QWEN3_GRID, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+        {
+            **VISUAL,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
             "num_position_embeddings": 16,
         },
     ),

@@ -97,7 +97,7 @@ class Layout:
     def __init__(self, rules: list[Rule | TensorRule], prefix: str = "model.") -> None:
         self.rules = [rule for rule in rules if isinstance(rule, Rule)]
         tensors = [rule for rule in rules if isinstance(rule, TensorRule)]
-        self.fused = [rule for rule in tensors if isinstance(rule, FusedExperts)]
+        self.fused = [rule for rule in tensors if isinstance(rule, FusedExperts) and rule.is_written]
         """Tensors that hold a part of all experts of a layer."""
         self.prefix = prefix
         """The prefix of all their names but the output head's. Files of the bare decoder lack
@@ -107,7 +107,12 @@ class Layout:
         ]
         self._by_ours = [(_pattern(name), rule) for rule in self.rules for name in rule.ours]
         self._tensors_by_theirs = [(_pattern(rule.theirs), rule) for rule in tensors]
-        self._tensors_by_ours = [(_pattern(name), rule) for rule in tensors for name in rule.forms]
+        self._tensors_by_ours = [
+            (_pattern(name), rule)
+            for rule in tensors
+            if not isinstance(rule, FusedExperts) or rule.is_written
+            for name in rule.forms
+        ]
 
     def to_ours(self, module: str) -> Rule:
         """The rule for a module of theirs, with numbers filled in."""
@@ -342,6 +347,16 @@ def _gpt_oss(config: ModelConfig) -> list[Rule | FusedExperts]:
     ]
 
 
+def _qwen3_5_moe(config: ModelConfig) -> list[FusedExperts]:
+    """Released files have fused tensors, and those that transformers writes do not."""
+    place, count = LAYER + "mlp.experts", config.num_experts
+    parts = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
+    return [
+        FusedExperts(f"{place}.{theirs}", place, ours, count, is_written=False)
+        for theirs, ours in parts.items()
+    ]
+
+
 LAYOUTS = {
     "gpt_neox": (_gpt_neox, "gpt_neox."),
     "gpt2": (_gpt2, "transformer."),
@@ -356,6 +371,7 @@ LAYOUTS = {
     "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
     "gpt_oss": (_gpt_oss, "model."),
+    "qwen3_5_moe_text": (_qwen3_5_moe, "model."),
     "ernie4_5_moe": (_ernie4_5_moe, "model."),
 }
 

@@ -109,7 +109,7 @@ def adapter_of(
         found.add_whole(name, tensor)
     for module, pair in stored.pairs.items():
         if (place := experts_of(module)) is not None and config.get("target_parameters"):
-            found.add_experts(place, pair)
+            found.add_experts(module, place, pair)
         else:
             found.add_pair(module, pair, by_columns=module in decomposed)
     for module, rows in stored.rows.items():
@@ -210,8 +210,9 @@ class _Found:
             self.whole[f"{ours}.bias"] = (before.to(part.dtype) + part).to(before.dtype)
             self.replaced.append(ours)
 
-    def add_experts(self, place: str, pair: dict[str, Tensor]) -> None:
-        """The factors of one parameter of a layer's experts: A (E · r, in), B (out, r · E)."""
+    def add_experts(self, module: str, place: str, pair: dict[str, Tensor]) -> None:
+        """The factors of one parameter of a layer's experts, A (E · r, in) and B (out, r · E), which are
+        called `place` here."""
         experts = range(self.model.num_experts or 0)
         up = self.base.get(f"{place}.0.up_proj.weight")
         if up is None:
@@ -225,7 +226,7 @@ class _Found:
                 f"{self.file}: {place}: its lora_A and lora_B fit neither gate_up_proj nor down_proj of the "
                 "base's experts"
             )
-        rank, alpha, scale = self._strength(f"{place}.{parameter}")
+        rank, alpha, scale = self._strength(f"{module.partition('.base_layer')[0]}.{parameter}")
         _checked_pair(self.file, f"{place}.{parameter}", pair, rank * len(experts))
         A = pair["A"].unflatten(0, (len(experts), rank))  # (E, r, in)
         B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)

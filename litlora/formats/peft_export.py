@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,14 @@ def to_peft(
         )
     beside = [] if parts is None else [name.rpartition(".")[0] for name in parts.tensors]
     layout = layout_of(model_type, model)
-    found = _Found(layout, _groups(layout, base, parts), beside)
+    named = str if parts is None else parts.outer.spellings[0].outer
+    found = _Found(layout, _groups(layout, base, named), beside, named)
     made = {*adapter.rows.tensors} if adapter.rows else set()
     as_parameters = set()
-    if model.num_experts is not None and (layout.fused or not _are_joined_rightly(adapter, base)):
+    is_new = bool(layout.fused) or parts is not None  # and never had the layers of single experts
+    if model.num_experts is not None and (is_new or not _are_joined_rightly(adapter, base)):
         as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name)}
     if as_parameters:
-        if parts is not None:
-            raise CheckpointError(
-                f"{min(as_parameters)}: experts inside {parts.outer.architecture} cannot be written as PEFT; "
-                "merge the adapter and export the merged model"
-            )
         found.add_parameters(as_parameters, adapter, base, model.num_experts)
     left = {*adapter.updates, *adapter.whole} - made - as_parameters
     for theirs, (rule, _) in found.groups.items():
@@ -109,6 +106,8 @@ class _Found:
     groups: dict[str, tuple[Rule, list[str]]]
     beside: list[str]
     """The modules of the other parts of a multimodal model."""
+    named: Callable[[str], str]
+    """What a layer of the language model is called in the whole model."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
@@ -145,16 +144,18 @@ class _Found:
             )
         for name in sorted(name for name in names if _IN_EXPERTS not in name):
             rank, scale, A, B = join(Rule(name, (name,)), adapter, base)
-            self._add_parameter(f"{name}.weight", f"{PREFIX}{name}", (rank, scale, A, B), adapter)
+            theirs = self.named(name)
+            self._add_parameter(f"{theirs}.weight", f"{PREFIX}{theirs}", (rank, scale, A, B), adapter)
         for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
             experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
-            key = f"{PREFIX}{place}.mlp.experts"
+            theirs = self.named(f"{place}.mlp.experts")
+            key = PREFIX + theirs
             for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
                 size = base[f"{experts[0]}.{leaves[0]}.weight"].size(0)
                 rules = [self.layout.rule_of_expert(expert, leaves, size) for expert in experts]
                 if any(name in adapter.updates for rule in rules for name in rule.ours):
                     joined = _join_experts(rules, adapter, base)
-                    self._add_parameter(f"{place}.mlp.experts.{parameter}", key, joined, adapter)
+                    self._add_parameter(f"{theirs}.{parameter}", key, joined, adapter)
                     key += ".base_layer"
 
     def _add_parameter(
@@ -203,7 +204,8 @@ class _Found:
         modules += self.beside
         adapted = [name for name in self.ranks if name not in self.parameters]
         layers = [part for rule, _ in self.groups.values() for part in rule.ours]
-        parameters = _shortened(self.parameters, layers)
+        # Other parts of a model may have layers with the same last names.
+        parameters = sorted(self.parameters) if self.beside else _shortened(self.parameters, layers)
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -277,7 +279,7 @@ def _are_joined_rightly(adapter: Adapter, base: Mapping[str, Tensor]) -> bool:
 
 
 def _groups(
-    layout: Layout, base: Mapping[str, Tensor], parts: Parts | None
+    layout: Layout, base: Mapping[str, Tensor], named: Callable[[str], str]
 ) -> dict[str, tuple[Rule, list[str]]]:
     """Every tensor of the Hugging Face model: the rule of its module, and the tensors of ours that
     it consists of."""
@@ -288,8 +290,7 @@ def _groups(
         # transformers 5 has another name for Mixtral's; it renames only the factors in a PEFT folder
         if rule.theirs.endswith("block_sparse_moe.gate"):
             rule = Rule(module, (module,))
-        theirs = f"{rule.theirs}.{leaf}"
-        theirs = theirs if parts is None else parts.outer.spellings[0].outer(theirs)
+        theirs = named(f"{rule.theirs}.{leaf}")
         groups[theirs] = rule, [f"{part}.{leaf}" for part in rule.ours]
     return groups
 

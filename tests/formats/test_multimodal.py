@@ -77,6 +77,20 @@ def test_names_of_before_and_after_2025_are_the_same_model(folder, tmp_path):
     assert open_checkpoint(old).fingerprint == open_checkpoint(new).fingerprint
 
 
+@pytest.mark.slow
+def test_experts_of_one_tensor_are_the_same_model(folder, tmp_path):
+    """As Qwen 3.5 is released; transformers reads both."""
+    apart, model = folder("qwen3_5_moe")
+    joined = shutil.copytree(apart, tmp_path / "joined")
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.endswith("rotary_inv_freq")
+    }
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in state
+    save_file({n: t.clone() for n, t in state.items()}, joined / "model.safetensors", {"format": "pt"})
+    one, other = open_checkpoint(apart), open_checkpoint(joined)
+    assert one.fingerprint == other.fingerprint and one.tensors.keys() == other.tensors.keys()
+
+
 def test_settings_of_qwen_vl_that_stand_beside_the_others_are_read(folder):
     """As in the files of 2024."""
     directory, _ = folder("qwen2_vl")
@@ -184,7 +198,9 @@ def test_a_full_fine_tune_keeps_the_other_parts(folder, tmp_path, alpaca_file, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen3_vl", "qwen3_5", "smolvlm"])
+# PEFT warns of ranks and alphas of parameters, which it does use.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "smolvlm"])
 def test_peft_gives_the_same_logits_with_the_exported_adapter(name, folder, tmp_path, alpaca_file, forked):
     """On the multimodal class; the image encoder, whose layers have the same last names, gets none."""
     from peft import PeftModel

@@ -66,6 +66,7 @@ LATE += (
     "seed-oss",
     "qwen3-next",
     "qwen3-5",
+    "qwen3-5-moe",
     "gpt-oss",
     "glm4-moe",
     "dots1",

@@ -78,7 +78,6 @@ NEEDS = {
     "phi4_multimodal": "image and audio encoders",
     "phimoe": "its router (sparsemixer) and layer norms with experts",
     "qwen2_5_omni_text": _GRID,
-    "qwen3_5_moe_text": "a reader of its fused experts",
     "qwen3_omni_moe_text": f"{_GRID}, and a reader of its experts",
     "qwen3_vl_moe_text": f"{_GRID}, and a reader of its experts",
     "recurrent_gemma": "recurrent layers (RG-LRU)",

@@ -78,6 +78,7 @@ MULTIMODAL = {
                              flat=True),
     "qwen3_vl": Multimodal("Qwen3VLForConditionalGeneration", "qwen3_vl_text", (_NEW,)),
     "qwen3_5": Multimodal("Qwen3_5ForConditionalGeneration", "qwen3_5_text", (_NEW,)),
+    "qwen3_5_moe": Multimodal("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", (_NEW,)),
 }
 # fmt: on
 """By the `model_type` of the whole."""

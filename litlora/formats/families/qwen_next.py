@@ -1,4 +1,5 @@
-"""Qwen3-Next and Qwen 3.5: linear attention by the gated delta rule in most layers. Torch-free."""
+"""Qwen3-Next and Qwen 3.5, dense and with experts: linear attention by the gated delta rule in most
+layers. Torch-free."""
 
 from typing import Any
 
@@ -28,6 +29,17 @@ def read_qwen3_next(c: HFConfig) -> dict[str, Any]:
 def read_qwen3_5(c: HFConfig) -> dict[str, Any]:
     fields = _hybrid_fields(c)
     return {**fields, "linear_split": True if "linear_attention_layers" in fields else None}
+
+
+def read_qwen3_5_moe(c: HFConfig) -> dict[str, Any]:
+    """Every layer has experts; released files do not say how wide an MLP without them would be."""
+    width = c.need("moe_intermediate_size")
+    c = c.replace(intermediate_size=c.get("intermediate_size") or width, norm_topk_prob=True)
+    return {
+        **read_qwen3_5(c),
+        **expert_fields(c.replace(decoder_sparse_step=1, mlp_only_layers=None)),
+        "shared_expert_intermediate_size": c.need("shared_expert_intermediate_size"),
+    }
 
 
 def _hybrid_fields(c: HFConfig) -> dict[str, Any]:

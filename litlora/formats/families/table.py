@@ -70,6 +70,8 @@ FAMILIES = {
                          ("rope_theta", "rope_scaling")),
     "qwen3_next": Family("Qwen3NextForCausalLM", qwen_next.read_qwen3_next, qwen_next.write_qwen3_next),
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
+    "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", qwen_next.read_qwen3_5_moe,
+                               qwen_next.write_qwen3_next),
     "gpt_oss": Family("GptOssForCausalLM", gpt_oss.read_gpt_oss, gpt_oss.write_gpt_oss,
                       ("rope_theta", "rope_scaling")),
     "glm4_moe": Family("Glm4MoeForCausalLM", routed.read_glm4_moe, routed.write_glm4_moe),
