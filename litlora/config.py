@@ -10,78 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litlora.errors import CheckpointError
-from litlora.facts import Facts, check_size, is_positive
+from litlora.facts import Facts, check_size
+from litlora.rope_facts import RopeScaling as RopeScaling
 from litlora.storage.untrusted import read_yaml_mapping
 
 CONFIG_FILE = "model_config.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling(Facts):
-    """How rotary frequencies are scaled to reach beyond the context of pre-training."""
-
-    rope_type: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    factor: float | None = None
-    """Growth of the context."""
-    original_max_position_embeddings: int | None = None
-    """Context of pre-training; llama3, yarn and longrope."""
-    low_freq_factor: float | None = None
-    """llama3: wavelengths above original / low_freq_factor are stretched by the full factor."""
-    high_freq_factor: float | None = None
-    """llama3: wavelengths below original / high_freq_factor are not stretched."""
-    beta_fast: float | None = None
-    """yarn: a frequency with at least this many rotations in the original context is not
-    stretched."""
-    beta_slow: float | None = None
-    """yarn: a frequency with at most this many rotations is stretched by the full factor."""
-    truncate: bool | None = None
-    """yarn: the bounds of the ramp are rounded to whole numbers."""
-    attention_factor: float | None = None
-    """yarn, longrope: factor of the cosines and sines."""
-    short_factor: tuple[float, ...] | None = None
-    """longrope: divisor of each frequency within the original context."""
-    long_factor: tuple[float, ...] | None = None
-    """longrope: divisor of each frequency beyond the original context."""
-
-    NEEDS = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        "yarn": (
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "truncate",
-            "attention_factor",
-        ),
-        "longrope": ("original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
-    }
-    """The fields that each type has; it has no others."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        needed = self.NEEDS[self.rope_type]
-        for field in dataclasses.fields(self)[1:]:
-            value = getattr(self, field.name)
-            if (value is None) == (field.name in needed):
-                what = "missing" if value is None else "has no effect"
-                raise CheckpointError(f"rope_scaling of type {self.rope_type}: {field.name} {what}")
-            if type(value) in (int, float) and not is_positive(value):
-                raise CheckpointError(f"rope_scaling: {field.name} is {value!r}; it must be positive")
-
-    def check_factors(self, count: int) -> None:
-        """Raise CheckpointError unless longrope's lists hold `count` positive factors."""
-        if self.rope_type != "longrope":
-            return
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(self, name)
-            if len(factors) != count:
-                raise CheckpointError(
-                    f"rope_scaling: {name} has {len(factors)} values; there are {count} frequencies"
-                )
-            if bad := [factor for factor in factors if not is_positive(factor)]:
-                raise CheckpointError(f"rope_scaling: {name} holds {bad[0]!r}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +131,24 @@ class ModelConfig(Facts):
     attention_gate: bool | None = None
     """What attention gives is multiplied by a sigmoid that each head's query projection computes
     beside the query (Qwen3-Next)."""
+    global_head_dim: int | None = None
+    """Width of one head in the layers without a window, where it differs (Gemma 4)."""
+    num_global_key_value_heads: int | None = None
+    """The same for num_key_value_heads."""
+    attention_k_eq_v: bool | None = None
+    """In the layers without a window, values are what keys are before their norm (Gemma 4)."""
+    value_norm: bool | None = None
+    """Values are normalised, each head by itself, without weights (Gemma 4)."""
+    num_kv_shared_layers: int | None = None
+    """So many layers, the last ones, have no keys and values of their own, but those of the last layer
+    before them that has a window if they have one, and none if they have none (Gemma 4)."""
+    use_double_wide_mlp: bool | None = None
+    """The MLP of these layers is twice as wide."""
+    hidden_size_per_layer_input: int | None = None
+    """Each token has a vector of this width for each layer, from an embedding of its own (Gemma 4)."""
+    vocab_size_per_layer_input: int | None = None
+    layer_scalar: bool | None = None
+    """What a layer gives is multiplied by a stored number (Gemma 4)."""
     linear_attention_layers: tuple[int, ...] | None = None
     """Numbers of the layers with linear attention by the gated delta rule (Qwen3-Next)."""
     linear_num_key_heads: int | None = None
@@ -246,12 +197,16 @@ class ModelConfig(Facts):
             elif type(value) is tuple:
                 self._check_layers(field.name, value)
         self._check_attention()
+        self._check_layers_of_gemma4()
         self._check_latent_attention()
         self._check_linear_attention()
         self._check_experts()
         self._check_blocks()
         if self.rope_scaling is not None:
             self.rope_scaling.check_factors(self.rotary_dim // 2)
+            is_proportional = self.rope_scaling.rope_type == "proportional"
+            if is_proportional and self.sliding_window is not None and self.rope_local_base_freq is None:
+                raise CheckpointError("a proportional rope_scaling needs rope_local_base_freq beside windows")
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
         if missing := [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]:
@@ -279,6 +234,43 @@ class ModelConfig(Facts):
             raise CheckpointError(
                 f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an "
                 "even number"
+            )
+
+    def _check_layers_of_gemma4(self) -> None:
+        of_layers = (self.global_head_dim, self.num_global_key_value_heads, self.attention_k_eq_v)
+        if any(of_layers) and self.sliding_window is None:
+            raise CheckpointError("layers with other heads need others, with a sliding_window, beside them")
+        heads = self.num_attention_heads
+        if self.num_global_key_value_heads is not None and heads % self.num_global_key_value_heads:
+            raise CheckpointError(
+                f"num_attention_heads ({heads}) is not a multiple of num_global_key_value_heads "
+                f"({self.num_global_key_value_heads})"
+            )
+        sizes = (self.hidden_size_per_layer_input, self.vocab_size_per_layer_input)
+        if (sizes[0] is None) != (sizes[1] is None):
+            raise CheckpointError(
+                "hidden_size_per_layer_input and vocab_size_per_layer_input must be set together"
+            )
+        is_other = self.kv_lora_rank or self.linear_attention_layers
+        if is_other and (any(of_layers) or self.num_kv_shared_layers):
+            raise CheckpointError("layers that share keys and values need plain attention in all layers")
+        if sizes[1] is not None and sizes[1] < self.vocab_size:
+            raise CheckpointError(
+                f"vocab_size_per_layer_input ({sizes[1]}) is less than vocab_size ({self.vocab_size}): "
+                "tokens without an input of each layer are not implemented"
+            )
+        if (sizes[0] or self.layer_scalar) and self.norm_position != "both":
+            raise CheckpointError("per-layer inputs and layer_scalar need norm_position both")
+        if self.num_kv_shared_layers is None:
+            if self.use_double_wide_mlp:
+                raise CheckpointError("use_double_wide_mlp needs num_kv_shared_layers")
+            return
+        own = range(self.num_hidden_layers - self.num_kv_shared_layers)
+        kinds = {self.window(layer) is None for layer in own}
+        if missing := [n for n in range(self.num_hidden_layers) if (self.window(n) is None) not in kinds]:
+            raise CheckpointError(
+                f"num_kv_shared_layers ({self.num_kv_shared_layers}): no layer before layer {missing[0]} has "
+                "the keys and values that it shares"
             )
 
     def _check_latent_attention(self) -> None:
@@ -407,7 +399,21 @@ class ModelConfig(Facts):
         """(heads, width of a key, width of a value): what a layer keeps of each token."""
         if self.kv_lora_rank is not None:
             return 1, self.kv_lora_rank + self.head_dim, 0
-        return self.num_key_value_heads, self.head_dim, self.head_dim
+        if self.shares_keys(layer):
+            return 0, 0, 0
+        heads, width = self.heads(layer)
+        return heads, width, width
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        """(key/value heads, width of each head) of a layer."""
+        if self.window(layer) is not None:
+            return self.num_key_value_heads, self.head_dim
+        heads = self.num_global_key_value_heads or self.num_key_value_heads
+        return heads, self.global_head_dim or self.head_dim
+
+    def shares_keys(self, layer: int) -> bool:
+        """Whether a layer has the keys and values of another one."""
+        return layer >= self.num_hidden_layers - (self.num_kv_shared_layers or 0)
 
     @property
     def latent_scale(self) -> float:
@@ -417,13 +423,15 @@ class ModelConfig(Facts):
             return scale
         return scale * (0.1 * self.mscale_all_dim * math.log(self.rope_scaling.factor) + 1) ** 2
 
-    def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
-        """Base and scaling of a layer's rotary frequencies; None if the layer has none."""
+    def rope(self, layer: int) -> tuple[int, float, RopeScaling | None] | None:
+        """(dimensions of a head that are rotated, base and scaling of their frequencies) in a layer; None
+        if it has none."""
         if self.positions == "learned" or layer in self.layers_without_rope or self.is_linear(layer):
             return None
+        dim = int(self.heads(layer)[1] * self.partial_rotary_factor)
         if self.window(layer) is not None and self.rope_local_base_freq is not None:
-            return self.rope_local_base_freq, None
-        return self.rope_theta, self.rope_scaling
+            return dim, self.rope_local_base_freq, None
+        return dim, self.rope_theta, self.rope_scaling
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":

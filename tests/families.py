@@ -38,6 +38,14 @@ SIGMOID = {
     "routed_scaling_factor": 1.5,
 }
 LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
+GEMMA4 = {
+    "num_hidden_layers": 7,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"],
+    "final_logit_softcapping": 3.0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -241,6 +249,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"head_dim": 16, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2}
         | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {**GROUPED, **GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+        | {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 420},
+    ),
+    "gemma4-31b": (
+        "Gemma4TextConfig",
+        {**GROUPED, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"hidden_size_per_layer_input": 0},
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
@@ -305,11 +323,13 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
             plus_one = name.startswith(("gemma", "nemotron", "qwen3-next", "qwen3-5"))
-            is_norm &= not plus_one or "linear_attn" in parameter_name
+            is_norm &= not plus_one or "linear_attn" in parameter_name or name.startswith("gemma4")
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            elif buffer_name.endswith("layer_scalar"):
+                buffer.uniform_(0.7, 1.3)
     return model
 
 
@@ -338,6 +358,17 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "Gemma3Config",
         {**GROUPED, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 6},
         VISION,
+    ),
+    "gemma4": (
+        "Gemma4Config",
+        FAMILIES["gemma4"][1],
+        {
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "position_embedding_size": 16,
+        },
     ),
     "mistral3": (
         "Mistral3Config",
@@ -428,7 +459,7 @@ def save_multimodal(name: str, directory: Path, **changes: Any) -> torch.nn.Modu
 
     kind, text, vision = MULTIMODAL[name]
     config = getattr(transformers, kind)(text_config={**text, **changes}, vision_config=vision)
-    config.tie_word_embeddings = name == "gemma3"
+    config.tie_word_embeddings = name.startswith("gemma")
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():

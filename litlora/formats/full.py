@@ -39,9 +39,8 @@ class FullModel:
     """The files that hold the weights; none: `file` alone."""
     parts: Parts | None = None
     """What a multimodal model has beside its language model, which these weights are."""
-    left_out: tuple[str, int] | None = None
-    """What the names of weights begin with that predict several tokens ahead, which nothing reads, and
-    how many bytes they are."""
+    left_out: tuple[str, ...] = ()
+    """Weights beside the model that nothing reads: what they are."""
 
     kind: ClassVar[str] = "full"
 
@@ -60,13 +59,12 @@ class FullModel:
         """What every command tells about these weights, a line each."""
         parts = self.parts.notice if self.parts else None
         through = f"{self.directory}: {NOTICE}" if isinstance(self.config, TransformersConfig) else None
-        start, size = self.left_out or ("", 0)
-        ahead = (
-            f"{self.directory}: the weights that predict several tokens ahead ({start}*, "
-            f"{size / 1e6:,.1f} MB) are not used, and no model made from it has them"
-        )
+        unused = [
+            f"{self.directory}: {what} are not used, and no model made from it has them"
+            for what in self.left_out
+        ]
         stored_as = stored.notice(self.directory, self.tensors)
-        lines = (stored_as, notice(self.file), parts, through, ahead if self.left_out else None)
+        lines = (stored_as, notice(self.file), parts, through, *unused)
         return [line for line in lines if line]
 
     @property

@@ -33,13 +33,14 @@ from litlora.formats.families import (
 )
 from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
-from litlora.formats.layout import layout, predictors
+from litlora.formats.layout import layout, unused
 from litlora.formats.parts import Parts, divide, kept_parts
 from litlora.formats.through_transformers import adapt_config as adapt_through
 from litlora.formats.through_transformers import file_tensors, read_tensors
 from litlora.formats.through_transformers import load_config as load_through
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.stored import find_stored
+from litlora.model import shorten
 from litlora.prompts import STYLE_FILE
 from litlora.stop_tokens import name_stops, stops_of, with_stops
 from litlora.storage.dtypes import dtype_name
@@ -87,7 +88,7 @@ def open_folder(directory: Path) -> FullModel:
     theirs = find_stored(theirs, where, load_storage(directory))
     try:
         theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
-        theirs, left_out = _without_predictors(kind, config, theirs)
+        theirs, left_out = _without_unused(kind, config, theirs)
         ours = layout(kind, config).read(theirs)
         if config.tie_word_embeddings:
             ours, config = _tied(ours, config)
@@ -98,17 +99,18 @@ def open_folder(directory: Path) -> FullModel:
     ).checked()
 
 
-def _without_predictors(
+def _without_unused(
     kind: str, config: ModelConfig, tensors: dict[str, Tensor | Quantized]
-) -> tuple[dict[str, Tensor | Quantized], tuple[str, int] | None]:
-    """(the tensors without those that predict several tokens ahead, what the names of these begin with
-    and how many bytes they are)."""
-    start = predictors(kind, config)
-    ahead = {name: tensor for name, tensor in tensors.items() if start and name.startswith(start)}
-    if start is None or not ahead:
-        return tensors, None
-    rest = {name: tensor for name, tensor in tensors.items() if name not in ahead}
-    return rest, (start, sum(tensor.nbytes for tensor in ahead.values()))
+) -> tuple[dict[str, Tensor | Quantized], tuple[str, ...]]:
+    """(the tensors without those that no model here has, what is said of these)."""
+    said = []
+    for what, names in unused(kind, config).items():
+        found = [name for name in tensors if names.fullmatch(name)]
+        if found:
+            size = sum(tensors[name].nbytes for name in found)
+            said.append(f"{what} ({shorten(found, 1)}; {size / 1e6:,.1f} MB)")
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in set(found)}
+    return tensors, tuple(said)
 
 
 def _through(

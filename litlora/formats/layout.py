@@ -187,12 +187,18 @@ def layout(model_type: str, config: Architecture) -> Layout:
     return Layout(rules(config), prefix)
 
 
-def predictors(model_type: str, config: ModelConfig) -> str | None:
-    """What the names of weights begin with that predict several tokens ahead: those of the layers after
-    the last one (DeepSeek-V3), or of a module of their own (Qwen3-Next). None: there can be none."""
-    if model_type in ("glm4_moe", "deepseek_v3", "kimi_k2"):
-        return LAYER.format(config.num_hidden_layers)
-    return "mtp." if model_type.startswith(("qwen3_next", "qwen3_5")) else None
+def unused(model_type: str, config: ModelConfig) -> dict[str, re.Pattern[str]]:
+    """{what they are: the names of weights in released files that no model here has}."""
+    ahead = "the weights that predict several tokens ahead"
+    if model_type in ("glm4_moe", "deepseek_v3", "kimi_k2"):  # the layers after the last one
+        return {ahead: re.compile(re.escape(LAYER.format(config.num_hidden_layers)) + ".*")}
+    if model_type.startswith(("qwen3_next", "qwen3_5")):
+        return {ahead: re.compile(r"mtp\..*")}
+    layers = [str(layer) for layer in range(config.num_hidden_layers) if config.shares_keys(layer)]
+    if layers:
+        place = rf"model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\..*"
+        return {"the keys and values of layers that share those of others": re.compile(place)}
+    return {}
 
 
 def _gpt_neox(config: ModelConfig) -> list[Rule]:

@@ -201,7 +201,8 @@ class _Found:
             for values in (self.ranks, self.alphas)
         )
         modules = [name.rpartition(".")[0] for name in self.groups if name.endswith(".weight")]
-        modules += self.beside
+        # Gemma 4 has its linear layers of images in modules that are called q_proj and so on.
+        modules += [*self.beside, *(name.rpartition(".")[0] for name in self.beside)]
         adapted = [name for name in self.ranks if name not in self.parameters]
         layers = [part for rule, _ in self.groups.values() for part in rule.ours]
         # Other parts of a model may have layers with the same last names.

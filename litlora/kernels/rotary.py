@@ -81,13 +81,16 @@ def rotary_frequencies(
 
     `length` is that of the sequence. Scalings: linear: Chen et al. 2023, arXiv:2306.15595; dynamic:
     NTK-aware, growing with the length; yarn: Peng et al. 2023, arXiv:2309.00071; longrope: Ding et
-    al. 2024, arXiv:2402.13753; llama3: Llama 3.1.
+    al. 2024, arXiv:2402.13753; llama3: Llama 3.1; proportional: Gemma 4.
     """
     kind = scaling.rope_type if scaling is not None else None
     if kind == "dynamic" and length > max_positions:
         theta *= (scaling.factor * length / max_positions - (scaling.factor - 1)) ** (dim / (dim - 2))
     # fp32: a bf16 angle is off by whole turns at long range
     frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if kind == "proportional":
+        frequencies[int(scaling.proportion * dim // 2) :] = 0
+        return frequencies / scaling.factor, 1.0
     if kind == "linear":
         return frequencies / scaling.factor, 1.0
     if kind == "llama3":

@@ -8,7 +8,7 @@ from litlora.kernels.attention import attend, packed_attention
 from litlora.kernels.rotary import halves, rotate
 from litlora.lora import project
 from litlora.model.context import Context, pick
-from litlora.model.norms import make_head_norm
+from litlora.model.norms import WeightlessRMSNorm, make_head_norm
 
 
 class Attention(nn.Module):
@@ -17,55 +17,47 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
         self.window = config.window(layer)
-        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        self.softcap = config.attn_logit_softcapping
-        self.clip = config.clip_qkv
-        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.softcap, self.clip = config.attn_logit_softcapping, config.clip_qkv
+        H, C, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        G, self.head_dim = config.heads(layer)
+        self.scale = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.gated = bool(config.attention_gate)
-        self.q_proj = nn.Linear(config.hidden_size, H * self.head_dim * (1 + self.gated), bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, G * self.head_dim, bias=bias)
+        self.q_proj = nn.Linear(C, H * self.head_dim * (1 + self.gated), bias=bias)
+        # A layer that shares keys has none of its own, and one whose values are keys no values.
+        self.shares_keys = config.shares_keys(layer)
+        self.values_are_keys = bool(config.attention_k_eq_v) and self.window is None
+        if not self.shares_keys:
+            self.k_proj = nn.Linear(C, G * self.head_dim, bias=bias)
+            if not self.values_are_keys:
+                self.v_proj = nn.Linear(C, G * self.head_dim, bias=bias)
         output_bias = bias if config.attention_output_bias is None else config.attention_output_bias
-        self.o_proj = nn.Linear(H * self.head_dim, config.hidden_size, bias=output_bias)
+        self.o_proj = nn.Linear(H * self.head_dim, C, bias=output_bias)
         # An attribute, since compiled blocks leave it uncompiled: see litlora.train.compile.
         self.packed_attention = packed_attention
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.norm_all_heads = config.qk_norm == "all_heads"
         self.norm_rotated = config.qk_norm == "head_rotated"
         self.interleaved_dim = config.rotary_dim if config.rope_interleaved else None
-        self.q_norm = make_head_norm(config, H)
-        self.k_norm = make_head_norm(config, G)
+        self.q_norm = make_head_norm(config, H, self.head_dim)
+        self.k_norm = None if self.shares_keys else make_head_norm(config, G, self.head_dim)
+        self.v_norm = WeightlessRMSNorm(config.norm_eps) if config.value_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
         B, T, _ = x.shape
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        own = () if self.shares_keys else (self.k_proj,)
+        own += () if self.shares_keys or self.values_are_keys else (self.v_proj,)
+        q, *others = project(x, self.q_proj, *own)
         gate = None
         if self.gated:  # each head's query, and then its gate
             q, gate = (part.flatten(2) for part in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
-        if self.clip is not None:
-            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
-        if self.norm_all_heads:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in (q, k, v))  # (B, T, H·D) -> (B, T, H, D)
-        if self.q_norm is not None and not (self.norm_all_heads or self.norm_rotated):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D); k and v (B, G, T, D)
-        if context.rope is not None:
-            if self.interleaved_dim is not None:
-                q, k = (halves(part, self.interleaved_dim) for part in (q, k))
-            # Under autocast this gives fp32; attention needs one dtype.
-            q, k = (rotate(part, *context.rope).to(v.dtype) for part in (q, k))
-        if self.norm_rotated:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = self._rotated(q, self.q_norm, context)  # (B, H, T, D)
         if context.query_scale is not None:
             q = q * context.query_scale
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
-            if T == 1 and self.window is not None:
-                k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        k, v = self._keys_and_values(others, context)
+        if context.cache is not None and T == 1 and self.window is not None:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         if context.pack is None:
             y = attend(q, k, v, context.mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
         else:
@@ -75,3 +67,39 @@ class Attention(nn.Module):
         if gate is not None:
             y = y * pick(gate, context.positions).sigmoid()
         return project(y, self.o_proj)[0]
+
+    def _keys_and_values(self, projected: list[Tensor], context: Context) -> tuple[Tensor, Tensor]:
+        """Of all tokens so far, (B, G, S, D) each: this layer's own, made of what it projected
+        (B, T, G·D), or those that it shares."""
+        kind = self.window is not None
+        if self.shares_keys:
+            return context.keys[kind]
+        k, v = projected[0], projected[-1]
+        k = self._rotated(k, self.k_norm, context)
+        v = self._clipped(v).unflatten(-1, (-1, self.head_dim))
+        v = (v if self.v_norm is None else self.v_norm(v)).transpose(1, 2)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        if context.keys is not None:
+            context.keys[kind] = k, v
+        return k, v
+
+    def _rotated(self, x: Tensor, norm: nn.Module | None, context: Context) -> Tensor:
+        """Queries or keys as they were projected, (B, T, H·D) -> (B, H, T, D), normalised and rotated."""
+        x = self._clipped(x)
+        dtype = x.dtype
+        if self.norm_all_heads:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and not (self.norm_all_heads or self.norm_rotated):
+            x = norm(x)
+        x = x.transpose(1, 2)
+        if context.rope is not None:
+            if self.interleaved_dim is not None:
+                x = halves(x, self.interleaved_dim)
+            # Under autocast this gives fp32; attention needs one dtype.
+            x = rotate(x, *context.rope).to(dtype)
+        return norm(x) if self.norm_rotated else x
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)

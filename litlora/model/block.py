@@ -1,5 +1,6 @@
 """One layer of the model: attention and MLP with their norms."""
 
+import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
@@ -10,9 +11,10 @@ from litlora.model.experts import MixtureOfExperts
 from litlora.model.latent_attention import LatentAttention
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
+from litlora.model.per_layer import WithGate
 
 
-class Block(nn.Module):
+class Block(WithGate):
     """Attention and MLP, each added to the residual stream; norms on their input, output or
     both."""
 
@@ -37,7 +39,11 @@ class Block(nn.Module):
             )
             self.post_feedforward_layernorm = make_norm(config)
         sparse = config.num_experts is not None and layer not in config.dense_layers
-        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, config.intermediate_size)
+        is_wide = config.use_double_wide_mlp and config.shares_keys(layer)
+        width = config.intermediate_size * (2 if is_wide else 1)
+        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, width)
+        self.add_gate(config)
+        self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scalar else None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
@@ -53,7 +59,9 @@ class Block(nn.Module):
             x = x + attended
             return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.with_layer_input(x, pick(context.per_layer, context.positions))
+        return x if self.layer_scalar is None else x * self.layer_scalar.to(x.dtype)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier is None else x * self.multiplier

@@ -25,8 +25,13 @@ class Context(NamedTuple):
     further."""
     query_scale: Tensor | None = None
     """(T, 1): factor of each token's queries, if the architecture has one."""
+    keys: dict[bool, tuple[Tensor, Tensor]] | None = None
+    """The keys and values of the last layers that have their own, with a window (True) and without, for
+    those that share them. Layers put them in."""
+    per_layer: Tensor | None = None
+    """(B, T, P): what each token has for this layer alone."""
 
 
-def pick(x: Tensor, positions: Tensor | None) -> Tensor:
+def pick(x: Tensor | None, positions: Tensor | None) -> Tensor | None:
     """x (B, T, C) at these positions (M,) of the B · T tokens: (1, M, C); x itself for None."""
-    return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]
+    return x if positions is None or x is None else x.flatten(0, 1).index_select(0, positions)[None]

@@ -26,10 +26,11 @@ from litlora.model.block import Block
 from litlora.model.cache import KVCache
 from litlora.model.context import Context
 from litlora.model.norms import make_norm
+from litlora.model.per_layer import WithLayerInputs
 from litlora.storage.blocks import LazyTensor
 
 
-class Decoder(nn.Module):
+class Decoder(WithLayerInputs):
     """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,15 +40,14 @@ class Decoder(nn.Module):
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.add_layer_inputs(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
         self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
         # Filled on first use, and not part of a checkpoint, since they are computed.
         self._tables = {
-            rope: RotaryTable(config.rotary_dim, *rope, config.max_position_embeddings)
-            for rope in self._ropes
-            if rope
+            rope: RotaryTable(*rope, config.max_position_embeddings) for rope in self._ropes if rope
         }
 
     def forward(
@@ -75,12 +75,19 @@ class Decoder(nn.Module):
             rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x)
             for rope, table in self._tables.items()
         }
-        scale = self._query_scale(start, T, pack, x)
-        for block, window, rope in zip(self.layers, self._windows, self._ropes, strict=True):
-            last = block is self.layers[-1]
-            places = positions if last else None
-            context = Context(ropes.get(rope), masks.get(window), cache, pack, places, scale)
-            x = block(x, context)
+        context = Context(cache=cache, pack=pack, query_scale=self._query_scale(start, T, pack, x))
+        if self.config.num_kv_shared_layers:
+            context = context._replace(keys={})
+        inputs = self.layer_inputs(input_ids, x)
+        for layer, (block, window, rope) in enumerate(
+            zip(self.layers, self._windows, self._ropes, strict=True)
+        ):
+            own = context._replace(rope=ropes.get(rope), mask=masks.get(window))
+            if inputs is not None:
+                own = own._replace(per_layer=inputs[layer])
+            if block is self.layers[-1]:
+                own = own._replace(positions=positions)
+            x = block(x, own)
         if cache is not None:
             cache.length += T
         # Here, so that whatever multiplies by the head's weight has scaled logits.

@@ -15,6 +15,18 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+class WeightlessRMSNorm(nn.Module):
+    """RMSNorm without weights, in fp32 or better."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
 class RMSNormPlusOne(nn.Module):
     """RMSNorm that multiplies by 1 + weight, in fp32 throughout (Gemma). 1 + weight is not stored:
     it would round in bf16."""
@@ -67,11 +79,11 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
     return kinds[config.norm](size, config.norm_eps)
 
 
-def make_head_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
+def make_head_norm(config: ModelConfig, num_heads: int, head_dim: int) -> nn.Module | None:
     """The normalisation of queries or keys, if there is one."""
     if config.qk_norm == "none":
         return None
     if config.qk_norm == "each_head":
-        return HeadNorms(num_heads, config.head_dim, config.norm_eps)
+        return HeadNorms(num_heads, head_dim, config.norm_eps)
     shared = config.qk_norm in ("head", "head_rotated")
-    return make_norm(config, config.head_dim if shared else num_heads * config.head_dim)
+    return make_norm(config, head_dim if shared else num_heads * head_dim)

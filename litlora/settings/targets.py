@@ -17,7 +17,10 @@ _SUFFIXES = {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     ),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj"),
+        *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+    ),
 }
 _EXPERTS = re.compile(r"(?:.*\.)?experts\.\d+\.[^.]+")
 

@@ -52,6 +52,12 @@ class AddedTokens:
                 f"{loaded.chain.sources[0]}: its tokenizer has {known:,} tokens and its embedding "
                 f"{model.config.vocab_size:,} rows; no token can be added"
             )
+        rows = getattr(model.config, "vocab_size_per_layer_input", None)
+        if rows is not None and known + len(tokens) > rows:
+            raise UserError(
+                f"{setting('add_tokens')}: this model has inputs of its layers for {rows:,} tokens, and with "
+                f"these there were {known + len(tokens):,}; add fewer, or none"
+            )
         extended = self.extend_tokenizer(loaded.tokenizer, loaded.chain.sources, tokens)
         self._below = loaded.chain.adapters
         self.base_rows = model.config.vocab_size

@@ -113,7 +113,7 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
 
 
 SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe", "gpt-oss", "glm4-moe")
-SLOW += ("deepseek-v3", "ernie4-5-moe")
+SLOW += ("deepseek-v3", "ernie4-5-moe", "gemma4")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])
@@ -148,7 +148,8 @@ def test_fine_tune_merge_and_export_from_a_folder(family, make_folder, tmp_path,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     ids = torch.randint(400, (1, 24))
     with torch.no_grad():
-        assert (model(ids).logits - loaded.model(ids)).abs().max() <= 1e-5
+        difference = (model(ids).logits - loaded.model(ids)).abs().max()
+    assert difference <= (1e-4 if family == "gemma4" else 1e-5)  # its scores are not scaled down
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     text = "the quick brown fox, 123 \u4f60\u597d"
     assert tokenizer(text).input_ids == loaded.tokenizer.encode(text)

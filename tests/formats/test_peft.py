@@ -74,6 +74,8 @@ LATE += (
     "ernie4-5-moe",
     "deepseek-v3",
     "moonlight",
+    "gemma4",
+    "gemma4-31b",
 )
 
 

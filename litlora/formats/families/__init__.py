@@ -48,7 +48,8 @@ def read_config(values: dict[str, Any]) -> tuple[str, ModelConfig]:
     Storage.parse(values.get("quantization_config"))
     source = HFConfig(values)
     try:
-        if values.get("use_bidirectional_attention"):
+        # "vision": among the tokens of an image alone
+        if values.get("use_bidirectional_attention") not in (None, False, "vision"):
             source.only("use_bidirectional_attention", False, False)
         return kind, ModelConfig(**FAMILIES[kind].read(source))
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:

@@ -41,7 +41,6 @@ NEEDS = {
     "gemma3n": "image and audio encoders",
     "gemma3n_text": "AltUp, LAuReL and per-layer embeddings",
     "gemma4": "image and audio encoders",
-    "gemma4_text": _GEMMA4,
     "gemma4_unified": "image and audio encoders",
     "gemma4_unified_text": _GEMMA4,
     "glm4v_moe_text": f"{_GRID}, and experts with {_ROUTER}",

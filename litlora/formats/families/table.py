@@ -2,6 +2,7 @@
 
 from litlora.formats.families import (
     gemma,
+    gemma4,
     gpt,
     gpt_oss,
     interleaved,
@@ -72,6 +73,8 @@ FAMILIES = {
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
     "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", qwen_next.read_qwen3_5_moe,
                                qwen_next.write_qwen3_next),
+    "gemma4_text": Family("Gemma4ForCausalLM", gemma4.read_gemma4, gemma4.write_gemma4,
+                          ("hidden_act", "rope_theta", "rope_scaling")),
     "gpt_oss": Family("GptOssForCausalLM", gpt_oss.read_gpt_oss, gpt_oss.write_gpt_oss,
                       ("rope_theta", "rope_scaling")),
     "glm4_moe": Family("Glm4MoeForCausalLM", routed.read_glm4_moe, routed.write_glm4_moe),
