@@ -91,6 +91,8 @@ def _check(adapter: Adapter, model: ModelConfig, names: Layout) -> None:
                 f"{name}: an MLX folder holds only LoRA and DoRA of the layers of model.layers, of the "
                 f"embedding and of the output head; {_ANOTHER_WAY}"
             )
+        if name.endswith(".kv_b_proj") or (names.fused and _EXPERT.fullmatch(name)):
+            raise CheckpointError(f"{name}: what mlx-lm calls it is not known here; {_ANOTHER_WAY}")
         if variant == "dora" and _EXPERT.fullmatch(name):
             raise CheckpointError(f"{name}: mlx-lm has no DoRA of experts; {_ANOTHER_WAY}")
     if model.tie_word_embeddings:

@@ -1,10 +1,12 @@
 """Adapters of mlx-lm are used in place: W + scale · (lora_a lora_b)^T."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import fails, random_adapter, succeeds
+from families import save_folder
 from safetensors.torch import load_file, save_file
 
 from litlora.adapters.describe import describe
@@ -284,3 +286,15 @@ def test_what_mlx_cannot_hold_is_not_exported(base, tmp_path):
     words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
     assert "an MLX folder holds only LoRA and DoRA of the layers" in fails("scripts/export_peft.py", *words)
     assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("gpt-oss", r".*experts\.1\.up_proj"), ("deepseek-v3", "kv_b_proj")]
+)
+def test_what_mlx_calls_otherwise_is_not_exported(family, target, tmp_path, tokenizer_dir):
+    save_folder(family, tmp_path / "base", vocab_size=400)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "base")
+    own = random_adapter(tmp_path / "own", tmp_path / "base", LoRAConfig(rank=2, alpha=2, targets=[target]))
+    words = ["--lora_path", own, "--format", "mlx", "--out_dir", tmp_path / "mlx"]
+    assert "what mlx-lm calls it is not known here" in fails("scripts/export_peft.py", *words)
