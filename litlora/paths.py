@@ -19,6 +19,7 @@ from litlora.tokenizer import SIDECAR_FILES
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
 FINAL = "final"
+MODEL_GGUF, ADAPTER_GGUF = "model.gguf", "adapter.gguf"
 CHECKPOINTS = Path("checkpoints")
 """Where downloads go."""
 CHECKPOINT_NAMES = (WEIGHTS_FILE, PARTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
@@ -33,6 +34,8 @@ MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
 """What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
+GGUF_NAMES = (MODEL_GGUF, ADAPTER_GGUF, "Modelfile", "README.md")
+"""What a directory for llama.cpp that we write holds."""
 READ_NAMES = (
     *(*formats.NAMED_FILES, *CHECKPOINT_NAMES, *PEFT_NAMES, *HF_NAMES),
     *(f"*{INDEX_SUFFIX}", "pytorch_model*.bin"),

@@ -2,6 +2,7 @@
 decoding a stream piece by piece. Torch-free."""
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
@@ -238,6 +239,15 @@ class Tokenizer:
     def tokens(self) -> list[str | None]:
         """The names of all token ids, from 0 on; None for one that stands for nothing."""
         return self._ask("tokens", self.vocab_size, "cannot name its tokens")
+
+    def source(self) -> dict[str, Any]:
+        """What it does, as a tokenizer.json says it, whatever its file."""
+        return json.loads(self._ask("source", None, "cannot describe itself"))
+
+    @property
+    def added(self) -> dict[int, tuple[str, bool]]:
+        """The added tokens: the text of each, and whether it is special."""
+        return dict(self._added)
 
     def cut_up(self, texts: list[str]) -> list[str]:
         """Those of the texts that are not one token each: this tokenizer cuts them into pieces."""

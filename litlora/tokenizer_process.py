@@ -118,6 +118,9 @@ class Backend:
     def token(self, number: int) -> str | None:
         return self._tokenizer.id_to_token(number)
 
+    def source(self, _: None) -> str:
+        return self._tokenizer.to_str()
+
     def tokens(self, count: int) -> list[str | None]:
         return list(map(self._tokenizer.id_to_token, range(count)))
 

@@ -161,13 +161,14 @@ def _settings(metadata: Mapping[str, Any], names: Collection[str]) -> tuple[str,
         values["head_dim"] = rotated
     values["tie_word_embeddings"] = "output.weight" not in names
     values["attention_bias"] = "blk.0.attn_q.bias" in names
+    values["mlp_bias"] = "blk.0.ffn_up.bias" in names
     if kind == "qwen2":
         values.pop("head_dim", None)
     if kind in _GEMMA_27B:
         is_27b = values["num_hidden_layers"] == _GEMMA_27B[kind]
         scalar = values["hidden_size"] / values["num_attention_heads"] if is_27b else values.get("head_dim")
         values["query_pre_attn_scalar"] = scalar or 256
-    if kind == "llama":
+    if kind == "llama" or values.get("sliding_window") == 0:  # 0 is what files of Phi 4 have for none
         values.pop("sliding_window", None)
     return kind, values | _rope(architecture, read)
 

@@ -25,7 +25,14 @@ checks.py       what a value must be
 stored.py       how files store settings
 """
 
-from litlora.settings.adapters import CombineLoRA, ExportPEFT, InspectCheckpoint, MergeLoRA, ResizeLoRA
+from litlora.settings.adapters import (
+    CombineLoRA,
+    ExportGGUF,
+    ExportPEFT,
+    InspectCheckpoint,
+    MergeLoRA,
+    ResizeLoRA,
+)
 from litlora.settings.chat import Chat
 from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download
 from litlora.settings.checks import (
@@ -94,6 +101,7 @@ __all__ = [
     "DistillConfig",
     "Dolly",
     "Download",
+    "ExportGGUF",
     "ExportPEFT",
     "FileType",
     "Files",

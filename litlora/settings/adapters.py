@@ -13,6 +13,7 @@ from litlora.settings.checks import (
     check_value,
     check_weights,
 )
+from litlora.settings.styles import check_prompt_style
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,65 @@ class ExportPEFT:
     """Replace what out_dir holds; without this, a directory that is not empty is refused."""
     allow_base_mismatch: bool = False
     """Use a base even if its weights are not those that the adapter was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportGGUF:
+    """Write a model as a GGUF file, which llama.cpp and Ollama run, with an Ollama Modelfile beside
+    it. Adapters are merged on the way, or written alone."""
+
+    checkpoint_dir: str
+    """Any checkpoint directory: full, an adapter or a chain of them."""
+    out_dir: str
+    """Directory to write."""
+    dtype: (
+        Literal[
+            "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K"
+        ]
+        | None
+    ) = None
+    """Number format of the matrices; default: F16, and F32 of an adapter alone. Those with K are made
+    by llama.cpp's own quantiser: llama-quantize on the PATH, or the extra llama-cpp."""
+    adapter_only: bool = False
+    """Write the outermost adapter alone, for llama.cpp to use on a GGUF file of its base."""
+    base_model: str | None = None
+    """With adapter_only: what the Modelfile names as the model below the adapter, a GGUF file or a
+    model of Ollama's; without it no Modelfile is written."""
+    prompt_style: str | None = None
+    """How people ask the model: a style or a chat template file, as in training. Default: as it was
+    trained."""
+    model_type: str | None = None
+    """The Hugging Face family whose architecture in llama.cpp is used, such as llama or phi3. Default:
+    that of the base, if it is a Hugging Face folder, else the simplest that can express it."""
+    verify: bool = True
+    """Run the file with llama.cpp beside the live model, if the extra llama-cpp is installed and memory
+    allows it, else read it back, before it gets its name."""
+    overwrite: bool = False
+    """Replace what out_dir holds; without this, a directory that is not empty is refused."""
+    base_checkpoint_dir: str | None = None
+    """An adapter's base, when it is no longer where the adapter says."""
+    allow_base_mismatch: bool = False
+    """Use a base even if its weights are not those that the adapter was trained on."""
+
+    def __post_init__(self) -> None:
+        check_prompt_style(self.prompt_style)
+        check_value(
+            self,
+            "base_model",
+            self.base_model is None or self.adapter_only,
+            f"is for {setting('adapter_only')} true; leave it out",
+        )
+        check_value(
+            self,
+            "dtype",
+            not self.adapter_only or self.dtype in (None, "F32", "F16", "BF16"),
+            f"with {setting('adapter_only')}, choose F32, F16 or BF16",
+        )
+
+    @property
+    def number_format(self) -> str:
+        """That of the matrices."""
+        return self.dtype or ("F32" if self.adapter_only else "F16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,185 @@
+"""What llama.cpp computes for each of its architectures, as the facts of a ModelConfig. Torch-free.
+
+llama.cpp has one graph for each architecture. A GGUF file's metadata sets sizes and a few more facts
+of it; everything else is fixed. So a model fits if its other facts are those of the graph: a fact
+that is new in ModelConfig is refused until an architecture says otherwise.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from litlora.config import ModelConfig, RopeScaling
+from litlora.errors import CheckpointError
+
+SIZES = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "norm_eps",
+    "tie_word_embeddings",
+    "rope_theta",
+}
+"""The facts that every architecture takes from the metadata."""
+CHECKED_APART = {"rope_scaling", "sliding_window", "full_attention_layers"}
+BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class GraphOf:
+    """One architecture of llama.cpp."""
+
+    name: str
+    """general.architecture."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """The facts of its graph that are not ModelConfig's defaults."""
+    free: tuple[str, ...] = ()
+    """The facts that may have any value, besides the sizes."""
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    """How its rotary frequencies may be scaled."""
+    rotated: bool = False
+    """The rows of queries and keys are in the order of Meta's Llama."""
+    full_attention: Callable[[int], bool] | None = None
+    """Whether a layer, by its number, has no window. None: no layer has one."""
+    own_head: bool = False
+    """A tied output head is stored once more."""
+
+
+_PLAIN_MLP = {"mlp": "plain", "norm": "layernorm"}
+_GEMMA = {"norm": "rmsnorm_plus_one", "hidden_act": "gelu_tanh", "scale_embeddings": True}
+_ALL_BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+_QKV_BIAS = {"attention_bias": True, "attention_output_bias": False}
+_LLAMA = GraphOf("llama", free=BIASES, scalings=("linear", "llama3", "yarn"), rotated=True)
+GRAPHS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": GraphOf("llama", {"norm_topk_prob": True}, EXPERTS, rotated=True),
+    "qwen2": GraphOf("qwen2", _QKV_BIAS),
+    "qwen3": GraphOf("qwen3", {"qk_norm": "head"}),
+    "qwen3_moe": GraphOf("qwen3moe", {"qk_norm": "head", "norm_topk_prob": True}, EXPERTS),
+    "gemma": GraphOf("gemma", _GEMMA),
+    "gemma2": GraphOf(
+        "gemma2",
+        {**_GEMMA, "norm_position": "both"},
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        full_attention=lambda layer: layer % 2 == 1,
+    ),
+    "gemma3_text": GraphOf(
+        "gemma3",
+        {**_GEMMA, "norm_position": "both", "qk_norm": "head", "rope_local_base_freq": 10_000.0},
+        ("query_pre_attn_scalar", "final_logit_softcapping"),
+        scalings=("linear",),
+        full_attention=lambda layer: layer % 6 == 5,
+    ),
+    "phi3": GraphOf("phi3", free=("partial_rotary_factor",), scalings=("longrope",)),
+    "olmo2": GraphOf("olmo2", {"norm_position": "after", "qk_norm": "all_heads"}, own_head=True),
+    "gpt_neox": GraphOf(
+        "gptneox",
+        {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu"},
+        ("parallel_residual", "partial_rotary_factor"),
+        own_head=True,
+    ),
+    "gpt2": GraphOf(
+        "gpt2",
+        {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh", "positions": "learned"},
+        scalings=(),
+    ),
+    "starcoder2": GraphOf("starcoder2", {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh"}),
+}
+"""By model_type."""
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models whose scores llama.cpp divides by √(hidden_size / heads), not by √head_dim."""
+_AS_SAFETENSORS = (
+    "write a Hugging Face folder with scripts/convert_lit_checkpoint.py instead, for vLLM and transformers"
+)
+
+
+def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
+    """The architecture for a model of a family. Raises CheckpointError if llama.cpp has none, or
+    computes something else in it, naming that."""
+    graph = GRAPHS.get(model_type)
+    if graph is None:
+        raise CheckpointError(
+            f"models of the family {model_type} cannot be written as GGUF, only {', '.join(GRAPHS)}; "
+            f"{_AS_SAFETENSORS}"
+        )
+    for fact in dataclasses.fields(ModelConfig):
+        if fact.name in SIZES | CHECKED_APART | {*graph.free}:
+            continue
+        expected, value = graph.fixed.get(fact.name, fact.default), getattr(config, fact.name)
+        if fact.name == "attention_output_bias" and value is None and expected is not None:
+            value = config.attention_bias
+        if value != expected:
+            raise CheckpointError(
+                f"{fact.name} is {value!r}, and llama.cpp's architecture {graph.name} has "
+                f"{expected!r}; {_AS_SAFETENSORS}"
+            )
+    _check_scores(graph, config)
+    _check_scaling(graph, config)
+    return graph
+
+
+def _check_scores(graph: GraphOf, config: ModelConfig) -> None:
+    """Raise CheckpointError if attention scores are divided by something else than llama.cpp does,
+    which the metadata cannot say."""
+    if "query_pre_attn_scalar" not in graph.free:
+        return
+    is_27b = config.num_hidden_layers == GEMMA_27B[graph.name]
+    theirs = config.hidden_size / config.num_attention_heads if is_27b else config.head_dim
+    ours = config.query_pre_attn_scalar or config.head_dim
+    if ours != theirs:
+        raise CheckpointError(
+            f"query_pre_attn_scalar is {ours:g}, and llama.cpp's architecture {graph.name} has {theirs:g} "
+            f"for {config.num_hidden_layers} layers; {_AS_SAFETENSORS}"
+        )
+
+
+def _check_scaling(graph: GraphOf, config: ModelConfig) -> None:
+    scaling = config.rope_scaling
+    # Within the context of pre-training, dynamic scaling changes nothing; the file has that context.
+    if scaling is None or scaling.rope_type == "dynamic":
+        return
+    if scaling.rope_type not in graph.scalings:
+        known = ", ".join(graph.scalings) or "none"
+        raise CheckpointError(
+            f"rope_scaling is of type {scaling.rope_type}, and llama.cpp's architecture {graph.name} has "
+            f"{known}; {_AS_SAFETENSORS}"
+        )
+    if scaling.rope_type == "yarn":
+        default = yarn_attention_factor(scaling)
+        given = (scaling.beta_fast, scaling.beta_slow, scaling.truncate)
+        if given != (32, 1, True) or not math.isclose(scaling.attention_factor, default, rel_tol=1e-6):
+            raise CheckpointError(
+                "rope_scaling of type yarn has beta_fast, beta_slow, truncate, attention_factor "
+                f"{(*given, scaling.attention_factor)}, and llama.cpp has {(32, 1, True, default)}; "
+                f"{_AS_SAFETENSORS}"
+            )
+
+
+def yarn_attention_factor(scaling: RopeScaling) -> float:
+    """What llama.cpp multiplies cosines and sines by."""
+    return 0.1 * math.log(scaling.factor) + 1
+
+
+def context_of(graph: GraphOf, config: ModelConfig) -> int:
+    """The context up to which llama.cpp computes what the model does: that of the model, or its
+    window, if llama.cpp has no such windows. A context that fits the window does not notice it."""
+    if config.sliding_window is None or has_windows(graph, config):
+        return config.max_position_embeddings
+    return min(config.sliding_window, config.max_position_embeddings)
+
+
+def has_windows(graph: GraphOf, config: ModelConfig) -> bool:
+    """Whether the windows of a model are those of the architecture."""
+    if config.sliding_window is None or graph.full_attention is None:
+        return False
+    full = tuple(layer for layer in range(config.num_hidden_layers) if graph.full_attention(layer))
+    return config.full_attention_layers == full

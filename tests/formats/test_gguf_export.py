@@ -1,0 +1,320 @@
+"""GGUF files that we write: llama.cpp, transformers and our own reader find the model that was tested."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import made_tokenizers
+import pytest
+import torch
+from conftest import QUICKSTART, random_adapter, tiny_config
+from families import save_folder
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from litlora.adapters.merge import converted, plan_merge
+from litlora.adapters.verify import live_model, logits, probe_ids
+from litlora.adapters.verify_gguf import Comparison, check_text, compare, read_back
+from litlora.checkpoint import open_checkpoint, resolve
+from litlora.errors import CheckpointError
+from litlora.formats.gguf_adapter import adapter_tensors, check_adapter, write_adapter_file
+from litlora.formats.gguf_export import GGUFModel, as_gguf, kinds_in, write_model
+from litlora.formats.gguf_text import Text, text_of
+from litlora.formats.gguf_tokenizer import DIVISIONS
+from litlora.formats.llama_cpp import LlamaCpp, quantise
+from litlora.formats.ollama import go_template, turns_of
+from litlora.lora import LoRAConfig
+from litlora.prompts.choice import chosen_template
+from litlora.tokenizer import Tokenizer as OurTokenizer
+
+gguf = pytest.importorskip("gguf")
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="needs the extra llama-cpp (llama-cpp-python)"
+)
+SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
+CHANGES = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+    "qwen3-moe": {"decoder_sparse_step": 1},
+    "phi4-mini": {"original_max_position_embeddings": 256},
+    "gpt2": {"n_positions": 512, "n_embd": 64},
+}
+LLAMA_CPP = (
+    *(
+        "llama",
+        "llama-3",
+        "llama-linear",
+        "llama-dynamic",
+        "llama-yarn",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+    ),
+    *("qwen3-moe", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "gpt-neox", "gpt2", "starcoder2"),
+)
+
+
+def saved(name: str, directory: Path, tokenizer_dir: Path) -> Path:
+    """A random model of a family as a Hugging Face folder with a tokenizer."""
+    sizes = {"vocab_size": 400} if name == "gpt2" else SIZES
+    save_folder(name, directory, **{**sizes, **CHANGES.get(name, {})})
+    shutil.copytree(tokenizer_dir, directory, dirs_exist_ok=True)
+    return directory
+
+
+class Export:
+    """A checkpoint on its way into a file."""
+
+    def __init__(self, directory: Path, prompt_style: str | None = "plain") -> None:
+        self.chain = resolve(directory)
+        plan, config = plan_merge(self.chain)
+        self.plan = converted(plan, torch.float32)
+        self.model: GGUFModel = as_gguf(self.plan, config, self.chain.base.family(), directory)
+        self.text: Text = text_of(self.chain.sources, config, prompt_style)
+
+    def write(self, file: Path, kind: str) -> Path:
+        file.parent.mkdir(exist_ok=True)
+        write_model(file, self.model, kind, lambda writer: self.text.describe(writer, file))
+        return file
+
+    def run(self, file: Path, adapter: Path | None = None, *, tokens: int = 96) -> Comparison:
+        """llama.cpp beside the live model; the text is checked, too."""
+        ids = probe_ids(self.chain.sources, self.model.config)[0][:, :tokens]
+        live = logits(*live_model(self.plan, self.model.config), ids)
+        running = LlamaCpp(file, adapter, context=256)
+        try:
+            assert check_text(self.text, running).endswith(self.text.stops[-1])
+            return compare(live, running, ids[0].tolist())
+        finally:
+            running.close()
+
+
+# ---- without llama.cpp
+
+
+@pytest.mark.parametrize("name", ["llama-linear", "gemma2", "phi3"])
+def test_our_reader_finds_the_model_that_was_written(name, tmp_path, tokenizer_dir):
+    export = Export(saved(name, tmp_path / "hf", tokenizer_dir))
+    file = export.write(tmp_path / "gguf/model.gguf", "F32")
+    assert read_back(file, export.model.stored()).startswith("read back: all")
+    found, expected = open_checkpoint(file), export.chain.base
+    assert found.tensors.keys() == expected.tensors.keys()
+    for tensor_name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[tensor_name], tensor, atol=1e-6, rtol=0)
+    facts, theirs = expected.config.to_dict(), found.config.to_dict()
+    differing = {key for key in facts | theirs if facts.get(key) != theirs.get(key)}
+    assert differing <= {"sliding_window", "max_position_embeddings"}  # a window becomes the context
+
+
+def test_transformers_reads_the_same_model_and_tokens(tmp_path, tokenizer_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = Export(saved("llama", tmp_path / "hf", tokenizer_dir))
+    place = export.write(tmp_path / "gguf/model.gguf", "F16").parent
+    theirs = AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf", dtype=torch.float32).eval()
+    ids, _ = probe_ids(export.chain.sources, export.model.config)
+    live = logits(*live_model(export.plan, export.model.config), ids)
+    with torch.inference_mode():
+        difference = (theirs(ids).logits[0] - live).norm() / live.norm()
+    assert 0 < difference < 2e-3  # what fp16 loses
+    read = AutoTokenizer.from_pretrained(place, gguf_file="model.gguf")
+    text = "the quick brown fox, it's 1 dog\n\n  über"
+    assert read.encode(text, add_special_tokens=False) == export.text.tokenizer.encode(text)
+
+
+def test_every_name_of_a_division_is_found_by_what_it_does(tmp_path):
+    for division in DIVISIONS:
+        directory = byte_level(tmp_path / division.name, division.name)
+        text = text_of([directory], tiny_config(vocab_size=400), "plain")
+        assert (text.vocabulary.model, text.vocabulary.pre) == ("gpt2", division.name)
+
+
+def byte_level(directory: Path, name: str) -> Path:
+    """A directory with a byte-level tokenizer that divides texts as llama.cpp does by that name."""
+    division = next(one for one in DIVISIONS if one.name == name)
+    steps = []
+    for kind, *what in division.steps:
+        if kind == "split":
+            steps.append(pre_tokenizers.Split(Regex(what[0]), "isolated"))
+        elif kind == "digits":
+            steps.append(pre_tokenizers.Digits(individual_digits=what == ["one by one"]))
+        elif kind == "punctuation":
+            steps.append(pre_tokenizers.Punctuation("contiguous"))
+        else:
+            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    if ("byte level", "GPT-2") not in division.steps:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    backend = Tokenizer(models.BPE(ignore_merges=division.ignores_merges))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=390,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(WORDS, trainer)
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return directory
+
+
+WORDS = ["don't THEY'LL 123 1234567 the quick  brown fox\n\n jumps; über naïve 你好 ... ))) they'll 2024"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.__setattr__("normalizer", normalizers.Lowercase()), "changes texts by Lowercase"),
+        (
+            lambda t: t.__setattr__("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            "puts a space before every text",
+        ),
+        (
+            lambda t: t.__setattr__("pre_tokenizer", pre_tokenizers.Split(Regex(r"\w+"), "isolated")),
+            r"divides texts by split: \\w\+",
+        ),
+        (lambda t: t.__setattr__("model", models.WordLevel({"a": 0}, "a")), "is a WordLevel model"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(change, reason, tmp_path, tokenizer_dir):
+    backend = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    change(backend)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    with pytest.raises(CheckpointError, match=reason):
+        text_of([tmp_path], tiny_config(), "plain")
+
+
+def sentencepiece(directory: Path, name: str, **settings: object) -> Path:
+    """A directory with one of the SentencePiece models of tests/sentencepiece_files."""
+    directory.mkdir()
+    source = Path(__file__).parent.parent / f"sentencepiece_files/{name}.model"
+    shutil.copy(source, directory / "tokenizer.model")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **settings}))
+    return directory
+
+
+def test_sentencepiece_has_its_scores_back_in_order(tmp_path):
+    text = text_of([sentencepiece(tmp_path / "bpe", "bpe")], tiny_config(), "plain")
+    vocabulary = text.vocabulary
+    assert (vocabulary.model, vocabulary.space_prefix, len(vocabulary.tokens)) == ("llama", True, 400)
+    order = sorted(range(400), key=lambda number: -vocabulary.scores[number])
+    made = [number for number in order if vocabulary.scores[number] > min(vocabulary.scores)]
+    assert made == sorted(made)  # SentencePiece numbers its pieces by score
+    with pytest.raises(CheckpointError, match="is a Unigram model"):
+        text_of([sentencepiece(tmp_path / "unigram", "unigram")], tiny_config(), "plain")
+
+
+def test_merges_that_no_scores_give_are_refused(tmp_path):
+    made_tokenizers.write_tokenizer(tmp_path, "metaspace always", [])
+    with pytest.raises(CheckpointError, match="has 1 merges for '.*', whose parts are [2-9] pairs of tokens"):
+        text_of([tmp_path], tiny_config(), "plain")
+
+
+def test_a_template_whose_turns_would_never_end_is_refused(tmp_path, tokenizer_dir):
+    with pytest.raises(CheckpointError, match="needs <.im_start.>, <.im_end.>, which the tokenizer cuts"):
+        text_of([tokenizer_dir], tiny_config(), "chatml")
+    directory = byte_level(tmp_path / "t", "qwen2")
+    text = text_of([directory], tiny_config(), "chatml")
+    assert text.stops == ["<|endoftext|>", "<|im_end|>"]
+    assert text.ids["eot"] == text.tokenizer.encode("<|im_end|>")[0]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "mistral"])
+def test_ollamas_template_writes_what_the_chat_template_writes(name, tmp_path):
+    special = made_tokenizers.CONTROL[name]
+    made_tokenizers.write_tokenizer(tmp_path, "byte-level with a beginning", special)
+    template = chosen_template(name, OurTokenizer(tmp_path)).template
+    turns = turns_of(template)
+    talk = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two?"},
+    ]
+    for messages in (talk, [{"role": "system", "content": "brief"}, *talk]):
+        assert turns.text(messages) == template.render(messages)
+    assert "{{ range .Messages }}" in go_template(turns, "<s>") and "<s>" not in go_template(turns, "<s>")
+
+
+# ---- with llama.cpp
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_llama_cpp_computes_what_the_live_model_does(name, tmp_path, tokenizer_dir):
+    export = Export(saved(name, tmp_path / "hf", tokenizer_dir))
+    window = export.model.config.sliding_window
+    # A model whose windows llama.cpp does not have is the same within one window.
+    tokens = window if window and not name.startswith("gemma") else 96
+    for kind, limit in (("F32", 1e-3), ("F16", 1e-2)):
+        found = export.run(export.write(tmp_path / f"gguf/{kind}.gguf", kind), tokens=tokens)
+        assert found.error < limit and found.kl < 1e-5 and found.agreement > 0.95, (kind, found)
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_fewer_bits_lose_more(tmp_path):
+    export = Export(QUICKSTART, "alpaca")
+    plain = export.write(tmp_path / "plain.gguf", "F32")
+    found = []
+    for kind in ("F32", "BF16", "Q8_0"):
+        found.append((kind, export.run(export.write(tmp_path / f"{kind}.gguf", kind))))
+    for kind in ("Q6_K", "Q4_K_M", "Q2_K"):
+        quantise(plain, tmp_path / f"{kind}.gguf", kind)
+        assert "F32" in kinds_in(tmp_path / f"{kind}.gguf")
+        found.append((kind, export.run(tmp_path / f"{kind}.gguf")))
+    print(*(one.line(kind) for kind, one in found), sep="\n")
+    losses = [one.kl for _, one in found]
+    assert losses == sorted(losses) and losses[1] < 1e-3 < losses[-1], losses
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt-neox", "gemma"])
+def test_an_adapter_alone_is_added_by_llama_cpp(name, tmp_path, tokenizer_dir):
+    base = saved(name, tmp_path / "hf", tokenizer_dir)
+    settings = LoRAConfig(rank=4, targets=("all-linear",), rank_pattern={"q_proj": 6})
+    adapter_dir = random_adapter(tmp_path / "adapter", base, settings)
+    export, below = Export(adapter_dir, "alpaca"), Export(base)
+    adapter = export.chain.top
+    check_adapter(adapter, below.model)
+    alpha, tensors = adapter_tensors(adapter, below.model, export.chain.base.tensors)
+    write_adapter_file(tmp_path / "adapter.gguf", below.model, alpha, tensors, "F32")
+    file = below.write(tmp_path / "base.gguf", "F32")
+    tokens = below.model.config.sliding_window or 96
+    assert export.run(file, tmp_path / "adapter.gguf", tokens=tokens).error < 1e-3
+    assert export.run(file, tokens=tokens).error > 0.05  # the base without it
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("name", [*(one.name for one in DIVISIONS), "bpe", "bpe_user"])
+def test_llama_cpps_tokenizer_reads_hard_texts_as_ours_does(name, tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    if name.startswith("bpe"):
+        made = sentencepiece(tmp_path / "made", name)
+    else:
+        made = byte_level(tmp_path / "made", name)
+    (base / "tokenizer.json").unlink()
+    shutil.copytree(made, base, dirs_exist_ok=True)
+    assert Export(base, "plain").run(Export(base, "plain").write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
+
+
+def test_the_command_refuses_in_one_line_and_writes_what_it_says(tmp_path, forked):
+    words = ("scripts/export_gguf.py", "--checkpoint_dir", QUICKSTART, "--out_dir", "gguf")
+    said = forked.refuses(*words, cwd=tmp_path)
+    assert "nothing says how to ask this model" in said and "--prompt_style" in said
+    assert "--adapter_only needs an adapter" in forked.refuses(*words, "--adapter_only", "true", cwd=tmp_path)
+    assert "choose F32, F16 or BF16" in forked.refuses(
+        *words, "--adapter_only", "true", "--dtype", "Q8_0", cwd=tmp_path
+    )
+    said = forked.succeeds(
+        *words, "--prompt_style", "alpaca", "--dtype", "Q8_0", "--verify", "false", cwd=tmp_path
+    )
+    assert "29 tensors in Q8_0, 9 tensors in F32" in said and "answers end with <|endoftext|>" in said
+    text = (tmp_path / "gguf/Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and text.endswith('PARAMETER stop "<|endoftext|>"\n')
+    assert "already holds" in forked.refuses(*words, "--prompt_style", "alpaca", cwd=tmp_path)
