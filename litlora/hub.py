@@ -9,6 +9,7 @@ from pathlib import Path
 from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
 from litlora.formats import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILES
 from litlora.formats.families import HF_CONFIG_FILE, is_own, load_config
+from litlora.paths import CARD_FILE, LICENCE_FILES
 from litlora.storage.untrusted import read_json_object
 from litlora.tokenizer import SIDECAR_FILES
 
@@ -28,7 +29,7 @@ def needed_files(names: list[str]) -> list[str]:
     if ADAPTER_FILES[1] in adapter:
         adapter = [name for name in adapter if name != ADAPTER_FILES[2]]
     return [
-        *(name for name in SIDECAR_FILES if name in names),
+        *(name for name in (CARD_FILE, *LICENCE_FILES, *SIDECAR_FILES) if name in names),
         *adapter,
         *sorted(safe or weights, key=lambda name: ".index." not in name),
     ]

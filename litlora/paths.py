@@ -19,6 +19,10 @@ from litlora.tokenizer import SIDECAR_FILES
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
 FINAL = "final"
+CARD_FILE = "README.md"
+"""The model card of an exported folder."""
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+"""Where folders of models have their licence."""
 MODEL_GGUF, ADAPTER_GGUF = "model.gguf", "adapter.gguf"
 CHECKPOINTS = Path("checkpoints")
 """Where downloads go."""
@@ -27,14 +31,15 @@ CHECKPOINT_NAMES = (WEIGHTS_FILE, PARTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE,
 PEFT_NAMES = (
     PEFT_CONFIG_FILE,
     PEFT_WEIGHTS_FILES[0],
+    CARD_FILE,
     *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
 )
 """What a PEFT folder that we write holds."""
-MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE)
+MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE, CARD_FILE)
 """What a folder for mlx-lm that we write holds."""
-HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, *SIDECAR_FILES)
+HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, CARD_FILE, *SIDECAR_FILES)
 """What a Hugging Face folder that we write holds."""
-GGUF_NAMES = (MODEL_GGUF, ADAPTER_GGUF, "Modelfile", "README.md")
+GGUF_NAMES = (MODEL_GGUF, ADAPTER_GGUF, "Modelfile", CARD_FILE)
 """What a directory for llama.cpp that we write holds."""
 READ_NAMES = (
     *(*formats.NAMED_FILES, *CHECKPOINT_NAMES, *PEFT_NAMES, *HF_NAMES),

@@ -22,6 +22,7 @@ def main(settings: ConvertLit) -> None:
     out_dir = output_dir(settings.out_dir, overwrite=settings.overwrite, names=HF_NAMES, inputs=inputs)
 
     from litlora.adapters.merge import merge_chain
+    from litlora.card import of_folder, write_card
     from litlora.checkpoint import resolve
     from litlora.formats.huggingface import write_folder
     from litlora.storage.atomic import replacing_directory
@@ -34,6 +35,7 @@ def main(settings: ConvertLit) -> None:
     check_finite(tensors, chain.base.file)
     with replacing_directory(out_dir) as staging:
         what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes)
+        write_card(staging, chain, of_folder(staging))
     if chain.adapters:
         onto = ", onto dequantized" if chain.top.base.quantized else ""
         say(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}{onto}")

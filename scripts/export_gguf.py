@@ -60,6 +60,7 @@ def _export_model(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
     import torch
 
     from litlora.adapters.merge import converted, plan_merge
+    from litlora.card import of_gguf, write_card
     from litlora.formats.gguf_export import WRITTEN_KINDS, as_gguf, kinds_in, notes_on, write_model
     from litlora.formats.gguf_text import text_of
     from litlora.formats.llama_cpp import check_quantiser, quantise
@@ -89,10 +90,11 @@ def _export_model(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
                 said += _verified(file, model, plan, text, settings.number_format)
         kinds = ", ".join(f"{count} tensors in {name}" for name, count in kinds_in(file).items())
         modelfile = write_modelfile(staging, f"./{MODEL_GGUF}", None, text)
+        write_card(staging, chain, of_gguf(MODEL_GGUF, text.said, is_adapter=False))
     if chain.adapters:
         say(f"merged: {' + '.join(str(link.directory) for link in (chain.base, *chain.adapters))}")
     say(*(said if settings.verify else ["not verified: --verify false"]))
-    say(f"asked: {text.asking.style}; answers end with {', '.join(text.stops)}")
+    say(text.said)
     result = out_dir / MODEL_GGUF
     say(f"result: {result} ({result.stat().st_size:,} bytes: {model.graph.name}, {kinds})")
     say(*modelfile)
@@ -141,6 +143,7 @@ def _run(
 def _export_adapter(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
     """Write the outermost adapter of a chain alone."""
     from litlora.adapters.merge import plan_merge
+    from litlora.card import of_gguf, write_card
     from litlora.formats.gguf_adapter import adapter_tensors, check_adapter, write_adapter_file
     from litlora.formats.gguf_export import as_gguf
     from litlora.formats.gguf_text import text_of
@@ -160,9 +163,10 @@ def _export_adapter(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None
         modelfile = ["note: no Modelfile: name the model below the adapter with --base_model"]
         if settings.base_model is not None:
             modelfile = write_modelfile(staging, settings.base_model, f"./{ADAPTER_GGUF}", text)
+        write_card(staging, chain, of_gguf(ADAPTER_GGUF, text.said, is_adapter=True))
     result, below = out_dir / ADAPTER_GGUF, chain.inner.top.directory
     say(*(said if settings.verify else ["not verified: --verify false"]))
-    say(f"asked: {text.asking.style}; answers end with {', '.join(text.stops)}")
+    say(text.said)
     say(
         f"result: {result} ({result.stat().st_size:,} bytes: an adapter for {model.graph.name}, "
         f"{len(tensors) // 2} layers in {settings.number_format})"

@@ -7,6 +7,7 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --format mlx 
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def main(settings: ExportPEFT) -> None:
     )
     out_dir = inputs.out_dir
 
+    from litlora.card import of_mlx, of_peft, write_card
     from litlora.formats.mlx_export import to_mlx
     from litlora.formats.peft_export import to_peft, write_peft
     from litlora.storage.atomic import replacing_directory
@@ -71,7 +73,11 @@ def main(settings: ExportPEFT) -> None:
     family = _family(base, settings.model_type)
     base_name = settings.base_model or str(base.directory.resolve())
     if settings.format == "mlx":
-        _write_mlx(out_dir, *to_mlx(chain.top, family, chain.config, base.tensors, base_name))
+        _write_mlx(
+            out_dir,
+            *to_mlx(chain.top, family, chain.config, base.tensors, base_name),
+            lambda staging: write_card(staging, chain, of_mlx(base_name)),
+        )
         return
     tensors, config = to_peft(chain.top, family, chain.config, base.tensors, base_name, base.parts)
     with replacing_directory(out_dir) as staging:
@@ -81,6 +87,7 @@ def main(settings: ExportPEFT) -> None:
                 shutil.copyfile(file, staging / file.name)
         hint = _add_template(staging, chain)
         added = _name_stops(staging, chain)
+        write_card(staging, chain, of_peft(chain, settings.base_model, staging, _quantised_by(chain)))
     _sum_up(out_dir / PEFT_WEIGHTS_FILES[0], config, family + hint, chain.top.config.dropout)
     _say_next(settings, chain, base_name, added)
 
@@ -189,13 +196,16 @@ def _check_for_mlx(chain: "Chain") -> None:
         )
 
 
-def _write_mlx(out_dir: Path, tensors: "dict[str, Tensor]", config: dict[str, Any]) -> None:
-    """The two files of mlx-lm, which takes the tokenizer from the base."""
+def _write_mlx(
+    out_dir: Path, tensors: "dict[str, Tensor]", config: dict[str, Any], add_card: Callable[[Path], None]
+) -> None:
+    """The two files of mlx-lm, which takes the tokenizer from the base, and the card."""
     from litlora.formats.mlx_export import write_mlx
     from litlora.storage.atomic import replacing_directory
 
     with replacing_directory(out_dir) as staging:
         write_mlx(staging, tensors, config)
+        add_card(staging)
     result, parameters = out_dir / MLX_WEIGHTS_FILE, config["lora_parameters"]
     said = f"rank {parameters['rank']}, scale {parameters['scale']:g}, {', '.join(parameters['keys'])}"
     say(f"result: {result} ({result.stat().st_size:,} bytes: {said})")

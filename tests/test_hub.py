@@ -94,7 +94,7 @@ def hub(tmp_path):
         "tokenizer_config.json": b"{}",
         "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"not needed",
-        "README.md": b"not needed",
+        "README.md": b"---\nlicense: mit\n---\n",
     }
     Hub.repositories = {"someone/llama": files, "someone/gated": files}
     Hub.repositories["someone/t5"] = {
@@ -126,7 +126,7 @@ def get(directory: Path, repo_id: str, *words: object) -> list[object]:
 def test_only_what_a_checkpoint_needs_is_downloaded(hub, tmp_path):
     out = succeeds(*get(tmp_path / "model", "someone/llama"), **hub).stdout
     assert {file.name for file in (tmp_path / "model").iterdir() if file.is_file()} == {
-        *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+        *("README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     }
     assert (tmp_path / "model/model.safetensors").read_bytes() == WEIGHTS
     assert "next: python finetune/lora.py" in out
@@ -197,7 +197,7 @@ def test_safetensors_are_preferred_and_the_index_comes_first():
         "config.json",
         "onnx/model.onnx",
     ]
-    assert needed_files(names) == ["config.json", "model.safetensors.index.json", *shards[:2]]
+    assert needed_files(names) == ["README.md", "config.json", "model.safetensors.index.json", *shards[:2]]
     assert needed_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
     assert needed_files(["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"]) == [
         *("adapter_config.json", "adapter_model.safetensors")

@@ -30,6 +30,12 @@ class Text:
         """The names of the tokens that end answers."""
         return [self.tokenizer.token(stop) for stop in self.asking.stops]
 
+    @property
+    def said(self) -> str:
+        """How the model is asked, for people."""
+        ends = ", ".join(f"`{stop}`" for stop in self.stops)
+        return f"Prompt style: {self.asking.style}. Answers end with {ends}."
+
     def describe(self, writer: Any, model: Path) -> None:
         """Write the metadata; `model` names the file to people."""
         vocabulary = self.vocabulary

@@ -76,10 +76,7 @@ def read_history(directory: Path, settings: Path) -> History:
     if metrics.stat().st_size > MAX_BYTES:
         raise UserError(f"{metrics}: has {metrics.stat().st_size:,} bytes; a run's has at most {MAX_BYTES:,}")
     columns, rows = parse_metrics(metrics.read_bytes().decode("utf-8", "replace"), metrics)
-    stored = {}
-    if settings.exists():
-        require_file(settings)
-        stored = dict(_flat(read_yaml_mapping(settings)))
+    stored = flat_settings(settings) if settings.exists() else {}
     return History(str(directory), columns, rows, stored)
 
 
@@ -113,6 +110,12 @@ def _number(text: str, file: Path, line: int) -> float | None:
     except ValueError:
         raise UserError(f"{file}: line {line}: {text[:40]!r} is not a number") from None
     return value if math.isfinite(value) else None
+
+
+def flat_settings(file: Path) -> dict[str, Any]:
+    """The settings in a hyperparameters.yaml by their full names."""
+    require_file(file)
+    return dict(_flat(read_yaml_mapping(file)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

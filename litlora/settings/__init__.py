@@ -34,7 +34,7 @@ from litlora.settings.adapters import (
     ResizeLoRA,
 )
 from litlora.settings.chat import Chat
-from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download
+from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download, Upload
 from litlora.settings.checks import (
     LEAST_ALPHA,
     SIZE_UNITS,
@@ -129,6 +129,7 @@ __all__ = [
     "ShowPreference",
     "TokenizerConfig",
     "TrainConfig",
+    "Upload",
     "UltraChat",
     "all_sources",
     "check",

@@ -1,7 +1,7 @@
 """The commands for whole checkpoints: convert, download."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from litlora.settings.checks import check_size, check_value, num_bytes
 
@@ -65,7 +65,36 @@ class Download:
     stored."""
 
     def __post_init__(self) -> None:
-        parts = self.repo_id.split("/")
-        sound = all(part and part not in (".", "..") and part.isprintable() for part in parts)
-        ok = len(parts) in (1, 2) and sound and "\\" not in self.repo_id
-        check_value(self, "repo_id", ok, "must be OWNER/NAME, as in EleutherAI/pythia-70m")
+        _check_repo_id(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """Upload an exported folder, with its model card, to the Hugging Face hub. What is uploaded is
+    listed first."""
+
+    folder: str
+    """What scripts/convert_lit_checkpoint.py, scripts/export_peft.py or scripts/export_gguf.py
+    wrote."""
+    repo_id: str
+    """Where it goes: OWNER/NAME. The repository is made, unless it exists."""
+    private: bool = True
+    """Only you and those whom you let in see a new repository. One that exists stays as it is."""
+    gated: Literal["false", "auto", "manual"] = "false"
+    """People must ask for access: auto lets everyone in who agrees to share who they are, manual
+    leaves it to you."""
+    yes: bool = False
+    """Upload without asking."""
+    access_token: str | None = None
+    """Of a login that may write; default: HF_TOKEN in the environment, or what `hf auth login`
+    stored."""
+
+    def __post_init__(self) -> None:
+        _check_repo_id(self)
+
+
+def _check_repo_id(settings: Download | Upload) -> None:
+    parts = settings.repo_id.split("/")
+    sound = all(part and part not in (".", "..") and part.isprintable() for part in parts)
+    ok = len(parts) in (1, 2) and sound and "\\" not in settings.repo_id
+    check_value(settings, "repo_id", ok, "must be OWNER/NAME, as in EleutherAI/pythia-70m")

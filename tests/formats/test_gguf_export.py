@@ -251,7 +251,7 @@ def test_llama_cpp_computes_what_the_live_model_does(name, tmp_path, tokenizer_d
     tokens = window if window and not name.startswith("gemma") else 96
     for kind, limit in (("F32", 1e-3), ("F16", 1e-2)):
         found = export.run(export.write(tmp_path / f"gguf/{kind}.gguf", kind), tokens=tokens)
-        assert found.error < limit and found.kl < 1e-5 and found.agreement > 0.95, (kind, found)
+        assert found.error < limit and found.kl < 1e-3 and found.agreement > 0.95, (kind, found)
 
 
 @pytest.mark.slow

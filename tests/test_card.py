@@ -1,0 +1,104 @@
+"""The model card in every exported folder: what it says is what the run stored, and its code runs."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import random_adapter
+from families import save_folder
+
+from litlora.card import Use, card
+from litlora.checkpoint import resolve
+from litlora.lora import LoRAConfig
+
+FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+SETTINGS = """\
+# data: 30 examples of 40
+checkpoint_dir: /home/jane/secret/base
+data: {class_path: Files, init_args: {path: "hf://someone/poems", val_fraction: 0.1}}
+train: {epochs: 2, learning_rate: 0.0031, optimizer: adamw}
+lora: {rank: 8, targets: qv}
+prompt_style: /home/jane/secret/own|er.jinja
+seed: 7
+"""
+METRICS = "step,epoch,loss,val_loss,seconds\n1,0,2.5,,1\n2,0,,1.75,2\n3,1,1.25,,3\n4,1,,1.5,4\n5,1,1.125,"
+
+
+def code(text: str) -> str:
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_a_card_says_what_is_stored_and_nothing_of_the_machine(tmp_path, base):
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: gentle\ntags: [x]\n---\n# Base\n")
+    (base / ".cache/huggingface").mkdir(parents=True)
+    final = random_adapter(tmp_path / "my-run/final", base, LoRAConfig(rank=4, targets=("q_proj", "v_proj")))
+    (final / "hyperparameters.yaml").write_text(SETTINGS)
+    (tmp_path / "my-run/metrics.csv").write_text(METRICS)
+    text = card(resolve(final), Use("peft", "as a PEFT folder", "print(1)"))
+    assert yaml.safe_load(FRONT.match(text)[1]) == {
+        "library_name": "peft",
+        "base_model": f"{tmp_path.name}/base",
+        "license": "other",
+        "license_name": "gentle",
+        "tags": ["litlora", "lora"],
+        "datasets": ["someone/poems"],
+    }
+    said = [
+        "# my-run",
+        f"`{resolve(base).base.fingerprint}`",
+        "fine-tuned with LoRA of rank 4 on q_proj, v_proj, as a PEFT folder.",
+        "| licence of the base | other, gentle |",
+        "| data | Files, hf://someone/poems, 30 examples of 40 |",
+        "| train.learning_rate | 0.0031 |",
+        "| prompt_style | `secret/own?er.jinja` |",
+        # The last row of metrics.csv is not whole.
+        "4 steps; training loss 2.5000 at first and 1.2500 at the end",
+        "validation loss 1.5000 at best and 1.5000 at the end; 4 seconds",
+        "```python\nprint(1)\n```",
+    ]
+    assert [line for line in said if line not in text] == []
+    assert str(tmp_path) not in text and "jane" not in text
+
+
+def test_what_nothing_says_is_not_said(base):
+    (base / "LICENSE").write_text("Be kind.")
+    (base / "README.md").write_text("---\nlicense: [odd\n---\n")
+    text = card(resolve(base), Use("transformers", "as a Hugging Face folder", ""))
+    assert "Nothing beside the weights says how they were trained." in text
+    assert "| licence of the base | its folder holds LICENSE |" in text
+    assert yaml.safe_load(FRONT.match(text)[1]) == {"library_name": "transformers", "tags": ["litlora"]}
+
+
+@pytest.mark.slow
+def test_the_code_in_the_card_of_a_run_runs(tmp_path, tokenizer_dir, alpaca_file, forked):
+    base: Path = tmp_path / "someone/base"
+    save_folder("llama", base, vocab_size=400, max_position_embeddings=512)
+    for file in tokenizer_dir.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    words = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", "run"]
+    words += ["--data.val_fraction", 0.2, "--train.max_steps", 2, "--train.log_interval", 1]
+    forked.succeeds("finetune/lora.py", *words, "--prompt_style", "alpaca", cwd=tmp_path)
+    final = tmp_path / "run/final"
+    words = ("--lora_path", final, "--base_model", base, "--out_dir", "peft")
+    forked.succeeds("scripts/export_peft.py", *words, cwd=tmp_path)
+    words = ("--checkpoint_dir", final, "--out_dir", "hf")
+    forked.succeeds("scripts/convert_lit_checkpoint.py", *words, cwd=tmp_path)
+    # The folder is replaced as a whole, with its card.
+    forked.succeeds("scripts/convert_lit_checkpoint.py", *words, "--overwrite", "true", cwd=tmp_path)
+    with (tmp_path / "run/metrics.csv").open() as file:
+        losses = [f"{float(row['loss']):.4f}" for row in csv.DictReader(file) if row["loss"]]
+    answers = []
+    for folder in ("hf", "peft"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert f"training loss {losses[0]} at first and {losses[-1]} at the end" in text
+        program = code(text).replace("max_new_tokens=100", "max_new_tokens=8, do_sample=False")
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path / folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+    assert answers[0] == answers[1] and "### Response:" in answers[0]
