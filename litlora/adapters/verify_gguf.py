@@ -106,7 +106,7 @@ def check_text(text: Text, file: LlamaCpp) -> str:
     stops where answers end; returns what was compared."""
     tokenizer, asking = text.tokenizer, text.asking
     lead = " " if text.vocabulary.lacks_space else ""
-    raw = file.tokens([lead + hard if hard else "" for hard in HARD_TEXTS], begin=False)
+    raw = file.tokens([hard if hard[:1] in ("", " ") else lead + hard for hard in HARD_TEXTS], begin=False)
     prompts = [*_prompts(asking)]
     begin = tokenizer.begin_text if asking.begins else ""
     pairs = [*zip(HARD_TEXTS, tokenizer.encode_batch([*HARD_TEXTS]), raw, strict=True)]

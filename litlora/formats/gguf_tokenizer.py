@@ -226,7 +226,10 @@ def _space_before(source: Mapping[str, Any]) -> str:
             raise _refused(f"changes texts by {kind}")
     for step in _flat(source.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] == "Metaspace" and not step.get("split", True) and step["replacement"] == "▁":
-            found = step["prepend_scheme"] if found == "never" else found
+            scheme = step["prepend_scheme"]
+            if scheme == "always" and found == "never":
+                raise _refused("puts a space before every text that has none")
+            found = scheme if found == "never" else found
         elif not (step["type"] == "Split" and (step.get("pattern") or {}).get("String") == " "):
             # Behind the normalizer no space is left to divide at.
             raise _refused(f"divides texts by {step['type']}")

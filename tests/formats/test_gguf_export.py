@@ -208,8 +208,11 @@ def test_sentencepiece_has_its_scores_back_in_order(tmp_path):
 
 
 def test_merges_that_no_scores_give_are_refused(tmp_path):
-    made_tokenizers.write_tokenizer(tmp_path, "metaspace always", [])
+    made_tokenizers.write_tokenizer(tmp_path, "metaspace first", [])
     with pytest.raises(CheckpointError, match="has 1 merges for '.*', whose parts are [2-9] pairs of tokens"):
+        text_of([tmp_path], tiny_config(), "plain")
+    made_tokenizers.write_tokenizer(tmp_path, "metaspace always", [])
+    with pytest.raises(CheckpointError, match="puts a space before every text that has none"):
         text_of([tmp_path], tiny_config(), "plain")
 
 
@@ -294,13 +297,33 @@ def test_an_adapter_alone_is_added_by_llama_cpp(name, tmp_path, tokenizer_dir):
 @pytest.mark.parametrize("name", [*(one.name for one in DIVISIONS), "bpe", "bpe_user"])
 def test_llama_cpps_tokenizer_reads_hard_texts_as_ours_does(name, tmp_path, make_checkpoint):
     base = make_checkpoint("base")
-    if name.startswith("bpe"):
-        made = sentencepiece(tmp_path / "made", name)
-    else:
-        made = byte_level(tmp_path / "made", name)
+    bytes_first = not name.startswith("bpe")
+    made = byte_level(tmp_path / "made", name) if bytes_first else sentencepiece(tmp_path / "made", name)
     (base / "tokenizer.json").unlink()
     shutil.copytree(made, base, dirs_exist_ok=True)
-    assert Export(base, "plain").run(Export(base, "plain").write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
+    # The text of prompts is compared, too, with the tokens that end turns in it.
+    export = Export(base, "chatml" if bytes_first else "plain")
+    assert export.text.stops == (["<|endoftext|>", "<|im_end|>"] if bytes_first else ["</s>"])
+    assert export.run(export.write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_a_space_that_only_begins_a_text_fits_prompts_that_begin_with_a_token(tmp_path, make_checkpoint):
+    """As tokenizers of Mistral have it: no space before what follows a special token."""
+    base = make_checkpoint("base")
+    backend = OurTokenizer(sentencepiece(tmp_path / "made", "bpe")).source()
+    begin, backend["post_processor"], backend["normalizer"] = backend["post_processor"], None, None
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    backend["pre_tokenizer"] = metaspace
+    (base / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (base / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(CheckpointError, match="puts a space before a text but not before what follows"):
+        Export(base, "alpaca")
+    (base / "tokenizer.json").write_text(json.dumps(backend | {"post_processor": begin}))
+    export = Export(base, "alpaca")
+    assert export.text.vocabulary.lacks_space and export.text.asking.begins
+    assert export.run(export.write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
 
 
 def test_the_command_refuses_in_one_line_and_writes_what_it_says(tmp_path, forked):
