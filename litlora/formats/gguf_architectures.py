@@ -28,7 +28,7 @@ SIZES = {
     "rope_theta",
 }
 """The facts that every architecture takes from the metadata."""
-CHECKED_APART = {"rope_scaling", "sliding_window", "full_attention_layers"}
+CHECKED_APART = {"rope_scaling", "sliding_window", "full_attention_layers", "layers_without_rope"}
 BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -49,13 +49,23 @@ class GraphOf:
     """The rows of queries and keys are in the order of Meta's Llama."""
     full_attention: Callable[[int], bool] | None = None
     """Whether a layer, by its number, has no window. None: no layer has one."""
+    without_rope: Callable[[int], bool] | None = None
+    """Whether a layer, by its number, has no rotary embedding. None: every layer has one."""
     own_head: bool = False
     """A tied output head is stored once more."""
+    always_tied: bool = False
+    """The output head is the embedding."""
 
 
 _PLAIN_MLP = {"mlp": "plain", "norm": "layernorm"}
 _GEMMA = {"norm": "rmsnorm_plus_one", "hidden_act": "gelu_tanh", "scale_embeddings": True}
 _ALL_BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+_COHERE = {
+    "norm": "layernorm_no_bias",
+    "parallel_residual": True,
+    "shared_norm": True,
+    "rope_interleaved": True,
+}
 _QKV_BIAS = {"attention_bias": True, "attention_output_bias": False}
 _LLAMA = GraphOf("llama", free=BIASES, scalings=("linear", "llama3", "yarn"), rotated=True)
 GRAPHS = {
@@ -65,12 +75,13 @@ GRAPHS = {
     "qwen2": GraphOf("qwen2", _QKV_BIAS),
     "qwen3": GraphOf("qwen3", {"qk_norm": "head"}),
     "qwen3_moe": GraphOf("qwen3moe", {"qk_norm": "head", "norm_topk_prob": True}, EXPERTS),
-    "gemma": GraphOf("gemma", _GEMMA),
+    "gemma": GraphOf("gemma", _GEMMA, always_tied=True),
     "gemma2": GraphOf(
         "gemma2",
         {**_GEMMA, "norm_position": "both"},
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
         full_attention=lambda layer: layer % 2 == 1,
+        always_tied=True,
     ),
     "gemma3_text": GraphOf(
         "gemma3",
@@ -92,9 +103,70 @@ GRAPHS = {
         {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh", "positions": "learned"},
         scalings=(),
     ),
+    "granite": GraphOf(
+        "granite",
+        free=(*BIASES, "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier", "logit_scale"),
+        rotated=True,
+    ),
+    "smollm3": GraphOf("smollm3", rotated=True, without_rope=lambda layer: layer % 4 == 3),
+    "olmo3": GraphOf(
+        "olmo2",
+        {"norm_position": "after", "qk_norm": "all_heads"},
+        scalings=(),
+        full_attention=lambda layer: layer % 4 == 3,
+        own_head=True,
+    ),
+    "olmoe": GraphOf("olmoe", {"qk_norm": "all_heads"}, EXPERTS, own_head=True),
+    "olmo": GraphOf("olmo", {"norm": "layernorm_plain"}, ("clip_qkv",), rotated=True),
+    "phi": GraphOf(
+        "phi2",
+        {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh", "lm_head_bias": True}
+        | {"parallel_residual": True, "shared_norm": True},
+        ("partial_rotary_factor",),
+        own_head=True,
+    ),
+    "stablelm": GraphOf(
+        "stablelm",
+        {"norm": "layernorm", "attention_output_bias": False},
+        ("attention_bias", "parallel_residual", "shared_norm", "partial_rotary_factor"),
+        own_head=True,
+    ),
+    "cohere": GraphOf("command-r", _COHERE, ("logit_scale",), scalings=(), always_tied=True),
+    "cohere2": GraphOf(
+        "cohere2",
+        _COHERE,
+        ("logit_scale",),
+        scalings=(),
+        full_attention=lambda layer: layer % 4 == 3,
+        without_rope=lambda layer: layer % 4 == 3,
+        always_tied=True,
+    ),
+    "glm4": GraphOf(
+        "glm4",
+        {"norm_position": "both", "rope_interleaved": True, "attention_output_bias": False},
+        ("attention_bias", "partial_rotary_factor"),
+    ),
+    "ernie4_5": GraphOf("ernie4_5", {"rope_interleaved": True}),
+    "seed_oss": GraphOf("seed_oss", {"attention_output_bias": False}, ("attention_bias",)),
+    "nemotron": GraphOf(
+        "nemotron",
+        {"norm": "layernorm_plus_one", "mlp": "plain", "hidden_act": "relu2"},
+        ("partial_rotary_factor", *BIASES),
+        scalings=("linear",),
+        own_head=True,
+    ),
+    "arcee": GraphOf("arcee", {"mlp": "plain", "hidden_act": "relu2"}, rotated=True),
+    "qwen2_moe": GraphOf("qwen2moe", _QKV_BIAS, (*EXPERTS, "shared_expert_intermediate_size"), own_head=True),
     "starcoder2": GraphOf("starcoder2", {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh"}),
 }
 """By model_type."""
+EVEN_HEADS = {
+    *("qwen2", "phi3", "olmo2", "gptneox", "gpt2", "starcoder2", "olmoe", "olmo", "phi2", "stablelm"),
+    *("command-r", "cohere2", "nemotron", "qwen2moe"),
+}
+"""The architectures whose heads together are as wide as the model."""
+UNGROUPED = {"olmoe"}
+"""Those in which every query head has a key of its own."""
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """Layers of the models whose scores llama.cpp divides by √(hidden_size / heads), not by √head_dim."""
 _AS_SAFETENSORS = (
@@ -122,15 +194,41 @@ def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
                 f"{fact.name} is {value!r}, and llama.cpp's architecture {graph.name} has "
                 f"{expected!r}; {_AS_SAFETENSORS}"
             )
+    without = [n for n in range(config.num_hidden_layers) if graph.without_rope and graph.without_rope(n)]
+    if [*config.layers_without_rope] != without:
+        raise CheckpointError(
+            f"layers_without_rope is {[*config.layers_without_rope]}, and llama.cpp's architecture "
+            f"{graph.name} has {without}; {_AS_SAFETENSORS}"
+        )
+    if graph.always_tied and not config.tie_word_embeddings:
+        raise CheckpointError(
+            f"the model has an output head of its own, and llama.cpp's architecture {graph.name} has none; "
+            f"{_AS_SAFETENSORS}"
+        )
+    _check_heads(graph, config)
     _check_scores(graph, config)
     _check_scaling(graph, config)
     return graph
 
 
+def _check_heads(graph: GraphOf, config: ModelConfig) -> None:
+    width = config.num_attention_heads * config.head_dim
+    if graph.name in EVEN_HEADS and width != config.hidden_size:
+        raise CheckpointError(
+            f"num_attention_heads x head_dim is {width}, and in llama.cpp's architecture {graph.name} it is "
+            f"hidden_size, {config.hidden_size}; {_AS_SAFETENSORS}"
+        )
+    if graph.name in UNGROUPED and config.num_key_value_heads != config.num_attention_heads:
+        raise CheckpointError(
+            f"num_key_value_heads is {config.num_key_value_heads}, and in llama.cpp's architecture "
+            f"{graph.name} it is num_attention_heads, {config.num_attention_heads}; {_AS_SAFETENSORS}"
+        )
+
+
 def _check_scores(graph: GraphOf, config: ModelConfig) -> None:
     """Raise CheckpointError if attention scores are divided by something else than llama.cpp does,
     which the metadata cannot say."""
-    if "query_pre_attn_scalar" not in graph.free:
+    if graph.name not in GEMMA_27B:
         return
     is_27b = config.num_hidden_layers == GEMMA_27B[graph.name]
     theirs = config.hidden_size / config.num_attention_heads if is_27b else config.head_dim

@@ -93,8 +93,10 @@ class GGUFModel:
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
         """One of our tensors with the values and the order of rows that llama.cpp has."""
-        if name.endswith("norm.weight") and self.config.norm == "rmsnorm_plus_one":
+        if name.endswith("norm.weight") and self.config.norm.endswith("plus_one"):
             return tensor.float() + 1
+        if name.endswith("mlp.shared_expert_gate.weight"):
+            return tensor.flatten()
         heads = {".q_proj.": self.config.num_attention_heads, ".k_proj.": self.config.num_key_value_heads}
         count = next((heads[part] for part in heads if self.graph.rotated and part in name), None)
         if count is None:
@@ -210,13 +212,31 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.shared_expert_intermediate_size is not None:
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if "parallel_residual" in graph.free:
         writer.add_parallel_residual(config.parallel_residual)
     if config.attn_logit_softcapping is not None:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if config.final_logit_softcapping is not None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    _add_factors(writer, graph, config)
     _add_scaling(writer, config)
+
+
+def _add_factors(writer: Any, graph: GraphOf, config: ModelConfig) -> None:
+    """What the architecture multiplies and clamps."""
+    if graph.name == "granite":
+        writer.add_attention_scale((config.query_pre_attn_scalar or config.head_dim) ** -0.5)
+        writer.add_logit_scale(1 / (config.logit_scale or 1))  # it divides
+    elif "logit_scale" in graph.free:
+        writer.add_logit_scale(config.logit_scale or 1.0)
+    if config.embedding_multiplier is not None:
+        writer.add_embedding_scale(config.embedding_multiplier)
+    if config.residual_multiplier is not None:
+        writer.add_residual_scale(config.residual_multiplier)
+    if config.clip_qkv is not None:
+        writer.add_clamp_kqv(config.clip_qkv)
 
 
 def _add_scaling(writer: Any, config: ModelConfig) -> None:

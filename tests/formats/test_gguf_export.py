@@ -18,6 +18,7 @@ from litlora.adapters.verify_gguf import Comparison, check_text, compare, read_b
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
 from litlora.formats.gguf_adapter import adapter_tensors, check_adapter, write_adapter_file
+from litlora.formats.gguf_architectures import GRAPHS, context_of, graph_of
 from litlora.formats.gguf_export import GGUFModel, as_gguf, kinds_in, write_model
 from litlora.formats.gguf_text import Text, text_of
 from litlora.formats.gguf_tokenizer import DIVISIONS
@@ -36,7 +37,13 @@ CHANGES = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"query_pre_attn_scalar": 16},
     "qwen3-moe": {"decoder_sparse_step": 1},
-    "phi4-mini": {"original_max_position_embeddings": 256},
+    "qwen2-moe": {"mlp_only_layers": [], "norm_topk_prob": False},
+    "smollm3": {"use_sliding_window": False},
+    "phi": {"qk_layernorm": False},
+    "ernie4-5": {"use_bias": False},
+    "olmoe": {"num_key_value_heads": 4},
+    "nemotron": {"head_dim": 16},
+    "phi4-mini": {"hidden_size": 32, "original_max_position_embeddings": 256},
     "gpt2": {"n_positions": 512, "n_embd": 64},
 }
 LLAMA_CPP = (
@@ -51,7 +58,9 @@ LLAMA_CPP = (
         "qwen2",
         "qwen3",
     ),
-    *("qwen3-moe", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "gpt-neox", "gpt2", "starcoder2"),
+    *("qwen3-moe", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "gpt-neox", "gpt2", "starcoder2", "granite"),
+    *("smollm3", "olmo3", "olmoe", "olmo", "phi", "stablelm", "cohere", "cohere2", "glm4", "ernie4-5"),
+    *("seed-oss", "nemotron", "arcee", "qwen2-moe", "phi4-mini"),
 )
 
 
@@ -241,6 +250,40 @@ def test_ollamas_template_writes_what_the_chat_template_writes(name, tmp_path):
     assert "{{ range .Messages }}" in go_template(turns, "<s>") and "<s>" not in go_template(turns, "<s>")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        (
+            "llama",
+            {"hidden_act": "gelu"},
+            "hidden_act is 'gelu', and llama.cpp's architecture llama has 'silu'",
+        ),
+        ("llama", {"qk_norm": "head"}, "qk_norm is 'head'"),
+        (
+            "qwen2",
+            {"attention_bias": True, "attention_output_bias": False, "head_dim": 16},
+            "num_attention_heads x head_dim is 64",
+        ),
+        ("smollm3", {"layers_without_rope": (0,)}, r"layers_without_rope is \[0\].* has \[\]"),
+        ("falcon", {}, "models of the family falcon cannot be written as GGUF, only llama, mistral"),
+        (
+            "gemma",
+            {"norm": "rmsnorm_plus_one", "hidden_act": "gelu_tanh", "scale_embeddings": True},
+            "has an output head of its own, and llama.cpp's architecture gemma has none",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused_by_name(kind, changes, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        graph_of(kind, tiny_config(**changes))
+
+
+def test_every_family_that_is_written_is_run_in_llama_cpp():
+    run = {name.replace("-", "_") for name in LLAMA_CPP}
+    aliases = {"gemma3_text": "gemma3"}
+    assert {aliases.get(kind, kind) for kind in GRAPHS} <= run
+
+
 # ---- with llama.cpp
 
 
@@ -251,7 +294,7 @@ def test_llama_cpp_computes_what_the_live_model_does(name, tmp_path, tokenizer_d
     export = Export(saved(name, tmp_path / "hf", tokenizer_dir))
     window = export.model.config.sliding_window
     # A model whose windows llama.cpp does not have is the same within one window.
-    tokens = window if window and not name.startswith("gemma") else 96
+    tokens = window if window and context_of(export.model.graph, export.model.config) == window else 96
     for kind, limit in (("F32", 1e-3), ("F16", 1e-2)):
         found = export.run(export.write(tmp_path / f"gguf/{kind}.gguf", kind), tokens=tokens)
         assert found.error < limit and found.kl < 1e-3 and found.agreement > 0.95, (kind, found)
@@ -337,7 +380,7 @@ def test_the_command_refuses_in_one_line_and_writes_what_it_says(tmp_path, forke
     said = forked.succeeds(
         *words, "--prompt_style", "alpaca", "--dtype", "Q8_0", "--verify", "false", cwd=tmp_path
     )
-    assert "29 tensors in Q8_0, 9 tensors in F32" in said and "answers end with <|endoftext|>" in said
+    assert "29 tensors in Q8_0, 9 tensors in F32" in said and "Answers end with `<|endoftext|>`." in said
     text = (tmp_path / "gguf/Modelfile").read_text()
     assert text.startswith("FROM ./model.gguf\n") and text.endswith('PARAMETER stop "<|endoftext|>"\n')
     assert "already holds" in forked.refuses(*words, "--prompt_style", "alpaca", cwd=tmp_path)
