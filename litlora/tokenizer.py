@@ -5,11 +5,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from litlora.errors import CheckpointError, UserError
+from litlora.gguf_vocabulary import tokenizer_files
 from litlora.storage.untrusted import has_file, own_file, read_json_object
 from litlora.worker import Worker
 
@@ -50,11 +52,16 @@ def find_sidecars(directories: list[Path]) -> list[Path]:
     """The files that travel with a model, each from the first directory that has it.
 
     Those of the tokenizer all come from the first directory that has a tokenizer: an adapter's
-    folder may bring its own. Raises CheckpointError for what bears such a name and is not a file.
+    folder may bring its own. Without any, they are those of the tokenizer inside a GGUF file.
+    Raises CheckpointError for what bears such a name and is not a file.
     """
     home = next(
         (place for place in directories if any(has_file(place / name) for name in TOKENIZER_NAMES)), None
     )
+    if home is None:  # a tokenizer that is not known is an error only where it is needed
+        with suppress(CheckpointError):
+            home = next(filter(None, map(tokenizer_files, directories)), None)
+        directories = directories if home is None else [*directories, home]
     found = []
     for name in SIDECAR_FILES:
         anywhere = (GENERATION_FILE, "config.json", *PROCESSOR_FILES)
@@ -67,8 +74,8 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory."""
 
     def __init__(self, directories: Path | list[Path]) -> None:
-        """Reads `tokenizer.json`, else a SentencePiece `tokenizer.model`; and, where present,
-        `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json`.
+        """Reads `tokenizer.json`, else a SentencePiece `tokenizer.model`, else what a GGUF file holds;
+        and, where present, `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json`.
 
         Of several directories, those of a chain, each file comes from the first that has it
         (`find_sidecars`). Raises CheckpointError for a missing or broken file, and if no
@@ -79,6 +86,8 @@ class Tokenizer:
         settings = read_settings(files.get("tokenizer_config.json"))
         path = files.get(TOKENIZER_FILE) or files.get(SENTENCEPIECE_FILE) or directories[0] / TOKENIZER_FILE
         if not path.is_file():
+            for directory in directories:
+                tokenizer_files(directory)  # may raise, with the reason
             raise CheckpointError(f"{path}: no such file; a checkpoint directory needs its tokenizer")
         self._path = path
         if (size := path.stat().st_size) > LARGEST_TOKENIZER:

@@ -3,8 +3,8 @@ stored, under Hugging Face's names.
 
 What llama.cpp's converter changed is undone: the rows of Llama's rotated heads are in another order,
 and Gemma's norms hold 1 + w. All tensors that are not in blocks get the dtype of the embedding, or
-bf16 where that is in blocks; that is also what blocks are dequantised to. The tokenizer comes from
-the files beside. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+bf16 where that is in blocks; that is also what blocks are dequantised to. The tokenizer is
+read by litlora.gguf_vocabulary. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math

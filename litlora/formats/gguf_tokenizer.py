@@ -8,46 +8,12 @@ tokens than those of training.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from litlora.errors import CheckpointError
+from litlora.gguf_vocabulary import BYTE, CONTROL, DIVISIONS, GPT2, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from litlora.tokenizer import Tokenizer, token_text
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Types of tokens."""
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_END}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_END}"
-_QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = ("byte level", "GPT-2")
-
-
-class Division(NamedTuple):
-    """A way to divide a text before BPE that llama.cpp knows."""
-
-    name: str
-    """tokenizer.ggml.pre."""
-    steps: tuple[tuple[str, ...], ...]
-    """What `_steps` finds in a tokenizer.json."""
-    ignores_merges: bool = False
-    """A whole piece that is a token stays one, whatever the merges."""
-
-
-DIVISIONS = (
-    Division("gpt-2", (_GPT2,)),
-    Division("llama-bpe", (("split", _LLAMA3),), ignores_merges=True),
-    Division("dbrx", (("split", _LLAMA3),)),
-    Division("qwen2", (("split", _QWEN2),)),
-    Division("qwen35", (("split", _QWEN35),)),
-    Division("smollm", (("digits", "one by one"), _GPT2)),
-    Division("falcon", (("punctuation",), _GPT2, ("digits", "together"), ("split", "[0-9][0-9][0-9]"))),
-)
-"""Of those with the same steps, the name that most versions know."""
 ENDS_BY_NAME = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>"),
     *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
@@ -162,7 +128,7 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ..
         if kind == "ByteLevel":
             if step.get("add_prefix_space"):
                 raise _refused("puts a space before every text")
-            found += [_GPT2] if step.get("use_regex", True) else []
+            found += [GPT2] if step.get("use_regex", True) else []
         elif kind == "Split" and "Regex" in pattern:
             # Both leave every piece where the pattern matches all of the text, as these do.
             if (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):

@@ -14,16 +14,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from litlora.adapters.merge import converted, plan_merge
 from litlora.adapters.verify import live_model, logits, probe_ids
-from litlora.adapters.verify_gguf import Comparison, check_text, compare, read_back
+from litlora.adapters.verify_gguf import HARD_TEXTS, Comparison, check_text, compare, read_back
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError
 from litlora.formats.gguf_adapter import adapter_tensors, check_adapter, write_adapter_file
 from litlora.formats.gguf_architectures import GRAPHS, context_of, graph_of
 from litlora.formats.gguf_export import GGUFModel, as_gguf, kinds_in, write_model
+from litlora.formats.gguf_prompt import asking_of
 from litlora.formats.gguf_text import Text, text_of
-from litlora.formats.gguf_tokenizer import DIVISIONS
 from litlora.formats.llama_cpp import LlamaCpp, quantise
 from litlora.formats.ollama import go_template, turns_of
+from litlora.gguf_vocabulary import DIVISIONS
 from litlora.lora import LoRAConfig
 from litlora.prompts.choice import chosen_template
 from litlora.tokenizer import Tokenizer as OurTokenizer
@@ -284,6 +285,47 @@ def test_every_family_that_is_written_is_run_in_llama_cpp():
     assert {aliases.get(kind, kind) for kind in GRAPHS} <= run
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama-bpe", "falcon", "bpe", "bpe_user"])
+def test_the_tokenizer_inside_a_file_is_the_one_that_was_written(name, tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    (base / "tokenizer.json").unlink()
+    with_bytes = not name.startswith("bpe")
+    make = byte_level if with_bytes else sentencepiece
+    shutil.copytree(make(tmp_path / "made", name), base, dirs_exist_ok=True)
+    export = Export(base, "chatml" if with_bytes else "alpaca")
+    place = export.write(tmp_path / "gguf/model.gguf", "F32").parent
+    ours, read = OurTokenizer(base), OurTokenizer(place)
+    assert read.encode_batch([*HARD_TEXTS]) == ours.encode_batch([*HARD_TEXTS])
+    ids = ours.encode("über <|im_end|> 你好 it's")
+    assert read.decode(ids) == ours.decode(ids)
+    assert (read.eos_id, read.begin_ids, read.vocab_size) == (ours.eos_id, ours.begin_ids, ours.vocab_size)
+    assert read.stop_ids >= {*export.text.asking.stops}
+    again = asking_of([place], read)  # the chat template is in the file, too
+    assert again.template.source == export.text.asking.template.source
+    assert again.stops == export.text.asking.stops
+    # A tokenizer beside the file goes first.
+    (place / "tokenizer.json").write_text(
+        (tmp_path / "made/tokenizer.json").read_text() if with_bytes else "{"
+    )
+    if with_bytes:
+        (place / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        assert OurTokenizer(place).eos_id == ours.encode("<|im_end|>")[0]
+    else:
+        with pytest.raises(CheckpointError, match="tokenizer.json: not a usable tokenizer file"):
+            OurTokenizer(place)
+
+
+def test_a_tokenizer_inside_that_is_not_known_is_named_where_it_is_needed(tmp_path, tokenizer_dir):
+    export = Export(saved("llama", tmp_path / "hf", tokenizer_dir))
+    file = export.write(tmp_path / "gguf/model.gguf", "F32")
+    file.write_bytes(file.read_bytes().replace(b"gpt-2", b"gpt-7"))
+    resolve(tmp_path / "gguf")  # the weights alone need none
+    with pytest.raises(
+        CheckpointError, match="model.gguf: .*divides texts as 'gpt-7', which is not known here"
+    ):
+        OurTokenizer(tmp_path / "gguf")
+
+
 # ---- with llama.cpp
 
 
@@ -384,3 +426,30 @@ def test_the_command_refuses_in_one_line_and_writes_what_it_says(tmp_path, forke
     text = (tmp_path / "gguf/Modelfile").read_text()
     assert text.startswith("FROM ./model.gguf\n") and text.endswith('PARAMETER stop "<|endoftext|>"\n')
     assert "already holds" in forked.refuses(*words, "--prompt_style", "alpaca", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_file_alone_is_a_base(tmp_path, alpaca_file, forked):
+    words = (
+        "--checkpoint_dir",
+        QUICKSTART,
+        "--prompt_style",
+        "alpaca",
+        "--out_dir",
+        "gguf",
+        "--dtype",
+        "Q8_0",
+    )
+    forked.succeeds("scripts/export_gguf.py", *words, cwd=tmp_path)
+    words = ["--checkpoint_dir", "gguf/model.gguf", "--data", "JSON", "--data.path", alpaca_file]
+    words += ["--train.max_steps", 2, "--out_dir", "run"]
+    said = forked.succeeds("finetune/lora.py", *words, cwd=tmp_path)
+    assert "stored in 8 bits (Q8_0, GGUF)" in said
+    assert (tmp_path / "run/final/tokenizer.json").is_file()
+    said = forked.succeeds(
+        *("chat/base.py", "--checkpoint_dir", "run/final", "--prompt", "Hello", "--max_new_tokens", 4),
+        cwd=tmp_path,
+    )
+    words = ("--checkpoint_dir", "run/final", "--out_dir", "again")
+    said = forked.succeeds("scripts/export_gguf.py", *words, cwd=tmp_path)
+    assert "Prompt style: template." in said and "merged: gguf + run/final" in said
