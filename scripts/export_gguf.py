@@ -189,6 +189,8 @@ def _verified_adapter(staging: Path, model: "GGUFModel", chain: "Chain", text: "
 
     if not is_installed():
         return [NOT_INSTALLED]
+    # llama.cpp adds it to the base as it is stored.
+    chain = chain.on_original if chain.top.base.quantized else chain
     merged, config = plan_merge(chain)
     plan = converted(merged, torch.float32)
     size = sum(tensor.shape.numel() * 4 for tensor in plan.values())

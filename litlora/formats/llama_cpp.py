@@ -1,6 +1,7 @@
 """llama.cpp in a process of its own, by llama-cpp-python: runs GGUF files, and quantises them.
 Torch-free."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ class LlamaCpp:
             "adapter": None if adapter is None else str(adapter.absolute()),
             "context": context,
         }
-        self._worker = Worker(PROGRAM, first)
+        self._worker = Worker(PROGRAM, first, **_environment())
         self.version: str = self._answer(self._worker.start(), "cannot be loaded")["version"]
         """Of llama-cpp-python."""
 
@@ -78,9 +79,15 @@ def quantise(source: Path, target: Path, kind: str) -> None:
         if done.returncode:
             raise CheckpointError(f"{source}: llama-quantize fails: {' '.join(done.stderr.split())[-300:]}")
         return
-    worker = Worker(PROGRAM, {"quantise": [str(source.absolute()), str(target.absolute()), kind]})
+    first = {"quantise": [str(source.absolute()), str(target.absolute()), kind]}
+    worker = Worker(PROGRAM, first, **_environment())
     _answer(worker.start(), source, f"cannot be written as {kind}")
     worker.stop()
+
+
+def _environment() -> dict[str, str]:
+    """Where people have another build of llama.cpp, by the name that llama-cpp-python gives it."""
+    return {name: os.environ[name] for name in ("LLAMA_CPP_LIB_PATH",) if name in os.environ}
 
 
 def _answer(reply: dict[str, Any] | None, file: Path, failure: str) -> Any:
