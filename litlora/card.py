@@ -267,7 +267,7 @@ def _training(run: Run | None) -> str:
     if vals:
         said.append(f"validation loss {min(vals):.4f} at best and {vals[-1]:.4f} at the end")
     if seconds := history.column("seconds"):
-        said.append(f"{max(seconds):,.0f} seconds")
+        said.append(f"{max(seconds):,.0f} s")
     return f"{table}\n\n{'; '.join(said)}. Losses are in nats a token."
 
 

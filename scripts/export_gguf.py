@@ -172,8 +172,8 @@ def _export_adapter(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None
         f"{len(tensors) // 2} layers in {settings.number_format})"
     )
     say(*modelfile)
-    base_file = settings.base_model or f"BASE.gguf, of {below}"
-    say(f"next: llama-cli -m {base_file} --lora {result}")
+    if settings.base_model is None:
+        say(f"next: write {below} as GGUF, too, and run: llama-cli -m BASE.gguf --lora {result}")
 
 
 def _verified_adapter(staging: Path, model: "GGUFModel", chain: "Chain", text: "Text") -> list[str]:

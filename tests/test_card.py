@@ -57,7 +57,7 @@ def test_a_card_says_what_is_stored_and_nothing_of_the_machine(tmp_path, base):
         "| prompt_style | `secret/own?er.jinja` |",
         # The last row of metrics.csv is not whole.
         "4 steps; training loss 2.5000 at first and 1.2500 at the end",
-        "validation loss 1.5000 at best and 1.5000 at the end; 4 seconds",
+        "validation loss 1.5000 at best and 1.5000 at the end; 4 s. Losses",
         "```python\nprint(1)\n```",
     ]
     assert [line for line in said if line not in text] == []

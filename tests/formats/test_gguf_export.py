@@ -395,6 +395,19 @@ def test_llama_cpps_tokenizer_reads_hard_texts_as_ours_does(name, tmp_path, make
 
 @pytest.mark.slow
 @needs_llama_cpp
+@pytest.mark.parametrize("name", ["llama3", "gemma", "phi", "mistral"])
+def test_prompts_that_begin_with_a_token_have_it_once_in_llama_cpp(name, tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    kind, special = "byte-level with a beginning", made_tokenizers.CONTROL[name]
+    made = made_tokenizers.write_tokenizer(tmp_path / "made", kind, special)
+    shutil.copytree(made, base, dirs_exist_ok=True)
+    export = Export(base, name)
+    assert export.text.asking.begins and export.text.asking.marked
+    assert export.run(export.write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
+
+
+@pytest.mark.slow
+@needs_llama_cpp
 def test_a_space_that_only_begins_a_text_fits_prompts_that_begin_with_a_token(tmp_path, make_checkpoint):
     """As tokenizers of Mistral have it: no space before what follows a special token."""
     base = make_checkpoint("base")
