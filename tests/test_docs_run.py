@@ -16,6 +16,8 @@ from litlora.settings import LoRAConfig
 
 ELSEWHERE = {
     "scripts/download.py": "tests/test_hub.py, against a hub of its own",
+    "scripts/upload.py": "tests/test_upload.py, against a hub of its own",
+    "Q4_K_M": "tests/formats/test_gguf_export.py, with llama.cpp",
     "--devices": "tests/train/test_many.py, with several processes",
 }
 """What runs in other tests: a word of the command, and where."""
