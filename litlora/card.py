@@ -76,7 +76,7 @@ def card(chain: "Chain", use: Use) -> str:
         facts["datasets"] = [data_id]
     parts = [
         f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---",
-        f"# {_text(chain.top.directory.absolute().name if run is None else _name(chain.top.directory))}",
+        f"# {_text(chain.top.directory.absolute().name if run is None else name_of(chain.top.directory))}",
         f"{_method(chain, run)}, {use.what}.",
         _weights(chain, base, licence),
         _training(run),
@@ -344,7 +344,7 @@ def hub_name(directory: Path) -> str | None:
     return name if OWNER_NAME.fullmatch(name) else None
 
 
-def _name(directory: Path) -> str:
+def name_of(directory: Path) -> str:
     """What people call what a run made: the run's directory."""
     place = directory.absolute()
     return place.parent.name if place.name == FINAL else place.name

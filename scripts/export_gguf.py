@@ -60,7 +60,7 @@ def _export_model(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
     import torch
 
     from litlora.adapters.merge import converted, plan_merge
-    from litlora.card import of_gguf, write_card
+    from litlora.card import name_of, of_gguf, write_card
     from litlora.formats.gguf_export import WRITTEN_KINDS, as_gguf, kinds_in, notes_on, write_model
     from litlora.formats.gguf_text import text_of
     from litlora.formats.llama_cpp import check_quantiser, quantise
@@ -79,7 +79,7 @@ def _export_model(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
     said = []
     with replacing_directory(out_dir) as staging:
         file = staging / MODEL_GGUF
-        write_model(file, model, kind, lambda writer: text.describe(writer, chain.top.directory))
+        write_model(file, model, kind, lambda writer: text.describe(writer, name_of(chain.top.directory)))
         if settings.verify:
             said += _verified(file, model, plan, text, kind)
         if kind != settings.number_format:
@@ -183,6 +183,7 @@ def _verified_adapter(staging: Path, model: "GGUFModel", chain: "Chain", text: "
 
     from litlora.adapters.merge import converted, plan_merge
     from litlora.adapters.verify import bytes_needed
+    from litlora.card import name_of
     from litlora.formats.gguf_export import write_model
     from litlora.formats.llama_cpp import is_installed
     from litlora.ram import free_ram
@@ -197,7 +198,7 @@ def _verified_adapter(staging: Path, model: "GGUFModel", chain: "Chain", text: "
     if (free := free_ram()) is not None and (need := bytes_needed(plan, config) + size) > free:
         return [f"not run: it takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"]
     base = staging / "base.gguf"
-    write_model(base, model, "F32", lambda writer: text.describe(writer, chain.inner.top.directory))
+    write_model(base, model, "F32", lambda writer: text.describe(writer, name_of(chain.inner.top.directory)))
     said = _run(base, staging / ADAPTER_GGUF, plan, text, "the adapter on its base in F32", plain=True)
     base.unlink()
     return said

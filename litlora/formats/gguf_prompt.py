@@ -5,6 +5,7 @@ The file has one template, and programs use it without being told: so it asks as
 trained, also where the base came with another template.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.chat_template import template_of
 from litlora.prompts import STYLE_FILE, load_style, load_template
 from litlora.prompts.choice import choose_style, lacking_tokens
-from litlora.prompts.template import ChatTemplate, special_tokens, template_message
+from litlora.prompts.template import ChatTemplate, Refusal, special_tokens, template_message
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import Tokenizer, find_sidecars
 
@@ -30,6 +31,8 @@ class Asking:
     """Every prompt begins with the begin-of-text token."""
     marked: bool
     """Every prompt begins with a special token."""
+    written: frozenset[str]
+    """The special and other added tokens in the text of a conversation."""
 
 
 def asking_of(sources: list[Path], tokenizer: Tokenizer, named: str | None = None) -> Asking:
@@ -66,10 +69,14 @@ def asking_of(sources: list[Path], tokenizer: Tokenizer, named: str | None = Non
         chat = ChatTemplate(text, Path(STYLE_FILE), special_tokens(tokenizer.settings))
     shown = chat.render([template_message("user", "?")])
     begin = tokenizer.begin_text
+    talk = [template_message(role, "?") for role in ("user", "assistant", "user")]
+    with suppress(Refusal):
+        shown += chat.render(talk)
     return Asking(
         chat,
         style.title,
         taught_stops(tokenizer, style),
         bool(begin) and shown.startswith(begin),
         bool(tokenizer.leading_added(shown)),
+        frozenset(map(tokenizer.token, tokenizer.added_tokens(shown))),
     )

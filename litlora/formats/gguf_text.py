@@ -8,7 +8,7 @@ from typing import Any
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.gguf_prompt import Asking, asking_of
-from litlora.formats.gguf_tokenizer import Vocabulary, special_ids, vocabulary_of
+from litlora.formats.gguf_tokenizer import Vocabulary, name_for, special_ids, vocabulary_of
 from litlora.tokenizer import Tokenizer
 
 
@@ -36,11 +36,11 @@ class Text:
         ends = ", ".join(f"`{stop}`" for stop in self.stops)
         return f"Prompt style: {self.asking.style}. Answers end with {ends}."
 
-    def describe(self, writer: Any, model: Path) -> None:
-        """Write the metadata; `model` names the file to people."""
+    def describe(self, writer: Any, name: str) -> None:
+        """Write the metadata; `name` is what people call the model."""
         vocabulary = self.vocabulary
         writer.add_type("model")
-        writer.add_name(model.absolute().name)
+        writer.add_name(name_for(name, strips=vocabulary.strips))
         writer.add_tokenizer_model(vocabulary.model)
         writer.add_tokenizer_pre(vocabulary.pre)
         writer.add_token_list(vocabulary.tokens)
@@ -65,7 +65,7 @@ def text_of(sources: list[Path], config: ModelConfig, prompt_style: str | None) 
     tokenizer.fit(config.vocab_size)
     asking = asking_of(sources, tokenizer, prompt_style)
     try:
-        vocabulary = vocabulary_of(tokenizer, config.vocab_size, marked=asking.marked)
+        vocabulary = vocabulary_of(tokenizer, config.vocab_size, asking)
         ids = special_ids(tokenizer, asking.stops)
     except CheckpointError as error:
         raise CheckpointError(f"{sources[0]}: {error}") from None

@@ -6,11 +6,13 @@ what one of them does; everything else is refused, since such a file would read 
 tokens than those of training.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litlora.errors import CheckpointError
+from litlora.formats.gguf_prompt import Asking
 from litlora.gguf_vocabulary import BYTE, CONTROL, DIVISIONS, GPT2, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from litlora.tokenizer import Tokenizer, token_text
 
@@ -19,6 +21,10 @@ ENDS_BY_NAME = (
     *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
 )
 """Tokens at which llama.cpp stops whatever the metadata says."""
+
+
+PHI3_PLAIN = {"<unk>", "<s>", "<|endoftext|>"}
+"""Phi 3's special tokens that leave the spaces behind them."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,17 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     space_prefix: bool = False
     """A text gets a space before it, and so does what follows a special token."""
+    strips: bool = False
+    """Special tokens take the spaces behind them, as Phi 3's do."""
     lacks_space: bool = False
     """The tokenizer puts a space before a text that no special token precedes; llama.cpp does not."""
     notes: list[str] = field(default_factory=list)
     """What people must know."""
 
 
-def vocabulary_of(tokenizer: Tokenizer, num_rows: int, *, marked: bool) -> Vocabulary:
-    """The vocabulary of a model whose embedding has so many rows; `marked` says whether every prompt
-    begins with a special token. Raises CheckpointError for a tokenizer that llama.cpp does not have,
-    and says what it does otherwise."""
+def vocabulary_of(tokenizer: Tokenizer, num_rows: int, asking: Asking) -> Vocabulary:
+    """The vocabulary of a model whose embedding has so many rows, for prompts of this kind. Raises
+    CheckpointError for a tokenizer that llama.cpp does not have, and says what it does otherwise."""
     source = tokenizer.source()
     model = source.get("model") or {}
     if model.get("type") != "BPE":
@@ -58,11 +65,37 @@ def vocabulary_of(tokenizer: Tokenizer, num_rows: int, *, marked: bool) -> Vocab
     if "ByteLevel" in parts:
         found = _byte_level(source, tokens, types)
     else:
-        found = _by_scores(source, tokens, types, marked)
+        found = _by_scores(source, tokens, types, asking.marked)
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if tokens.count(token) > 1)
         raise _refused(f"has two tokens with the text {twice!r}")
-    return found
+    return replace(found, strips=_strips(source, found, asking))
+
+
+def _strips(source: Mapping[str, Any], vocabulary: Vocabulary, asking: Asking) -> bool:
+    """Whether special tokens take the spaces behind them, as Phi 3's do: llama.cpp knows that by the
+    model's name. Raises CheckpointError for tokens of prompts that take spaces in another way."""
+    flags = ("lstrip", "rstrip", "single_word")
+    taking = {one["content"]: [one[flag] for flag in flags] for one in source["added_tokens"]}
+    taking = {token: found for token, found in taking.items() if any(found)}
+    special = (CONTROL, USER_DEFINED, UNKNOWN)
+    known = [
+        token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in special
+    ]
+    if PHI3_PLAIN | {"</s>"} <= {*vocabulary.tokens}:
+        as_phi3 = dict.fromkeys(({*known} | {"</s>"}) - PHI3_PLAIN, [False, True, False])
+        if taking == as_phi3:
+            return True
+    if odd := sorted(taking.keys() & asking.written):
+        raise _refused(f"takes spaces beside {odd[0]}")
+    return False
+
+
+def name_for(name: str, *, strips: bool) -> str:
+    """general.name of a model that people call so: one with Phi 3's name has Phi 3's tokens for
+    llama.cpp, and no other may have it."""
+    plain = re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE)
+    return f"phi-3 {plain}" if strips else plain
 
 
 def _refused(why: str) -> CheckpointError:

@@ -23,6 +23,7 @@ from litlora.formats.gguf_architectures import GRAPHS, context_of, graph_of
 from litlora.formats.gguf_export import GGUFModel, as_gguf, kinds_in, write_model
 from litlora.formats.gguf_prompt import asking_of
 from litlora.formats.gguf_text import Text, text_of
+from litlora.formats.gguf_tokenizer import name_for
 from litlora.formats.llama_cpp import LlamaCpp, quantise
 from litlora.formats.ollama import go_template, turns_of
 from litlora.gguf_vocabulary import DIVISIONS
@@ -86,7 +87,7 @@ class Export:
 
     def write(self, file: Path, kind: str) -> Path:
         file.parent.mkdir(exist_ok=True)
-        write_model(file, self.model, kind, lambda writer: self.text.describe(writer, file))
+        write_model(file, self.model, kind, lambda writer: self.text.describe(writer, file.parent.name))
         return file
 
     def run(self, file: Path, adapter: Path | None = None, *, tokens: int = 96) -> Comparison:
@@ -404,6 +405,43 @@ def test_prompts_that_begin_with_a_token_have_it_once_in_llama_cpp(name, tmp_pat
     export = Export(base, name)
     assert export.text.asking.begins and export.text.asking.marked
     assert export.run(export.write(tmp_path / "m/x.gguf", "F32")).error < 1e-3
+
+
+def taking_spaces(base: Path, tmp_path: Path, plain: tuple[str, ...]) -> None:
+    """Give a base the tokenizer of Phi 3 in small: its special tokens take the spaces behind them, but
+    for the `plain` ones."""
+    made = sentencepiece(tmp_path / "made", "bpe_user")
+    source = OurTokenizer(made).source()
+    size = max(source["model"]["vocab"].values()) + 1
+    flags = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    for number, token in enumerate(["<|endoftext|>", *made_tokenizers.CONTROL["phi"]], size):
+        source["added_tokens"].append({"id": number, "content": token, "rstrip": False, **flags})
+    for token in source["added_tokens"]:
+        token["rstrip"] = token["content"] not in plain
+    (base / "tokenizer.json").write_text(json.dumps(source))
+    (base / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "bos_token": "<s>"}')
+
+
+def test_tokens_that_take_spaces_are_those_of_phi_3_or_refused(tmp_path, make_checkpoint):
+    base = make_checkpoint("my-phi-3")
+    taking_spaces(base, tmp_path, ("<unk>", "<s>", "<|endoftext|>", "<|user|>"))
+    with pytest.raises(CheckpointError, match=r"takes spaces beside <\|assistant\|>"):
+        Export(base, "phi")
+    export = Export(base, "plain")  # whose prompts have none of them
+    file = export.write(tmp_path / "a/x.gguf", "F32")
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == "a"
+    assert name_for("My-Phi3-run", strips=False) == "My-phi 3-run"
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_llama_cpp_takes_the_spaces_behind_phi_3s_tokens(tmp_path, make_checkpoint):
+    base = make_checkpoint("base")
+    taking_spaces(base, tmp_path, ("<unk>", "<s>", "<|endoftext|>"))
+    export = Export(base, "phi")
+    file = export.write(tmp_path / "a/x.gguf", "F32")
+    assert gguf.GGUFReader(file).fields["general.name"].contents() == "phi-3 a"
+    assert export.run(file).error < 1e-3
 
 
 @pytest.mark.slow
