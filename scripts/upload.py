@@ -29,7 +29,7 @@ def main(settings: Upload) -> None:
     if not settings.yes:
         if not sys.stdin.isatty():
             raise UserError("--yes is false and there is no terminal to ask at: say --yes true to upload")
-        if input("upload? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not _agreed():
             say("nothing was uploaded")
             return
     address = upload(
@@ -41,6 +41,14 @@ def main(settings: Upload) -> None:
         token=settings.access_token,
     )
     say(f"result: {address}")
+
+
+def _agreed() -> bool:
+    try:
+        return input("upload? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 if __name__ == "__main__":
