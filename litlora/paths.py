@@ -18,6 +18,7 @@ from litlora.tokenizer import SIDECAR_FILES
 
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
+EVALUATION_FILE = "evaluation.json"
 FINAL = "final"
 CARD_FILE = "README.md"
 """The model card of an exported folder."""
@@ -26,18 +27,26 @@ LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 MODEL_GGUF, ADAPTER_GGUF = "model.gguf", "adapter.gguf"
 CHECKPOINTS = Path("checkpoints")
 """Where downloads go."""
-CHECKPOINT_NAMES = (WEIGHTS_FILE, PARTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, *SIDECAR_FILES)
+CHECKPOINT_NAMES = (
+    *(WEIGHTS_FILE, PARTS_FILE, HYPERPARAMETERS_FILE, CONFIG_FILE, STYLE_FILE, EVALUATION_FILE),
+    *SIDECAR_FILES,
+)
 """What a checkpoint directory that we write holds."""
 PEFT_NAMES = (
     PEFT_CONFIG_FILE,
     PEFT_WEIGHTS_FILES[0],
     CARD_FILE,
+    EVALUATION_FILE,
     *(name for name in SIDECAR_FILES if name != HF_CONFIG_FILE),
 )
 """What a PEFT folder that we write holds."""
 MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE, CARD_FILE)
 """What a folder for mlx-lm that we write holds."""
 HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, CARD_FILE, *SIDECAR_FILES)
+HF_NAMES = (
+    *("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, EVALUATION_FILE),
+    *SIDECAR_FILES,
+)
 """What a Hugging Face folder that we write holds."""
 GGUF_NAMES = (MODEL_GGUF, ADAPTER_GGUF, "Modelfile", CARD_FILE)
 """What a directory for llama.cpp that we write holds."""

@@ -5,6 +5,7 @@ run has its whole past.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,16 +65,38 @@ def html(content: Content) -> str:
         "runs": [
             {"name": run.name, "columns": run.columns, "rows": run.thinned(MOST_ROWS)} for run in content.runs
         ],
-        "tables": [
-            {"title": table.title, "head": list(table.head), "rows": [list(row) for row in table.rows]}
-            for table in content.tables
-        ],
+        "tables": [_plain(table) for table in content.tables],
         "texts": list(content.texts),
     }
-    # Inside <script> only `</` and `<!` could end or change what is read.
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace("@DATA@", text)
+    return template.replace("@DATA@", _as_text(data))
+
+
+DATA = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.DOTALL)
+
+
+def add_table(file: Path, table: Table) -> bool:
+    """Put a table into a page, in place of one of the same title. Returns whether the file is a page of
+    ours."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        data = json.loads(DATA.search(text)[0])
+        others = [other for other in data["tables"] if other["title"] != table.title]
+    except (TypeError, KeyError, ValueError):
+        return False
+    data["tables"] = [*others, _plain(table)]
+    with replacing_file(file) as staging:
+        staging.write_text(DATA.sub(lambda _: _as_text(data), text, count=1), encoding="utf-8")
+    return True
+
+
+def _plain(table: Table) -> dict[str, Any]:
+    return {"title": table.title, "head": list(table.head), "rows": [list(row) for row in table.rows]}
+
+
+def _as_text(data: dict[str, Any]) -> str:
+    # Inside <script> only `</` and `<!` could end or change what is read.
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 @dataclass

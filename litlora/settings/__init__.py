@@ -13,6 +13,7 @@ chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
+evaluate.py     evaluation
 runs.py         runs that there are: compare
 models.py       models that can be fine-tuned: list
 other_names.py  what other programs call them
@@ -46,6 +47,7 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.distill import DistillConfig
+from litlora.settings.evaluate import Evaluate, HarnessConfig
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import (
     QUICKSTART,
@@ -102,6 +104,7 @@ __all__ = [
     "Dolly",
     "Download",
     "ExportGGUF",
+    "Evaluate",
     "ExportPEFT",
     "FileType",
     "Files",
@@ -110,6 +113,7 @@ __all__ = [
     "FinetuneDistill",
     "FinetuneFull",
     "FinetuneLoRA",
+    "HarnessConfig",
     "InspectCheckpoint",
     "KnownSet",
     "ListModels",
