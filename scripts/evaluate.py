@@ -3,7 +3,7 @@
 python scripts/evaluate.py --checkpoint_dir $dir/final --data heldout.jsonl
 python scripts/evaluate.py --checkpoint_dir $dir/final --data qa.jsonl --measure exact_match
 python scripts/evaluate.py --checkpoint_dir $dir/final --data choices.jsonl --measure choice
-python scripts/evaluate.py --checkpoint_dir $dir/final --harness.tasks arc_easy
+python scripts/evaluate.py --checkpoint_dir $dir/final --harness.tasks '[arc_easy]'
 
 The results are added to evaluation.json in the checkpoint directory, and to the report.html of the run
 that made it.

@@ -139,12 +139,7 @@ def run_tasks(subject: Subject, config: HarnessConfig, how: dict[str, Any]) -> l
             f"{setting('chat_template')}: the prompt style {subject.style.title} is no chat template; "
             f"leave it out, or name one as {setting('prompt_style')}"
         )
-    manager = TaskManager(include_path=config.include_path)
-    for name in config.tasks:
-        if not manager.match_tasks([name]):
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{setting('tasks')} {name}: the harness has no such task{meant}")
+    manager = _manager(config)
     try:
         found = simple_evaluate(
             HarnessModel(subject),
@@ -169,6 +164,21 @@ def run_tasks(subject: Subject, config: HarnessConfig, how: dict[str, Any]) -> l
         )
         for task, values in found["results"].items()
     ]
+
+
+def _manager(config: HarnessConfig) -> TaskManager:
+    """What knows the tasks. Raises UserError for one that there is not."""
+    if config.include_path is not None:  # to read the harness's own takes some twenty seconds
+        own = TaskManager(include_path=config.include_path, include_defaults=False)
+        if all(own.match_tasks([name]) for name in config.tasks):
+            return own
+    manager = TaskManager(include_path=config.include_path)
+    for name in config.tasks:
+        if not manager.match_tasks([name]):
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{setting('tasks')} {name}: the harness has no such task{meant}")
+    return manager
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:
