@@ -4,6 +4,8 @@ events.py   what happens in a run
 sinks.py    Sink, and how events reach several of them
 console.py  lines or a progress bar
 metrics.py  metrics.csv
+page.py     report.html
+loggers.py  TensorBoard, Weights & Biases, MLflow, trackio
 
 To add a logger, write a `Sink` and append a factory to SINKS:
 

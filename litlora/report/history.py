@@ -115,12 +115,13 @@ def _number(text: str, file: Path, line: int) -> float | None:
 def flat_settings(file: Path) -> dict[str, Any]:
     """The settings in a hyperparameters.yaml by their full names."""
     require_file(file)
-    return dict(_flat(read_yaml_mapping(file)))
+    return dict(flat(read_yaml_mapping(file)))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their full names: train.learning_rate."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

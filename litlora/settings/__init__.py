@@ -14,6 +14,7 @@ adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
 evaluate.py     evaluation
+log.py          LogConfig, the loggers of a run
 runs.py         runs that there are: compare
 models.py       models that can be fine-tuned: list
 other_names.py  what other programs call them
@@ -72,6 +73,7 @@ from litlora.settings.known_sets import (
     OpenHermes,
     UltraChat,
 )
+from litlora.settings.log import LogConfig
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.models import ListModels
 from litlora.settings.preference import PreferenceConfig
@@ -120,6 +122,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAExtractor",
     "LoRAMerger",
+    "LogConfig",
     "LongForm",
     "MergeLoRA",
     "Mix",

@@ -10,6 +10,7 @@ from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.distill import DistillConfig
 from litlora.settings.launch import started
+from litlora.settings.log import LogConfig
 from litlora.settings.lora import LoRAConfig
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.quantize import Quantization
@@ -64,6 +65,7 @@ class Finetune:
     trained with, else its own chat template, else alpaca."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"stored": "unless default"})
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=AUTO))
+    log: LogConfig = field(default_factory=LogConfig, metadata={"stored": "unless default"})
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,
     dropout."""

@@ -25,6 +25,7 @@ from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
 from litlora.prompts import choose_style
 from litlora.report.console import Console
 from litlora.report.events import Done
+from litlora.report.loggers import check_loggers, make_loggers
 from litlora.report.metrics import METRICS_FILE, Metrics
 from litlora.report.page import Page
 from litlora.report.sinks import Sinks
@@ -96,6 +97,7 @@ class Run:
 
     def __init__(self, settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
+        check_loggers(settings.log)
         self.interrupts = Interrupts(settings.train.max_time)
         devices, nodes = settings.num_devices
         self.parallel = Parallel(pick_device(settings.accelerator), devices, nodes, settings.strategy)
@@ -310,7 +312,8 @@ class Run:
             self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
             repeat = self._command(self.method.repeat)
             page = Page(self.path, tuple(self.about), self.hyperparameters, repeat)
-            sink.add(Console(), self.metrics, page, *(make(self.path) for make in report.SINKS))
+            loggers = make_loggers(self.settings.log, self.path, self.hyperparameters)
+            sink.add(Console(), self.metrics, page, *loggers, *(make(self.path) for make in report.SINKS))
         return trainer.fit()
 
     def write_result(self, done: Done) -> None:
