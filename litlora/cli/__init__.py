@@ -35,7 +35,7 @@ from litlora.cli.explain import did_you_mean, explain
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
-from litlora.settings import Alpaca, DataSource, all_sources
+from litlora.settings import REPOSITORY, Alpaca, DataSource, all_sources
 from litlora.settings.finetune import quickstart
 from litlora.settings.launch import is_first_here
 from litlora.storage.untrusted import read_yaml_mapping, require_file
@@ -61,7 +61,7 @@ def run(command: Callable[[Settings], None], *settings_classes: type[Settings]) 
         settings_class = meant(settings_classes, sys.argv[1:])
         command(parse(settings_class, sys.argv[1:]))
     except UserError as error:
-        _fail(error.with_options(lambda name: option_for(settings_class, name)))
+        fail(error.with_options(lambda name: option_for(settings_class, name)))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -71,13 +71,13 @@ def run(command: Callable[[Settings], None], *settings_classes: type[Settings]) 
                 # What failed holds on to all of its memory, and none may be left for the message.
                 error.__traceback__ = error.__context__ = None
             reason = one_line(str(error))[:200] or "MemoryError"
-            _fail(
+            fail(
                 f"out of memory ({reason}): end other programs, or raise the limit that this process has "
                 "(ulimit -v, a control group)"
             )
         if not isinstance(error, OSError):
             raise
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         if is_first_here():
             print("\ninterrupted", file=sys.stderr)
@@ -98,7 +98,8 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """Print a user's mistake in one line, and exit with status 2."""
     if os.environ.get("LITLORA_DEBUG") == "1":
         traceback.print_exc()
     if is_first_here():  # with several devices, one process speaks for all
@@ -108,15 +109,32 @@ def _fail(message: str) -> NoReturn:
 
 def call(script: str) -> str:
     """`python chat/base.py` as it is called from the current directory, where the running command
-    was called by a path of its own."""
+    was called by a path of its own; `litlora chat` where it was called by `litlora`."""
+    if by_program():
+        from litlora.cli.program import commands
+
+        words = {each.file.relative_to(REPOSITORY).as_posix(): each.words for each in commands()}
+        return shlex.join(("litlora", *words[script]))
     beside = os.path.normpath(os.path.join(os.path.dirname(sys.argv[0]), "..", script))
     here = os.path.isfile(script) or not os.path.isfile(beside)
     return f"python {script if here else shlex.quote(beside)}"
 
 
-RESUME = "python {script} --config {config} --resume auto"
-"""The command that resumes a run, with {script} and {config} in place of their paths."""
-REPEAT = "python {script} --config {config} --out_dir NEW"
+def by_program() -> bool:
+    """Whether the running command was called by `litlora`, not as a file."""
+    return len(sys.orig_argv) > 1 and Path(sys.orig_argv[1]).name in ("litlora", "litlora.exe")
+
+
+def this_command() -> str:
+    """The running command without its options, as it was called."""
+    if by_program():
+        return call(os.path.relpath(sys.argv[0], REPOSITORY))
+    return f"python {shlex.quote(sys.argv[0])}"
+
+
+RESUME = "{command} --config {config} --resume auto"
+"""What resumes a run, with {command} in place of `this_command`, and {config} of the file's path."""
+REPEAT = "{command} --config {config} --out_dir NEW"
 """The command that does the same in another directory, likewise."""
 
 

@@ -13,6 +13,7 @@ chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
+doctor.py       what a machine can do
 evaluate.py     evaluation
 log.py          LogConfig, the loggers of a run
 runs.py         runs that there are: compare
@@ -48,6 +49,7 @@ from litlora.settings.checks import (
 )
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.distill import DistillConfig
+from litlora.settings.doctor import Doctor
 from litlora.settings.evaluate import Evaluate, HarnessConfig
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import (
@@ -103,6 +105,7 @@ __all__ = [
     "DataSource",
     "Deita",
     "DistillConfig",
+    "Doctor",
     "Dolly",
     "Download",
     "ExportGGUF",

@@ -20,8 +20,9 @@ from litlora.settings.targets import embedding_among
 from litlora.settings.tokenizer import TokenizerConfig
 from litlora.settings.train import AUTO, TrainConfig
 
-REPOSITORY = Path(__file__).parent.parent.parent
-"""Where litlora is, if it was not installed as a copy of its library alone."""
+_PACKAGE = Path(__file__).parent.parent
+REPOSITORY = _PACKAGE.parent if (_PACKAGE.parent / "finetune/lora.py").is_file() else _PACKAGE / "installed"
+"""Where the commands and the quickstart base are: the repository, or the copy that a wheel has."""
 QUICKSTART = "checkpoints/litlora/quickstart"
 
 

@@ -31,8 +31,9 @@ class Method:
     stores: str
     """What the result holds, for the closing words."""
     resume: str
-    """The command that resumes a run, with {script} and {config} in place of their paths."""
+    """What resumes a run, with {command} in place of the running command, and {config} of the file of
+    its settings."""
     repeat: str
-    """The command that does the same in another directory, with {script} and {config} likewise."""
+    """What does the same in another directory, with {command} and {config} likewise."""
     next: str
     """The command that uses the result, with {result} in place of its path."""

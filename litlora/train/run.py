@@ -3,7 +3,6 @@ parameters train, and on which objective."""
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from litlora import console, report
+from litlora import cli, console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
@@ -421,4 +420,4 @@ class Run:
 
     def _command(self, form: str) -> str:
         config = shlex.quote(str(self.path / HYPERPARAMETERS_FILE))
-        return form.format(script=shlex.quote(sys.argv[0]), config=config)
+        return form.format(command=cli.this_command(), config=config)

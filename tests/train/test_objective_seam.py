@@ -66,8 +66,8 @@ def tune(base, alpaca_file):
             content=lambda model: adapter_of(model, lora),
             objective=objective,
             stores="the adapter only",
-            resume="again {script} {config}",
-            repeat="anew {script} {config}",
+            resume="again {command} {config}",
+            repeat="anew {command} {config}",
             next="see {result}",
         )
         inputs = ["--checkpoint_dir", base, "--data", "JSON", "--data.path", alpaca_file, "--out_dir", out]
@@ -102,7 +102,7 @@ def test_a_foreign_objective_trains_and_resumes_to_the_bit(tune, tmp_path, capsy
             tune(out, "--resume", "auto", stop_after=stop)
     state = open_torch(out / "step-000006/state.pth")
     assert state["weights"]["temperature"] != 1, "what the objective trains itself is kept"
-    assert f"resume: again {os.sys.argv[0]}" in capsys.readouterr().out
+    assert f"resume: again python {os.sys.argv[0]}" in capsys.readouterr().out
     tune(out, "--resume", "auto")
     assert (out / "final/lit_model.pth").read_bytes() == (expected / "final/lit_model.pth").read_bytes()
     assert rows(out) == rows(expected)

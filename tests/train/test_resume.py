@@ -197,11 +197,12 @@ def test_not_even_force_puts_weights_where_they_do_not_fit(run, tmp_path):
 
 
 def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
-    from litlora.settings import JSON, Alpaca, FinetuneDistill, dump
+    from litlora.settings import JSON, Alpaca, FinetuneDistill, LogConfig, dump
 
     known = set()
     for data in (Alpaca(), JSON(path="x", ignore=("id",), cache=False, cache_dir="x")):
-        settings = FinetuneDistill(teacher="x", data=data, stream_base=True)
+        log = LogConfig(to=["tensorboard"], name="x")
+        settings = FinetuneDistill(teacher="x", data=data, stream_base=True, log=log)
         known |= flat_settings(yaml.safe_load(dump(settings))).keys()
     assert known >= MAY_CHANGE
     expected = run("lora", tmp_path / "expected")
