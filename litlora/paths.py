@@ -19,6 +19,7 @@ from litlora.tokenizer import SIDECAR_FILES
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 STATE_FILE = "state.pth"
 EVALUATION_FILE = "evaluation.json"
+SAMPLES_FILE = "samples.json"
 FINAL = "final"
 CARD_FILE = "README.md"
 """The model card of an exported folder."""

@@ -62,8 +62,8 @@ def measure_exact_match(
     """
     right, wrong, unfound = 0, [], 0
     for conversation in conversations:
-        expected = _last_answer(conversation)
-        said = subject.answer(_prompt(subject, conversation), max_new_tokens)
+        expected = last_answer(conversation)
+        said = subject.answer(prompt_ids(subject, conversation), max_new_tokens)
         extracted = said if pattern is None else _last_match(pattern, said)
         wanted = expected if pattern is None else _last_match(pattern, expected) or expected
         unfound += extracted is None
@@ -106,7 +106,7 @@ def shares(name: str, right: int, total: int) -> dict[str, float]:
     return {name: share, f"{name}_stderr": math.sqrt(share * (1 - share) / max(1, total - 1))}
 
 
-def _last_answer(conversation: Conversation) -> str:
+def last_answer(conversation: Conversation) -> str:
     """What the model is to answer at the end of a conversation."""
     if is_document(conversation):
         raise DataError(f"{conversation.place}: is a text without a question; exact_match needs an answer")
@@ -117,7 +117,7 @@ def _last_answer(conversation: Conversation) -> str:
     return answer.content
 
 
-def _prompt(subject: Subject, conversation: Conversation) -> list[int]:
+def prompt_ids(subject: Subject, conversation: Conversation) -> list[int]:
     """The token ids that ask for the last answer, as chat asks."""
     draft, turn = _last_turn(subject, conversation)
     if turn[0] >= subject.context:

@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 from litlora.console import shown
-from litlora.report.events import Begun, Event, Logged, Note, Step, Validation
+from litlora.report.events import Begun, Evaluated, Event, Logged, Note, Step, Validation
 from litlora.report.sinks import Sink, say_if_possible
 
 
@@ -37,6 +37,9 @@ class Console(Sink):
                 self._show_figures(event)
             case Validation():
                 self._say(f"step {event.step}/{self._total} | validation loss {event.val_loss:.4f}")
+            case Evaluated():
+                figures = ", ".join(f"{name} {value:.4f}" for name, value in event.figures.items())
+                self._say(f"step {event.step}/{self._total} | {figures}")
             case Note():
                 self._say(f"note: {event.text}")
 

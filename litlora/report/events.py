@@ -52,6 +52,8 @@ class Logged:
     skipped: int
     figures: dict[str, float] = field(default_factory=dict)
     """What the objective measures besides its loss, per supervised token."""
+    peak_memory: int = 0
+    """The most so far, in bytes: of the device if it has memory of its own, else of the process."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,35 @@ class Validation:
     tokens: int
     seconds: float
     skipped: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A task was measured while training goes on."""
+
+    step: int
+    """Steps done; 0: before training."""
+    figures: dict[str, float]
+    """By their columns in metrics.csv: eval_exact_match."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what the model says to it."""
+
+    prompt: str
+    answer: str
+    expected: str = ""
+    """The record's own answer, if it has one."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The model was asked the prompts that the report shows."""
+
+    step: int
+    """Steps done; 0: before training."""
+    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -112,4 +143,4 @@ class Done:
     """If early stopping ended the run: the validations in a row without a lower loss."""
 
 
-Event = Begun | Step | Logged | Validation | Saved | Note | Done
+Event = Begun | Step | Logged | Validation | Evaluated | Sampled | Saved | Note | Done

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from litlora.errors import MissingExtraError, setting
-from litlora.report.events import Begun, Event, Logged, Validation
+from litlora.report.events import Begun, Evaluated, Event, Logged, Validation
 from litlora.report.history import flat
 from litlora.report.sinks import Sink
 from litlora.settings import LogConfig
@@ -72,9 +72,12 @@ def figures_of(event: Event) -> dict[str, float]:
         case Logged():
             names = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "epoch", "skipped")
             found = {name: float(getattr(event, name)) for name in names}
+            found["peak_memory_gib"] = event.peak_memory / 2**30
             return {f"train/{name}": value for name, value in (found | event.figures).items()}
         case Validation():
             return {"val/loss": event.val_loss}
+        case Evaluated():
+            return {name.replace("_", "/", 1): value for name, value in event.figures.items()}
     return {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from litlora.report.events import Event, Logged, Validation
+from litlora.report.events import Evaluated, Event, Logged, Validation
 from litlora.report.sinks import Sink, say_if_possible
 from litlora.storage.atomic import replacing_file
 
@@ -23,6 +23,7 @@ COLUMNS = (
     "tokens_per_second",
     "seconds",
     "skipped",
+    "peak_memory_gib",
 )
 
 
@@ -30,10 +31,13 @@ class Metrics(Sink):
     """metrics.csv; a row is on its way to the disk as soon as it is written."""
 
     def __init__(self, path: Path, earlier: str | None = None, figures: tuple[str, ...] = ()) -> None:
-        """`earlier`: the text of the file at the step from which the run resumes. `figures`: what
-        the objective measures besides its loss; each has a column of its own."""
+        """`earlier`: the text of the file at the step from which the run resumes; its columns stay.
+        `figures`: what the objective measures besides its loss, and what probes measure; each has a
+        column of its own."""
         self._path = path
         self._columns = COLUMNS + figures
+        if earlier:
+            self._columns = tuple(next(csv.reader(io.StringIO(earlier))))
         self._rows = [earlier or self._line(dict(zip(self._columns, self._columns, strict=True)))]
         with replacing_file(path) as staging:
             staging.write_text(self.text, encoding="utf-8", newline="")
@@ -46,9 +50,11 @@ class Metrics(Sink):
         return "".join(self._rows)
 
     def handle(self, event: Event) -> None:
-        if isinstance(event, Logged | Validation):
+        if isinstance(event, Logged | Validation | Evaluated):
             values = asdict(event)
             values |= values.pop("figures", {})
+            if isinstance(event, Logged):
+                values["peak_memory_gib"] = event.peak_memory / 2**30
             self._write({name: value for name, value in values.items() if name in self._columns})
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.report.console import duration
-from litlora.report.events import Begun, Done, Event, Logged, Note, Saved, Validation
+from litlora.report.events import Begun, Done, Evaluated, Event, Logged, Note, Sampled, Saved, Validation
 from litlora.report.history import History, parse_metrics
 from litlora.report.metrics import METRICS_FILE
 from litlora.report.sinks import Sink
@@ -114,13 +114,16 @@ class Page(Sink):
     _total: int = 0
     _step: int = 0
     _notes: list[str] = field(default_factory=list)
+    _samples: list[Sampled] = field(default_factory=list)
     _next: float = float("-inf")
 
     def handle(self, event: Event) -> None:
         match event:
             case Begun():
                 self._total, self._step = event.total_steps, event.step
-            case Logged() | Validation() | Saved():
+            case Sampled():
+                self._samples.append(event)
+            case Logged() | Validation() | Evaluated() | Saved():
                 self._step = event.step
                 if time.monotonic() >= self._next:
                     left = f"step {self._step:,} of {self._total:,}; this page loads itself again"
@@ -144,6 +147,7 @@ class Page(Sink):
             runs=[history],
             figures=figures,
             about=self.about,
+            tables=_samples(self._samples),
             texts=[("To repeat this run", self.command), *notes, ("Settings", self.settings)],
             running=running,
         )
@@ -151,6 +155,19 @@ class Page(Sink):
             staging.write_text(html(content), encoding="utf-8")
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, 100 * (ended - began))
+
+
+def _samples(found: Sequence[Sampled]) -> list[Table]:
+    """What the model said to the same prompts, before training and after it."""
+    if not found:
+        return []
+    head = ["prompt", *("before training" if not one.step else f"after step {one.step:,}" for one in found)]
+    asked = [one.samples for one in found]
+    rows = [[same[0].prompt, *(sample.answer for sample in same)] for same in zip(*asked, strict=True)]
+    if any(sample.expected for sample in asked[0]):
+        head.append("expected")
+        rows = [[*row, sample.expected] for row, sample in zip(rows, asked[0], strict=True)]
+    return [Table(title="Samples", head=head, rows=rows)]
 
 
 def _outcome(done: Done) -> tuple[str, list[tuple[str, str]]]:

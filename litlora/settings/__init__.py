@@ -50,7 +50,7 @@ from litlora.settings.checks import (
 from litlora.settings.data import JSON, Alpaca, DataSource, Files, Mix, MixedSource, all_sources
 from litlora.settings.distill import DistillConfig
 from litlora.settings.doctor import Doctor
-from litlora.settings.evaluate import Evaluate, HarnessConfig
+from litlora.settings.evaluate import EvalConfig, Evaluate, HarnessConfig, ReportConfig
 from litlora.settings.files import FileType, LoRAExtractor, LoRAMerger, OutputDtype
 from litlora.settings.finetune import (
     QUICKSTART,
@@ -109,6 +109,7 @@ __all__ = [
     "Dolly",
     "Download",
     "ExportGGUF",
+    "EvalConfig",
     "Evaluate",
     "ExportPEFT",
     "FileType",
@@ -133,6 +134,7 @@ __all__ = [
     "OpenHermes",
     "OutputDtype",
     "PreferenceConfig",
+    "ReportConfig",
     "ResizeLoRA",
     "ShowData",
     "ShowDistill",

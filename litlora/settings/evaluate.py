@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from litlora.errors import setting
-from litlora.settings.checks import check, check_positive
+from litlora.settings.checks import check, check_positive, check_value
 from litlora.settings.data import JSON, DataSource
 from litlora.settings.quantize import Quantization
 from litlora.settings.styles import check_prompt_style
@@ -59,6 +59,51 @@ def check_measures(measures: list[str], pattern: str | None, name: str) -> None:
         groups, problem = -1, str(error)
         check(False, f"{setting('pattern')} {pattern}: not a regular expression: {problem}")
     check(groups <= 1, f"{setting('pattern')} {pattern}: has {groups} groups; mark one, the answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """A small task that is measured while training goes on."""
+
+    every: int = 0
+    """Steps between two measurements; also before training, and at its end. 0: none."""
+    on: str | None = None
+    """The file of the task: records as for training; for choice, of prompt, choices and answer."""
+    measure: Literal["exact_match", "choice", "loss"] = "exact_match"
+    """What is measured, as by scripts/evaluate.py."""
+    pattern: str | None = None
+    """For exact_match: a regular expression that finds the answer to compare."""
+    first: int = 100
+    """At most so many records are used, the first ones."""
+    answer_tokens: int = 64
+    """For exact_match: longest answer in tokens."""
+
+    def __post_init__(self) -> None:
+        check_value(self, "every", self.every >= 0, "must be at least 0")
+        check_positive(self, "first", "answer_tokens")
+        check(
+            not self.every or self.on is not None,
+            f"{setting('every')} {self.every}: needs a task; name its file as {setting('on')}",
+        )
+        check(
+            bool(self.every) or self.on is None,
+            f"{setting('on')}: has no effect without {setting('every')}",
+        )
+        check_measures([self.measure], self.pattern, "measure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What report.html shows besides curves and settings."""
+
+    prompts: str | None = None
+    """A file of prompts that the model answers before and after training: a .txt file with one a line,
+    or records as for training."""
+    sample_tokens: int = 64
+    """Longest answer in tokens."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sample_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from litlora.errors import setting
 from litlora.settings.checks import check, check_seed, check_value
 from litlora.settings.data import Alpaca, DataSource
 from litlora.settings.distill import DistillConfig
+from litlora.settings.evaluate import EvalConfig, ReportConfig
 from litlora.settings.launch import started
 from litlora.settings.log import LogConfig
 from litlora.settings.lora import LoRAConfig
@@ -66,6 +67,8 @@ class Finetune:
     trained with, else its own chat template, else alpaca."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={"stored": "unless default"})
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=AUTO))
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata={"stored": "unless default"})
+    report: ReportConfig = field(default_factory=ReportConfig, metadata={"stored": "unless default"})
     log: LogConfig = field(default_factory=LogConfig, metadata={"stored": "unless default"})
     seed: int = 1337
     """Seed of everything random: the adapter's initial weights, the order of the examples,
@@ -123,6 +126,12 @@ class Finetune:
                 f"hold some out, or name {setting('val_path')}",
             )
         self._check_batch()
+        for name, is_set in (("every", self.eval.every), ("prompts", self.report.prompts)):
+            check(
+                not is_set or (self.strategy != "fsdp" and not self.train.compile),
+                f"{setting(name)}: the model answers questions while it trains, which a divided or compiled "
+                f"one does not; leave {setting(name)} out and use scripts/evaluate.py afterwards",
+            )
         compiled, added = self.train.compile, self.tokenizer.add_tokens
         check_streamed(self, quantize=self.quantize, compile=compiled, add_tokens=added)
 

@@ -5,8 +5,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from litlora.train.objective import Objective
 from litlora.train.optim import lr_at, make_optimizer, set_learning_rate
 from litlora.train.parallel import Parallel, local
 from litlora.train.plan import Plan, evaluation_plan
+from litlora.train.probe import Probe
 from litlora.train.resume import Position, State, capture
 from litlora.train.state_check import check_place_in_data
 
@@ -57,6 +58,8 @@ class Trainer:
     ) -> None:
         self.parallel, self.objective, self.data, self.config = parallel, objective, data, config
         self.checkpoints, self.sink, self.interrupts = checkpoints, sink, interrupts
+        self.probes: Sequence[Probe] = ()
+        """What looks at the model beside the loss; whoever has some sets them before `fit`."""
         self.lengths = objective.lengths(data.train)
         self.plan = Plan(self.lengths, config, data.seed, parallel.world_size)
         self.total_steps = config.max_steps or config.epochs * self.plan.steps_per_epoch
@@ -88,6 +91,9 @@ class Trainer:
                 self.save()
             if stopped is None and self.best.is_elsewhere(self.at):
                 self._take_best()
+            if stopped is None:
+                with suppress(GivenUp):  # the run is complete without
+                    self._look(lambda probe: probe.after(self.at.step, last=True))
             done = self._done(stopped)
             self.sink.handle(done)
         finally:
@@ -114,6 +120,7 @@ class Trainer:
         """Every step still to be done; returns why it ended before the last one, or None."""
         at, config = self.at, self.config
         try:
+            self._look(lambda probe: probe.begin(at.step))
             if at.validation_due:
                 self.validate()
             if self.best.is_over(at):
@@ -128,6 +135,7 @@ class Trainer:
                     self.validate()
                 if last or self.best.is_over(at):
                     return None
+                self._look(lambda probe: probe.after(at.step, last=False))
                 if stopped := self.interrupts.asked(self.parallel):
                     return stopped
                 # During a series of bad steps the weights may already be spoilt: do not let such a
@@ -185,6 +193,7 @@ class Trainer:
                 at.seconds,
                 at.skipped,
                 means,
+                peak_memory(self.parallel.device),
             )
         )
         self.sums = self._no_sums()
@@ -207,6 +216,14 @@ class Trainer:
         at.val_loss, at.validation_due = val_loss, False
         self.sink.handle(events.Validation(at.step, at.epoch, val_loss, at.tokens, at.seconds, at.skipped))
         self.best.judge(at, self.save, last=at.step == self.total_steps)
+
+    def _look(self, through: Callable[[Probe], list[events.Event]]) -> None:
+        """Let the probes look at the model as it is."""
+        for probe in self.probes:
+            with self.interrupts.at_once(self.parallel), evaluating(self.objective), torch.no_grad():
+                found = self.objective(None, lambda _, probe=probe: through(probe))
+            for event in found:
+                self.sink.handle(event)
 
     @property
     def _is_saved(self) -> bool:

@@ -16,6 +16,7 @@ from litlora import cli, console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.data.sources import Dataset
 from litlora.errors import UserError, setting
+from litlora.evaluate.subject import Subject
 from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantize import joined
 from litlora.load import pick_device
@@ -44,6 +45,7 @@ from litlora.train.method import Method
 from litlora.train.parallel import Parallel
 from litlora.train.precision import bf16_speedup, cast, check_frozen, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
+from litlora.train.probe import read_probes
 from litlora.train.rates import described_rates
 from litlora.train.resume import (
     State,
@@ -97,6 +99,7 @@ class Run:
     def __init__(self, settings: Finetune, method: Method, dataset: Dataset, place: RunDirectory) -> None:
         """Raises UserError, before anything is loaded, for what this machine cannot do."""
         check_loggers(settings.log)
+        self.probes = read_probes(settings, place.path)
         self.interrupts = Interrupts(settings.train.max_time)
         devices, nodes = settings.num_devices
         self.parallel = Parallel(pick_device(settings.accelerator), devices, nodes, settings.strategy)
@@ -303,12 +306,16 @@ class Run:
             sink=sink,
             interrupts=self.interrupts,
         )
+        for probe in self.probes:
+            probe.subject = Subject(self.model, self.loaded.tokenizer, self.style)
+        if self.parallel.is_main:
+            trainer.probes = self.probes
         if state is not None:
             trainer.restore(state)  # before anything is written: it may not fit
         if self.parallel.is_main:
             with replacing_file(self.path / HYPERPARAMETERS_FILE) as staging:
                 staging.write_text(self.hyperparameters, encoding="utf-8")
-            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.objective.figures)
+            self.metrics = Metrics(self.path / METRICS_FILE, rows, self.figures)
             repeat = self._command(self.method.repeat)
             page = Page(self.path, tuple(self.about), self.hyperparameters, repeat)
             loggers = make_loggers(self.settings.log, self.path, self.hyperparameters)
@@ -352,6 +359,11 @@ class Run:
             )
             raise SystemExit(done.stopped.status)
         self.say(*outcome(self, done))
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What is measured besides losses, as metrics.csv has it."""
+        return (*self.objective.figures, *(name for probe in self.probes for name in probe.figures))
 
     @cached_property
     def stops(self) -> tuple[int, ...]:

@@ -12,12 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litlora.errors import CheckpointError, UserError, setting
-from litlora.paths import FINAL, HYPERPARAMETERS_FILE, STATE_FILE, content, is_checkpoint, output_dir
+from litlora.paths import (
+    FINAL,
+    HYPERPARAMETERS_FILE,
+    SAMPLES_FILE,
+    STATE_FILE,
+    content,
+    is_checkpoint,
+    output_dir,
+)
 from litlora.report.metrics import METRICS_FILE
 from litlora.report.page import PAGE_FILE
 from litlora.storage.atomic import LEFTOVERS, settle
 
-RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, PAGE_FILE, FINAL, "step-*", *LEFTOVERS)
+RUN_NAMES = (HYPERPARAMETERS_FILE, METRICS_FILE, PAGE_FILE, SAMPLES_FILE, FINAL, "step-*", *LEFTOVERS)
 """What a fine-tuning run writes into its directory, as glob patterns."""
 _OF_EVERY_RUN = (HYPERPARAMETERS_FILE, f".{HYPERPARAMETERS_FILE}.*")
 """What tells that a directory is a run's: its settings, or the same set aside by a run that was

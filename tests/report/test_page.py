@@ -12,7 +12,7 @@ from litlora.errors import UserError
 from litlora.report.events import Begun, Done, Logged, Note, Validation
 from litlora.report.history import History, parse_metrics
 from litlora.report.metrics import Metrics
-from litlora.report.page import Content, Page, html
+from litlora.report.page import Content, Page, Table, add_table, html
 from litlora.report.sinks import Sinks
 
 
@@ -21,7 +21,7 @@ def data_of(page: str):
 
 
 def logged(step, loss):
-    return Logged(step, 0, loss, 1e-3, 0.5, 10 * step, 10, 100.0, 0.1 * step, 0)
+    return Logged(step, 0, loss, 1e-3, 0.5, 10 * step, 10, 100.0, 0.1 * step, 0, peak_memory=2**29 * step)
 
 
 def run(directory: Path, *, earlier=None, steps=range(1, 4)):
@@ -72,6 +72,23 @@ def test_a_resumed_run_shows_its_whole_past(tmp_path):
     assert [row[0] for row in curves["rows"]] == [1, 2, 3, 3, 4, 5, 5]
 
 
+def test_columns_stay_where_a_run_of_an_earlier_version_resumes(tmp_path):
+    earlier = "step,epoch,loss,val_loss\r\n1,0,2.5,\r\n"
+    sinks, metrics = run(tmp_path, earlier=earlier, steps=[2])
+    assert metrics.text.splitlines() == [*earlier.splitlines(), "2,0,1,", "2,0,,0.75"]
+
+
+def test_a_result_of_an_evaluation_is_added_once(tmp_path):
+    sinks, _ = run(tmp_path)
+    table = Table(title="Evaluation of final", head=["figure"], rows=[["a </script>"]])
+    for _ in range(2):
+        assert add_table(tmp_path / "report.html", table)
+    found = data_of((tmp_path / "report.html").read_text())["tables"]
+    assert found == [{"title": "Evaluation of final", "head": ["figure"], "rows": [["a </script>"]]}]
+    (tmp_path / "other.html").write_text("<html>")
+    assert not add_table(tmp_path / "other.html", table)
+
+
 def test_a_long_run_is_thinned_and_keeps_its_extremes():
     rows = [[float(step), 1 + step % 7 / 10, None] for step in range(50_000)]
     rows[31_234][1], rows[40_001][1], rows[12_345] = 9.0, 0.01, [12_345.0, None, 0.5]
@@ -120,6 +137,6 @@ def test_a_browser_draws_the_curves(tmp_path):
         timeout=120,
     )
     drawn = done.stdout
-    assert drawn.count("<figure") == 4 and drawn.count("<polyline") >= 5
+    assert drawn.count("<figure") == 5 and drawn.count("<polyline") >= 6
     assert "base: tiny &lt;/script&gt;&lt;b&gt;" in drawn and "complete" in drawn
     assert not re.search(r"NaN|undefined", drawn.partition("<script>")[0])

@@ -54,6 +54,9 @@ class Unlikelihood(Objective):
 
 
 @pytest.fixture
+MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
+
+
 def tune(base, alpaca_file):
     """tune(out, *words, stop_after=None): a LoRA run on the toy objective, as an entry file would
     start it."""
@@ -85,7 +88,7 @@ def tune(base, alpaca_file):
 
 def rows(out):
     found = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in found]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
 
 def test_a_foreign_objective_trains_and_resumes_to_the_bit(tune, tmp_path, capsys):

@@ -19,13 +19,13 @@ from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_gene
 from litlora.train.run_directory import step_directories
 
 
+MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
+
+
 def metrics(out):
-    """The rows without what depends on the clock."""
+    """The rows without what depends on the clock and on other runs of the process."""
     rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
-    return [
-        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def same(out, expected):
@@ -197,12 +197,13 @@ def test_not_even_force_puts_weights_where_they_do_not_fit(run, tmp_path):
 
 
 def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
-    from litlora.settings import JSON, Alpaca, FinetuneDistill, LogConfig, dump
+    from litlora.settings import JSON, Alpaca, EvalConfig, FinetuneDistill, LogConfig, ReportConfig, dump
 
     known = set()
     for data in (Alpaca(), JSON(path="x", ignore=("id",), cache=False, cache_dir="x")):
-        log = LogConfig(to=["tensorboard"], name="x")
-        settings = FinetuneDistill(teacher="x", data=data, stream_base=True, log=log)
+        probes = {"eval": EvalConfig(every=1, on="x"), "report": ReportConfig(prompts="x")}
+        probes["log"] = LogConfig(to=["tensorboard"], name="x")
+        settings = FinetuneDistill(teacher="x", data=data, stream_base=True, **probes)
         known |= flat_settings(yaml.safe_load(dump(settings))).keys()
     assert known >= MAY_CHANGE
     expected = run("lora", tmp_path / "expected")
