@@ -53,10 +53,11 @@ class Unlikelihood(Objective):
         return example.ids.tobytes()
 
 
-@pytest.fixture
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
+"""What differs from run to run."""
 
 
+@pytest.fixture
 def tune(base, alpaca_file):
     """tune(out, *words, stop_after=None): a LoRA run on the toy objective, as an entry file would
     start it."""

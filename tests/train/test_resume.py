@@ -18,7 +18,6 @@ from litlora.train import precision
 from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_generators
 from litlora.train.run_directory import step_directories
 
-
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
