@@ -10,8 +10,8 @@ from litlora.cli import parse
 from litlora.config import ModelConfig
 from litlora.formats.families.hf_config import HFConfig
 from litlora.formats.families.table import FAMILIES
-from litlora.settings import FinetuneDPO, FinetuneFull, FinetuneLoRA
 from litlora.model import GPT
+from litlora.settings import FinetuneDPO, FinetuneFull, FinetuneLoRA
 from litlora.train.estimate import need
 
 RECIPES = sorted((REPO / "configs").glob("*.yaml"))
