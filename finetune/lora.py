@@ -1,6 +1,8 @@
 """Fine-tune with LoRA; the result, OUT_DIR/final/lit_model.pth, holds the adapter only.
 
 python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data Alpaca --out_dir $dir
+python finetune/lora.py --checkpoint_dir checkpoints/$repo_id --data my_records.jsonl --quantize nf4
+python finetune/lora.py --config $dir/hyperparameters.yaml --resume auto
 """
 
 from litlora import cli

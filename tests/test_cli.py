@@ -497,3 +497,23 @@ def test_help_names_the_sources_and_leaves_their_settings_to_their_own_help(caps
     text = " ".join(capsys.readouterr().out.split())
     assert "Sources: Alpaca, Files, JSON, Mix, AlpacaGPT4, LIMA" in text
     assert "class_path" not in text and "litlora.settings" not in text
+
+
+def test_help_begins_with_what_matters_and_ends_with_examples():
+    shown = succeeds("finetune/lora.py", "--help", COLUMNS="100").stdout
+    head, _, rest = shown.partition("\noptions:\n")
+    first = re.findall(r"^  --(\S+) +[A-Z]", head.partition("what matters most:")[2], re.MULTILINE)
+    assert first == list(FinetuneLoRA.MATTERS) and len(first) == 5
+    examples = rest.partition("\nexamples:\n")[2].splitlines()
+    assert len(examples) == 3 and all(line.startswith("  python finetune/lora.py ") for line in examples)
+    assert len(head.splitlines()) < 15, "it fits on a screen"
+
+
+@pytest.mark.parametrize("name", ["lora", "train", "log"])
+def test_a_group_has_a_help_of_its_own(name):
+    shown = succeeds("finetune/lora.py", f"--{name}.help", COLUMNS="100").stdout
+    names = re.findall(r"^  --(\w+)\.(\w+)", shown, re.MULTILINE)
+    assert {group for group, _ in names} == {name}
+    assert {setting for _, setting in names} == {
+        full.removeprefix(f"{name}.") for full in setting_types(FinetuneLoRA) if full.startswith(f"{name}.")
+    }

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from litlora.cli.explain import did_you_mean, explain
+from litlora.cli.help import arranged, show_group
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.ram import is_lack_of_memory
@@ -164,6 +165,7 @@ def parse(settings_class: type[Settings], argv: list[str]) -> Settings:
     # A source that is asked for has its own defaults; jsonargparse would keep those of a default of
     # the same class.
     parser = make_parser(settings_class, quickstart(), "--data" in words or "--data=Alpaca" in words)
+    show_group(parser.format_help, argv)
     try:
         values = parser.parse_args(words)
         _check_nulls(types, values, config)
@@ -220,7 +222,13 @@ def make_parser(settings_class: type, base: str, names_source: bool) -> "Argumen
         # error.
         import_path_allowlist=["litlora.settings"],
     )
-    parser = ArgumentParser(exit_on_error=False, description=settings_class.__doc__)
+
+    class Parser(ArgumentParser):
+        def format_help(self) -> str:
+            helps = {action.dest: action.help or "" for action in self._actions}
+            return arranged(super().format_help(), getattr(settings_class, "MATTERS", ()), helps)
+
+    parser = Parser(exit_on_error=False, description=settings_class.__doc__)
     parser.add_argument(
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml."
     )

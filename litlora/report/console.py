@@ -9,6 +9,9 @@ from litlora.console import shown
 from litlora.report.events import Begun, Evaluated, Event, Logged, Note, Step, Validation
 from litlora.report.sinks import Sink, say_if_possible
 
+LINE = "step {n_fmt}/{total_fmt} {bar:12} {remaining} left{postfix}"
+"""Redrawn at a terminal; where it is narrow, its end is cut."""
+
 
 class Console(Sink):
     """A bar on a terminal, else a line for each logged step; notes and validations on both."""
@@ -51,14 +54,14 @@ class Console(Sink):
         self._first, self._total = event.step, event.total_steps
         self._started = time.perf_counter()
         if sys.stderr.isatty():
-            self._bar = tqdm(total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=event.total_steps, initial=event.step, bar_format=LINE, dynamic_ncols=True)
 
     def _show_figures(self, event: Logged) -> None:
         if self._bar is not None:
             more = "".join(f", {name} {value:.4f}" for name, value in event.figures.items())
             self._bar.set_postfix_str(
                 f"loss {event.loss:.4f}{more}, lr {event.learning_rate:.2e}, "
-                f"{event.tokens_per_second:,.0f} tokens/s"
+                f"{event.tokens_per_second:,.0f} tokens/s, {event.peak_memory / 2**30:.2f} GiB"
             )
             return
         more = "".join(f" | {name} {value:.4f}" for name, value in event.figures.items())

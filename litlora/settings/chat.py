@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from litlora.settings.checks import check_positive, check_seed, check_value
 from litlora.settings.quantize import Quantization
@@ -13,6 +13,12 @@ from litlora.settings.styles import check_prompt_style
 @dataclass(frozen=True, kw_only=True)
 class Chat:
     """Talk to a model: full, an adapter on its base, or a chain of adapters (merged in memory)."""
+
+    MATTERS: ClassVar[tuple[str, ...]] = (
+        *("checkpoint_dir", "prompt", "system"),
+        *("max_new_tokens", "temperature"),
+    )
+    """The five settings that `--help` shows first."""
 
     checkpoint_dir: str = "out/lora/alpaca/final"
     """Any checkpoint directory."""

@@ -40,6 +40,11 @@ class Finetune:
 
     AUTO_RATE_TIMES: ClassVar[float] = 1.0
     """learning_rate auto is so many times that of full fine-tuning."""
+    MATTERS: ClassVar[tuple[str, ...]] = (
+        *("checkpoint_dir", "data", "out_dir"),
+        *("train.learning_rate", "train.epochs"),
+    )
+    """The five settings that `--help` shows first."""
 
     checkpoint_dir: str = field(default_factory=quickstart)
     """The model to start from: any checkpoint directory, an adapter's too; default: the quickstart
@@ -200,6 +205,11 @@ class FinetuneLoRA(Finetune):
 
     AUTO_RATE_TIMES: ClassVar[float] = 10.0
 
+    MATTERS: ClassVar[tuple[str, ...]] = (
+        *("checkpoint_dir", "data", "out_dir"),
+        *("train.learning_rate", "lora.rank"),
+    )
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
@@ -295,6 +305,10 @@ class FinetuneDPO(FinetuneLoRA):
     KTO. The result, OUT_DIR/final/lit_model.pth, holds the adapter only."""
 
     AUTO_RATE_TIMES: ClassVar[float] = 0.3
+    MATTERS: ClassVar[tuple[str, ...]] = (
+        *("checkpoint_dir", "data", "out_dir"),
+        *("preference.loss", "preference.beta"),
+    )
 
     data: DataSource
     """Pairs of answers: a file or directory of records with chosen and rejected, as text or as
@@ -332,6 +346,11 @@ class FinetuneDPO(FinetuneLoRA):
 class FinetuneDistill(FinetuneLoRA):
     """Learn the predictions of another model, the teacher, with LoRA. The result,
     OUT_DIR/final/lit_model.pth, holds the adapter only."""
+
+    MATTERS: ClassVar[tuple[str, ...]] = (
+        *("teacher", "checkpoint_dir", "data", "out_dir"),
+        "train.learning_rate",
+    )
 
     teacher: str
     """The model to learn from: any checkpoint directory with the same tokens, an adapter's too."""
