@@ -5,7 +5,11 @@ import pty
 import re
 import subprocess
 import sys
+import termios
+import threading
+from contextlib import suppress
 
+import pytest
 from conftest import QUICKSTART, REPO
 
 WORDS = ["--checkpoint_dir", QUICKSTART, "--train.max_steps", 4, "--train.log_interval", 1]
@@ -15,22 +19,28 @@ WORDS += ["--train.save_interval", 0, "--data.max_examples", 60, "--out_dir"]
 def at_a_terminal(words, columns):
     """What a command writes to stderr, which is a terminal of so many columns."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": str(columns), "LINES": "24"}
+    termios.tcsetwinsize(theirs, (24, columns))
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
     program = [sys.executable, str(REPO / "finetune/lora.py"), *map(str, words)]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True)
-    os.close(theirs)
+    pieces: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(ours, pieces))
+    reader.start()
     said = process.communicate(timeout=200)[0]
-    shown = b""
-    try:
-        while piece := os.read(ours, 2**16):
-            shown += piece
-    except OSError:  # the other end is closed
-        pass
+    os.close(theirs)
+    reader.join()
     os.close(ours)
-    assert process.returncode == 0, shown
-    return said, shown.decode()
+    assert process.returncode == 0, pieces
+    return said, b"".join(pieces).decode()
 
 
+def read_all(terminal, pieces):
+    with suppress(OSError):  # the other end is closed
+        while piece := os.read(terminal, 2**16):
+            pieces.append(piece)
+
+
+@pytest.mark.slow
 def test_progress_is_one_line_that_redraws_at_a_terminal(tmp_path):
     said, shown = at_a_terminal([*WORDS, tmp_path / "run"], 140)
     lines = [line for line in shown.split("\r") if "loss" in line]
