@@ -29,6 +29,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "bitsandbytes": ("bitsandbytes",),
     "gguf": ("gguf",),
+    "llama-cpp": ("llama-cpp-python",),
     "transformers": ("transformers",),
     "data": ("pyarrow",),
     "datasets": ("datasets",),

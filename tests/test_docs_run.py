@@ -18,6 +18,9 @@ ELSEWHERE = {
     "scripts/download.py": "tests/test_hub.py, against a hub of its own",
     "scripts/upload.py": "tests/test_upload.py, against a hub of its own",
     "Q4_K_M": "tests/formats/test_gguf_export.py, with llama.cpp",
+    "--harness.tasks": "tests/evaluate/test_harness.py, on tasks of its own",
+    "--log.to": "tests/report/test_loggers.py",
+    "configs/": "tests/test_recipes.py",
     "--devices": "tests/train/test_many.py, with several processes",
 }
 """What runs in other tests: a word of the command, and where."""
@@ -42,13 +45,24 @@ RECORDS = {
     "pairs": {"prompt": "1 + 2?", "chosen": "3", "rejected": "4"},
     "labelled": {"prompt": "1 + 2?", "completion": "3", "label": True},
     "talks": {"dialog": TALK},
+    "choices": {"prompt": "1 + 2?", "choices": ["3", "4"], "answer": "A"},
 }
 FILES = {
-    "records": ("my_records.jsonl", "more.json", "mine.jsonl", "my_validation.jsonl", "my_directory/a.jsonl"),
+    "records": (
+        "my_records.jsonl",
+        "more.json",
+        "mine.jsonl",
+        "my_validation.jsonl",
+        "my_directory/a.jsonl",
+        "heldout.jsonl",
+        "qa.jsonl",
+        "gsm8k.jsonl",
+    ),
     "questions": ("my_questions.jsonl",),
     "pairs": ("my_pairs.jsonl", "pairs.jsonl"),
     "labelled": ("my_labelled.jsonl",),
     "talks": ("my_talks.jsonl",),
+    "choices": ("choices.jsonl",),
 }
 
 
@@ -86,6 +100,7 @@ def write_data(directory: Path) -> None:
     for kind, names in FILES.items():
         for name in names:
             (directory / name).write_text("".join(json.dumps(RECORDS[kind]) + "\n" for _ in range(12)))
+    (directory / "prompts.txt").write_text("1 + 2?\nAnd 2 + 1?\n")
     (directory / "tables").mkdir()
     table = pyarrow.Table.from_pylist([RECORDS["records"]] * 12)
     parquet.write_table(table, directory / "tables/a.parquet")
@@ -136,7 +151,7 @@ def written_to(tmp_path: Path, words: list[str]) -> list[str]:
 
 def shortened(script: str, words: list[str]) -> list[str]:
     """The words with what makes a command short, and repeatable where it writes to its own place."""
-    if script == "chat/base.py":
+    if script in ("chat/base.py", "scripts/evaluate.py"):
         return [*words, "--max_new_tokens", "4"]
     if script == "scripts/merge_lora.py":
         return [*words, "--overwrite"]
