@@ -74,6 +74,8 @@ class Task:
     settings: tuple[str, ...]
     asks: bool
     """Whether the answers are compared letter by letter."""
+    timed: bool = True
+    """Whether speed and memory are measured."""
     by_answers: bool = False
     """Whether the best rate is that of the most right answers, not of the lowest loss: what one
     prefers is not what one predicts."""
@@ -110,6 +112,7 @@ ALPACA = Task(
     25,
     ("--data", "{alpaca}", "--train.max_seq_length", "128", "--train.global_batch_size", "8"),
     False,
+    timed=False,
 )
 PAIRS = Task("pairs", "Pairs of answers", 20, ("--data", "{pairs}"), True, by_answers=True)
 TABLES = ((QUICKSTART, TUNING), (ALPACA, TUNING), (PAIRS, PREFERENCES))
@@ -358,14 +361,15 @@ def page_of(figures: dict[str, Any]) -> str:
 
 def table(task: Task, rows: list[dict[str, Any]]) -> str:
     exact = [" exact match |"] if task.asks else []
-    head = ["| method |", *exact, " loss | spread | rate | trained | file | tokens/s | memory |"]
+    timed = [" tokens/s | memory |"] if task.timed else []
+    head = ["| method |", *exact, " loss | spread | rate | trained | file |", *timed]
     lines = [f"### {task.title}, {task.steps} steps", "", "".join(head)]
-    lines.append("| --- |" + " ---: |" * (7 + task.asks))
+    lines.append("| --- |" + " ---: |" * (5 + task.asks + 2 * task.timed))
     for row in rows:
         losses = row["losses"]
         cells = [row["method"], f"{mean(losses):.4f}", f"± {(max(losses) - min(losses)) / 2:.4f}"]
         cells += [f"{row['rate']:.1e}", f"{row['trained']:,.0f}", f"{row['bytes'] / 1000:,.0f} KB"]
-        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['memory']:.2f}"]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['memory']:.2f}"] if task.timed else []
         if task.asks:
             cells.insert(1, f"{mean(row['exact']):.1%}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -387,8 +391,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         losses = {name: [future.result() for future in futures] for name, futures in rows.items()}
     tables = {}
     for task, methods in TABLES:
-        speeds = bench.speeds(task, methods)
-        tables[task.name] = [{**row, **speeds[row["method"]]} for row in losses[task.name]]
+        speeds = bench.speeds(task, methods) if task.timed else {}
+        tables[task.name] = [{**row, **speeds.get(row["method"], {})} for row in losses[task.name]]
     start, records = bench.places["tuned"], bench.held_out["pairs"]
     before = {"loss": held_out_loss(start, records), "exact": exact_match(start, records)}
     return {"before_preference": before, "tables": tables}
