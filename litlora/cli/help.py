@@ -43,7 +43,8 @@ def show_group(text: Callable[[], str], argv: Sequence[str]) -> None:
 def group(text: str, name: str) -> str | None:
     """The section of a help text that has the settings of a group; None if there is none."""
     begins = re.compile(rf"^  --{re.escape(name)}\.\w", re.MULTILINE)
-    return next((section.strip("\n") for section in SECTION.split(text) if begins.search(section)), None)
+    sections = SECTION.split(text.partition("\noptions:\n")[2])
+    return next((section.strip("\n") for section in sections if begins.search(section)), None)
 
 
 def examples_of(doc: str) -> list[str]:

@@ -12,6 +12,7 @@ import difflib
 import re
 import runpy
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Command:
     def summary(self) -> str:
         """The first sentence of the file's docstring."""
         text = " ".join((ast.get_docstring(self._tree) or "").split("\n\n")[0].split())
-        return re.split("[;:.] ", text)[0].rstrip(".")
+        return textwrap.shorten(re.split("[;:.] ", text)[0].rstrip("."), 110, placeholder=" ...")
 
     @property
     def settings(self) -> list[str]:
