@@ -333,15 +333,17 @@ def held_out_loss(directory: Path, records: list[dict[str, str]]) -> float:
 def exact_match(directory: Path, records: list[dict[str, str]]) -> float:
     """Share of the held-out questions answered right to the letter, greedily."""
     from litlora.load import load
-    from litlora.serve.engine import Sampling, generate
+    from litlora.serve.engine import Engine
+    from litlora.serve.sampling import Sampling
 
     loaded = load(directory, live=None)
+    engine = Engine(loaded.model)
     right = 0
     for record in records:
         prompt = loaded.prompt_style.render(record["instruction"], record["input"])
         ids = loaded.tokenizer.encode(prompt, begin=True)
         sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-        answer = generate(loaded.model, ids, sampling, stop_ids=loaded.tokenizer.stop_ids)
+        answer = engine.generate(ids, sampling, stop_ids=loaded.tokenizer.stop_ids)
         right += loaded.tokenizer.decode(list(answer)) == record["output"]
     return right / len(records)
 

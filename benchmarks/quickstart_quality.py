@@ -54,11 +54,12 @@ def answers(
     """The greedy answers of a checkpoint; with `second_turn`, to the second of two questions."""
     from litlora.load import load
     from litlora.prompts import STYLES
-    from litlora.serve.engine import Sampling, generate
+    from litlora.serve.engine import Engine
+    from litlora.serve.sampling import Sampling
 
     loaded = load(directory, live=live)
     style = loaded.prompt_style or STYLES["alpaca"]
-    tokenizer = loaded.tokenizer
+    tokenizer, engine = loaded.tokenizer, Engine(loaded.model)
 
     def encoded(record: dict[str, str]) -> list[int]:
         return tokenizer.encode(style.render(record["instruction"], record["input"]), begin=True)
@@ -69,8 +70,7 @@ def answers(
         if second_turn:
             first = records[(i * 7 + 3) % len(records)]
             history = [*encoded(first), *tokenizer.encode(first["output"]), tokenizer.eos_id]
-        ids = generate(
-            loaded.model,
+        ids = engine.generate(
             history + encoded(record),
             Sampling(max_new_tokens=MAX_NEW_TOKENS),
             stop_ids=tokenizer.stop_ids,

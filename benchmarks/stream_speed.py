@@ -153,9 +153,10 @@ def trainer(model: Any, args: argparse.Namespace) -> Any:
 
 
 def decoder(model: Any, args: argparse.Namespace) -> Any:
-    from litlora.serve.engine import Sampling, generate
+    from litlora.serve.engine import Engine
+    from litlora.serve.sampling import Sampling
 
-    tokens = generate(model, [1, 2, 3], Sampling(max_new_tokens=args.rounds + 4))
+    tokens = Engine(model).generate([1, 2, 3], Sampling(max_new_tokens=args.rounds + 4))
     return lambda: str(next(tokens))
 
 

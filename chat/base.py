@@ -31,7 +31,8 @@ def main(settings: Chat) -> None:
     from litlora.load import load_chain, pick_device
     from litlora.prompts import choose_style, lacking_tokens
     from litlora.serve.conversation import ChatSession
-    from litlora.serve.engine import Engine, Sampling
+    from litlora.serve.engine import Engine
+    from litlora.serve.sampling import Sampling
     from litlora.streaming import gib, streams
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
@@ -60,13 +61,7 @@ def main(settings: Chat) -> None:
             f"{size / streamed.speed:.2g} s at the {gib(streamed.speed)} a second just measured",
             file=sys.stderr,
         )
-    sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
+    sampling = Sampling.of(settings)
     session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling, settings.system)
     if settings.prompt is not None:
         for piece in session.ask(settings.prompt):

@@ -360,26 +360,36 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
-        self._ids.append(token)
-        before, now = self._texts()
+        (text,) = push_each([self], [token])
+        return text
+
+    def finish(self) -> str:
+        """The rest at the end of the stream."""
+        before, now = self._tokenizer.decode_batch(self._parts())
+        self._start = self._shown = len(self._ids)
+        return now[len(before) :]
+
+    def _parts(self) -> list[list[int]]:
+        """The tokens whose text has been returned, and the same with those since; both from `_start`
+        on."""
+        return [self._ids[self._start : self._shown], self._ids[self._start :]]
+
+    def _completed(self, before: str, now: str) -> str:
+        """What is new, given the texts of `_parts`."""
         waiting = len(self._ids) - self._shown
         if now.endswith("\ufffd") and waiting < 16:  # an invalid byte must not hold back text for ever
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
 
-    def finish(self) -> str:
-        """The rest at the end of the stream."""
-        before, now = self._texts()
-        self._start = self._shown = len(self._ids)
-        return now[len(before) :]
 
-    def _texts(self) -> tuple[str, str]:
-        """The text already returned, and the same with the tokens since; both from `_start` on."""
-        before, now = self._tokenizer.decode_batch(
-            [self._ids[self._start : self._shown], self._ids[self._start :]]
-        )
-        return before, now
+def push_each(streams: list[TextStream], tokens: list[int]) -> list[str]:
+    """`push` of the next token of each stream, all of one tokenizer, which is asked once."""
+    for stream, token in zip(streams, tokens, strict=True):
+        stream._ids.append(token)
+    texts = streams[0]._tokenizer.decode_batch([part for s in streams for part in s._parts()])
+    pairs = zip(streams, texts[::2], texts[1::2], strict=True)
+    return [stream._completed(before, now) for stream, before, now in pairs]
 
 
 def _chunks(texts: list[str]) -> Iterator[list[str]]:

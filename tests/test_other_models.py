@@ -13,7 +13,8 @@ from litlora.data.examples import Example
 from litlora.errors import CheckpointError
 from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora
-from litlora.serve.engine import Sampling, generate
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.train.objective import SFT
 
 FAST = ["opt", "mamba2"]
@@ -123,7 +124,10 @@ def _chat(directory, tmp_path) -> None:
     loaded = load(directory)
     with torch.no_grad():
         prompt = [5, 9, 14, 200, 31]
-        ours = list(generate(loaded.model, prompt, Sampling(max_new_tokens=12)))
+        engine = Engine(loaded.model)
+        beside = engine.generate([7, 3], Sampling(max_new_tokens=12))  # each has a turn
+        next(beside)
+        ours = list(engine.generate(prompt, Sampling(max_new_tokens=12)))
         inner = loaded.model.inner
         theirs = inner.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=True

@@ -14,7 +14,8 @@ from litlora.checkpoint import resolve
 from litlora.errors import UserError
 from litlora.load import load_chain
 from litlora.lora import LoRAConfig, adapter_of, add_lora
-from litlora.serve.engine import Sampling, generate
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.settings import Finetune, TrainConfig
 from litlora.streaming import streams
 from litlora.train.activations import checkpoint_activations
@@ -149,7 +150,7 @@ def test_answers_are_the_same(make_checkpoint):
     with torch.inference_mode():
         logits = [model(IDS) for model in models]
         assert torch.equal(*logits)
-    found = [list(generate(model, [1, 2, 3], Sampling(max_new_tokens=20))) for model in models]
+    found = [list(Engine(model).generate([1, 2, 3], Sampling(max_new_tokens=20))) for model in models]
     assert found[0] == found[1] and len(found[0]) == 20
 
 

@@ -5,7 +5,7 @@ pack, all sequences together.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
@@ -93,6 +93,28 @@ def _sinking(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor
     if mask is None:  # a query more: SDPA's triangle needs as many as there are keys
         return attend(F.pad(q, (0, 0, 1, 0)), k, v, None, scale=scale)[:, :, 1:, :-more]
     return attend(q, k, v, F.pad(mask, (1, 0), value=True), scale=scale)[..., :-more]
+
+
+def attend_apart(
+    q: Tensor,
+    seen: Sequence[tuple[Tensor, Tensor]],
+    *,
+    window: int | None = None,
+    **scores: Unpack[Scores],
+) -> Tensor:
+    """Attention of B sequences that get a token each: q (B, H, 1, D), and of each sequence keys and
+    values (1, G, S, D) of any S, the last `window` of which it sees -> (B, H, 1, D). `scores` as of
+    `attend`.
+
+    Each is computed by itself: nothing is padded, and the result is that of the sequence alone.
+    """
+    last = slice(None) if window is None else slice(-window, None)
+    return torch.cat(
+        [
+            attend(row, k[:, :, last], v[:, :, last], None, **scores)
+            for row, (k, v) in zip(q.split(1), seen, strict=True)
+        ]
+    )
 
 
 def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -54,6 +54,17 @@ class RotaryTable:
             cos, sin = (part.index_select(0, pack.shared.kept) for part in (cos, sin))
         return cos, sin
 
+    def rows_apart(self, places: list[int], like: Tensor) -> Rope:
+        """As rows, of B sequences that get a token each, at these positions: (B, 1, 1, dim)."""
+        if len({self._regime_of(place + 1) for place in places}) > 1:
+            cos, sin = zip(*(self.rows(place, 1, like) for place in places), strict=True)
+            cos, sin = torch.cat(cos), torch.cat(sin)
+        else:
+            self.rows(max(places), 1, like)
+            index = torch.tensor(places, device=like.device)
+            cos, sin = (part.index_select(0, index).to(like.dtype) for part in self._rows)
+        return cos[:, None, None], sin[:, None, None]
+
     def _regime_of(self, length: int) -> int:
         """Lengths of one regime share their frequencies; with two of the scalings these depend on
         the length of the sequence."""

@@ -16,6 +16,7 @@ from litlora.errors import UserError, setting
 from litlora.lora.update import Update
 
 if TYPE_CHECKING:
+    from litlora.frozen.weight import FrozenWeight
     from litlora.lora.layer import LoRALinear
 
 
@@ -72,6 +73,13 @@ class Variant:
             return update.add_product(total, rows, factor)
         return total.add_(self.change(update, before.to(total.dtype), rows), alpha=factor)
 
+    def gain(self, update: Update, weight: "FrozenWeight") -> Tensor | None:
+        """(out,): the factor of each row in W' = gain · (W + s · B A), for a variant of this form; None
+        where it is 1."""
+        if not self.is_plain:
+            raise UserError(f"{setting('variant')} {self.name} can be merged, and not be switched on and off")
+        return None
+
     def forward(self, layer: "LoRALinear", x: Tensor) -> Tensor:
         """W' x + b for x (..., in), while the adapter is live; plain LoRA has fused functions
         instead. Override it where the update can be applied without W' in memory, and apply
@@ -115,6 +123,12 @@ class DoRA(Variant):
         added = super().change(update, before, rows)
         gain = _gain(update, before + added.detach(), rows)[:, None]
         return (gain - 1) * before + gain * added
+
+    @torch.no_grad()
+    def gain(self, update: Update, weight: "FrozenWeight") -> Tensor:
+        W = weight.rows()
+        exact = W.to(torch.promote_types(W.dtype, torch.float32))
+        return _gain(update, exact + super().change(update, exact, slice(None)), slice(None))
 
     def forward(self, layer: "LoRALinear", x: Tensor) -> Tensor:
         update, W = layer.update, layer.frozen.rows()

@@ -4,13 +4,22 @@ Shapes in this package: B batch, T tokens, C hidden_size, H heads, G key/value h
 vocabulary.
 """
 
-from litlora.model.cache import KVCache
+from litlora.model.cache import CacheBatch, KVCache
 from litlora.model.gpt import GPT, shorten
 from litlora.model.router import Router
 from litlora.model.through_transformers import TransformersModel
 from litlora.transformers_config import Architecture, TransformersConfig
 
-__all__ = ["GPT", "KVCache", "LanguageModel", "Router", "TransformersModel", "kind_of", "shorten"]
+__all__ = [
+    "GPT",
+    "CacheBatch",
+    "KVCache",
+    "LanguageModel",
+    "Router",
+    "TransformersModel",
+    "kind_of",
+    "shorten",
+]
 
 LanguageModel = GPT | TransformersModel
 

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.kernels.attention import attend, packed_attention
+from litlora.kernels.attention import attend, attend_apart, packed_attention
 from litlora.kernels.rotary import halves, rotate
 from litlora.lora import project
-from litlora.model.context import Context, pick
+from litlora.model.cache import CacheBatch
+from litlora.model.context import Context, Seen, pick
 from litlora.model.norms import WeightlessRMSNorm, make_head_norm
 
 
@@ -55,22 +56,16 @@ class Attention(nn.Module):
         q = self._rotated(q, self.q_norm, context)  # (B, H, T, D)
         if context.query_scale is not None:
             q = q * context.query_scale
-        k, v = self._keys_and_values(others, context)
-        if context.cache is not None and T == 1 and self.window is not None:
-            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-        if context.pack is None:
-            y = attend(q, k, v, context.mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        else:
-            scores = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
-            y = self.packed_attention(q, k, v, context.pack, window=self.window, **scores)
+        seen = self._keys_and_values(others, context)
+        y = self._attended(q, seen, context)
         y = pick(y.transpose(1, 2).reshape(B, T, -1), context.positions)
         if gate is not None:
             y = y * pick(gate, context.positions).sigmoid()
         return project(y, self.o_proj)[0]
 
-    def _keys_and_values(self, projected: list[Tensor], context: Context) -> tuple[Tensor, Tensor]:
-        """Of all tokens so far, (B, G, S, D) each: this layer's own, made of what it projected
-        (B, T, G·D), or those that it shares."""
+    def _keys_and_values(self, projected: list[Tensor], context: Context) -> Seen:
+        """Of all tokens so far: this layer's own, made of what it projected (B, T, G·D), or those that
+        it shares."""
         kind = self.window is not None
         if self.shares_keys:
             return context.keys[kind]
@@ -78,11 +73,22 @@ class Attention(nn.Module):
         k = self._rotated(k, self.k_norm, context)
         v = self._clipped(v).unflatten(-1, (-1, self.head_dim))
         v = (v if self.v_norm is None else self.v_norm(v)).transpose(1, 2)
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
+        seen = (k, v) if context.cache is None else context.cache.append(self.layer, k, v)
         if context.keys is not None:
-            context.keys[kind] = k, v
-        return k, v
+            context.keys[kind] = seen
+        return seen
+
+    def _attended(self, q: Tensor, seen: Seen, context: Context) -> Tensor:
+        """Queries (B, H, T, D) -> (B, H, T, D)."""
+        scores = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        if isinstance(context.cache, CacheBatch):
+            return attend_apart(q, seen, window=self.window, **scores)
+        k, v = seen
+        if context.pack is not None:
+            return self.packed_attention(q, k, v, context.pack, window=self.window, **scores)
+        if context.cache is not None and q.size(2) == 1 and self.window is not None:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        return attend(q, k, v, context.mask, **scores)
 
     def _rotated(self, x: Tensor, norm: nn.Module | None, context: Context) -> Tensor:
         """Queries or keys as they were projected, (B, T, H·D) -> (B, H, T, D), normalised and rotated."""

@@ -1,15 +1,20 @@
 """What generation keeps of the tokens seen so far."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from litlora.config import ModelConfig
 
+LEAST_ROOM = 256
+"""Tokens for which a cache takes memory at first, if it may hold so many."""
+
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, G, max_length, D) buffers a
-    layer; of a layer with linear attention, its convolution's last inputs (B, W - 1, channels) and
-    its state (B, H, K, V) in fp32 or better."""
+    """Keys and values of the tokens seen so far, one pair of (B, G, S, D) buffers a layer, which grow
+    up to max_length; of a layer with linear attention, its convolution's last inputs
+    (B, W - 1, channels) and its state (B, H, K, V) in fp32 or better."""
 
     def __init__(
         self,
@@ -22,23 +27,31 @@ class KVCache:
     ) -> None:
         self.length = 0
         """Tokens held; the next one gets this position."""
+        self.max_length = max_length
         self._layers = []
         for layer in range(config.num_hidden_layers):
             if config.is_linear(layer):
                 self._layers.append(_empty_state(config, batch_size, dtype, device))
                 continue
             heads, key_dim, value_dim = config.cached(layer)
-            pair = ((batch_size, heads, max_length, dim) for dim in (key_dim, value_dim))
+            pair = ((batch_size, heads, 0, dim) for dim in (key_dim, value_dim))
             self._layers.append(tuple(torch.empty(shape, dtype=dtype, device=device) for shape in pair))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T,
         D)."""
         end = self.length + k.size(2)
+        if end > self._layers[layer][0].size(2):
+            self._grow(layer, end)
         keys, values = self._layers[layer]
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+    def _grow(self, layer: int, end: int) -> None:
+        room = min(self.max_length, max(end, 2 * self._layers[layer][0].size(2), LEAST_ROOM))
+        assert end <= room, f"{end} tokens in a cache for {self.max_length}"
+        self._layers[layer] = tuple(_held(part, self.length, room) for part in self._layers[layer])
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
         """(last inputs of the convolution, state) of a layer with linear attention."""
@@ -47,6 +60,62 @@ class KVCache:
     def keep(self, layer: int, inputs: Tensor, state: Tensor) -> None:
         """What `past` gives from now on."""
         self._layers[layer] = (inputs, state)
+
+    def advance(self, count: int) -> None:
+        """All layers have got so many more tokens."""
+        self.length += count
+
+    def beginning(self, length: int, max_length: int) -> "KVCache":
+        """A cache of its own with the first `length` tokens of this one, for up to max_length; not of
+        a model with linear attention, whose state cannot go back."""
+        begun = object.__new__(KVCache)
+        begun.length, begun.max_length = length, max_length
+        room = min(max_length, length + LEAST_ROOM)
+        # A layer that shares another's keys holds none.
+        begun._layers = [
+            tuple(_held(part, length, room) if part.size(2) else part for part in pair)
+            for pair in self._layers
+        ]
+        return begun
+
+
+class CacheBatch:
+    """The caches of several sequences, each of which gets one more token: B sequences, T = 1."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held of each sequence; its next one gets this position."""
+        return [cache.length for cache in self._caches]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Store k, v (B, G, 1, D), one token a sequence; returns all of each, (1, G, length + 1, D)."""
+        rows = zip(self._caches, k.split(1), v.split(1), strict=True)
+        return [cache.append(layer, *row) for cache, *row in rows]
+
+    def past(self, layer: int) -> tuple[Tensor, Tensor]:
+        """As `KVCache.past`."""
+        inputs, states = zip(*(cache.past(layer) for cache in self._caches), strict=True)
+        return torch.cat(inputs), torch.cat(states)
+
+    def keep(self, layer: int, inputs: Tensor, state: Tensor) -> None:
+        """As `KVCache.keep`."""
+        for cache, *row in zip(self._caches, inputs.split(1), state.split(1), strict=True):
+            cache.keep(layer, *row)
+
+    def advance(self, count: int) -> None:
+        """As `KVCache.advance`."""
+        for cache in self._caches:
+            cache.advance(count)
+
+
+def _held(part: Tensor, length: int, room: int) -> Tensor:
+    """The first `length` tokens of keys or values, with room for so many in all."""
+    grown = part.new_empty(*part.shape[:2], room, part.size(3))
+    grown[:, :, :length] = part[:, :, :length]
+    return grown
 
 
 def _empty_state(

@@ -6,7 +6,11 @@ from torch import Tensor
 
 from litlora.kernels.attention import Pack
 from litlora.kernels.rotary import Rope
-from litlora.model.cache import KVCache
+from litlora.model.cache import CacheBatch, KVCache
+
+
+Seen = tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]
+"""Keys and values of the tokens so far, (B, G, S, D) each; of sequences apart, those of each."""
 
 
 class Context(NamedTuple):
@@ -16,7 +20,7 @@ class Context(NamedTuple):
     """The rotation of each token's queries and keys, if the layer has one."""
     mask: Tensor | None = None
     """(T, S): what each token sees; None if attention knows by itself."""
-    cache: KVCache | None = None
+    cache: KVCache | CacheBatch | None = None
     """The tokens before these, if any."""
     pack: Pack | None = None
     """How the B · T tokens divide into sequences; None: each of the B rows is one."""
@@ -24,8 +28,9 @@ class Context(NamedTuple):
     """(M,), places of the flattened B · T tokens: the others are attended to, and not computed any
     further."""
     query_scale: Tensor | None = None
-    """(T, 1): factor of each token's queries, if the architecture has one."""
-    keys: dict[bool, tuple[Tensor, Tensor]] | None = None
+    """(T, 1), or (B, 1, 1, 1) of sequences apart: factor of each token's queries, if the architecture
+    has one."""
+    keys: dict[bool, Seen] | None = None
     """The keys and values of the last layers that have their own, with a window (True) and without, for
     those that share them. Layers put them in."""
     per_layer: Tensor | None = None

@@ -5,7 +5,7 @@ are the names people know.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from litlora.frozen.quantize import ToQuantize
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, Shared, causal_mask
-from litlora.kernels.rotary import RotaryTable
+from litlora.kernels.rotary import Rope, RotaryTable
 from litlora.lora import LoRAEmbedding
 from litlora.model.block import Block
-from litlora.model.cache import KVCache
+from litlora.model.cache import CacheBatch, KVCache
 from litlora.model.context import Context
 from litlora.model.norms import make_norm
 from litlora.model.per_layer import WithLayerInputs
@@ -53,29 +53,31 @@ class Decoder(WithLayerInputs):
     def forward(
         self,
         input_ids: Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheBatch | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
         shared: Shared | None = None,
     ) -> Tensor:
-        """With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
+        """With a `CacheBatch`, input_ids (B, 1) are the next tokens of B sequences of any lengths.
+
+        With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
         sees itself alone; with `shared`, input_ids (1, N') are the tokens of these sequences that
         differ, as `shares_tokens` allows.
 
         With `positions` (M,) of the flattened input_ids, only the hidden states there are returned,
         (1, M, C).
         """
-        start, T = cache.length if cache is not None else 0, input_ids.size(1)
+        T = input_ids.size(1)
+        apart = cache.lengths if isinstance(cache, CacheBatch) else None
+        start = cache.length if isinstance(cache, KVCache) else 0
         pack = Pack(lengths, shared) if lengths is not None else None
-        x = self._embed(input_ids, start, pack)
+        places = Places(start, T, pack, apart)
+        x = self._embed(input_ids, places)
         masks = {}
-        if pack is None:
+        if pack is None and apart is None:
             masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
-        ropes = {
-            rope: table.rows(start, T, x) if pack is None else table.packed_rows(pack, x)
-            for rope, table in self._tables.items()
-        }
-        context = Context(cache=cache, pack=pack, query_scale=self._query_scale(start, T, pack, x))
+        ropes = {rope: places.rotations(table, x) for rope, table in self._tables.items()}
+        context = Context(cache=cache, pack=pack, query_scale=self._query_scale(places, x))
         if self.config.num_kv_shared_layers:
             context = context._replace(keys={})
         inputs = self.layer_inputs(input_ids, x)
@@ -89,22 +91,23 @@ class Decoder(WithLayerInputs):
                 own = own._replace(positions=positions)
             x = block(x, own)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         # Here, so that whatever multiplies by the head's weight has scaled logits.
         x, factor = self.norm(x), self.config.logit_scale
         return x if factor is None else x * factor
 
-    def _query_scale(self, start: int, T: int, pack: Pack | None, like: Tensor) -> Tensor | None:
-        """(T, 1): the factors of the queries at each position; None if the architecture has none."""
+    def _query_scale(self, places: "Places", like: Tensor) -> Tensor | None:
+        """(T, 1), or (B, 1, 1, 1) of sequences apart: the factors of the queries at each position;
+        None if the architecture has none."""
         beta, scaling = self.config.query_scale_beta, self.config.rope_scaling
         if beta is None:
             return None
-        places = _places(start, T, pack, like.device)
-        turns = places // scaling.original_max_position_embeddings
-        return (1 + beta * torch.log1p(turns.to(torch.float32)))[:, None].to(like.dtype)
+        turns = places.numbers(like.device) // scaling.original_max_position_embeddings
+        factors = (1 + beta * torch.log1p(turns.to(torch.float32)))[..., None].to(like.dtype)
+        return factors if places.apart is None else factors[:, None]
 
-    def _embed(self, input_ids: Tensor, start: int, pack: Pack | None) -> Tensor:
-        """(B, T) -> (B, T, C); the first token has the position `start`."""
+    def _embed(self, input_ids: Tensor, places: "Places") -> Tensor:
+        """(B, T) -> (B, T, C)."""
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:
             # rounded to the embedding's dtype, as in training
@@ -112,17 +115,38 @@ class Decoder(WithLayerInputs):
         if self.config.embedding_multiplier is not None:
             x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
-            places = _places(start, input_ids.size(1), pack, x.device)
-            x = x + self.embed_positions(places)
+            x = x + self.embed_positions(places.numbers(x.device))
         return x
 
 
-def _places(start: int, T: int, pack: Pack | None, device: torch.device) -> Tensor:
-    """The position of each token in its sequence, (T,)."""
-    if pack is None:
-        return torch.arange(start, start + T, device=device)
-    places = torch.cat([torch.arange(length) for length in pack.lengths]).to(device)
-    return places if pack.shared is None else places.index_select(0, pack.shared.kept)
+class Places(NamedTuple):
+    """The position of each token in its sequence."""
+
+    start: int
+    """Of the first token of each row,"""
+    T: int
+    """and how many tokens a row has;"""
+    pack: Pack | None
+    """or those of a pack;"""
+    apart: list[int] | None
+    """or of B rows of one token, each with a position of its own."""
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """(T,), or (B, 1) of rows apart."""
+        if self.apart is not None:
+            return torch.tensor(self.apart, device=device)[:, None]
+        if self.pack is None:
+            return torch.arange(self.start, self.start + self.T, device=device)
+        found = torch.cat([torch.arange(length) for length in self.pack.lengths]).to(device)
+        return found if self.pack.shared is None else found.index_select(0, self.pack.shared.kept)
+
+    def rotations(self, table: RotaryTable, like: Tensor) -> Rope:
+        """Their rows of a table."""
+        if self.apart is not None:
+            return table.rows_apart(self.apart, like)
+        return (
+            table.rows(self.start, self.T, like) if self.pack is None else table.packed_rows(self.pack, like)
+        )
 
 
 class GPT(nn.Module):
@@ -134,7 +158,8 @@ class GPT(nn.Module):
     """
 
     packs = True
-    """A pack of sequences is computed as one row of tokens."""
+    """A pack of sequences is computed as one row of tokens, and the next tokens of several in one go
+    (`CacheBatch`)."""
     block_prefix = "model.layers."
     """What the names of all that lies in a block begin with."""
 
@@ -152,7 +177,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheBatch | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
         shared: Shared | None = None,

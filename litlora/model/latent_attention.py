@@ -6,14 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.kernels.attention import attend, packed_attention
+from litlora.kernels.attention import attend, attend_apart, packed_attention
 from litlora.kernels.rotary import halves, rotate
 from litlora.lora import project
+from litlora.model.cache import CacheBatch
 from litlora.model.context import Context, pick
 from litlora.model.norms import RMSNorm
 
 EPS = 1e-6
 """Of the norms of latents, whatever the others have."""
+
+READ = "kv_b_proj"
+"""The linear layer whose weight is read while a single token is computed."""
 
 
 class LatentAttention(nn.Module):
@@ -57,7 +61,9 @@ class LatentAttention(nn.Module):
         if context.cache is not None:
             # Latents and rotated parts side by side, in the place of the keys; there are no values.
             kept = torch.cat([latent, shared], dim=-1)
-            kept, _ = context.cache.append(self.layer, kept, kept[..., :0])
+            seen = context.cache.append(self.layer, kept, kept[..., :0])
+            apart = isinstance(context.cache, CacheBatch)
+            kept = [one for one, _ in seen] if apart else seen[0]
             if x.size(1) == 1:
                 y = self._of_one(q, turned, kept)
                 return project(y.transpose(1, 2).flatten(2), self.o_proj)[0]
@@ -86,12 +92,15 @@ class LatentAttention(nn.Module):
             y = self.packed_attention(q, k, v, context.pack, scale=self.scale)
         return y[..., : self.value_dim]
 
-    def _of_one(self, q: Tensor, turned: Tensor, kept: Tensor) -> Tensor:
-        """One token that sees all that is kept (B, 1, S, R + P): q (B, H, 1, N) and its rotated part
-        (B, H, 1, P) -> (B, H, 1, E). It goes into the space of the latents and comes back: making keys
+    def _of_one(self, q: Tensor, turned: Tensor, kept: Tensor | list[Tensor]) -> Tensor:
+        """One token that sees all that is kept (B, 1, S, R + P), or of sequences apart (1, 1, S, R + P)
+        each: q (B, H, 1, N) and its rotated part (B, H, 1, P) -> (B, H, 1, E). It goes into the space of the latents and comes back: making keys
         and values of them would take S times as much."""
         W = self.kv_b_proj.weight.to(q.dtype).view(self.num_heads, -1, self.rank)
         keys, values = W.split([self.plain_dim, self.value_dim], dim=1)  # (H, N, R) and (H, E, R)
         inside = torch.cat([q @ keys, turned], dim=-1)  # (B, H, 1, R + P)
-        y = attend(inside, kept, kept[..., : self.rank], None, scale=self.scale)
+        if isinstance(kept, list):
+            y = attend_apart(inside, [(one, one[..., : self.rank]) for one in kept], scale=self.scale)
+        else:
+            y = attend(inside, kept, kept[..., : self.rank], None, scale=self.scale)
         return y @ values.transpose(1, 2)

@@ -9,7 +9,8 @@ from litlora.data.encode import Encoder
 from litlora.errors import UserError, setting
 from litlora.prompts import PromptStyle
 from litlora.prompts.template import shows, template_message
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import TextStream
 

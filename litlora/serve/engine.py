@@ -1,48 +1,67 @@
-"""Text generation with a key/value cache: one token after another, as they come."""
+"""One model in memory, many adapters on it, and many requests at a time.
 
+Requests join and leave the batch between two tokens (continuous batching; Yu et al. 2022, Orca). A
+sequence has a cache of its own, so that nothing is padded, and each adapter of a batch is applied to
+its own rows. A model that runs through transformers computes its sequences in turn.
+"""
+
+import itertools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litlora.errors import UserError
-from litlora.model import LanguageModel
+from litlora.frozen.packed import pack_linears
+from litlora.lora import Adapter
+from litlora.lora.live import BASE, Switchboard, Way, live_updates, switch_off, switch_on
+from litlora.model import GPT, CacheBatch, LanguageModel
+from litlora.ram import free_ram
+from litlora.serve.answer import Answer, Finish, Request, Token
+from litlora.serve.prefixes import Computed, Prefixes
+from litlora.serve.sampling import Sampling, log_probabilities, penalised, sample
+from litlora.serve.text import AnswerText, add_each
 from litlora.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the tokens of an answer are chosen, and how many there may be."""
-
-    max_new_tokens: int
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; higher is more random."""
-    top_k: int | None = None
-    """Sample only among the k likeliest tokens."""
-    top_p: float = 1.0
-    """Sample only among the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """Seed of `generator`; None for a different one each time."""
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A random generator to draw tokens from, in the state that `seed` gives it."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+PREFILL = 512
+"""Tokens of prompts that are computed between two tokens of running answers, at most."""
 
 
 class Engine:
-    """A model in memory and its tokenizer: prompts and sampling settings in, tokens out."""
+    """A model in memory and its tokenizer: requests in, tokens out.
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    The model is the engine's from then on: it is laid out for generation. Any thread may ask for
+    answers; one at a time computes, for all.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch: int = 16,
+        cache_tokens: int | None = None,
+    ) -> None:
+        """At most `max_batch` sequences are computed together; all caches hold `cache_tokens` at most,
+        by default as many as fit a quarter of the free memory. Without a tokenizer, there is
+        `generate` alone."""
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        if isinstance(model, GPT):
+            pack_linears(model)
+        self.cache_tokens = cache_tokens or self._default_cache()
+        self.work = threading.Event()
+        """Set while there may be something to compute: what a thread that computes all waits for."""
+        self._computing = threading.Lock()
+        self._waiting: deque[_Sequence] = deque()
+        self._active: list[_Sequence] = []
+        self._prefixes = Prefixes(self.cache_tokens)
+        self._board, self._numbers = Switchboard(), itertools.count()
+        self._adapters: dict[str, _Loaded] = {}
+        self._leaving: list[_Loaded] = []
 
     @property
     def context(self) -> int:
@@ -53,107 +72,305 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.like.device
 
+    @property
+    def batches(self) -> bool:
+        """Whether sequences are computed together; else in turn."""
+        return self.model.packs
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._active)
+
+    def _default_cache(self) -> int:
+        if not isinstance(self.model, GPT):  # its caches are transformers'
+            return self.max_batch * self.context
+        if self.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            room = free_ram() or 2**32
+        config = self.model.config
+        layers = [n for n in range(config.num_hidden_layers) if not config.is_linear(n)]
+        values = sum(heads * (key + value) for heads, key, value in map(config.cached, layers))
+        fits = room // 4 // max(1, values * self.model.like.element_size())
+        return max(self.context, min(self.max_batch * self.context, fits))
+
+    # ---- adapters
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that requests can name."""
+        return list(self._adapters)
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Make an adapter of this model available by a name. Raises UserError for a name that is
+        taken, CheckpointError for an adapter that cannot be live, or does not fit."""
+        with self._computing:
+            if name in self._adapters:
+                raise UserError(f"{name}: there is an adapter of this name already")
+            updates = live_updates(self.model, adapter, self.model.like.dtype)
+            loaded = _Loaded(f"{name} {next(self._numbers)}", any(".experts." in layer for layer in updates))
+            switch_on(self.model, self._board, loaded.key, updates)
+            self._adapters[name] = loaded
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; answers that go through it are finished first. Raises UserError for a
+        name that there is not."""
+        self._loaded(name)
+        with self._computing:
+            self._leaving.append(self._adapters.pop(name))
+            self._let_go()
+
+    def _loaded(self, name: str) -> "_Loaded":
+        if (found := self._adapters.get(name)) is None:
+            known = ", ".join(self._adapters) or "none"
+            raise UserError(f"{name}: there is no adapter of this name; there is {known}")
+        return found
+
+    def _let_go(self) -> None:
+        """Take off the adapters that were removed, once nothing goes through them."""
+        used = {sequence.way.adapter for sequence in (*self._active, *self._waiting)}
+        for loaded in [one for one in self._leaving if one.key not in used]:
+            switch_off(self.model, loaded.key)
+            self._prefixes.forget(loaded.key)
+            self._leaving.remove(loaded)
+
+    # ---- requests
+
+    def submit(self, request: Request, listener: Callable[[], None] | None = None) -> Answer:
+        """Begin to answer. Raises UserError for a prompt that is empty or leaves no room in the
+        context, and for an adapter that there is not."""
+        way = request.way
+        if way.adapter is not None:
+            way = Way(self._loaded(way.adapter).key, way.strength)
+        self._check_prompt(request.prompt)
+        answer = Answer(request, self, listener)
+        length = min(self.context, len(request.prompt) + request.sampling.max_new_tokens)
+        generator = request.generator or request.sampling.generator(self.device)
+        text = AnswerText(self.tokenizer, request.sampling.stop) if request.text else None
+        self._waiting.append(_Sequence(answer, way, [*request.prompt], length, generator, text))
+        self.work.set()
+        return answer
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise UserError("the prompt is empty; the model needs at least one token to continue")
+        if len(prompt) >= self.context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens; the model's context holds {self.context}, the answer "
+                "included"
+            )
+
     def generate(
         self,
-        prompt_ids: list[int],
+        prompt: list[int],
         sampling: Sampling,
         *,
-        stop_ids: frozenset[int],
+        stop_ids: frozenset[int] = frozenset(),
         generator: torch.Generator | None = None,
+        way: Way = BASE,
     ) -> Iterator[int]:
-        """As the function `generate`."""
-        return generate(self.model, prompt_ids, sampling, stop_ids=stop_ids, generator=generator)
-
-
-@torch.inference_mode()
-def generate(
-    model: LanguageModel,
-    prompt_ids: list[int],
-    sampling: Sampling,
-    *,
-    stop_ids: frozenset[int] = frozenset(),
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Yield the ids that follow the prompt, until one of stop_ids (not yielded), max_new_tokens or
-    the end of the context. Tokens are drawn from `generator`, by default torch's own.
-
-    Raises UserError for an empty prompt or one that leaves no room in the context.
-    """
-    if not prompt_ids:
-        raise UserError("the prompt is empty; the model needs at least one token to continue")
-    context = model.config.max_position_embeddings
-    if len(prompt_ids) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens; the model's context holds {context}, the answer "
-            f"included"
+        """Yield the ids that follow the prompt, until one of stop_ids (not yielded), max_new_tokens or
+        the end of the context. Raises as `submit`."""
+        request = Request(
+            prompt=prompt, sampling=sampling, stop_ids=stop_ids, way=way, generator=generator, text=False
         )
-    like = model.like
-    length = min(context, len(prompt_ids) + sampling.max_new_tokens)
-    cache = model.new_cache(length)
-    new_ids = torch.tensor([prompt_ids], device=like.device)
-    for _ in range(length - len(prompt_ids)):
-        is_single = new_ids.numel() == 1 and like.device.type == "cpu"
-        computing = _one_dnn.off() if is_single else nullcontext()
-        with computing:
-            hidden = model.hidden(new_ids, cache)[:, -1]  # (1, C): the head needs the last position only
-            logits = model.logits(hidden)[0]
-        if not torch.isfinite(logits).all():
-            raise UserError(
-                "the model's logits are not finite: its weights or configuration are broken, or its dtype "
-                "is too narrow"
-            )
-        token = sample(logits, sampling, generator)
-        if (found := int(token)) in stop_ids:
-            return
-        yield found
-        new_ids = token.view(1, 1)
+        return (token.id for token in self.submit(request))
 
+    def advance(self, answer: Answer) -> None:
+        """Compute until an answer has more, or has ended."""
+        while answer.waits:
+            with self._computing:
+                if answer.waits:
+                    self._step()
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """A token id from logits (V,): the likeliest at temperature 0, else drawn after top-k and then
-    top-p (Holtzman et al. 2020)."""
-    if sampling.temperature == 0:
-        return logits.argmax()
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        # Keep a token while those before it sum to less than top_p: at least one always stays.
-        ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+    def step(self) -> bool:
+        """Compute a token for each running answer; returns whether there is more to compute."""
+        with self._computing:
+            self.work.clear()
+            self._step()
+            is_more = bool(self._active or self._waiting)
+        if is_more:
+            self.work.set()
+        return is_more
 
+    def sweep(self) -> None:
+        """Let answers that were cancelled go: now, or before the next token where a thread
+        computes."""
+        self.work.set()
+        if self._computing.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._computing.release()
 
-class _OneDNN:
-    """The only owner of torch's switch for oneDNN, off while a thread computes a single token.
+    # ---- computing, by one thread at a time
 
-    A single token reads every weight once. In bf16, oneDNN reads them at half the speed of torch's
-    own kernel, and torch can choose between the two for the whole process only. So threads are
-    counted: the first that decodes turns oneDNN off, and the last restores what it found. What
-    other threads compute in between is slower at worst, never wrong.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_decoding = 0
-        self._enabled = True
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        with self._lock:
-            if self._num_decoding == 0:
-                self._enabled = torch.backends.mkldnn.enabled
-                torch.backends.mkldnn.enabled = False
-            self._num_decoding += 1
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._sweep()
+        self._admit()
         try:
-            yield
-        finally:
-            with self._lock:
-                self._num_decoding -= 1
-                if self._num_decoding == 0:
-                    torch.backends.mkldnn.enabled = self._enabled
+            ready = [sequence for sequence in self._active if len(sequence.pending) == 1]
+            done = [*self._prompts(bool(ready))]
+            for batch in self._together(ready):
+                done += zip(batch, self._next_logits(batch), strict=True)
+            if done:
+                self._take_tokens(*map(list, zip(*done, strict=True)))
+        except Exception as error:  # such as a lack of memory: nobody's answer can go on
+            for sequence in [*self._active]:
+                self._end(sequence, None, error)
+        self._let_go()
+
+    def _sweep(self) -> None:
+        for sequence in [one for one in self._active if one.answer.is_cancelled]:
+            self._end(sequence, "cancelled")
+        for sequence in [one for one in self._waiting if one.answer.is_cancelled]:
+            self._waiting.remove(sequence)
+            sequence.answer.end("cancelled")
+
+    def _admit(self) -> None:
+        """Begin with those that wait, in their order, while there is room."""
+        while self._waiting and len(self._active) < self.max_batch:
+            sequence = self._waiting[0]
+            promised = sum(one.length for one in self._active)
+            if self._active and promised + sequence.length > self.cache_tokens:
+                return
+            self._waiting.popleft()
+            if self._reuses:
+                running = [one.computed_part for one in self._active]
+                found = self._prefixes.begin(sequence.way, sequence.ids, sequence.length, running)
+                if found is not None:
+                    sequence.cache, sequence.computed = found, found.length
+                    sequence.answer.num_reused = found.length
+            self._prefixes.shrink(max(0, self.cache_tokens - promised - sequence.length))
+            if sequence.cache is None:
+                sequence.cache = self.model.new_cache(sequence.length)
+            self._active.append(sequence)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether the beginning of one sequence can be another's."""
+        return isinstance(self.model, GPT) and self.model.shares_tokens
+
+    def _prompts(self, others_run: bool) -> Iterator[tuple["_Sequence", Tensor]]:
+        """Go on with prompts: PREFILL tokens if other answers run, else all. Yields the logits (V,)
+        after each that is done."""
+        room = PREFILL if others_run else None
+        for sequence in [one for one in self._active if len(one.pending) > 1]:
+            ids = sequence.pending[:room]
+            with self._board.set_to([sequence.way], self.device):
+                hidden = self.model.hidden(torch.tensor([ids], device=self.device), sequence.cache)
+                sequence.computed += len(ids)
+                if not sequence.pending:
+                    yield sequence, self.model.logits(hidden[:, -1])[0]  # the head needs the last alone
+            room = None if room is None else room - len(ids)
+            if room is not None and room <= 0:
+                return
+
+    def _together(self, ready: list["_Sequence"]) -> list[list["_Sequence"]]:
+        """Those whose next tokens are computed in one go. An expert gets the tokens of several
+        sequences in an order of its own, so adapters of experts go one by one."""
+        if not self.model.packs:
+            return [[sequence] for sequence in ready]
+        if not any(one.moves_rows for one in (*self._adapters.values(), *self._leaving)):
+            return [ready] if ready else []
+        ways = dict.fromkeys(sequence.way for sequence in ready)
+        return [[sequence for sequence in ready if sequence.way == way] for way in ways]
+
+    def _next_logits(self, batch: list["_Sequence"]) -> Tensor:
+        """The logits (B, V) after one more token of each."""
+        ids = torch.tensor([sequence.pending for sequence in batch], device=self.device)
+        caches = [sequence.cache for sequence in batch]
+        cache = caches[0] if len(batch) == 1 else CacheBatch(caches)
+        with self._board.set_to([sequence.way for sequence in batch], self.device):
+            logits = self.model.logits(self.model.hidden(ids, cache)[:, -1])
+        for sequence in batch:
+            sequence.computed += 1
+        return logits
+
+    def _take_tokens(self, sequences: list["_Sequence"], logits: list[Tensor]) -> None:
+        """Choose the next token of each sequence, and tell its answer."""
+        finite = torch.stack([torch.isfinite(row).all() for row in logits]).tolist()
+        chosen = []
+        for sequence, row, is_finite in zip(sequences, logits, finite, strict=True):
+            if not is_finite:
+                what = "its weights or configuration are broken, or its dtype is too narrow"
+                self._end(sequence, None, UserError(f"the model's logits are not finite: {what}"))
+            elif (token := sequence.choose(row)).id in sequence.answer.request.stop_ids:
+                self._end(sequence, "stop")
+            else:
+                sequence.ids.append(token.id)
+                chosen.append((sequence, token))
+        texts = add_each([(sequence.text, token.id) for sequence, token in chosen])
+        for (sequence, token), text in zip(chosen, texts, strict=True):
+            sequence.answer.num_tokens += 1
+            sequence.answer.put(token._replace(text=text))
+            if sequence.text is not None and sequence.text.stopped:
+                self._end(sequence, "stop")
+            elif len(sequence.ids) >= sequence.length:
+                self._end(sequence, "length")
+
+    def _end(self, sequence: "_Sequence", finish: Finish | None, error: Exception | None = None) -> None:
+        self._active.remove(sequence)
+        if error is None and self._reuses:
+            self._prefixes.keep(sequence.computed_part)
+        if finish in ("stop", "length") and sequence.text is not None and (rest := sequence.text.finish()):
+            sequence.answer.put(Token(None, rest))
+        sequence.answer.end(finish, error)
 
 
-_one_dnn = _OneDNN()
+@dataclass(frozen=True)
+class _Loaded:
+    """An adapter on the model."""
+
+    key: str
+    """What the switchboard calls it: another one of the same name has another."""
+    moves_rows: bool
+    """Whether it updates experts."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request that waits or runs."""
+
+    answer: Answer
+    way: Way
+    ids: list[int]
+    """Of the prompt, and of the answer so far."""
+    length: int
+    """Most ids that there may be."""
+    generator: torch.Generator
+    text: AnswerText | None
+    cache: Any = None
+    computed: int = 0
+    """How many ids the cache holds."""
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+
+    @property
+    def pending(self) -> list[int]:
+        """The ids that have to be computed."""
+        return self.ids[self.computed :]
+
+    @property
+    def computed_part(self) -> Computed:
+        return Computed(self.way, self.ids[: self.computed], self.cache)
+
+    def choose(self, logits: Tensor) -> Token:
+        """The next token, from logits (V,), without its text."""
+        sampling = self.answer.request.sampling
+        if sampling.is_plain:
+            return Token(int(logits.argmax()), "")
+        prompt, answer = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
+        chosen = int(sample(penalised(logits, sampling, prompt, answer), sampling, self.generator))
+        if sampling.logprobs is None:
+            return Token(chosen, "")
+        own, top = log_probabilities(logits, chosen, sampling.logprobs)
+        return Token(chosen, "", own, tuple(top))

@@ -9,6 +9,7 @@ train.py        TrainConfig, the training loop
 preference.py   PreferenceConfig, preference tuning
 distill.py      DistillConfig, learning from a teacher
 finetune.py     the fine-tuning commands
+sampling.py     SamplingSettings, how tokens are chosen
 chat.py         chat
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are

@@ -1,17 +1,16 @@
 """The settings of chat."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from litlora.settings.checks import check_positive, check_seed, check_value
 from litlora.settings.quantize import Quantization
+from litlora.settings.sampling import SamplingSettings, check_sampling
 from litlora.settings.streaming import StreamBase, check_streamed
 from litlora.settings.styles import check_prompt_style
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat:
+class Chat(SamplingSettings):
     """Talk to a model: full, an adapter on its base, or a chain of adapters (merged in memory)."""
 
     MATTERS: ClassVar[tuple[str, ...]] = (
@@ -31,16 +30,6 @@ class Chat:
     the model's own chat template; chatml: ChatML; llama3: Llama 3's headers; mistral: [INST]; gemma:
     Gemma 1 to 3's turns; phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the
     style that the model was trained with, else its own chat template, else plain."""
-    max_new_tokens: int = 512
-    """Longest answer in tokens."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token; higher is more random."""
-    top_k: int | None = 50
-    """Sample among the k likeliest tokens only."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int | None = None
-    """Seed of the sampling; default: a different answer each time."""
     quantize: Quantization | Literal["none"] | None = None
     """Hold the linear layers of the blocks in few bits: nf4, nf4-dq, int8, fp8; none: in the base's
     number format. Default: what an adapter was trained on, else none."""
@@ -56,10 +45,6 @@ class Chat:
     """Use a base even if its weights are not those that the adapter was trained on."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed or 0)
+        check_sampling(self)
         check_prompt_style(self.prompt_style)
-        check_positive(self, "max_new_tokens", "top_k")
-        usable = math.isfinite(self.temperature) and self.temperature >= 0
-        check_value(self, "temperature", usable, "must be 0 or more, and finite")
-        check_value(self, "top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1")
         check_streamed(self, quantize=self.quantize not in (None, "none"))

@@ -19,7 +19,8 @@ from litlora.errors import DataError
 from litlora.load import load
 from litlora.prompts import STYLES, load_template
 from litlora.serve.conversation import ChatSession
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.tokenizer import Tokenizer
 
 CHATML = (
@@ -186,7 +187,7 @@ def test_chat_asks_with_the_ids_after_which_the_answers_were_learned(kind, style
     class Scripted(Engine):
         context = 10_000
 
-        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None, way=None):
             asked.append(prompt_ids)
             answer = learned[len(asked) - 1][1]
             assert answer[-1] in stop_ids

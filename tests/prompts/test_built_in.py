@@ -16,7 +16,8 @@ from litlora.formats.chat_template import add_template
 from litlora.prompts import STYLES, PromptStyle, choose_style, control_tokens, load_style, write_style
 from litlora.prompts.template import load_template
 from litlora.serve.conversation import ChatSession
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.settings.styles import BUILT_IN
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import Tokenizer
@@ -157,7 +158,7 @@ class Scripted(Engine):
     def __init__(self, tokenizer: Tokenizer, answers: list[str]) -> None:
         self.tokenizer, self.answers, self.prompts = tokenizer, answers, []
 
-    def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+    def generate(self, prompt_ids, sampling, *, stop_ids, generator=None, way=None):
         self.prompts.append(prompt_ids)
         yield from self.tokenizer.encode(self.answers[len(self.prompts) - 1])
 

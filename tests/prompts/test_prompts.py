@@ -14,7 +14,8 @@ from litlora.prompts.exchange import passages
 from litlora.prompts.shown import Asked
 from litlora.prompts.template import TurnEnds
 from litlora.serve.conversation import ChatSession
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "  What is 2 + 2?\n"}]
@@ -283,7 +284,7 @@ def test_a_conversation_is_rendered_whole_and_stops_at_the_templates_mark(make_c
     tokenizer, seen = loaded.tokenizer, []
 
     class Scripted(Engine):
-        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+        def generate(self, prompt_ids, sampling, *, stop_ids, generator=None, way=None):
             seen.append(prompt_ids)
             assert stop_ids == {tokenizer.eos_id, *tokenizer.encode("<|im_end|>")}
             yield from tokenizer.encode(f"answer {len(seen)}")

@@ -7,7 +7,8 @@ from litlora.errors import UserError
 from litlora.load import load
 from litlora.prompts import STYLES, load_style
 from litlora.serve.conversation import ChatSession
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 
 
 class Scripted(Engine):
@@ -17,7 +18,7 @@ class Scripted(Engine):
         super().__init__(model, tokenizer)
         self.prompts = []
 
-    def generate(self, prompt_ids, sampling, *, stop_ids, generator=None):
+    def generate(self, prompt_ids, sampling, *, stop_ids, generator=None, way=None):
         self.prompts.append(self.tokenizer.decode(prompt_ids))
         yield from self.tokenizer.encode(f"answer {len(self.prompts)}")
 

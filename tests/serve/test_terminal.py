@@ -17,7 +17,8 @@ from conftest import QUICKSTART, REPO
 from litlora.load import load
 from litlora.prompts import STYLES
 from litlora.serve.conversation import ChatSession
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 
 ECHO = """
 import runpy, sys, time

@@ -1,0 +1,61 @@
+"""A frozen weight in the layout of the CPU's matrix units.
+
+A single row x reads all of W once, so the product takes as long as reading W. In bf16, oneDNN
+converts a plain W to its own layout in every product, and reads it at half the speed of the memory
+or less. Converted once, it reads at full speed, for one row or many.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.weight import FrozenWeight
+
+
+class Packed(FrozenWeight):
+    """W in the layout in which oneDNN multiplies few rows at a time; it is not kept in another."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._shape, self._dtype = weight.shape, weight.dtype
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._packed.device
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+
+    def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return dy @ self.rows() if into is None else into.addmm_(dy, self.rows())
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        return self._packed.to_dense()[rows]
+
+
+def gains(weight: Tensor) -> bool:
+    """Whether products with few rows are faster packed, on this machine: in the dtypes of 16 bits
+    for which oneDNN has kernels here. Elsewhere torch's own read a plain weight at full speed."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return weight.dtype in supported and supported[weight.dtype]()
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Pack the plain linear layers of a model that gain by it. It can no longer be trained or
+    stored. A head that shares the embedding's weight gets one of its own."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Linear and gains(module.weight):
+            model.set_submodule(name, FrozenLinear(Packed(module.weight), module.bias))
