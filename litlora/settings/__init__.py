@@ -10,7 +10,8 @@ preference.py   PreferenceConfig, preference tuning
 distill.py      DistillConfig, learning from a teacher
 finetune.py     the fine-tuning commands
 sampling.py     SamplingSettings, how tokens are chosen
-chat.py         chat
+inference.py    Inference, what the commands share that ask a model
+chat.py         chat, and answers to a file of prompts
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
@@ -39,6 +40,9 @@ from litlora.settings.adapters import (
 )
 from litlora.settings.chat import Chat
 from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download, Upload
+from litlora.settings.adapters import CombineLoRA, ExportPEFT, InspectCheckpoint, MergeLoRA, ResizeLoRA
+from litlora.settings.chat import Chat, Generate
+from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download
 from litlora.settings.checks import (
     LEAST_ALPHA,
     SIZE_UNITS,
@@ -121,6 +125,7 @@ __all__ = [
     "FinetuneFull",
     "FinetuneLoRA",
     "HarnessConfig",
+    "Generate",
     "InspectCheckpoint",
     "KnownSet",
     "ListModels",

@@ -1,16 +1,14 @@
-"""The settings of chat."""
+"""The settings of chat, and of its answers to many prompts."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from litlora.settings.quantize import Quantization
-from litlora.settings.sampling import SamplingSettings, check_sampling
-from litlora.settings.streaming import StreamBase, check_streamed
-from litlora.settings.styles import check_prompt_style
+from litlora.settings.checks import check_positive
+from litlora.settings.inference import Inference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(SamplingSettings):
+class Chat(Inference):
     """Talk to a model: full, an adapter on its base, or a chain of adapters (merged in memory)."""
 
     MATTERS: ClassVar[tuple[str, ...]] = (
@@ -19,32 +17,30 @@ class Chat(SamplingSettings):
     )
     """The five settings that `--help` shows first."""
 
-    checkpoint_dir: str = "out/lora/alpaca/final"
-    """Any checkpoint directory."""
     prompt: str | None = None
     """Answer this once and exit."""
     system: str | None = None
     """A system message: what the model is told before the conversation."""
-    prompt_style: str | None = None
-    """How the model is asked. alpaca: Stanford Alpaca's instructions; plain: the bare text; template:
-    the model's own chat template; chatml: ChatML; llama3: Llama 3's headers; mistral: [INST]; gemma:
-    Gemma 1 to 3's turns; phi: Phi 3's roles; FILE.jinja: a chat template of your own. Default: the
-    style that the model was trained with, else its own chat template, else plain."""
-    quantize: Quantization | Literal["none"] | None = None
-    """Hold the linear layers of the blocks in few bits: nf4, nf4-dq, int8, fp8; none: in the base's
-    number format. Default: what an adapter was trained on, else none."""
-    stream_base: StreamBase = "auto"
-    """Leave the base in its file: its layers are read ahead of their use and dropped behind it. An
-    adapter is then live instead of merged. true, false, or auto: where the base exceeds the free
-    memory."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device; auto takes the fastest available."""
-    base_checkpoint_dir: str | None = None
-    """An adapter's base, when it is no longer where the adapter says."""
-    allow_base_mismatch: bool = False
-    """Use a base even if its weights are not those that the adapter was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Inference):
+    """Answer the prompts or conversations of a file: JSON Lines out, in the order of the file."""
+
+    prompts: str
+    """The file: JSON, JSON Lines, CSV, Parquet or Arrow, with a record each: messages, as OpenAI has
+    them, with tools if need be; or prompt, with an optional system; or instruction and input."""
+    out_path: str
+    """The file to write, .jsonl: each record as it was, with its answer, why it ended (stop or length)
+    and its number of tokens. With n above 1 these are lists."""
+    n: int = 1
+    """Answers to each."""
+    batch_size: int = 16
+    """Answers that are computed together, at most."""
+    overwrite: bool = False
+    """Replace what out_path holds, and what a run that was stopped left; without this, such a run is
+    continued where it stopped."""
 
     def __post_init__(self) -> None:
-        check_sampling(self)
-        check_prompt_style(self.prompt_style)
-        check_streamed(self, quantize=self.quantize not in (None, "none"))
+        super().__post_init__()
+        check_positive(self, "n", "batch_size")

@@ -1,0 +1,93 @@
+"""Answer a file of prompts or conversations with a model, in batches.
+
+python chat/generate.py --checkpoint_dir $dir/final --prompts questions.jsonl --out_path answers.jsonl
+python chat/generate.py --checkpoint_dir $dir/final --prompts chats.jsonl --out_path a.jsonl --n 4 --seed 1
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litlora.cli import run
+from litlora.console import say
+from litlora.errors import UserError, setting
+from litlora.paths import checkpoint_dir, output_file
+from litlora.settings import Generate
+
+if TYPE_CHECKING:
+    from litlora.checkpoint import Chain
+    from litlora.serve.records import Prompt
+
+
+def main(settings: Generate) -> None:
+    directory = checkpoint_dir(settings.checkpoint_dir)
+    base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
+    from litlora.serve.records import read_prompts
+
+    out = output_file(settings.out_path, (".jsonl",), [Path(settings.prompts)], named="out_path")
+    if out.exists() and not settings.overwrite:
+        raise UserError(
+            f"{setting('out_path')} {out}: exists; name another, or replace it with {setting('overwrite')}"
+        )
+    prompts = read_prompts(settings.prompts)
+
+    import time
+
+    from tqdm import tqdm
+
+    from litlora.checkpoint import resolve
+    from litlora.load import pick_device
+    from litlora.serve.many import Partial, answers, plan
+    from litlora.serve.opening import Opening, open_model
+    from litlora.serve.prompt import Asker
+    from litlora.serve.sampling import Sampling
+
+    chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    partial = Partial(out, identity(settings, prompts, chain), overwrite=settings.overwrite)
+    opening = Opening(
+        pick_device(settings.accelerator),
+        settings.quantize,
+        settings.stream_base,
+        settings.prompt_style,
+        settings.batch_size,
+    )
+    opened = open_model(chain, opening, live=False)
+    for notice in opened.notices:
+        say(f"note: {notice}", file=sys.stderr)
+    asker = Asker(opened.engine.tokenizer, opened.style)
+    work = plan(prompts, asker, Sampling.of(settings), settings.n, opened.engine.context)
+    if partial.done:
+        say(f"{len(partial.done)} of {len(work.keys)} answers are there already: {partial.file}")
+    started, before = time.perf_counter(), len(partial.done)
+    with tqdm(total=len(work.keys), initial=before, unit="answer", dynamic_ncols=True, disable=None) as bar:
+
+        def counted():
+            for key, found in answers(opened.engine, work, partial.done):
+                yield key, found
+                bar.update()
+
+        partial.add(counted())
+    seconds = time.perf_counter() - started
+    partial.finish(work)
+    num_tokens = sum(found["tokens"] for found in list(partial.done.values())[before:])
+    say(
+        f"{len(work.keys)} answers to {len(prompts)} prompts: {out} "
+        f"({num_tokens:,} tokens in {seconds:.1f} s, {num_tokens / max(seconds, 1e-9):,.0f} a second)"
+    )
+
+
+FREE = ("prompts", "out_path", "overwrite", "batch_size", "checkpoint_dir", "base_checkpoint_dir")
+"""Settings that may change between a run that was stopped and the one that goes on with it."""
+
+
+def identity(settings: Generate, prompts: "list[Prompt]", chain: "Chain") -> str:
+    """Identifies what is asked, how, and of which model."""
+    from litlora.serve.records import fingerprint
+
+    facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
+    return fingerprint(prompts, {**facts, "model": chain.top.fingerprint})
+
+
+if __name__ == "__main__":
+    run(main, Generate)

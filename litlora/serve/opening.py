@@ -1,0 +1,140 @@
+"""From a checkpoint directory to an engine that answers, with adapters on it by name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from litlora.checkpoint import Chain, resolve
+from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
+from litlora.load import Loaded, load_chain
+from litlora.lora import Adapter, unwrap_lora
+from litlora.prompts import PromptStyle, choose_style, lacking_tokens
+from litlora.serve.engine import Engine
+from litlora.streaming import gib, streams
+
+PLAIN = "base"
+"""What people call the model without any adapter."""
+IN_A_RUN = ("final", "step-", "best")
+"""How the directories in a run's begin, which the run gives their name."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is to be opened."""
+
+    device: torch.device
+    quantize: str | None = None
+    """As of `load`."""
+    stream: bool | str = "auto"
+    """As of `streams`."""
+    prompt_style: str | None = None
+    """As of `choose_style`."""
+    max_batch: int = 16
+    cache_tokens: int | None = None
+
+
+@dataclass
+class Opened:
+    """A model that answers."""
+
+    engine: Engine
+    style: PromptStyle
+    style_reason: str
+    name: str
+    """Of the model without any adapter that can be switched."""
+    chain: Chain
+    """What that model is, on disk."""
+    loaded: Loaded
+    default: str | None = None
+    """The adapter that the directory itself names, if it is live."""
+    notices: list[str] = field(default_factory=list)
+    """What the user must know."""
+
+    def add_adapter(self, name: str, directory: Path) -> None:
+        """Put one more adapter on the model. Raises UserError for a name that is taken or cannot be
+        one, and CheckpointError for an adapter that is not of this model."""
+        if name in (PLAIN, self.name) or name in self.engine.adapters:
+            raise UserError(f"{name}: this name is taken; choose another")
+        if not name or not name.isprintable() or any(mark in name for mark in " \t/="):
+            raise UserError(f"{name!r}: must be a name without spaces, / and =")
+        base = self.chain.directories[-1]
+        chain = resolve(directory, base_dir=base, allow_base_mismatch=self.chain.allow_base_mismatch)
+        if not isinstance(chain.top, Adapter):
+            raise CheckpointError(f"{directory}: is a full model; an adapter is needed")
+        places = [place.resolve() for place in chain.directories[:-1]]
+        if places != [place.resolve() for place in self.chain.directories]:
+            raise BaseMismatchError(f"{directory}: was not trained on {base}, the model that is in memory")
+        self._check_bits(chain.top)
+        self.engine.add_adapter(name, chain.top)
+        self.notices += chain.notices
+
+    def _check_bits(self, adapter: Adapter) -> None:
+        """Raises CheckpointError for an adapter that was trained on other values of the base."""
+        trained = adapter.base.quantized if adapter.base else None
+        held = self.loaded.quantized
+        if trained is None or (held is not None and held.quantizer.name == trained.quantizer.name):
+            return
+        name = trained.quantizer.name
+        raise CheckpointError(
+            f"{adapter.file}: was trained on its base in {name}; {setting('quantize')} {name} holds it so"
+        )
+
+
+def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
+    """Load a chain. With `live`, its outermost adapter can be switched on and off, by the name of its
+    directory; else all are merged. Raises CheckpointError for one that can only be merged."""
+    few_bits = opening.quantize not in (None, "none")
+    stream = streams(False if few_bits else opening.stream, chain, opening.device)
+    live = live and isinstance(chain.top, Adapter)
+    loaded = load_chain(
+        chain, device=opening.device, quantize=opening.quantize, live=live or None, stream=stream
+    )
+    style, reason = choose_style(
+        opening.prompt_style,
+        loaded.prompt_style,
+        loaded.template,
+        default="plain",
+        tokenizer=loaded.tokenizer,
+    )
+    below = chain.inner if live else chain
+    if live:
+        unwrap_lora(loaded.model)
+    engine = Engine(
+        loaded.model, loaded.tokenizer, max_batch=opening.max_batch, cache_tokens=opening.cache_tokens
+    )
+    opened = Opened(engine, style, reason, short_name(below.directories[-1]), below, loaded)
+    if live:
+        opened.default = short_name(chain.top.directory)
+        if opened.default in (PLAIN, opened.name):
+            opened.default = "adapter"
+        engine.add_adapter(opened.default, chain.top)
+    opened.notices = _notices(opened, opening)
+    return opened
+
+
+def _notices(opened: Opened, opening: Opening) -> list[str]:
+    loaded, style = opened.loaded, opened.style
+    notices = list(loaded.chain.notices)
+    if opening.prompt_style and style.called and (lacking := lacking_tokens(style, loaded.tokenizer)):
+        notices.append(f"the tokenizer cuts {', '.join(lacking)} into pieces")
+    if loaded.quantized is not None:
+        notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
+    if (streamed := loaded.stream) is not None:
+        size = streamed.nbytes + streamed.head_bytes
+        notices.append(
+            f"the base stays in its file; a token reads {gib(size)}, which takes "
+            f"{size / streamed.speed:.2g} s at the {gib(streamed.speed)} a second just measured"
+        )
+    if not opened.engine.batches:
+        kind = type(loaded.model.inner).__name__
+        notices.append(f"{kind} runs through transformers: requests are computed in turn, not in batches")
+    return notices
+
+
+def short_name(directory: Path) -> str:
+    """What people would call a checkpoint directory: its own name, or of a run's result the run's."""
+    place = directory.absolute()
+    while place.name.startswith(IN_A_RUN) and place.parent.name:
+        place = place.parent
+    return place.name.replace(" ", "-") or "model"
