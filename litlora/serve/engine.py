@@ -213,8 +213,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> None:
         self._sweep()
-        self._admit()
         try:
+            self._admit()
             ready = [sequence for sequence in self._active if len(sequence.pending) == 1]
             done = [*self._prompts(bool(ready))]
             for batch in self._together(ready):
@@ -240,9 +240,9 @@ class Engine:
             promised = sum(one.length for one in self._active)
             if self._active and promised + sequence.length > self.cache_tokens:
                 return
-            self._waiting.popleft()
+            running = [one.computed_part for one in self._active]
+            self._active.append(self._waiting.popleft())
             if self._reuses:
-                running = [one.computed_part for one in self._active]
                 found = self._prefixes.begin(sequence.way, sequence.ids, sequence.length, running)
                 if found is not None:
                     sequence.cache, sequence.computed = found, found.length
@@ -250,7 +250,6 @@ class Engine:
             self._prefixes.shrink(max(0, self.cache_tokens - promised - sequence.length))
             if sequence.cache is None:
                 sequence.cache = self.model.new_cache(sequence.length)
-            self._active.append(sequence)
 
     @property
     def _reuses(self) -> bool:

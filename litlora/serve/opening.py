@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from litlora.checkpoint import Chain, resolve
+from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
 from litlora.load import Loaded, load_chain
 from litlora.lora import Adapter, unwrap_lora
@@ -59,9 +59,9 @@ class Opened:
         if not name or not name.isprintable() or any(mark in name for mark in " \t/="):
             raise UserError(f"{name!r}: must be a name without spaces, / and =")
         base = self.chain.directories[-1]
-        chain = resolve(directory, base_dir=base, allow_base_mismatch=self.chain.allow_base_mismatch)
-        if not isinstance(chain.top, Adapter):
+        if not isinstance(open_checkpoint(directory, base_dir=base), Adapter):
             raise CheckpointError(f"{directory}: is a full model; an adapter is needed")
+        chain = resolve(directory, base_dir=base, allow_base_mismatch=self.chain.allow_base_mismatch)
         places = [place.resolve() for place in chain.directories[:-1]]
         if places != [place.resolve() for place in self.chain.directories]:
             raise BaseMismatchError(f"{directory}: was not trained on {base}, the model that is in memory")

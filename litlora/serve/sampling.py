@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,10 @@ class Sampling:
         """Those of a command's settings, with changes."""
         names = (field.name for field in fields(SamplingSettings))
         return cls(**{**{name: getattr(settings, name) for name in names}, **changes})
+
+    def another(self, number: int) -> "Sampling":
+        """The same, for a further answer to the same prompt."""
+        return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**63)
 
     @property
     def is_plain(self) -> bool:

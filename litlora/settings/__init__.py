@@ -12,6 +12,7 @@ finetune.py     the fine-tuning commands
 sampling.py     SamplingSettings, how tokens are chosen
 inference.py    Inference, what the commands share that ask a model
 chat.py         chat, and answers to a file of prompts
+serve.py        the server
 adapters.py     one adapter or several: merge, resize, combine, export, inspect
 files.py        LoRA files and the models they belong to, whatever models they are
 checkpoints.py  whole checkpoints: convert, download
@@ -38,11 +39,8 @@ from litlora.settings.adapters import (
     MergeLoRA,
     ResizeLoRA,
 )
-from litlora.settings.chat import Chat
-from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download, Upload
-from litlora.settings.adapters import CombineLoRA, ExportPEFT, InspectCheckpoint, MergeLoRA, ResizeLoRA
 from litlora.settings.chat import Chat, Generate
-from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download
+from litlora.settings.checkpoints import ConvertHF, ConvertLit, Download, Upload
 from litlora.settings.checks import (
     LEAST_ALPHA,
     SIZE_UNITS,
@@ -85,6 +83,7 @@ from litlora.settings.lora import LoRAConfig
 from litlora.settings.models import ListModels
 from litlora.settings.preference import PreferenceConfig
 from litlora.settings.runs import CompareRuns
+from litlora.settings.serve import Serve
 from litlora.settings.stored import dump, stored_values
 from litlora.settings.targets import PRESETS
 from litlora.settings.tokenizer import TokenizerConfig
@@ -142,6 +141,7 @@ __all__ = [
     "PreferenceConfig",
     "ReportConfig",
     "ResizeLoRA",
+    "Serve",
     "ShowData",
     "ShowDistill",
     "ShowPreference",

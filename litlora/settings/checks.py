@@ -71,3 +71,12 @@ def check_size(name: str, size: str) -> None:
     number, unit = size[:-2], size[-2:].upper()
     ok = size.isascii() and (size.isdecimal() or (number.isdecimal() and unit in SIZE_UNITS))
     check(ok and num_bytes(size) >= 1, f"{setting(name)} {size}: must be a size such as 500MB or 5GB")
+
+
+def check_adapters(adapters: list[str]) -> None:
+    """Raise UserError unless each is NAME=DIRECTORY, with a name of its own."""
+    names = [entry.partition("=")[0] for entry in adapters]
+    for entry, name in zip(adapters, names, strict=True):
+        ok = name and entry.partition("=")[2]
+        check(bool(ok), f"{setting('adapters')} {entry}: must be NAME=DIRECTORY")
+        check(names.count(name) == 1, f"{setting('adapters')} {entry}: the name {name} is given twice")

@@ -1,0 +1,136 @@
+"""Serve a model and its adapters over HTTP, by OpenAI's interface.
+
+python chat/serve.py --checkpoint_dir $dir/final
+python chat/serve.py --checkpoint_dir checkpoints/$repo_id --adapters poet=out/poet/final clerk=out/clerk
+"""
+
+import os
+import signal
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litlora.cli import run
+from litlora.console import say
+from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
+from litlora.paths import checkpoint_dir
+from litlora.settings import Serve, num_bytes
+
+if TYPE_CHECKING:
+    from litlora.checkpoint import Chain
+    from litlora.serve.api import Rules
+    from litlora.serve.opening import Opened, Opening
+
+
+def main(settings: Serve) -> None:
+    directory = checkpoint_dir(settings.checkpoint_dir)
+    named = [entry.partition("=")[::2] for entry in settings.adapters]
+    adapters = {name: checkpoint_dir(path) for name, path in named}
+    base_dir = Path(settings.base_checkpoint_dir) if settings.base_checkpoint_dir else None
+    if settings.load_from and not Path(settings.load_from).is_dir():
+        raise UserError(f"{setting('load_from')} {settings.load_from}: no such directory")
+    listening = listen(settings.host, settings.port)
+    if not all(map(find_spec, ("starlette", "uvicorn"))):
+        raise MissingExtraError(
+            "starlette and uvicorn, which the server is made of, are not installed; "
+            "install them with: pip install 'litlora[serve]'"
+        )
+
+    from litlora.checkpoint import resolve
+    from litlora.load import pick_device
+    from litlora.serve.opening import Opening
+
+    chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
+    opening = Opening(
+        pick_device(settings.accelerator),
+        settings.quantize,
+        settings.stream_base,
+        settings.prompt_style,
+        settings.batch_size,
+        settings.cache_tokens,
+    )
+    opened = opened_live(chain, opening)
+    for name, place in adapters.items():
+        opened.add_adapter(name, place)
+    for notice in dict.fromkeys(opened.notices):
+        say(f"note: {notice}", file=sys.stderr)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    models = ", ".join([opened.name, *opened.engine.adapters])
+    say(f"{directory} | prompt style {opened.style.title} ({opened.style_reason}) | models: {models}")
+    say(f"http://{host}:{listening.getsockname()[1]}/v1 | Ctrl-C finishes the answers that run, and ends")
+    serve(opened, rules(settings), listening, settings.shutdown_seconds)
+    say("stopped")
+
+
+def serve(opened: "Opened", rules: "Rules", listening: socket.socket, shutdown_seconds: int) -> None:
+    """Answer until Ctrl-C or SIGTERM, and then what has begun."""
+    import uvicorn
+
+    from litlora.serve.api import Computing, Server
+
+    config = uvicorn.Config(
+        Server(opened, rules).app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=shutdown_seconds,
+    )
+    computing = Computing(opened.engine)
+    computing.start()
+    # uvicorn ends with the signal that it got: that is no failure.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        computing.stop()
+
+
+def opened_live(chain: "Chain", opening: "Opening") -> "Opened":
+    """The model with its adapter live, so that its base is there, too; merged, where that cannot be."""
+    from litlora.serve.opening import open_model
+
+    try:
+        return open_model(chain, opening, live=True)
+    except CheckpointError as error:
+        opened = open_model(chain, opening, live=False)
+        opened.notices.append(f"{error}; it is merged in memory, and its base is not served")
+        return opened
+
+
+def rules(settings: Serve) -> "Rules":
+    """What clients may do."""
+    from litlora.serve.api import LOOPBACK, Rules
+    from litlora.serve.asked import Limits
+    from litlora.serve.sampling import Sampling
+
+    longest = min(settings.max_new_tokens, settings.max_answer_tokens)
+    defaults = Sampling.of(settings, max_new_tokens=longest)
+    return Rules(
+        Limits(defaults, settings.max_answer_tokens),
+        settings.max_requests,
+        num_bytes(settings.max_body),
+        settings.api_key or os.environ.get("LITLORA_API_KEY") or None,
+        Path(settings.load_from) if settings.load_from else None,
+        LOOPBACK if settings.host in LOOPBACK else ("*",),
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound before anything is loaded. Raises UserError if it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        what = f"{setting('host')} {host}, {setting('port')} {port}"
+        raise UserError(f"{what}: {error.strerror or error}; choose another") from None
+    return bound
+
+
+if __name__ == "__main__":
+    run(main, Serve)

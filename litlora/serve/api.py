@@ -1,0 +1,386 @@
+"""The server: OpenAI's interface over HTTP, on an engine that computes in a thread of its own."""
+
+import asyncio
+import hmac
+import json
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from litlora.console import one_line, say
+from litlora.errors import UserError
+from litlora.lora.live import Way
+from litlora.serve.answer import Answer
+from litlora.serve.answer import Request as EngineRequest
+from litlora.serve.asked import Asked, Fields, Limits, Wrong, read_chat, read_completion
+from litlora.serve.calls import Form, form_of
+from litlora.serve.engine import Engine
+from litlora.serve.metrics import Metrics
+from litlora.serve.opening import Opened
+from litlora.serve.prompt import Asker
+from litlora.serve.written import Chat, Completion, Written
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What clients may do."""
+
+    limits: Limits
+    max_requests: int
+    max_body: int
+    api_key: str | None = None
+    load_from: Path | None = None
+    """Where adapters may be loaded from; None: nowhere."""
+    hosts: tuple[str, ...] = LOOPBACK
+    """The names that a client may have for this machine; other pages of a browser have others."""
+
+
+class Computing(threading.Thread):
+    """Computes all answers of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.engine, self._stopping = engine, False
+
+    def run(self) -> None:
+        while not self._stopping:
+            self.engine.work.wait()
+            self.engine.step()
+
+    def stop(self) -> None:
+        """End the thread after the token that it computes."""
+        self._stopping = True
+        self.engine.work.set()
+        self.join()
+
+
+class Server:
+    """Answers requests; `app` is the ASGI application."""
+
+    def __init__(self, opened: Opened, rules: Rules) -> None:
+        self.opened, self.rules, self.engine = opened, rules, opened.engine
+        self.asker = Asker(self.engine.tokenizer, opened.style)
+        self.metrics = Metrics()
+        self._rendering = threading.Lock()  # a chat template's process answers one question at a time
+        self._pending = 0
+        self._started = int(time.time())
+
+    @cached_property
+    def calls(self) -> Form | None:
+        """How the model writes calls of tools, if that is known."""
+        return form_of(self.opened.style.template)
+
+    @property
+    def app(self) -> Starlette:
+        routes = [
+            Route("/health", self._health),
+            Route("/metrics", self._guarded(self._metrics)),
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{name:path}", self._guarded(self._model)),
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
+            Route("/v1/load_lora_adapter", self._guarded(self._load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self._guarded(self._unload), methods=["POST"]),
+        ]
+        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*self.rules.hosts])]
+        handlers = {HTTPException: _http_error}
+        return Starlette(routes=routes, middleware=hosts, exception_handlers=handlers)
+
+    # ---- the edge
+
+    def _guarded(self, handle: Callable[[Request], Awaitable[Response]]) -> Callable:
+        """An endpoint that asks for the key, and whose errors have OpenAI's form."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await handle(request)
+            except Wrong as error:
+                return _error(error.status, str(error), error.param, error.code)
+            except UserError as error:
+                return _error(400, str(error))
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                say(f"error: {one_line(''.join(traceback.format_exception_only(error)))}")
+                return _error(500, "the server failed to answer; its output says why")
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        key = self.rules.api_key
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+            raise Wrong("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+    async def _body(self, request: Request) -> Any:
+        # Another content type could be sent by any page that a browser shows, without asking.
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Wrong("the content type must be application/json", status=415)
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.rules.max_body:
+                raise Wrong(f"the body has more than {self.rules.max_body:,} bytes", status=413)
+        try:
+            return json.loads(bytes(body))
+        except (ValueError, RecursionError) as error:
+            raise Wrong(f"the body is not JSON: {one_line(str(error))[:200]}") from None
+
+    # ---- endpoints
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        gauges = {"running": self.engine.num_running, "waiting": self.engine.num_waiting}
+        return PlainTextResponse(self.metrics.text(gauges))
+
+    def _names(self) -> list[str]:
+        return [self.opened.name, *self.engine.adapters]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        parent = None if name == self.opened.name else self.opened.name
+        known = {"id": name, "object": "model", "created": self._started, "owned_by": "litlora"}
+        return {**known, "parent": parent, "max_model_len": self.engine.context}
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in self._names()]})
+
+    async def _model(self, request: Request) -> Response:
+        return JSONResponse(self._described(self._known(request.path_params["name"])))
+
+    def _known(self, name: str) -> str:
+        if name not in self._names():
+            there = ", ".join(self._names())
+            message = f"the model {name!r} does not exist; there is {there}"
+            raise Wrong(message, "model", status=404, code="model_not_found")
+        return name
+
+    async def _load(self, request: Request) -> Response:
+        fields = Fields(await self._body(request))
+        name, path = fields.take("lora_name", str), fields.take("lora_path", str)
+        fields.done()
+        if not name or not path:
+            raise Wrong("lora_name and lora_path are needed")
+        root = self._loads_from()
+        place = (root / path).resolve()
+        if not place.is_relative_to(root.resolve()):
+            raise Wrong(f"lora_path {path}: lies outside of the directory that adapters are loaded from")
+        from litlora.paths import checkpoint_dir
+
+        await run_in_threadpool(lambda: self.opened.add_adapter(name, checkpoint_dir(place)))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload(self, request: Request) -> Response:
+        fields = Fields(await self._body(request))
+        name = fields.take("lora_name", str)
+        fields.take("lora_int_id", int)
+        fields.done()
+        self._loads_from()
+        if name not in self.engine.adapters:
+            raise Wrong(f"the adapter {name!r} does not exist", "lora_name", status=404)
+        await run_in_threadpool(self.engine.remove_adapter, name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _loads_from(self) -> Path:
+        if self.rules.load_from is None:
+            raise Wrong("this server was started without leave to load or unload adapters", status=403)
+        return self.rules.load_from
+
+    async def _chat(self, request: Request) -> Response:
+        asked = read_chat(await self._body(request), self.rules.limits)
+
+        def encoded() -> list[list[int]]:
+            with self._rendering:
+                return [self.asker.ids(asked.conversation)]
+
+        calls = self.calls if asked.conversation.tools else None
+        return await self._answered(asked, encoded, self.asker.stop_ids, Chat(asked, calls))
+
+    async def _completion(self, request: Request) -> Response:
+        asked = read_completion(await self._body(request), self.rules.limits)
+        tokenizer = self.engine.tokenizer
+
+        def encoded() -> list[list[int]]:
+            rows = self.engine.model.config.vocab_size
+            for ids in asked.prompts:
+                if isinstance(ids, list) and not all(0 <= one < rows for one in ids):
+                    raise Wrong(f"prompt: token ids must be from 0 to {rows - 1}", "prompt")
+            return [
+                tokenizer.encode(one, begin=True) if isinstance(one, str) else one for one in asked.prompts
+            ]
+
+        return await self._answered(asked, encoded, tokenizer.stop_ids, Completion(asked))
+
+    # ---- answers
+
+    async def _answered(
+        self,
+        asked: Asked,
+        encoded: Callable[[], list[list[int]]],
+        stop_ids: frozenset[int],
+        written: Written,
+    ) -> Response:
+        adapter = None if self._known(asked.model) == self.opened.name else asked.model
+        count = asked.n * max(1, len(asked.prompts))
+        if self._pending + count > self.rules.max_requests:
+            self.metrics.add("requests_total", status=429)
+            response = _error(429, "too many requests; try again in a moment", code="rate_limit_exceeded")
+            response.headers["Retry-After"] = "1"
+            return response
+        self._pending += count
+        begun = time.perf_counter()
+        serving = Serving(self, written, begun, count)
+        try:
+            prompts = await run_in_threadpool(encoded)
+            requests = [
+                EngineRequest(
+                    prompt=ids,
+                    sampling=asked.sampling if number == 0 else asked.sampling.another(number),
+                    stop_ids=stop_ids,
+                    way=Way(adapter, asked.strength if adapter else 1.0),
+                )
+                for ids in prompts
+                for number in range(asked.n)
+            ]
+            written.tokenizer = self.engine.tokenizer
+            serving.begin(requests)
+        except BaseException as error:
+            serving.end(400 if isinstance(error, UserError) else 500)
+            raise
+        if asked.stream:
+            return StreamingResponse(serving.events(), media_type="text/event-stream")
+        return await serving.whole()
+
+    def release(self, count: int) -> None:
+        """So many answers are done with."""
+        self._pending -= count
+
+
+class Serving:
+    """The answers to one request, on their way to the client."""
+
+    def __init__(self, server: Server, written: Written, begun: float, count: int) -> None:
+        self.server, self.written, self._begun, self._count = server, written, begun, count
+        self.answers: list[Answer] = []
+        self._more = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._ended = False
+
+    def begin(self, requests: list[EngineRequest]) -> None:
+        """Ask the engine."""
+        for request in requests:
+            self.answers.append(self.server.engine.submit(request, self._heard))
+
+    def _heard(self) -> None:
+        """On the thread that computes."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._more.set)
+
+    async def tokens(self) -> AsyncIterator[tuple[int, Any]]:
+        """(number of the answer, token) as they come, and (number, None) at its end."""
+        open_ones, first = dict(enumerate(self.answers)), True
+        try:
+            while open_ones:
+                self._more.clear()
+                for number, answer in [*open_ones.items()]:
+                    is_over = answer.ended.is_set()  # before the last tokens are taken
+                    while (token := answer.take()) is not None:
+                        if first:
+                            self.server.metrics.observe("first_token_seconds", self._passed)
+                            first = False
+                        yield number, token
+                    if is_over:
+                        del open_ones[number]
+                        yield number, None
+                if open_ones:
+                    await self._more.wait()
+        finally:
+            gone = [answer for answer in open_ones.values() if not answer.ended.is_set()]
+            for answer in gone:
+                answer.cancel()
+            self.server.metrics.add("cancelled_total", len(gone))
+            self.end(499 if gone else 200)
+
+    @property
+    def _passed(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def end(self, status: int) -> None:
+        """Count what was done, once."""
+        if self._ended:
+            return
+        self._ended = True
+        self.server.release(self._count)
+        metrics = self.server.metrics
+        metrics.add("requests_total", status=status)
+        metrics.observe("request_seconds", self._passed)
+        for answer in self.answers:
+            metrics.add("prompt_tokens_total", len(answer.request.prompt))
+            metrics.add("reused_prompt_tokens_total", answer.num_reused)
+            metrics.add("answer_tokens_total", answer.num_tokens)
+            if not answer.ended.is_set():
+                answer.cancel()
+
+    async def whole(self) -> Response:
+        """All answers at once."""
+        async for number, token in self.tokens():
+            self.written.add(number, token)
+        return JSONResponse(await run_in_threadpool(self.written.whole, self.answers))
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answers as server-sent events."""
+        try:
+            for chunk in self.written.opening(len(self.answers)):
+                yield _event(chunk)
+            async for number, token in self.tokens():
+                self.written.add(number, token)
+                for chunk in self.written.chunks(number, token, self.answers[number]):
+                    yield _event(chunk)
+            if self.written.asked.include_usage:
+                yield _event(self.written.usage_chunk(self.answers))
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            say(f"error: {one_line(str(error))}")
+            yield _event(
+                _error_body(500, str(error) if isinstance(error, UserError) else "the server failed")
+            )
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = "rate_limit_error" if status == 429 else kind
+    return {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
+
+
+def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse(_error_body(status, message, param, code), status_code=status)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
