@@ -1,11 +1,12 @@
-"""Talk to a model: a full checkpoint, an adapter or a chain of them, merged in memory.
+"""Talk to a model: a full checkpoint, an adapter or a chain of them, merged in memory; or several
+adapters of one base, live.
 
 python chat/base.py --checkpoint_dir $dir/final
 python chat/base.py --checkpoint_dir $dir/final --prompt "What is the capital of France?"
 python chat/base.py --checkpoint_dir $dir/final --system "Be brief."
+python chat/base.py --checkpoint_dir checkpoints/$repo_id --adapters poet=out/poet/final clerk=out/clerk/final
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from litlora.paths import checkpoint_dir
 from litlora.settings import Chat
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from litlora.serve.commands import Commands
     from litlora.serve.conversation import ChatSession
     from litlora.serve.terminal import CtrlC
 
@@ -27,42 +31,27 @@ def main(settings: Chat) -> None:
     if settings.prompt is not None and not settings.prompt.strip():
         raise UserError(f"{setting('prompt')}: is empty; ask something")
 
+    named = [entry.partition("=")[::2] for entry in settings.adapters]
+    adapters = {name: checkpoint_dir(path) for name, path in named}
+
     from litlora.checkpoint import resolve
-    from litlora.load import load_chain, pick_device
-    from litlora.prompts import choose_style, lacking_tokens
+    from litlora.load import pick_device
+    from litlora.lora.live import Way
+    from litlora.serve.commands import Commands
     from litlora.serve.conversation import ChatSession
-    from litlora.serve.engine import Engine
+    from litlora.serve.opening import Opening, open_model
     from litlora.serve.sampling import Sampling
-    from litlora.streaming import gib, streams
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    device, asked = pick_device(settings.accelerator), settings.stream_base
-    in_few_bits = settings.quantize not in (None, "none")
-    stream = streams(False if in_few_bits else asked, chain, device)
-    loaded = load_chain(chain, device=device, quantize=settings.quantize, live=None, stream=stream)
-    style, reason = choose_style(
-        settings.prompt_style,
-        loaded.prompt_style,
-        loaded.template,
-        default="plain",
-        tokenizer=loaded.tokenizer,
-    )
-    for notice in loaded.chain.notices:
+    device, style = pick_device(settings.accelerator), settings.prompt_style
+    opening = Opening(device, settings.quantize, settings.stream_base, style, max_batch=1)
+    opened = open_model(chain, opening, live=bool(adapters))
+    for name, place in adapters.items():
+        opened.add_adapter(name, place)
+    for notice in dict.fromkeys(opened.notices):
         say(f"note: {notice}", file=sys.stderr)
-    if settings.prompt_style and style.called and (lacking := lacking_tokens(style, loaded.tokenizer)):
-        say(f"note: the tokenizer cuts {', '.join(lacking)} into pieces", file=sys.stderr)
-    if loaded.quantized is not None:
-        how = loaded.quantized.quantizer.describe()
-        say(f"note: the linear layers of the blocks are in {how}", file=sys.stderr)
-    if (streamed := loaded.stream) is not None:
-        size = streamed.nbytes + streamed.head_bytes
-        say(
-            f"note: the base stays in its file; a token reads {gib(size)}, which takes "
-            f"{size / streamed.speed:.2g} s at the {gib(streamed.speed)} a second just measured",
-            file=sys.stderr,
-        )
-    sampling = Sampling.of(settings)
-    session = ChatSession(Engine(loaded.model, loaded.tokenizer), style, sampling, settings.system)
+    session = ChatSession(opened.engine, opened.style, Sampling.of(settings), settings.system)
+    session.way = Way(opened.default)
     if settings.prompt is not None:
         for piece in session.ask(settings.prompt):
             print(piece, end="", flush=True)
@@ -70,27 +59,18 @@ def main(settings: Chat) -> None:
         return
     more = ", /help lists more" if sys.stdin.isatty() else ""
     say(
-        f"{directory} | prompt style {style.title} ({reason}) | "
+        f"{directory} | prompt style {opened.style.title} ({opened.style_reason}) | "
         f"Ctrl-C stops an answer, /clear forgets the conversation{more}, Ctrl-D ends"
     )
     if settings.system is not None:
         say(f"system: {settings.system}")
-    talk(session)
+    is_merged = bool(chain.adapters) and not adapters
+    talk(Commands(session, opened, (lambda: open_model(chain, opening, live=True)) if is_merged else None))
 
 
-HELP = """\
-/help           this list
-/clear, /reset  forget the conversation
-/exit, /quit    end the chat, as Ctrl-D does
-Ctrl-C          stop an answer
-A question whose first word begins with / needs a space before it."""
-
-COMMAND = re.compile(r"/[^\s/]*([^\S\n].*)?")
-"""A line that begins as a command does; a path such as /etc/hosts does not."""
-
-
-def talk(session: "ChatSession") -> None:
+def talk(commands: "Commands") -> None:
     """Answer questions from the terminal until its end of input."""
+    from litlora.serve.commands import Ended
     from litlora.serve.terminal import CtrlC, question_reader
 
     read = question_reader()
@@ -105,42 +85,46 @@ def talk(session: "ChatSession") -> None:
             except KeyboardInterrupt:
                 print("\n(Ctrl-D ends)")
                 continue
-            if not act_on(session, typed, ctrl_c):
+            try:
+                act_on(commands, typed, ctrl_c)
+            except Ended:
                 return
 
 
-def act_on(session: "ChatSession", typed: str, ctrl_c: "CtrlC") -> bool:
-    """Do or answer what was typed; returns whether the chat goes on."""
+def act_on(commands: "Commands", typed: str, ctrl_c: "CtrlC") -> None:
+    """Do or answer what was typed. Raises Ended at the end of the chat."""
+    from litlora.serve.commands import COMMAND
+
     question = typed.strip()
-    if question in ("/exit", "/quit"):
-        return False
-    if question in ("/clear", "/reset"):
-        session.clear()
-    elif question == "/help":
-        say(*HELP.splitlines())
-    elif COMMAND.fullmatch(typed.rstrip()):
-        word = one_line(question.split()[0])
-        say(
-            f"error: {word}: no such command; /help lists them, a space before it makes it a question",
-            file=sys.stderr,
-        )
+    # A command may stand behind spaces; what is no command is then a question.
+    if COMMAND.fullmatch(typed.rstrip()) or question in ("/clear", "/reset", "/help", "/exit", "/quit"):
+        try:
+            pieces = commands.run(typed)
+        except UserError as error:
+            say(f"error: {one_line(str(error))}", file=sys.stderr)
+            return
+        if pieces is not None:
+            answer(commands.session, pieces, ctrl_c)
     elif question:
-        answer(session, question, ctrl_c)
-    return True
+        answer(commands.session, commands.session.ask(question), ctrl_c)
 
 
-def answer(session: "ChatSession", question: str, ctrl_c: "CtrlC") -> None:
+def answer(session: "ChatSession", pieces: "Iterator[str]", ctrl_c: "CtrlC") -> None:
     """Stream one answer to the terminal."""
-    from litlora.serve.terminal import keeping_input
+    from litlora.serve.terminal import keeping_input, looks
 
+    shown = looks()
     try:
         with keeping_input(), ctrl_c.stops():
-            for piece in session.ask(question):
-                print(piece, end="", flush=True)
+            for piece in pieces:
+                print(shown.push(piece), end="", flush=True)
+        print(shown.finish(), end="")
         if session.notice:
             print(f"\n({one_line(session.notice)})", end="")
+        if session.speed is not None and shown.is_terminal:
+            print(f"\n{shown.dim(session.speed.text)}", end="")
     except KeyboardInterrupt:
-        print(" (stopped)", end="")
+        print(f"{shown.finish()} (stopped)", end="")
     except UserError as error:
         print(f"({one_line(str(error))})", end="", file=sys.stderr)
     print()

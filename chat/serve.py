@@ -120,12 +120,13 @@ def rules(settings: Serve) -> "Rules":
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound before anything is loaded. Raises UserError if it cannot be."""
+    """A socket that listens before anything is loaded. Raises UserError if it cannot be."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen(1024)  # who comes while the model is loaded waits
     except OSError as error:
         what = f"{setting('host')} {host}, {setting('port')} {port}"
         raise UserError(f"{what}: {error.strerror or error}; choose another") from None

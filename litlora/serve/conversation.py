@@ -1,12 +1,15 @@
 """A chat: what was said, and how much of it fits the model's context."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from litlora.console import printable
 from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.encode import Encoder
 from litlora.errors import UserError, setting
+from litlora.lora.live import BASE, Way
 from litlora.prompts import PromptStyle
 from litlora.prompts.template import shows, template_message
 from litlora.serve.engine import Engine
@@ -24,37 +27,95 @@ class ChatSession:
         self, engine: Engine, style: PromptStyle, sampling: Sampling, system: str | None = None
     ) -> None:
         """Raises UserError if the style has no place for a system message."""
-        self._engine, self._style, self._sampling = engine, style, sampling
-        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self.engine, self.style = engine, style
+        """`engine` may be replaced by another of the same model."""
+        self.way = BASE
+        """What answers go through."""
+        self.system: str | None = None
         self._tokenizer, self._encoder = engine.tokenizer, Encoder(engine.tokenizer, style)
         self._turns: list[_Turn] = []
         self._stop_ids = self._tokenizer.stop_ids | {*taught_stops(self._tokenizer, style)}
-        self._generator = sampling.generator(engine.device)
         self.notice: str | None = None
         """What the user must know about the last answer."""
+        self.speed: Speed | None = None
+        """Of the last answer."""
+        self._asked: list[int] = []
+        self.sampling = sampling
+        if system is not None:
+            self.set_system(system)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn. A new one begins with its seed."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling, self._generator = sampling, sampling.generator(self.engine.device)
+
+    def set_system(self, system: str | None) -> None:
+        """Another system message, or none. Raises UserError as the constructor."""
         if system is not None:
             self._check_system(system)
+        self.system = system
 
     def _check_system(self, system: str) -> None:
         _check_text(system, "the system message")
         what = setting("system")
         if not system.strip():
             raise UserError(f"{what}: is empty; leave it out, or say something")
-        if self._style.template is None:
+        if self.style.template is None:
             raise UserError(
-                f"{what}: the prompt style {self._style.name} has no place for a system message; "
+                f"{what}: the prompt style {self.style.name} has no place for a system message; "
                 f"{setting('prompt_style')} chatml, llama3, mistral, gemma and phi have one, as have most "
                 "models' own chat templates, but a model answers best in the style that it was trained with"
             )
-        prompt = self._style.template.render([*self._system, {"role": "user", "content": "?"}])
+        prompt = self.style.template.render([_system(system), {"role": "user", "content": "?"}])
         if not shows(prompt, system):
             raise UserError(
-                f"{what}: {self._style.template.path}: the chat template leaves out the system message"
+                f"{what}: {self.style.template.path}: the chat template leaves out the system message"
             )
 
     def clear(self) -> None:
         """Forget what was said."""
         self._turns.clear()
+        self._asked = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What was said, as OpenAI has it, with the system message."""
+        said = [] if self.system is None else [_system(self.system)]
+        for turn in self._turns:
+            said += [
+                {"role": "user", "content": turn.question},
+                {"role": "assistant", "content": turn.answer},
+            ]
+        return said
+
+    def restore(self, messages: Any) -> None:
+        """Go on after these messages, in place of what was said. Raises UserError, and changes
+        nothing, unless they are a system message, if any, and questions with their answers."""
+        ok = isinstance(messages, list) and all(
+            isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages
+        )
+        roles = [one.get("role") for one in messages] if ok else ["?"]
+        system = messages[0]["content"] if roles[:1] == ["system"] else None
+        turns = messages[1:] if system is not None else messages
+        if roles[len(roles) - len(turns) :] != ["user", "assistant"] * (len(turns) // 2):
+            raise UserError(
+                "holds no conversation: an optional system message, and turns of user and assistant"
+            )
+        for one in turns:
+            _check_text(one["content"], "a message")
+        self.set_system(system)
+        self.clear()
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        self._turns = [_Turn(question["content"], answer["content"]) for question, answer in pairs]
+
+    @property
+    def last(self) -> tuple[str, str] | None:
+        """The last question and its answer."""
+        return (self._turns[-1].question, self._turns[-1].answer) if self._turns else None
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer as it comes, in whole characters, and remember it, even if it is stopped
@@ -65,29 +126,62 @@ class ChatSession:
         """
         _check_text(question, "the question")
         alone = self._prompt([], question)
-        prompt = self._fitting_prompt(question, len(alone))
+        self._asked = self._fitting_prompt(question, len(alone))
         answer: list[int] = []
-        stream = TextStream(self._tokenizer)
         try:
-            for token in self._engine.generate(
-                prompt, self._sampling, stop_ids=self._stop_ids, generator=self._generator
+            yield from self._answered(answer, self.engine, self.way)
+        finally:
+            self._turns.append(_Turn(question, self._tokenizer.decode(answer)))
+
+    def retry(self) -> Iterator[str]:
+        """Ask the last question again, in place of what was answered. Raises UserError if there is
+        none."""
+        question, _ = self._last()
+        self._turns.pop()
+        return self.ask(question)
+
+    def compare(self, way: Way) -> Iterator[str]:
+        """What the last question's answer would be another way; it is not remembered."""
+        self._last()
+        if not self._asked:  # a conversation that was loaded
+            turn = self._turns.pop()
+            try:
+                self._asked = self._fitting_prompt(turn.question, len(self._prompt([], turn.question)))
+            finally:
+                self._turns.append(turn)
+        return self._answered([], self.engine, way)
+
+    def _last(self) -> tuple[str, str]:
+        if self.last is None:
+            raise UserError("there is no question yet")
+        return self.last
+
+    def _answered(self, answer: list[int], engine: Engine, way: Way) -> Iterator[str]:
+        """The text after `_asked`; its ids are added to `answer`."""
+        stream, first = TextStream(self._tokenizer), None
+        self.speed = None
+        try:
+            for token in engine.generate(
+                self._asked, self._sampling, stop_ids=self._stop_ids, generator=self._generator, way=way
             ):
+                first = first or time.perf_counter()
                 answer.append(token)
                 if piece := stream.push(token):
                     yield printable(piece)
             if piece := stream.finish():
                 yield printable(piece)
         finally:
-            self._turns.append(_Turn(question, self._tokenizer.decode(answer)))
+            if first is not None and len(answer) > 1:
+                self.speed = Speed(len(answer), (len(answer) - 1) / (time.perf_counter() - first))
 
     def _fitting_prompt(self, question: str, num_alone: int) -> list[int]:
         """The prompt of the question after as many turns as leave room for an answer; the older
         ones are dropped."""
         self.notice = None
-        context = self._engine.context
+        context = self.engine.context
         if num_alone >= context:
             raise UserError(
-                f"the question{' with the system message' if self._system else ''} has {num_alone} tokens; "
+                f"the question{' with the system message' if self.system else ''} has {num_alone} tokens; "
                 f"the model's context holds {context}, the answer included"
             )
         # The answer may take up to a quarter of the context before earlier turns do.
@@ -105,15 +199,15 @@ class ChatSession:
 
     def _prompt(self, past: list["_Turn"], question: str) -> list[int]:
         """The token ids of earlier turns and the question."""
-        if self._style.template is None:
-            asked = self._tokenizer.encode(self._style.render(question, ""), begin=True)
+        if self.style.template is None:
+            asked = self._tokenizer.encode(self.style.render(question, ""), begin=True)
             return [token for turn in past for token in self._ids(turn)] + asked
-        messages = list(self._system)
+        messages = [] if self.system is None else [_system(self.system)]
         for turn in past:
             messages.append(template_message("user", turn.question))
             messages.append(template_message("assistant", turn.answer))
         messages.append(template_message("user", question))
-        return self._tokenizer.encode(self._style.template.render(messages))
+        return self._tokenizer.encode(self.style.template.render(messages))
 
     def _ids(self, turn: "_Turn") -> list[int]:
         """A turn in token ids, in a style without a chat template."""
@@ -124,12 +218,29 @@ class ChatSession:
         return turn.ids
 
 
+class Speed(NamedTuple):
+    """How fast an answer came."""
+
+    num_tokens: int
+    per_second: float
+    """Tokens, from the first one on."""
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"({self.num_tokens} tokens, {self.per_second:.3g} tokens/s)"
+
+
 @dataclass
 class _Turn:
     question: str
     answer: str
     ids: list[int] | None = None
     """Its token ids, once they are needed."""
+
+
+def _system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
 
 
 def _check_text(text: str, what: str) -> None:

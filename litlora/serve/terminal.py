@@ -1,9 +1,12 @@
 """Questions from whoever sits at the terminal, or from a pipe. Torch-free."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from litlora.serve.markdown import DIM, END, Markdown
 
 PROMPT = ">>> "
 
@@ -51,6 +54,51 @@ class CtrlC:
             raise KeyboardInterrupt
 
 
+class Plain:
+    """An answer as it is: what a pipe or a file gets."""
+
+    is_terminal = False
+
+    def push(self, piece: str) -> str:
+        """What to write for one more piece."""
+        return piece
+
+    def finish(self) -> str:
+        """The rest, at the end."""
+        return ""
+
+    def dim(self, text: str) -> str:
+        """A remark beside an answer."""
+        return text
+
+
+class Styled(Plain):
+    """An answer in Markdown: what a terminal gets that can show it."""
+
+    is_terminal = True
+
+    def __init__(self) -> None:
+        self._markdown = Markdown()
+
+    def push(self, piece: str) -> str:
+        return self._markdown.push(piece)
+
+    def finish(self) -> str:
+        return self._markdown.finish()
+
+    def dim(self, text: str) -> str:
+        return f"{DIM}{text}{END}"
+
+
+def looks() -> Plain:
+    """How an answer is shown: with NO_COLOR set, at a terminal, too, as it is."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return Plain()
+    found = Plain() if os.environ.get("NO_COLOR") else Styled()
+    found.is_terminal = True
+    return found
+
+
 def _at_terminal() -> bool:
     return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
 
@@ -84,8 +132,14 @@ def _line_editor() -> Callable[[], str]:
     # The kernel's own line input cuts lines of more than 4,095 bytes and knows no keys.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.output import create_output
 
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+
     # With the answers in a pipe, the line that is edited still has to be seen.
-    session = PromptSession(history=InMemoryHistory(), output=create_output(always_prefer_tty=True))
+    session = PromptSession(
+        history=InMemoryHistory(), output=create_output(always_prefer_tty=True), key_bindings=keys
+    )
     return lambda: session.prompt(PROMPT)

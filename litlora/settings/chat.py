@@ -1,9 +1,9 @@
 """The settings of chat, and of its answers to many prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from litlora.settings.checks import check_positive
+from litlora.settings.checks import check_adapters, check_positive
 from litlora.settings.inference import Inference
 
 
@@ -17,10 +17,17 @@ class Chat(Inference):
     )
     """The five settings that `--help` shows first."""
 
+    adapters: list[str] = field(default_factory=list)
+    """Adapters to switch between with /adapter NAME, as NAME=DIRECTORY, all trained on the same base. An
+    adapter that is the checkpoint_dir is one of them, and the first in use."""
     prompt: str | None = None
     """Answer this once and exit."""
     system: str | None = None
     """A system message: what the model is told before the conversation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adapters(self.adapters)
 
 
 @dataclass(frozen=True, kw_only=True)

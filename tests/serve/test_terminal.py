@@ -23,10 +23,11 @@ from litlora.serve.sampling import Sampling
 ECHO = """
 import runpy, sys, time
 from pathlib import Path
+from litlora.serve.commands import Commands
 talk = runpy.run_path("chat/base.py")["talk"]
 
 class Echo:
-    notice = None
+    notice = speed = None
     def ask(self, question):
         if question == "slow":
             yield "[begun]"
@@ -38,7 +39,7 @@ class Echo:
         print("[cleared]")
 
 assert "prompt_toolkit" not in sys.modules
-talk(Echo())
+talk(Commands(Echo()))
 assert ("prompt_toolkit" in sys.modules) == sys.stdin.isatty()
 assert "torch" not in sys.modules
 """
@@ -144,6 +145,7 @@ def test_keys_edit_the_line_and_call_earlier_ones_back(echo):
     assert echo.asked(UP + LEFT + "Y") == "'aXYb'"
     assert echo.asked(UP + UP) == "'aXb'"
     assert echo.asked("日本語\x7f") == ascii("日本")
+    assert echo.asked("one\x1b\rtwo") == ascii("one\ntwo"), "Alt-Enter begins a new line"
 
 
 def test_a_paste_of_several_lines_is_one_question(echo):
@@ -205,7 +207,7 @@ def test_a_command_is_not_a_question(echo):
         before = echo.expect(f"error: {word}: no such command; /help lists them, a space before it")
         assert "asked" not in before and "asked" not in echo.expect(">>>")
     echo.send("/help\r")
-    assert "asked" not in echo.expect("/exit, /quit    end the chat")
+    assert "asked" not in echo.expect("/exit, /quit      end the chat")
     for typed in ("/clear", "/reset", " /clear "):
         echo.expect(">>>")
         echo.send(typed + "\r")
@@ -237,6 +239,7 @@ def test_the_model_gets_a_paste_as_one_question(start):
     chat.expect(">>>")
     chat.send(paste(question) + "\r")
     chat.expect(answer.strip().replace("\n", "\r\n"))
+    chat.expect(" tokens/s)")
     chat.expect(">>>")
     chat.send("/quit\r")
     assert chat.status() == 0
