@@ -4,6 +4,7 @@ python chat/serve.py --checkpoint_dir $dir/final
 python chat/serve.py --checkpoint_dir checkpoints/$repo_id --adapters poet=out/poet/final clerk=out/clerk
 """
 
+import gc
 import os
 import signal
 import socket
@@ -59,8 +60,9 @@ def main(settings: Serve) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     models = ", ".join([opened.name, *opened.engine.adapters])
     say(f"{directory} | prompt style {opened.style.title} ({opened.style_reason}) | models: {models}")
-    say(f"http://{host}:{listening.getsockname()[1]}/v1 | Ctrl-C finishes the answers that run, and ends")
-    serve(opened, rules(settings), listening, settings.shutdown_seconds)
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    say(f"a page to chat: {address} | OpenAI's interface: {address}/v1 | Ctrl-C finishes what runs, and ends")
+    serve(opened, rules(settings, directory), listening, settings.shutdown_seconds)
     say("stopped")
 
 
@@ -77,6 +79,9 @@ def serve(opened: "Opened", rules: "Rules", listening: socket.socket, shutdown_s
         lifespan="off",
         timeout_graceful_shutdown=shutdown_seconds,
     )
+    # The command's threshold is for its start: a server would let a hundred MB of garbage pile up.
+    gc.freeze()
+    gc.set_threshold(2000, 10, 10)
     computing = Computing(opened.engine)
     computing.start()
     # uvicorn ends with the signal that it got: that is no failure.
@@ -101,12 +106,13 @@ def opened_live(chain: "Chain", opening: "Opening") -> "Opened":
         return opened
 
 
-def rules(settings: Serve) -> "Rules":
-    """What clients may do."""
+def rules(settings: Serve, directory: Path) -> "Rules":
+    """What clients may do, and see."""
     from litlora.serve.api import LOOPBACK, Rules
     from litlora.serve.asked import Limits
     from litlora.serve.sampling import Sampling
 
+    reports = [place / "report.html" for place in (directory, directory.absolute().parent)]
     longest = min(settings.max_new_tokens, settings.max_answer_tokens)
     defaults = Sampling.of(settings, max_new_tokens=longest)
     return Rules(
@@ -115,6 +121,7 @@ def rules(settings: Serve) -> "Rules":
         num_bytes(settings.max_body),
         settings.api_key or os.environ.get("LITLORA_API_KEY") or None,
         Path(settings.load_from) if settings.load_from else None,
+        next(filter(Path.is_file, reports), None),
         LOOPBACK if settings.host in LOOPBACK else ("*",),
     )
 

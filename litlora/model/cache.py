@@ -37,6 +37,11 @@ class KVCache:
             pair = ((batch_size, heads, 0, dim) for dim in (key_dim, value_dim))
             self._layers.append(tuple(torch.empty(shape, dtype=dtype, device=device) for shape in pair))
 
+    @property
+    def room(self) -> int:
+        """Tokens that it has taken memory for; 0 of a model without any attention but the linear."""
+        return max((part[0].size(2) for part in self._layers if part[0].ndim == 4), default=0)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T,
         D)."""

@@ -73,15 +73,17 @@ class Answer:
     def put(self, token: Token) -> None:
         """One more token; the engine calls this."""
         self._tokens.append(token)
-        if self.listener is not None:
-            self.listener()
+        self._tell()
 
     def end(self, finish: Finish | None, error: Exception | None = None) -> None:
         """There is no more; the engine calls this."""
         self.finish, self.error = finish, error
         self.ended.set()
-        if self.listener is not None:
-            self.listener()
+        self._tell()
+
+    def _tell(self) -> None:
+        if (listener := self.listener) is not None:  # whoever listened may leave at any time
+            listener()
 
     def take(self) -> Token | None:
         """The next token that is there already; None if there is none. Raises the error of an answer

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from litlora.console import one_line, say
@@ -35,6 +35,13 @@ from litlora.serve.opening import Opened
 from litlora.serve.prompt import Asker
 from litlora.serve.written import Chat, Completion, Written
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""A page reaches this server alone, and no other page can show it inside of itself."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -48,6 +55,8 @@ class Rules:
     api_key: str | None = None
     load_from: Path | None = None
     """Where adapters may be loaded from; None: nowhere."""
+    report: Path | None = None
+    """The report of the run that made the model."""
     hosts: tuple[str, ...] = LOOPBACK
     """The names that a client may have for this machine; other pages of a browser have others."""
 
@@ -90,6 +99,8 @@ class Server:
     @property
     def app(self) -> Starlette:
         routes = [
+            Route("/", self._page),
+            Route("/report", self._report),
             Route("/health", self._health),
             Route("/metrics", self._guarded(self._metrics)),
             Route("/v1/models", self._guarded(self._models)),
@@ -145,6 +156,24 @@ class Server:
             raise Wrong(f"the body is not JSON: {one_line(str(error))[:200]}") from None
 
     # ---- endpoints
+
+    async def _page(self, request: Request) -> Response:
+        facts = {"title": self.opened.name, "needs_key": self.rules.api_key is not None}
+        facts["report"] = self._shows_report
+        page = await run_in_threadpool(PAGE.read_text, encoding="utf-8")
+        filled = page.replace("/*FACTS*/null", json.dumps(facts).replace("<", "\\u003c"))
+        return HTMLResponse(filled, headers=PAGE_HEADERS)
+
+    @property
+    def _shows_report(self) -> bool:
+        """Whether the run's report can be seen: with a key, nobody could ask for it by a link."""
+        return self.rules.report is not None and self.rules.api_key is None
+
+    async def _report(self, request: Request) -> Response:
+        if not self._shows_report:
+            return _error(404, "there is no report here")
+        page = await run_in_threadpool(self.rules.report.read_text, encoding="utf-8")
+        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -339,6 +368,7 @@ class Serving:
             metrics.add("answer_tokens_total", answer.num_tokens)
             if not answer.ended.is_set():
                 answer.cancel()
+            answer.listener = None  # it leads back here: without a circle, memory is free at once
 
     async def whole(self) -> Response:
         """All answers at once."""

@@ -22,7 +22,7 @@ class Computed(NamedTuple):
 
 @dataclass
 class Prefixes:
-    """The newest caches, of so many tokens in all."""
+    """The newest caches, which take memory for so many tokens at most."""
 
     max_tokens: int
 
@@ -31,7 +31,8 @@ class Prefixes:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(one.ids) for one in self._kept)
+        """Those that they take memory for."""
+        return sum(one.cache.room for one in self._kept)
 
     def keep(self, done: Computed) -> None:
         """Keep one more, in place of those that it continues; the oldest go."""

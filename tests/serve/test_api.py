@@ -188,7 +188,8 @@ def test_mistakes_have_the_form_of_openai(client, url):
 
 
 def test_a_key_is_asked_for(opened):
-    with serving(opened, api_key="secret") as url:
+    with serving(opened, api_key="secret", report=REPO / "README.md") as url:
+        assert httpx.get(f"{url}/report").status_code == 404
         for sent, status in (("Bearer secret", 200), ("Bearer wrong", 401), ("Basic secret", 401)):
             assert httpx.get(f"{url}/v1/models", headers={"authorization": sent}).status_code == status
         assert httpx.get(f"{url}/metrics").status_code == 401
@@ -375,7 +376,7 @@ def test_what_runs_is_finished_before_it_ends(end):
     )  # fmt: skip
     try:
         assert "quickstart" in process.stdout.readline()
-        url = process.stdout.readline().partition("/v1")[0]
+        url = process.stdout.readline().split()[4]
         body = {"model": "quickstart", "prompt": "One", "max_tokens": 400, "stream": True, "stop": ["\x00"]}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
             lines = answer.iter_lines()
