@@ -22,6 +22,7 @@ ELSEWHERE = {
     "--log.to": "tests/report/test_loggers.py",
     "configs/": "tests/test_recipes.py",
     "--devices": "tests/train/test_many.py, with several processes",
+    "chat/serve.py": "tests/serve/test_api.py, which ends it",
 }
 """What runs in other tests: a word of the command, and where."""
 RUN = [command for command in COMMANDS if not any(word in command for word in ELSEWHERE)]
@@ -139,7 +140,7 @@ def written_to(tmp_path: Path, words: list[str]) -> list[str]:
     """The words with directories that exist, or for what is written with new ones."""
     made = []
     for before, word in zip(["", *words], words, strict=False):
-        if before in ("--out_dir", "--output", "--html"):
+        if before in ("--out_dir", "--out_path", "--output", "--html"):
             word = str(tmp_path / "written" / Path(word).name.lstrip("$"))
         for name, directory in DIRECTORIES.items():
             with_system = name == "dir" and "--system" in words  # which not every prompt style has
@@ -151,7 +152,7 @@ def written_to(tmp_path: Path, words: list[str]) -> list[str]:
 
 def shortened(script: str, words: list[str]) -> list[str]:
     """The words with what makes a command short, and repeatable where it writes to its own place."""
-    if script in ("chat/base.py", "scripts/evaluate.py"):
+    if script.startswith("chat/") or script == "scripts/evaluate.py":
         return [*words, "--max_new_tokens", "4"]
     if script == "scripts/merge_lora.py":
         return [*words, "--overwrite"]

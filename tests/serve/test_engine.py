@@ -81,14 +81,18 @@ def test_a_batch_gives_what_each_request_gives_alone(family):
     assert not engine.num_running and not engine.num_waiting
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_adapters_in_one_batch_give_what_each_gives_alone(base, tmp_path, variant):
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"variant": "dora"}, "bias": {"bias": "lora_only"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_path, kind):
     targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
+    base = make_checkpoint("base", attention_bias=kind == "bias")
     loaded = load(base)
     engine = Engine(loaded.model)
     merged = {None: load(base).model}
     for seed, name in enumerate("ab"):
-        settings = LoRAConfig(rank=4, targets=targets, variant=variant)
+        settings = LoRAConfig(rank=4, targets=targets, **KINDS[kind])
         directory = random_adapter(tmp_path / name, base, settings, seed=seed)
         engine.add_adapter(name, resolve(directory).top)
         merged[name] = load(directory).model
