@@ -53,9 +53,10 @@ def gains(weight: Tensor) -> bool:
     return weight.dtype in supported and supported[weight.dtype]()
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Pack the plain linear layers of a model that gain by it. It can no longer be trained or
+def pack_linears(model: nn.Module, *, leave: str) -> None:
+    """Pack the plain linear layers of a model that gain by it, but those whose names end with `leave`,
+    since their weights are read. It can no longer be trained or
     stored. A head that shares the embedding's weight gets one of its own."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and gains(module.weight):
+        if type(module) is nn.Linear and not name.endswith(leave) and gains(module.weight):
             model.set_submodule(name, FrozenLinear(Packed(module.weight), module.bias))

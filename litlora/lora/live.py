@@ -95,6 +95,15 @@ class LiveUpdate:
         if self.bias is not None:
             y.add_(self.bias, alpha=strength)
 
+    def in_weight(self, W: Tensor, strength: float) -> Tensor:
+        """W (out, in) with it, times the strength."""
+        if self.A is None:
+            return W
+        changed = torch.addmm(W, self.Bt.t(), self.A, alpha=self.scale)
+        if self.gain is not None:
+            changed = self.gain[:, None] * changed
+        return torch.lerp(W, changed, strength)
+
 
 class SwitchedLinear(nn.Module):
     """A linear layer, and the updates that adapters have for it."""
@@ -106,8 +115,14 @@ class SwitchedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W alone."""
-        return self.linear.weight
+        """W', (out, in), for code that reads it instead of calling the layer: all sequences of the
+        forward must go one way."""
+        W = self.linear.weight
+        for adapter, strength, rows in self.board.groups:
+            if (update := self.updates.get(adapter)) is not None:
+                assert rows is None, "a weight is one for all sequences"
+                W = update.in_weight(W, strength)
+        return W
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""

@@ -8,7 +8,6 @@ from litlora.kernels.attention import Pack
 from litlora.kernels.rotary import Rope
 from litlora.model.cache import CacheBatch, KVCache
 
-
 Seen = tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]
 """Keys and values of the tokens so far, (B, G, S, D) each; of sequences apart, those of each."""
 

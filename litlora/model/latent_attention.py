@@ -94,8 +94,8 @@ class LatentAttention(nn.Module):
 
     def _of_one(self, q: Tensor, turned: Tensor, kept: Tensor | list[Tensor]) -> Tensor:
         """One token that sees all that is kept (B, 1, S, R + P), or of sequences apart (1, 1, S, R + P)
-        each: q (B, H, 1, N) and its rotated part (B, H, 1, P) -> (B, H, 1, E). It goes into the space of the latents and comes back: making keys
-        and values of them would take S times as much."""
+        each: q (B, H, 1, N) and its rotated part (B, H, 1, P) -> (B, H, 1, E). It goes into the space of
+        the latents and comes back: making keys and values of them would take S times as much."""
         W = self.kv_b_proj.weight.to(q.dtype).view(self.num_heads, -1, self.rank)
         keys, values = W.split([self.plain_dim, self.value_dim], dim=1)  # (H, N, R) and (H, E, R)
         inside = torch.cat([q @ keys, turned], dim=-1)  # (B, H, 1, R + P)

@@ -20,6 +20,7 @@ from litlora.frozen.packed import pack_linears
 from litlora.lora import Adapter
 from litlora.lora.live import BASE, Switchboard, Way, live_updates, switch_off, switch_on
 from litlora.model import GPT, CacheBatch, LanguageModel
+from litlora.model.latent_attention import READ
 from litlora.ram import free_ram
 from litlora.serve.answer import Answer, Finish, Request, Token
 from litlora.serve.prefixes import Computed, Prefixes
@@ -51,7 +52,7 @@ class Engine:
         `generate` alone."""
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         if isinstance(model, GPT):
-            pack_linears(model)
+            pack_linears(model, leave=READ)
         self.cache_tokens = cache_tokens or self._default_cache()
         self.work = threading.Event()
         """Set while there may be something to compute: what a thread that computes all waits for."""
@@ -113,7 +114,8 @@ class Engine:
             if name in self._adapters:
                 raise UserError(f"{name}: there is an adapter of this name already")
             updates = live_updates(self.model, adapter, self.model.like.dtype)
-            loaded = _Loaded(f"{name} {next(self._numbers)}", any(".experts." in layer for layer in updates))
+            alone = any(".experts." in layer or layer.endswith(READ) for layer in updates)
+            loaded = _Loaded(f"{name} {next(self._numbers)}", alone)
             switch_on(self.model, self._board, loaded.key, updates)
             self._adapters[name] = loaded
 
@@ -273,10 +275,11 @@ class Engine:
 
     def _together(self, ready: list["_Sequence"]) -> list[list["_Sequence"]]:
         """Those whose next tokens are computed in one go. An expert gets the tokens of several
-        sequences in an order of its own, so adapters of experts go one by one."""
+        sequences in an order of its own, and a weight that is read is one for all: adapters of these
+        go one by one."""
         if not self.model.packs:
             return [[sequence] for sequence in ready]
-        if not any(one.moves_rows for one in (*self._adapters.values(), *self._leaving)):
+        if not any(one.is_alone for one in (*self._adapters.values(), *self._leaving)):
             return [ready] if ready else []
         ways = dict.fromkeys(sequence.way for sequence in ready)
         return [[sequence for sequence in ready if sequence.way == way] for way in ways]
@@ -329,8 +332,8 @@ class _Loaded:
 
     key: str
     """What the switchboard calls it: another one of the same name has another."""
-    moves_rows: bool
-    """Whether it updates experts."""
+    is_alone: bool
+    """Whether all sequences of a forward must go through it."""
 
 
 @dataclass(eq=False)

@@ -20,16 +20,25 @@ from litlora.config import ModelConfig
 from litlora.errors import UserError
 from litlora.formats.families.example import example_config
 from litlora.load import load
-from litlora.lora import LoRAConfig
-from litlora.lora.live import Way
+from litlora.lora import LoRAConfig, adapter_of, add_lora, merge_lora
+from litlora.lora.live import BASE, Way
 from litlora.model import GPT
 from litlora.serve.answer import Request
 from litlora.serve.engine import Engine
 from litlora.serve.sampling import Sampling, penalised, sample
 
-FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "qwen3_next", "phi3"]
+FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "qwen3_next", "phi3", "gpt_oss", "deepseek_v3"]
+FAMILIES += ["gemma4_text"]
 """Full attention; windows with positions of their own; learned positions; experts; linear attention;
-rotations that depend on the length."""
+windows alone; sinks; latent attention; layers that share their keys."""
+MORE = {
+    "gemma4_text": {
+        "num_kv_shared_layers": 2,
+        "full_attention_layers": [1, 3],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 400,
+    }
+}
 
 
 @pytest.fixture
@@ -72,7 +81,7 @@ def test_greedy_equals_a_forward_over_everything_each_time(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_what_each_request_gives_alone(family):
-    facts = example_config(family).to_dict()
+    facts = {**example_config(family).to_dict(), **MORE.get(family, {})}
     model = GPT(ModelConfig.from_dict({**facts, "vocab_size": 400, "max_position_embeddings": 128})).eval()
     asked = [(prompt, Way(None)) for prompt in prompts(9)]
     engine = Engine(model, max_batch=4)
@@ -81,13 +90,13 @@ def test_a_batch_gives_what_each_request_gives_alone(family):
     assert not engine.num_running and not engine.num_waiting
 
 
-KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"variant": "dora"}, "bias": {"bias": "lora_only"}}
+KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"variant": "dora"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_path, kind):
     targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
-    base = make_checkpoint("base", attention_bias=kind == "bias")
+    base = make_checkpoint("base")
     loaded = load(base)
     engine = Engine(loaded.model)
     merged = {None: load(base).model}
@@ -114,6 +123,34 @@ def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_p
         engine.submit(replace(answer.request))
     engine.remove_adapter("b")
     assert type(loaded.model.lm_head) is torch.nn.Linear
+
+
+OTHERS = {
+    "a weight that is read": ("deepseek_v3", {"targets": ["kv_b_proj"]}),
+    "biases": ("qwen2", {"targets": ["q_proj"], "bias": "lora_only"}),
+}
+
+
+@pytest.mark.parametrize(("family", "settings"), OTHERS.values(), ids=OTHERS)
+def test_an_adapter_acts_on(family, settings, tmp_path):
+    """Latent attention reads the weight of kv_b_proj instead of calling the layer."""
+    facts = {**example_config(family).to_dict(), "vocab_size": 400, "max_position_embeddings": 128}
+    model, merged = (GPT(ModelConfig.from_dict(facts)).eval() for _ in range(2))
+    merged.load_state_dict(model.state_dict())
+    config = LoRAConfig(rank=4, alpha=16, **settings)
+    add_lora(merged, config)
+    for parameter in merged.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapter = replace(adapter_of(merged, config), file=tmp_path / "none")
+    merge_lora(merged)
+    engine = Engine(model)
+    engine.add_adapter("a", adapter)
+    asked = [(prompt, way) for prompt, way in zip(prompts(4), (Way("a"), BASE, BASE, Way("a")), strict=True)]
+    answers = together(engine, asked)
+    models = {BASE: engine.model, Way("a"): merged}
+    assert answers == [alone(models[way], prompt, 20 + n) for n, (prompt, way) in enumerate(asked)]
+    assert answers[0] != alone(model, asked[0][0], 20)
 
 
 def test_strength_scales_the_update(base, tmp_path):
