@@ -40,7 +40,7 @@ def main() -> None:
         model, ids = loaded.model.to(dtype), loaded.tokenizer.encode(text)[: options.prompt_tokens]
 
         def seconds(count: int) -> float:
-            engine = Engine(model)  # a new one has computed no beginning of the prompt yet
+            engine = Engine(model, owns_model=True)  # a new one has computed no beginning of the prompt yet
             started = time.perf_counter()
             assert len(list(engine.generate(ids, Sampling(max_new_tokens=count)))) == count
             return time.perf_counter() - started

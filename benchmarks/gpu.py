@@ -206,7 +206,7 @@ def decode(model: str, device: str) -> dict[str, Any]:
     prompt = list(range(1, 65))
 
     def seconds(count: int) -> float:
-        engine = Engine(gpt)  # a new one has computed no beginning of the prompt yet
+        engine = Engine(gpt, owns_model=True)  # a new one has computed no beginning of the prompt yet
         return timed(lambda: list(engine.generate(prompt, Sampling(max_new_tokens=count))), device, rounds=1)
 
     speed = (NEW_TOKENS - 1) / (seconds(NEW_TOKENS) - seconds(1))

@@ -337,7 +337,7 @@ def exact_match(directory: Path, records: list[dict[str, str]]) -> float:
     from litlora.serve.sampling import Sampling
 
     loaded = load(directory, live=None)
-    engine = Engine(loaded.model)
+    engine = Engine(loaded.model, owns_model=True)
     right = 0
     for record in records:
         prompt = loaded.prompt_style.render(record["instruction"], record["input"])

@@ -59,7 +59,7 @@ def answers(
 
     loaded = load(directory, live=live)
     style = loaded.prompt_style or STYLES["alpaca"]
-    tokenizer, engine = loaded.tokenizer, Engine(loaded.model)
+    tokenizer, engine = loaded.tokenizer, Engine(loaded.model, owns_model=True)
 
     def encoded(record: dict[str, str]) -> list[int]:
         return tokenizer.encode(style.render(record["instruction"], record["input"]), begin=True)

@@ -35,8 +35,7 @@ PREFILL = 512
 class Engine:
     """A model in memory and its tokenizer: requests in, tokens out.
 
-    The model is the engine's from then on: it is laid out for generation. Any thread may ask for
-    answers; one at a time computes, for all.
+    Any thread may ask for answers; one at a time computes, for all.
     """
 
     def __init__(
@@ -46,12 +45,14 @@ class Engine:
         *,
         max_batch: int = 16,
         cache_tokens: int | None = None,
+        owns_model: bool = False,
     ) -> None:
         """At most `max_batch` sequences are computed together; all caches hold `cache_tokens` at most,
         by default as many as fit a quarter of the free memory. Without a tokenizer, there is
-        `generate` alone."""
+        `generate` alone. With `owns_model`, the model is laid out for generation, and can no longer be
+        trained or stored."""
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        if isinstance(model, GPT):
+        if owns_model and isinstance(model, GPT):
             pack_linears(model, leave=READ)
         self.cache_tokens = cache_tokens or self._default_cache()
         self.work = threading.Event()

@@ -101,7 +101,11 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
     if live:
         unwrap_lora(loaded.model)
     engine = Engine(
-        loaded.model, loaded.tokenizer, max_batch=opening.max_batch, cache_tokens=opening.cache_tokens
+        loaded.model,
+        loaded.tokenizer,
+        max_batch=opening.max_batch,
+        cache_tokens=opening.cache_tokens,
+        owns_model=True,
     )
     opened = Opened(engine, style, reason, short_name(below.directories[-1]), below, loaded)
     if live:
