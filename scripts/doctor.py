@@ -33,6 +33,8 @@ EXTRAS = {
     "transformers": ("transformers",),
     "data": ("pyarrow",),
     "datasets": ("datasets",),
+    "serve": ("starlette",),
+    "browser": ("playwright",),
     "eval": ("lm_eval",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
