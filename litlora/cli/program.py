@@ -66,14 +66,13 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every file with its words: those of finetune/ and chat/ under the folder's name, those of
-    scripts/ by their own."""
+    """Every file with its words: those of finetune/ under the folder's name, others by their own."""
     short = {file: name for name, file in SHORT.items()}
     found = []
     for folder in ("finetune", "chat", "scripts"):
         for file in sorted((REPOSITORY / folder).glob("*.py")):
             name = short.get(f"{folder}/{file.name}", file.stem.replace("_", "-"))
-            in_group = folder != "scripts" and name not in SHORT
+            in_group = folder == "finetune"
             if file.stem not in NOT_LISTED:
                 found.append(Command((folder, name) if in_group else (name,), file))
     return found
