@@ -81,6 +81,8 @@ def words(script: str, checkpoint: str = "base") -> list[str]:
         ("teacher", "base"),
         ("out_dir", "out"),
         ("prompt", "Hi"),
+        ("prompts", "data.jsonl"),
+        ("out_path", "answers.jsonl"),
     ):
         if name in names:
             found += [f"--{name}", value]

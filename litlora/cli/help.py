@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
+from litlora.console import say
+
 SECTION = re.compile(r"\n(?=\S[^\n]*:\n)")
 """Between two sections of a help text, each under a heading."""
 
@@ -36,7 +38,7 @@ def show_group(text: Callable[[], str], argv: Sequence[str]) -> None:
     for word in argv:
         found = re.fullmatch(r"--(\w+)\.help", word)
         if found and found[1] != "data" and (section := group(text(), found[1])):
-            print(section)
+            say(*section.splitlines())
             raise SystemExit(0)
 
 

@@ -14,9 +14,10 @@ from litlora.errors import MissingExtraError, UserError, setting
 from litlora.evaluate.likelihood import likelihoods
 from litlora.evaluate.results import Result
 from litlora.evaluate.subject import Subject
-from litlora.serve.engine import Engine, Sampling
+from litlora.serve.answer import Request
+from litlora.serve.sampling import Sampling
 from litlora.settings import HarnessConfig
-from litlora.tokenizer import TextStream, token_text
+from litlora.tokenizer import token_text
 
 try:
     from lm_eval.api.instance import Instance
@@ -41,7 +42,6 @@ class HarnessModel(TemplateLM):
     def __init__(self, subject: Subject) -> None:
         super().__init__()
         self.subject = subject
-        self.engine = Engine(subject.model, subject.tokenizer)
         begin = token_text(subject.tokenizer.settings.get("bos_token"))
         self._begin = subject.tokenizer.added_tokens(begin or "")[:1]
         self._begin_text = begin
@@ -106,10 +106,11 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in requests]
+        """What follows each context, up to the first of the texts in `until`."""
+        found = self.subject.asked([self._request(*request.args) for request in requests])
+        return ["".join(token.text for token in tokens) for tokens in found]
 
-    def _generate(self, context: str, asked: dict[str, Any]) -> str:
-        """What follows a context, up to the first of the texts in `until`."""
+    def _request(self, context: str, asked: dict[str, Any]) -> Request:
         asked = normalize_gen_kwargs(asked, LONGEST_ANSWER)
         most = asked["max_gen_toks"]
         if most >= self.subject.context:
@@ -117,18 +118,14 @@ class HarnessModel(TemplateLM):
                 f"{setting('tasks')}: an answer may have {most:,} tokens; the model's context holds "
                 f"{self.subject.context:,}, the prompt included"
             )
-        temperature = asked["temperature"] if asked["do_sample"] else 0.0
-        sampling = Sampling(max_new_tokens=most, temperature=temperature, top_p=asked.get("top_p", 1.0))
+        sampling = Sampling(
+            max_new_tokens=most,
+            temperature=asked["temperature"] if asked["do_sample"] else 0.0,
+            top_p=asked.get("top_p", 1.0),
+            stop=tuple(filter(None, asked["until"])),
+        )
         prompt = self.tok_encode(context)[-(self.subject.context - most) :]
-        stream, text = TextStream(self.subject.tokenizer), ""
-        for token in self.engine.generate(prompt, sampling, stop_ids=self.subject.tokenizer.stop_ids):
-            text += stream.push(token)
-            if any(stop in text for stop in asked["until"] if stop):
-                break
-        text += stream.finish()
-        for stop in filter(None, asked["until"]):
-            text = text.split(stop)[0]
-        return text
+        return Request(prompt=prompt, sampling=sampling, stop_ids=self.subject.tokenizer.stop_ids)
 
 
 def run_tasks(subject: Subject, config: HarnessConfig, how: dict[str, Any]) -> list[Result]:

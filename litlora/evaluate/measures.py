@@ -61,9 +61,10 @@ def measure_exact_match(
     finds nothing counts as a whole. Raises DataError for a record without an answer in text.
     """
     right, wrong, unfound = 0, [], 0
-    for conversation in conversations:
-        expected = last_answer(conversation)
-        said = subject.answer(prompt_ids(subject, conversation), max_new_tokens)
+    answers = [last_answer(conversation) for conversation in conversations]
+    prompts = [prompt_ids(subject, conversation) for conversation in conversations]
+    given = subject.answers(prompts, max_new_tokens)
+    for conversation, expected, said in zip(conversations, answers, given, strict=True):
         extracted = said if pattern is None else _last_match(pattern, said)
         wanted = expected if pattern is None else _last_match(pattern, expected) or expected
         unfound += extracted is None

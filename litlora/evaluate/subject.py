@@ -1,11 +1,13 @@
 """The model that is measured, and how it is asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from litlora.data.encode import Encoder
 from litlora.model import LanguageModel
 from litlora.prompts import PromptStyle
+from litlora.serve.answer import Request, Token
 from litlora.serve.engine import Engine, Sampling
 from litlora.stop_tokens import taught_stops
 from litlora.tokenizer import Tokenizer
@@ -34,9 +36,21 @@ class Subject:
         """Where an answer ends, as in chat."""
         return self.tokenizer.stop_ids | {*taught_stops(self.tokenizer, self.style)}
 
-    def answer(self, prompt_ids: list[int], max_new_tokens: int) -> str:
-        """What the model says after a prompt: the likeliest token each time."""
+    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+        """What the model says after each prompt, in token ids: the likeliest token each time."""
         sampling = Sampling(max_new_tokens=max_new_tokens)
+        found = self.asked(
+            [
+                Request(prompt=prompt, sampling=sampling, stop_ids=self.stop_ids, text=False)
+                for prompt in prompts
+            ]
+        )
+        return [self.tokenizer.decode([token.id for token in tokens]) for tokens in found]
+
+    def asked(self, requests: Sequence[Request]) -> list[list[Token]]:
+        """The answers to requests, which are computed in batches."""
         engine = Engine(self.model, self.tokenizer)
-        found = engine.generate(prompt_ids, sampling, stop_ids=self.stop_ids)
-        return self.tokenizer.decode([*found])
+        answers = [engine.submit(request) for request in requests]
+        while engine.step():
+            pass
+        return [[*iter(answer.take, None)] for answer in answers]

@@ -294,8 +294,9 @@ def hold(model: nn.Module, tensors: Mapping[str, Tensor | Quantized]) -> None:
 
 def _usable(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a matrix with gaps in its rows and in its columns, which every product
-    would copy: where the rows of two layers take turns in one tensor of gpt-oss."""
-    return tensor.contiguous() if tensor.ndim == 2 and 1 not in tensor.stride() else tensor
+    would copy: where the rows of two layers take turns in one tensor of gpt-oss. One value that stands
+    for all (stride 0) stays so."""
+    return tensor.contiguous() if tensor.ndim == 2 and not {0, 1} & {*tensor.stride()} else tensor
 
 
 class skipping_init(TorchFunctionMode):

@@ -120,12 +120,13 @@ class Samples(Probe):
         return [Note(f"{file}: has no answers to these prompts from before training")]
 
     def _sampled(self, step: int) -> Sampled:
-        return Sampled(step, tuple(map(self._sample, self.conversations)))
-
-    def _sample(self, conversation: Conversation) -> Sample:
-        ids = prompt_ids(self.subject, conversation)
-        said = self.subject.answer(ids, self.config.sample_tokens)
-        return Sample(conversation.messages[-2].content, said, last_answer(conversation))
+        prompts = [prompt_ids(self.subject, conversation) for conversation in self.conversations]
+        given = self.subject.answers(prompts, self.config.sample_tokens)
+        samples = (
+            Sample(conversation.messages[-2].content, said, last_answer(conversation))
+            for conversation, said in zip(self.conversations, given, strict=True)
+        )
+        return Sampled(step, tuple(samples))
 
 
 def read_probes(settings: Finetune, directory: Path) -> list[Evaluation | Samples]:
