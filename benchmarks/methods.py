@@ -9,8 +9,8 @@ figures in benchmarks/methods.json and writes docs/methods.md. The second only w
 the figures. `--alpaca` names a file of Alpaca's records, of which 900 are trained on.
 
 Every run is one of the repository's commands in a process of its own. A method is trained at a
-third, once and three times the rate that `--train.learning_rate auto` stands for, and further where
-the best of them lies at the edge; at the best one with two seeds more. The losses are measured by
+third, once and three times the rate of its row, and further where the best of them lies at the edge; at
+the best one with two seeds more. The losses are measured by
 one function for all, on records that no run has seen. Speed and memory are measured apart from the
 losses, one run at a time, interleaved: `--jobs` does not touch them.
 """
@@ -54,7 +54,7 @@ class Method:
     settings: tuple[str, ...] = ()
     command: str = LORA
     rate: float = 3.1e-3
-    """Where the grid of learning rates begins: what `auto` is for the command on this base."""
+    """The middle of the grid of learning rates."""
 
     @property
     def folder(self) -> str:

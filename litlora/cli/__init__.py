@@ -226,10 +226,7 @@ def make_parser(settings_class: type, base: str, names_source: bool) -> "Argumen
     class Parser(ArgumentParser):
         def format_help(self) -> str:
             helps = {action.dest: action.help or "" for action in self._actions}
-            matters = getattr(settings_class, "MATTERS", ())
-            if not helps.keys() >= {*matters}:  # jsonargparse's parser of a data source alone
-                return super().format_help()
-            return arranged(super().format_help(), matters, helps)
+            return arranged(super().format_help(), getattr(settings_class, "MATTERS", ()), helps)
 
     parser = Parser(exit_on_error=False, description=settings_class.__doc__)
     parser.add_argument(

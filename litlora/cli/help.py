@@ -16,6 +16,8 @@ SECTION = re.compile(r"\n(?=\S[^\n]*:\n)")
 def arranged(text: str, first: Sequence[str], helps: Mapping[str, str]) -> str:
     """A help text with a short usage, with the settings in `first` before all options, and with the
     running command's examples. `helps` are the texts of the options by their names."""
+    if not helps.keys() >= {*first}:  # the parser that jsonargparse makes of a data source alone
+        return text
     head, _, options = text.partition("\noptions:\n")
     usage, _, description = head.partition("\n\n")
     program = usage.split()[1]

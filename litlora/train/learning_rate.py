@@ -7,8 +7,9 @@ its place):
     5e-5 · (2000 / hidden size)^0.781    for full fine-tuning, ten times that for LoRA
 
 The factor of ten, and that it holds whatever the rank, are the findings of "LoRA Without Regret"
-(Schulman et al. 2025). The exponent is the one for Llama, and is used for every family. What was
-measured with litlora stands in docs/learning_rate.md.
+(Schulman et al. 2025). The exponent is the one for Llama, and is used for every family. A hidden size
+below 800 counts as 800: beyond what the rule was found for, its rates learn the data faster and lose
+more of what the base knew. What was measured with litlora stands in docs/learning_rate.md.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from litlora.settings import AUTO, Finetune, LoRAConfig
 OF_FULL_FINE_TUNING = 5e-5
 REFERENCE_SIZE = 2000
 EXPONENT = 0.781
+SMALLEST_SIZE = 800
 WITHOUT_RULE = 1e-4
 """Of full fine-tuning with an optimizer other than AdamW."""
 MOST_TIMES = 10
@@ -31,7 +33,7 @@ Which of the two counts depends on the rank, so that only what is outside of bot
 
 def auto_rate(hidden_size: int, times: float) -> float:
     """The rule's rate, to two digits: so many `times` full fine-tuning's."""
-    rate = times * OF_FULL_FINE_TUNING * (REFERENCE_SIZE / hidden_size) ** EXPONENT
+    rate = times * OF_FULL_FINE_TUNING * (REFERENCE_SIZE / max(hidden_size, SMALLEST_SIZE)) ** EXPONENT
     return float(f"{rate:.1e}")
 
 
@@ -44,7 +46,8 @@ def settle_learning_rate(settings: Finetune, hidden_size: int, say: Callable[[st
     if train.learning_rate == AUTO:
         reason = f"no rule for {train.optimizer} was measured; better name one"
         if has_rule:
-            reason = f"{times:g} · 5e-5 · (2000 / hidden size {hidden_size:,})^0.781"
+            size = f"{hidden_size:,}" if hidden_size >= SMALLEST_SIZE else f"{hidden_size:,}, at least 800"
+            reason = f"{times:g} · 5e-5 · (2000 / hidden size {size})^0.781"
         say(f"learning rate: {auto:g} (auto: {reason})")
         settings = dataclasses.replace(settings, train=dataclasses.replace(train, learning_rate=auto))
     elif has_rule and not 1 / MOST_TIMES <= train.learning_rate / auto <= MOST_TIMES:

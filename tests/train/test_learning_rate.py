@@ -19,6 +19,7 @@ def test_the_rule_gives_the_published_rates():
     published = {2048: 4.9e-4, 3072: 3.6e-4, 4096: 2.9e-4, 8192: 1.7e-4}
     assert {size: auto_rate(size, 10) for size in published} == published
     assert auto_rate(2000, 1) == 5e-5 and auto_rate(2000, 10) == 5e-4
+    assert auto_rate(192, 10) == auto_rate(800, 10) == 1e-3 and auto_rate(192, 1) == 1e-4
 
 
 def test_it_is_that_of_the_method_and_says_why():
@@ -27,6 +28,8 @@ def test_it_is_that_of_the_method_and_says_why():
     assert said == ["learning rate: 0.00029 (auto: 10 · 5e-5 · (2000 / hidden size 4,096)^0.781)"]
     assert settled(FinetuneFull)[0] == 2.9e-5
     assert settled(FinetuneDPO, "--data", "x.jsonl")[0] == 8.6e-6
+    small = settled(FinetuneLoRA, hidden_size=192)[1]
+    assert small == ["learning rate: 0.001 (auto: 10 · 5e-5 · (2000 / hidden size 192, at least 800)^0.781)"]
     for rank in (1, 8, 256):
         assert settled(FinetuneLoRA, "--lora.rank", rank) == (rate, said)
     for schedule in ("constant", "wsd", "linear"):
@@ -76,4 +79,4 @@ def test_it_is_stored_as_a_number_and_a_run_of_before_goes_on_with_its_own(run, 
     assert stored["train"]["learning_rate"] == 1e-3
     new = run("lora", tmp_path / "new", "--train.max_steps", 1)
     stored = yaml.safe_load((new / "hyperparameters.yaml").read_text())
-    assert stored["train"]["learning_rate"] == auto_rate(32, 10) == 0.013
+    assert stored["train"]["learning_rate"] == auto_rate(32, 10) == 1e-3
