@@ -122,7 +122,7 @@ def answer(session: "ChatSession", pieces: "Iterator[str]", ctrl_c: "CtrlC") -> 
         if session.notice:
             print(f"\n({one_line(session.notice)})", end="")
         if session.speed is not None and shown.is_terminal:
-            print(f"\n{shown.dim(session.speed.text)}", end="")
+            print(f"\n{shown.dim(one_line(session.speed.text))}", end="")
     except KeyboardInterrupt:
         print(f"{shown.finish()} (stopped)", end="")
     except UserError as error:
