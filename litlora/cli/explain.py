@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from litlora.cli.help import examples_of
 from litlora.settings.other_names import OTHER_NAMES
 
 NO_SOURCE = "no such data source"
@@ -88,10 +89,10 @@ def _options(names: str) -> str:
 
 
 def _example() -> str:
-    """`, as in python scripts/download.py ...`: the first command in the running script's docstring."""
-    text = sys.modules["__main__"].__doc__ or ""
-    found = re.search(r"^ *(python (?:.|\n)+?)(?=\n\n|\n *python|\Z)", text, re.MULTILINE)
-    return f", as in: {' '.join(found[1].replace(chr(92), ' ').split())}" if found else ""
+    """`, as in: python scripts/download.py ...`: the first command in the running script's docstring."""
+    lines = examples_of(sys.modules["__main__"].__doc__ or "")
+    commands = re.split(r" (?=python )", " ".join(" ".join(lines).replace("\\", " ").split()))
+    return f", as in: {commands[0]}" if commands[0] else ""
 
 
 def did_you_mean(option: str, types: Mapping[str, Any]) -> str:
