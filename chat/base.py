@@ -35,7 +35,6 @@ def main(settings: Chat) -> None:
     adapters = {name: checkpoint_dir(path) for name, path in named}
 
     from litlora.checkpoint import resolve
-    from litlora.load import pick_device
     from litlora.lora.live import Way
     from litlora.serve.commands import Commands
     from litlora.serve.conversation import ChatSession
@@ -43,8 +42,7 @@ def main(settings: Chat) -> None:
     from litlora.serve.sampling import Sampling
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    device, style = pick_device(settings.accelerator), settings.prompt_style
-    opening = Opening(device, settings.quantize, settings.stream_base, style, max_batch=1)
+    opening = Opening.of(settings, max_batch=1)
     opened = open_model(chain, opening, live=bool(adapters))
     for name, place in adapters.items():
         opened.add_adapter(name, place)

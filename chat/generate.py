@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from litlora.cli import run
 from litlora.console import say
-from litlora.errors import UserError, setting
+from litlora.errors import MissingExtraError, UserError, setting
 from litlora.paths import checkpoint_dir, output_file
 from litlora.settings import Generate
 
@@ -31,32 +31,25 @@ def main(settings: Generate) -> None:
             f"{setting('out_path')} {out}: exists; name another, or replace it with {setting('overwrite')}"
         )
     prompts = read_prompts(settings.prompts)
+    grammar = read_grammar(Path(settings.json_schema)) if settings.json_schema else None
 
     import time
 
     from tqdm import tqdm
 
     from litlora.checkpoint import resolve
-    from litlora.load import pick_device
     from litlora.serve.many import Partial, answers, plan
     from litlora.serve.opening import Opening, open_model
     from litlora.serve.prompt import Asker
     from litlora.serve.sampling import Sampling
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    partial = Partial(out, identity(settings, prompts, chain), overwrite=settings.overwrite)
-    opening = Opening(
-        pick_device(settings.accelerator),
-        settings.quantize,
-        settings.stream_base,
-        settings.prompt_style,
-        settings.batch_size,
-    )
-    opened = open_model(chain, opening, live=False)
+    partial = Partial(out, identity(settings, prompts, chain, grammar), overwrite=settings.overwrite)
+    opened = open_model(chain, Opening.of(settings, max_batch=settings.batch_size), live=False)
     for notice in opened.notices:
         say(f"note: {notice}", file=sys.stderr)
     asker = Asker(opened.engine.tokenizer, opened.style)
-    work = plan(prompts, asker, Sampling.of(settings), settings.n, opened.engine.context)
+    work = plan(prompts, asker, Sampling.of(settings), settings.n, opened.engine.context, grammar)
     if partial.done:
         say(f"{len(partial.done)} of {len(work.keys)} answers are there already: {partial.file}")
     started, before = time.perf_counter(), len(partial.done)
@@ -77,16 +70,34 @@ def main(settings: Generate) -> None:
     )
 
 
-FREE = ("prompts", "out_path", "overwrite", "batch_size", "checkpoint_dir", "base_checkpoint_dir")
+def read_grammar(file: Path) -> str:
+    """What answers may be, by a file with a JSON schema. Raises UserError, naming the file."""
+    from litlora.serve.schema import grammar_of
+    from litlora.storage.untrusted import read_json_object
+
+    schema = read_json_object(file)
+    try:
+        return grammar_of(schema)
+    except MissingExtraError:
+        raise
+    except UserError as error:
+        raise UserError(f"{file}: {error.args[0]}") from None
+
+
+FREE = (
+    *("prompts", "out_path", "overwrite", "batch_size", "checkpoint_dir", "base_checkpoint_dir"),
+    "json_schema",
+)
 """Settings that may change between a run that was stopped and the one that goes on with it."""
 
 
-def identity(settings: Generate, prompts: "list[Prompt]", chain: "Chain") -> str:
+def identity(settings: Generate, prompts: "list[Prompt]", chain: "Chain", grammar: str | None) -> str:
     """Identifies what is asked, how, and of which model."""
     from litlora.serve.records import fingerprint
 
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
-    return fingerprint(prompts, {**facts, "model": chain.top.fingerprint})
+    shape = {} if grammar is None else {"json_schema": grammar}
+    return fingerprint(prompts, {**facts, **shape, "model": chain.top.fingerprint})
 
 
 if __name__ == "__main__":

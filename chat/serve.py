@@ -40,18 +40,10 @@ def main(settings: Serve) -> None:
         )
 
     from litlora.checkpoint import resolve
-    from litlora.load import pick_device
     from litlora.serve.opening import Opening
 
     chain = resolve(directory, base_dir=base_dir, allow_base_mismatch=settings.allow_base_mismatch)
-    opening = Opening(
-        pick_device(settings.accelerator),
-        settings.quantize,
-        settings.stream_base,
-        settings.prompt_style,
-        settings.batch_size,
-        settings.cache_tokens,
-    )
+    opening = Opening.of(settings, max_batch=settings.batch_size, cache_tokens=settings.cache_tokens)
     opened = opened_live(chain, opening)
     for name, place in adapters.items():
         opened.add_adapter(name, place)

@@ -75,7 +75,9 @@ def test_what_was_stopped_goes_on_and_gives_the_same(asked, forked, tmp_path):
 
     loaded, prompts = load(QUICKSTART), read_prompts(str(file))
     settings = parse(Generate, [*map(str, words[1:]), "--out_path", str(again)])
-    identity = runpy.run_path(str(REPO / "chat/generate.py"))["identity"](settings, prompts, loaded.chain)
+    identity = runpy.run_path(str(REPO / "chat/generate.py"))["identity"](
+        settings, prompts, loaded.chain, None
+    )
     engine = Engine(loaded.model, loaded.tokenizer, max_batch=2)
     asker = Asker(loaded.tokenizer, STYLES["alpaca"])
     work = plan(prompts, asker, Sampling.of(settings), 3, engine.context)
@@ -111,3 +113,22 @@ def test_what_asks_nothing_is_named(asked, forked, tmp_path, text, message):
     file, words = asked
     file.write_text(text)
     assert message in forked.refuses(*words, "--out_path", "out.jsonl", cwd=tmp_path)
+
+
+def test_answers_follow_a_json_schema(asked, forked, tmp_path):
+    _, words = asked
+    schema, out = tmp_path / "colour.json", tmp_path / "out.jsonl"
+    schema.write_text('{"enum": ["red", "green"]}')
+    forked.succeeds(*words, "--json_schema", schema, "--out_path", out, "--n", 2, cwd=tmp_path)
+    found = [json.loads(answer) for record in lines(out) for answer in record["answer"]]
+    assert len(found) == 6 and {*found} <= {"red", "green"}
+    for text, reason in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"type": "colour"}', "the JSON schema cannot be used: Invalid type: colour"),
+    ):
+        schema.write_text(text)
+        error = forked.refuses(
+            *words, "--json_schema", schema, "--out_path", tmp_path / "o.jsonl", cwd=tmp_path
+        )
+        assert str(schema) in error and reason in error

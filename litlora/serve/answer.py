@@ -13,6 +13,7 @@ from litlora.serve.sampling import LogProb, Sampling
 
 if TYPE_CHECKING:
     from litlora.serve.engine import Engine
+    from litlora.serve.schema import Shape
 
 Finish = Literal["stop", "length", "cancelled"]
 """Why an answer ended: with a stop token or text, at its longest or the end of the context, or because
@@ -34,6 +35,8 @@ class Request:
     """What its tokens are drawn from; None: one of its own, in the state that the seed gives it."""
     text: bool = True
     """Whether tokens come with their text."""
+    shape: "Shape | None" = None
+    """What the answer must be; it goes along with the answer, so each request has one of its own."""
 
 
 class Token(NamedTuple):

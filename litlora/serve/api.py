@@ -33,6 +33,7 @@ from litlora.serve.engine import Engine
 from litlora.serve.metrics import Metrics
 from litlora.serve.opening import Opened
 from litlora.serve.prompt import Asker
+from litlora.serve.schema import Shape, Shapes, grammar_of
 from litlora.serve.written import Chat, Completion, Written
 
 PAGE = Path(__file__).with_name("page.html")
@@ -90,6 +91,11 @@ class Server:
         self._rendering = threading.Lock()  # a chat template's process answers one question at a time
         self._pending = 0
         self._started = int(time.time())
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What holds answers to JSON schemas."""
+        return Shapes(self.engine.tokenizer, self.asker.stop_ids)
 
     @cached_property
     def calls(self) -> Form | None:
@@ -280,12 +286,14 @@ class Server:
         serving = Serving(self, written, begun, count)
         try:
             prompts = await run_in_threadpool(encoded)
+            shape = await run_in_threadpool(self._shape, asked)
             requests = [
                 EngineRequest(
                     prompt=ids,
                     sampling=asked.sampling if number == 0 else asked.sampling.another(number),
                     stop_ids=stop_ids,
                     way=Way(adapter, asked.strength if adapter else 1.0),
+                    shape=shape and shape.another(),
                 )
                 for ids in prompts
                 for number in range(asked.n)
@@ -298,6 +306,15 @@ class Server:
         if asked.stream:
             return StreamingResponse(serving.events(), media_type="text/event-stream")
         return await serving.whole()
+
+    def _shape(self, asked: Asked) -> Shape | None:
+        if asked.schema is None:
+            return None
+        with self._rendering:
+            try:
+                return self.shapes.shape(grammar_of(asked.schema))
+            except UserError as error:
+                raise Wrong(str(error), "response_format") from None
 
     def release(self, count: int) -> None:
         """So many answers are done with."""

@@ -42,6 +42,8 @@ class Asked:
     """Of a chat."""
     prompts: list[str | list[int]] = field(default_factory=list)
     """Of plain completions: texts, or token ids."""
+    schema: dict[str, Any] | None = None
+    """The JSON schema that the answer must follow."""
 
 
 class Fields:
@@ -95,7 +97,7 @@ def read_chat(body: Any, limits: Limits) -> Asked:
     if top and not wants:
         raise Wrong("top_logprobs needs logprobs true", "top_logprobs")
     asked = _with_logprobs(asked, top if wants else None, "top_logprobs")
-    fields.only("response_format", ({"type": "text"}, None))
+    schema = _schema(fields)
     fields.only("parallel_tool_calls", (True, None))
     choice = fields.left.get("tool_choice", "auto")
     fields.only("tool_choice", ("auto", "none"))
@@ -103,7 +105,32 @@ def read_chat(body: Any, limits: Limits) -> Asked:
     fields.done()
     if choice == "none":
         given.pop("tools", None)
-    return replace(asked, conversation=_conversation(given))
+    if schema is not None and "tools" in given:
+        raise Wrong(
+            "response_format leaves no room for calls of tools; ask with one of them", "response_format"
+        )
+    return replace(asked, conversation=_conversation(given), schema=schema)
+
+
+def _schema(fields: Fields) -> dict[str, Any] | None:
+    """The JSON schema of a response_format; None for text."""
+    form = Fields(fields.take("response_format", dict, {}))
+    kind = form.take("type", str, "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise Wrong(
+            f"response_format.type {kind}: must be text, json_object or json_schema", "response_format"
+        )
+    found = {"type": "object"} if kind == "json_object" else None
+    if kind == "json_schema":
+        named = Fields(form.take("json_schema", dict, {}))
+        found = named.take("schema", dict)
+        if found is None:
+            raise Wrong("response_format.json_schema has no schema", "response_format")
+        for name in ("name", "description", "strict"):  # every schema is followed strictly
+            named.left.pop(name, None)
+        named.done()
+    form.done()
+    return found
 
 
 def _conversation(given: Mapping[str, Any]) -> Conversation:

@@ -301,10 +301,12 @@ class Engine:
         finite = torch.stack([torch.isfinite(row).all() for row in logits]).tolist()
         chosen = []
         for sequence, row, is_finite in zip(sequences, logits, finite, strict=True):
-            if not is_finite:
-                what = "its weights or configuration are broken, or its dtype is too narrow"
-                self._end(sequence, None, UserError(f"the model's logits are not finite: {what}"))
-            elif (token := sequence.choose(row)).id in sequence.answer.request.stop_ids:
+            try:
+                token = sequence.choose(row, is_finite)
+            except UserError as error:
+                self._end(sequence, None, error)
+                continue
+            if token.id in sequence.answer.request.stop_ids:
                 self._end(sequence, "stop")
             else:
                 sequence.ids.append(token.id)
@@ -313,7 +315,7 @@ class Engine:
         for (sequence, token), text in zip(chosen, texts, strict=True):
             sequence.answer.num_tokens += 1
             sequence.answer.put(token._replace(text=text))
-            if sequence.text is not None and sequence.text.stopped:
+            if sequence.is_complete:
                 self._end(sequence, "stop")
             elif len(sequence.ids) >= sequence.length:
                 self._end(sequence, "length")
@@ -366,13 +368,29 @@ class _Sequence:
     def computed_part(self) -> Computed:
         return Computed(self.way, self.ids[: self.computed], self.cache)
 
-    def choose(self, logits: Tensor) -> Token:
-        """The next token, from logits (V,), without its text."""
-        sampling = self.answer.request.sampling
+    @property
+    def is_complete(self) -> bool:
+        """Whether a stop text has come, or the answer is all that it may be."""
+        shape = self.answer.request.shape
+        if shape is not None and shape.is_complete:
+            return True
+        return self.text is not None and self.text.stopped
+
+    def choose(self, logits: Tensor, is_finite: bool) -> Token:
+        """The next token, from logits (V,), without its text. Raises UserError if there can be none."""
+        if not is_finite:
+            what = "its weights or configuration are broken, or its dtype is too narrow"
+            raise UserError(f"the model's logits are not finite: {what}")
+        request = self.answer.request
+        shape, sampling = request.shape, request.sampling
+        allowed = logits if shape is None else shape.masked(logits)
         if sampling.is_plain:
-            return Token(int(logits.argmax()), "")
-        prompt, answer = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
-        chosen = int(sample(penalised(logits, sampling, prompt, answer), sampling, self.generator))
+            chosen = int(allowed.argmax())
+        else:
+            prompt, answer = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
+            chosen = int(sample(penalised(allowed, sampling, prompt, answer), sampling, self.generator))
+        if shape is not None and chosen not in request.stop_ids:
+            shape.add(chosen)
         if sampling.logprobs is None:
             return Token(chosen, "")
         own, top = log_probabilities(logits, chosen, sampling.logprobs)

@@ -18,6 +18,7 @@ from litlora.serve.engine import Engine
 from litlora.serve.prompt import Asker
 from litlora.serve.records import ANSWER, Prompt
 from litlora.serve.sampling import Sampling
+from litlora.serve.schema import Shape, Shapes
 from litlora.storage.atomic import replacing_file
 
 Key = tuple[int, int]
@@ -35,6 +36,8 @@ class Work:
     count: int
     """Answers to each."""
     stop_ids: frozenset[int]
+    shape: Shape | None = None
+    """What every answer must be."""
 
     @property
     def keys(self) -> list[Key]:
@@ -50,10 +53,18 @@ class Work:
         if sampling.seed is not None:
             digest = hashlib.sha256(f"{sampling.seed} {key}".encode()).digest()
             sampling = replace(sampling, seed=int.from_bytes(digest[:7]))
-        return Request(prompt=self.ids[key[0]], sampling=sampling, stop_ids=self.stop_ids)
+        shape = self.shape and self.shape.another()
+        return Request(prompt=self.ids[key[0]], sampling=sampling, stop_ids=self.stop_ids, shape=shape)
 
 
-def plan(prompts: list[Prompt], asker: Asker, sampling: Sampling, count: int, context: int) -> Work:
+def plan(
+    prompts: list[Prompt],
+    asker: Asker,
+    sampling: Sampling,
+    count: int,
+    context: int,
+    grammar: str | None = None,
+) -> Work:
     """Encode all prompts. Raises DataError, naming the record, for one that leaves no room for an
     answer, or that the style has no place for."""
     ids = [asker.ids(prompt.conversation) for prompt in prompts]
@@ -63,7 +74,8 @@ def plan(prompts: list[Prompt], asker: Asker, sampling: Sampling, count: int, co
                 f"{prompt.conversation.place}: has {len(found)} tokens as a prompt; the model's context "
                 f"holds {context}, the answer included"
             )
-    return Work(prompts, ids, sampling, count, asker.stop_ids)
+    shape = None if grammar is None else Shapes(asker.tokenizer, asker.stop_ids).shape(grammar)
+    return Work(prompts, ids, sampling, count, asker.stop_ids, shape)
 
 
 class Partial:

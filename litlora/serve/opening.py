@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
-from litlora.load import Loaded, load_chain
+from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
 from litlora.prompts import PromptStyle, choose_style, lacking_tokens
 from litlora.serve.engine import Engine
+from litlora.settings.inference import Inference
 from litlora.streaming import gib, streams
 
 PLAIN = "base"
@@ -32,6 +34,13 @@ class Opening:
     """As of `choose_style`."""
     max_batch: int = 16
     cache_tokens: int | None = None
+
+    @classmethod
+    def of(cls, settings: Inference, **changes: Any) -> "Opening":
+        """As a command's settings say, with changes."""
+        names = {name: getattr(settings, name) for name in ("quantize", "prompt_style")}
+        names |= {"device": pick_device(settings.accelerator), "stream": settings.stream_base}
+        return cls(**{**names, **changes})
 
 
 @dataclass

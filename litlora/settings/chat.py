@@ -42,6 +42,8 @@ class Generate(Inference):
     and its number of tokens. With n above 1 these are lists."""
     n: int = 1
     """Answers to each."""
+    json_schema: str | None = None
+    """A file with a JSON schema, .json, that every answer must follow."""
     batch_size: int = 16
     """Answers that are computed together, at most."""
     overwrite: bool = False

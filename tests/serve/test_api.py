@@ -21,6 +21,7 @@ import pytest
 import torch
 import uvicorn
 from conftest import QUICKSTART, REPO, random_adapter
+from pydantic import BaseModel, Field
 
 from litlora.checkpoint import resolve
 from litlora.lora import LoRAConfig
@@ -145,6 +146,23 @@ def test_plain_completions(client, opened):
     assert "".join(part.choices[0].text for part in parts) == expected[0]
 
 
+class Person(BaseModel):
+    name: str = Field(max_length=8)
+    age: int = Field(ge=0, le=99)
+
+
+def test_answers_follow_a_json_schema(client):
+    asked = {"model": "poet", "messages": ASKED, "max_tokens": 60}
+    got = client.chat.completions.parse(**asked, n=3, seed=1, response_format=Person)
+    assert all(choice.finish_reason == "stop" for choice in got.choices)
+    assert len({repr(choice.message.parsed) for choice in got.choices}) == 3
+    wanted = {"type": "json_schema", "json_schema": {"name": "p", "schema": Person.model_json_schema()}}
+    parts = client.chat.completions.create(**asked, seed=1, response_format=wanted, stream=True)
+    Person.model_validate_json("".join(part.choices[0].delta.content or "" for part in parts))
+    some = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices[0]
+    assert some.message.content.startswith("{")
+
+
 MISTAKES = [
     ({"model": "nobody"}, 404, "the model 'nobody' does not exist; there is"),
     ({"temperature": -1}, 400, "temperature -1: must be 0 or more"),
@@ -162,7 +180,11 @@ MISTAKES = [
     ({"messages": [{"role": "system", "content": "x"}, *ASKED]}, 400, "no place for tools or a system"),
     ({"messages": [{"role": "user", "content": "fox " * 300}]}, 400, "the model's context holds 128"),
     ({"tool_choice": "required"}, 400, "tool_choice can be 'auto' or 'none' only"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format can be"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type xml: must be text, json_object"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema has no schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, 400,
+     "the JSON schema cannot be used: Unimplemented keys"),
+    ({"response_format": {"type": "json_object"}, "tools": []}, 400, "leaves no room for calls of tools"),
 ]  # fmt: skip
 
 
