@@ -15,8 +15,9 @@ from litlora.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-SPACE = r"[\x20\x0A\x0D\x09]{0,40}"
-"""What may stand between two parts of a document: a model cannot fill an answer with spaces."""
+SPACE = r"( |\n {0,20}|\n\t{0,10})?"
+"""What may stand between two parts of a document: a space, or a line break and the next line's
+indentation. With more freedom, a model that does not know JSON fills its answer with line breaks."""
 
 
 def grammar_of(schema: dict[str, Any]) -> str:

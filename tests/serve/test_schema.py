@@ -49,7 +49,7 @@ def answered(engine, requests):
 
 
 def asked(engine, shape, **sampling):
-    sampling = Sampling(**{"max_new_tokens": 300, "temperature": 1.0, "seed": 0, **sampling})
+    sampling = Sampling(**{"max_new_tokens": 450, "temperature": 1.0, "seed": 0, **sampling})
     stops = engine.tokenizer.stop_ids
     return Request(prompt=[5, 6, 7], sampling=sampling, stop_ids=stops, shape=shape and shape.another())
 
@@ -73,15 +73,18 @@ def test_every_answer_follows_its_schema_and_changes_no_other(engine, shapes):
 
 def test_spaces_between_the_parts_are_bounded_and_free(engine, shapes):
     shape = shapes.shape(grammar_of(PERSON))
-    text = json.dumps({"name": "Ann", "age": 40, "tags": ["red"]}, indent=2)
-    for token in engine.tokenizer.encode(text):
-        shape.masked(engine.model.like.new_zeros(engine.model.config.vocab_size))
-        shape.add(token)
-    assert shape.is_complete
-    with pytest.raises(UserError, match="cannot be held to the JSON schema"):
-        flood = shape.another()
-        for token in engine.tokenizer.encode("{" + " " * 60 + '"name"'):
-            flood.add(token)
+    person = {"name": "Ann", "age": 40, "tags": ["red"]}
+    for spaces in ({}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}):
+        written = shape.another()
+        for token in engine.tokenizer.encode(json.dumps(person, **spaces)):
+            written.masked(engine.model.like.new_zeros(engine.model.config.vocab_size))
+            written.add(token)
+        assert written.is_complete
+    for flood in (" " * 8, "\n" * 8, "\n" + " " * 60):
+        with pytest.raises(UserError, match="cannot be held to the JSON schema"):
+            written = shape.another()
+            for token in engine.tokenizer.encode("{" + flood + '"name"'):
+                written.add(token)
 
 
 @pytest.mark.parametrize(
