@@ -18,7 +18,7 @@ from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
 from litlora.frozen.streamed import Stream
 from litlora.lora import Adapter, attach_lora
 from litlora.model import GPT, LanguageModel, Router, TransformersModel, kind_of
-from litlora.prompts import PromptStyle, load_style, load_template
+from litlora.prompts import PromptStyle, choose_style, load_style, load_template
 from litlora.ram import is_lack_of_memory
 from litlora.settings.targets import OUTPUT_HEAD
 from litlora.storage.blocks import LazyTensor
@@ -38,6 +38,10 @@ class TextSide:
     """The prompt style that the model was trained with, if its directory says."""
     template: PromptStyle | None
     """The model's own chat template, if it has one."""
+
+    def style(self, named: str | None, default: str) -> tuple[PromptStyle, str]:
+        """How the model is asked, and why; `named` and `default` as of `choose_style`."""
+        return choose_style(named, self.prompt_style, self.template, default, self.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ def main(settings: Evaluate) -> None:
 
     from litlora.evaluate.subject import Subject
     from litlora.load import load, pick_device
-    from litlora.prompts import choose_style
 
     loaded = load(
         directory,
@@ -60,13 +59,7 @@ def main(settings: Evaluate) -> None:
         device=pick_device(settings.accelerator),
         quantize=settings.quantize,
     )
-    style, reason = choose_style(
-        settings.prompt_style,
-        loaded.prompt_style,
-        loaded.template,
-        default="plain",
-        tokenizer=loaded.tokenizer,
-    )
+    style, reason = loaded.style(settings.prompt_style, default="plain")
     for notice in loaded.chain.notices:
         say(f"note: {notice}", file=sys.stderr)
     subject = Subject(loaded.model, loaded.tokenizer, style, settings.batch_tokens)

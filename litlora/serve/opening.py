@@ -10,7 +10,7 @@ from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
 from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
-from litlora.prompts import PromptStyle, choose_style, lacking_tokens
+from litlora.prompts import PromptStyle, lacking_tokens
 from litlora.serve.engine import Engine
 from litlora.settings.inference import Inference
 from litlora.streaming import gib, streams
@@ -99,13 +99,7 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
     loaded = load_chain(
         chain, device=opening.device, quantize=opening.quantize, live=live or None, stream=stream
     )
-    style, reason = choose_style(
-        opening.prompt_style,
-        loaded.prompt_style,
-        loaded.template,
-        default="plain",
-        tokenizer=loaded.tokenizer,
-    )
+    style, reason = loaded.style(opening.prompt_style, default="plain")
     below = chain.inner if live else chain
     if live:
         unwrap_lora(loaded.model)

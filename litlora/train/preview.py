@@ -25,7 +25,7 @@ from litlora.data.sources import Dataset
 from litlora.data.store import lengths_of
 from litlora.errors import DataError
 from litlora.load import load_text
-from litlora.prompts import PromptStyle, choose_style, lacking_tokens
+from litlora.prompts import PromptStyle, lacking_tokens
 from litlora.settings import ShowData, ShowDistill, ShowPreference, TrainConfig
 from litlora.tokenizer import Tokenizer
 from litlora.train.plan import Plan, pack_tokens
@@ -202,9 +202,7 @@ def preview(
     """Everything that `scripts/show_data.py` shows of a run on this model."""
     text = load_text(chain)
     tokenizer = text.tokenizer
-    style, reason = choose_style(
-        settings.prompt_style, text.prompt_style, text.template, default="alpaca", tokenizer=tokenizer
-    )
+    style, reason = text.style(settings.prompt_style, default="alpaca")
     notes, asked = [], settings.tokenizer.add_tokens
     if asked:
         added = AddedTokens()

@@ -22,7 +22,6 @@ from litlora.frozen.quantize import joined
 from litlora.load import pick_device
 from litlora.lora import Adapter
 from litlora.paths import FINAL, HYPERPARAMETERS_FILE, WEIGHTS_FILE, keep_inputs
-from litlora.prompts import choose_style
 from litlora.report.console import Console
 from litlora.report.events import Done
 from litlora.report.loggers import check_loggers, make_loggers
@@ -135,13 +134,7 @@ class Run:
         self.base, self.model = self.loaded.chain.top, self.loaded.model
         if not self.model.packs:
             check_through(settings)
-        self.style, self.style_reason = choose_style(
-            settings.prompt_style,
-            self.loaded.prompt_style,
-            self.loaded.template,
-            default="alpaca",
-            tokenizer=self.loaded.tokenizer,
-        )
+        self.style, self.style_reason = self.loaded.style(settings.prompt_style, default="alpaca")
         self.added = AddedTokens()
         asked = settings.tokenizer.add_tokens
         if asked and (tokens := missing_tokens(asked, self.style, self.loaded.tokenizer)):
