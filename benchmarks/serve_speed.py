@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -102,7 +103,13 @@ def litgpt(options: argparse.Namespace):
     words += ["--accelerator", "cpu", "--devices", "1", "--precision", "32-true", "--temperature", "0"]
     words += ["--top_k", "1", "--timeout", "900", "--max_new_tokens", str(options.new_tokens)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
     try:
         wait_for("http://127.0.0.1:8102/health", process)
 
@@ -112,7 +119,7 @@ def litgpt(options: argparse.Namespace):
 
         yield ask
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers outlive it
         process.wait()
 
 
