@@ -231,7 +231,10 @@ def test_sources_are_a_mixture():
     assert parse(FinetuneLoRA, ["--data", "./a", "--data.max_examples", "5", "--data.shuffle"]).data.shuffle
 
 
-@pytest.mark.parametrize("path", ["x.jsonl", "x.JSON", "some/where", "./x"])
+@pytest.mark.parametrize(
+    "path",
+    ["x.JSON", *(pytest.param(path, marks=pytest.mark.slow) for path in ("x.jsonl", "some/where", "./x"))],
+)
 def test_a_path_is_data_enough(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["--data", path], [f"--data={path}"], ["--data.path", path], [f"--data.path={path}"]):

@@ -62,8 +62,12 @@ def rows(out):
 
 @pytest.mark.parametrize(
     ("loss", "more"),
-    [("dpo", ()), ("dpo", ("--quantize", "nf4")), ("ipo", ()), ("simpo", ()), ("orpo", ())],
-    ids=["dpo", "dpo-nf4", "ipo", "simpo", "orpo"],
+    [
+        pytest.param("dpo", (), id="dpo"),
+        pytest.param("orpo", (), id="orpo"),
+        *(pytest.param(name, (), id=name, marks=pytest.mark.slow) for name in ("ipo", "simpo")),
+        pytest.param("dpo", ("--quantize", "nf4"), id="dpo-nf4", marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns_to_prefer_and_merges(loss, more, pairs, forked, tmp_path):
     words = ["--data", pairs, "--out_dir", tmp_path / "out", "--preference.loss", loss, *more, *EXACT]

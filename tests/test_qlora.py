@@ -250,7 +250,7 @@ def test_what_the_file_says_of_its_bits_is_never_dropped(change, says, trained):
 # ---- the commands
 
 
-@pytest.mark.parametrize("onto", ["dequantized", "original"])
+@pytest.mark.parametrize("onto", [pytest.param("dequantized", marks=pytest.mark.slow), "original"])
 def test_a_merge_says_which_base_fits_better(onto, trained, base, tmp_path, says):
     words = [] if onto == "dequantized" else ["--onto", onto]
     out = tmp_path / "merged"

@@ -40,7 +40,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",  # one function of ours gives the verdict to all
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("train", "merge"))) for name in COMMANDS],
+)
 def test_the_verdict(command, forked, tmp_path, base, make_checkpoint, alpaca_file):
     script, option, base_option, more = COMMANDS[command]
     adapter = write_adapter(tmp_path / "adapter", base)

@@ -305,7 +305,9 @@ def changes_of(directory) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize(
+    "which", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_one_adapter_at_weight_1_stays_what_it_is(mode, which, adapters):
     chain = resolve(adapters[which])
     combined, changes = combine_adapters([chain], asked(mode))
@@ -339,7 +341,7 @@ def test_an_adapter_of_weight_0_is_left_out(mode, adapters):
     assert all(torch.equal(tensor, chains[1].top.tensors[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("mode", ["linear", "cat"])
+@pytest.mark.parametrize("mode", [pytest.param("linear", marks=pytest.mark.slow), "cat"])
 def test_the_command_adds_what_the_adapters_change(mode, adapters, tmp_path):
     """Other ranks, scales, layers, rsLoRA and modules saved whole: merged, the sum of what each
     does, merged alone."""

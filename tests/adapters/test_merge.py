@@ -57,9 +57,13 @@ def same_bits(a, b):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, marks=[pytest.mark.slow] * (dtype == torch.float16)) for dtype in DTYPES],
+    ids=str,
+)
 def test_merged_equals_live(tmp_path, make_checkpoint, dtype, variant, tied):
     if tied and variant != "the output head":
         return  # a tied model has no module to save whole, and is no different elsewhere
@@ -113,7 +117,9 @@ def test_the_strength_is_linear_and_zero_is_the_base(tmp_path, make_checkpoint):
     assert none.fingerprint == open_checkpoint(base).fingerprint
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_several_adapters_are_added_up_and_rounded_once(tmp_path, make_checkpoint, dtype):
     base = make_checkpoint("base", dtype=dtype)
     one = write_adapter(tmp_path / "one", base, modules_to_save=["model.norm"])

@@ -23,7 +23,9 @@ from litlora.storage.pages import MAX_HELD
 IDS = torch.arange(30).view(1, 30)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def adapter(request, tmp_path, make_checkpoint):
     return write_adapter(tmp_path / "adapter", make_checkpoint("base", dtype=request.param))
 

@@ -28,6 +28,8 @@ _spec = importlib.util.spec_from_file_location("attacks_make", HERE / "make.py")
 make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
 CASES = [(document, *case) for document, cases in make.ATTACKS.items() for case in cases]
+LONG = ("a_decoder_that_doubles_40_times", "steps_without_end", "loops_in_loops", "a_power")
+"""They take seconds to be stopped; others like them are quicker."""
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +86,13 @@ def test_a_valid_checkpoint_is_accepted(valid, forked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("document", "attack", "command", "says"), CASES, ids=[f"{d}-{a.__name__}" for d, a, _, _ in CASES]
+    ("document", "attack", "command", "says"),
+    [
+        pytest.param(
+            *case, id=f"{case[0]}-{(name := case[1].__name__)}", marks=[pytest.mark.slow] * (name in LONG)
+        )
+        for case in CASES
+    ],
 )
 def test_an_attack_is_refused_in_one_line(document, attack, command, says, valid, forked, tmp_path):
     shutil.copytree(valid, tmp_path / "it")

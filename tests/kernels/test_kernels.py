@@ -265,7 +265,9 @@ def test_a_sink_takes_its_share_of_each_softmax(window):
     assert torch.allclose(attention.attend(*last, None, scale=0.3, sinks=sinks), explicit()[:, :, -1:])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    "groups", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_the_backward_by_matrix_multiplications(groups, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     torch.manual_seed(0)

@@ -79,7 +79,13 @@ def test_greedy_equals_a_forward_over_everything_each_time(model):
     assert got == ids[5:]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("phi3", "gpt2", "qwen3_moe")))
+        for name in FAMILIES
+    ],
+)
 def test_a_batch_gives_what_each_request_gives_alone(family):
     facts = {**example_config(family).to_dict(), **MORE.get(family, {})}
     model = GPT(ModelConfig.from_dict({**facts, "vocab_size": 400, "max_position_embeddings": 128})).eval()

@@ -55,6 +55,7 @@ print(_unwrap_compiled(compiled)[0] is layer, len(fabric.setup(compiled).state_d
     assert said_by(code) == "True 2"
 
 
+@pytest.mark.slow
 def test_a_fabric_that_wants_more_of_the_compiler_gets_it():
     code = """
 import sys

@@ -69,6 +69,7 @@ def test_a_run_stopped_again_and_again_is_the_run_that_was_not(run, tmp_path, ca
     )
 
 
+@pytest.mark.slow
 def test_a_full_run_of_a_bf16_base_resumes_from_the_weights_it_trains(run, make_checkpoint, tmp_path):
     """What lit_model.pth stores is rounded; what is trained on is not. What was measured at the
     start is not measured again."""
@@ -102,6 +103,7 @@ def test_what_was_measured_at_the_start_is_not_measured_again(
     assert same(out, expected)
 
 
+@pytest.mark.slow
 def test_the_stored_configuration_resumes_too(run, tmp_path):
     """And an explicit directory: an older one than the newest, whose course is then given up."""
     expected = run("lora", tmp_path / "expected")

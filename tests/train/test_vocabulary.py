@@ -56,7 +56,7 @@ def logits(model, ids):
 @pytest.mark.parametrize(
     ("tied", "spare"),
     [
-        pytest.param(True, 0, id="tied"),
+        pytest.param(True, 0, id="tied", marks=pytest.mark.slow),
         pytest.param(False, 5, id="untied, spare rows"),
         pytest.param(True, 5, id="tied, spare rows", marks=pytest.mark.slow),
         pytest.param(False, 0, id="untied", marks=pytest.mark.slow),
@@ -112,6 +112,7 @@ def test_an_adapter_stores_the_rows_of_its_tokens_alone(
     assert f"adds {known}, {known + 1}; vocabulary {max(known + 2, known + spare)} with them" in said
 
 
+@pytest.mark.slow
 def test_a_chain_on_added_tokens_and_a_resumed_run(model_folder, run, succeeds, tmp_path, capsys):
     base, known = model_folder(0, True)
     words = ("--checkpoint_dir", base, *CHATML, *STEPS, "--train.save_interval", 1)
@@ -183,7 +184,7 @@ def test_what_cannot_be_added_is_refused(model_folder, run, tmp_path, forked):
 @pytest.mark.parametrize(
     ("tied", "spare", "weights", "mode"),
     [
-        pytest.param(True, 0, (0.7, 0.3), "linear", id="tied"),
+        pytest.param(True, 0, (0.7, 0.3), "linear", id="tied", marks=pytest.mark.slow),
         pytest.param(False, 5, (1, 1), "cat", id="untied, spare rows"),
         pytest.param(True, 5, (0.5, -1.5), "svd", id="tied, spare rows", marks=pytest.mark.slow),
     ],
