@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from litlora.config_checks import check
 from litlora.errors import CheckpointError
 from litlora.facts import Facts, check_size
 from litlora.rope_facts import RopeScaling as RopeScaling
@@ -196,17 +197,7 @@ class ModelConfig(Facts):
                 check_size(field.name, value)
             elif type(value) is tuple:
                 self._check_layers(field.name, value)
-        self._check_attention()
-        self._check_layers_of_gemma4()
-        self._check_latent_attention()
-        self._check_linear_attention()
-        self._check_experts()
-        self._check_blocks()
-        if self.rope_scaling is not None:
-            self.rope_scaling.check_factors(self.rotary_dim // 2)
-            is_proportional = self.rope_scaling.rope_type == "proportional"
-            if is_proportional and self.sliding_window is not None and self.rope_local_base_freq is None:
-                raise CheckpointError("a proportional rope_scaling needs rope_local_base_freq beside windows")
+        check(self)
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
         if missing := [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]:
@@ -215,153 +206,6 @@ class ModelConfig(Facts):
             )
         if len(layers) > self.num_hidden_layers:
             raise CheckpointError(f"{name} lists a layer more than once")
-
-    def _check_attention(self) -> None:
-        if self.partial_rotary_factor > 1:
-            raise CheckpointError(
-                f"partial_rotary_factor is {self.partial_rotary_factor}; it must be at most 1"
-            )
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        if heads % groups:
-            raise CheckpointError(
-                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})"
-            )
-        if self.attention_sinks and self.attn_logit_softcapping is not None:
-            raise CheckpointError(
-                "attention_sinks with attn_logit_softcapping is not a supported architecture"
-            )
-        if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
-            raise CheckpointError(
-                f"{self.rotary_dim} of head_dim ({self.head_dim}) are rotated; rotary embeddings need an "
-                "even number"
-            )
-
-    def _check_layers_of_gemma4(self) -> None:
-        of_layers = (self.global_head_dim, self.num_global_key_value_heads, self.attention_k_eq_v)
-        if any(of_layers) and self.sliding_window is None:
-            raise CheckpointError("layers with other heads need others, with a sliding_window, beside them")
-        heads = self.num_attention_heads
-        if self.num_global_key_value_heads is not None and heads % self.num_global_key_value_heads:
-            raise CheckpointError(
-                f"num_attention_heads ({heads}) is not a multiple of num_global_key_value_heads "
-                f"({self.num_global_key_value_heads})"
-            )
-        sizes = (self.hidden_size_per_layer_input, self.vocab_size_per_layer_input)
-        if (sizes[0] is None) != (sizes[1] is None):
-            raise CheckpointError(
-                "hidden_size_per_layer_input and vocab_size_per_layer_input must be set together"
-            )
-        is_other = self.kv_lora_rank or self.linear_attention_layers
-        if is_other and (any(of_layers) or self.num_kv_shared_layers):
-            raise CheckpointError("layers that share keys and values need plain attention in all layers")
-        if sizes[1] is not None and sizes[1] < self.vocab_size:
-            raise CheckpointError(
-                f"vocab_size_per_layer_input ({sizes[1]}) is less than vocab_size ({self.vocab_size}): "
-                "tokens without an input of each layer are not implemented"
-            )
-        if (sizes[0] or self.layer_scalar) and self.norm_position != "both":
-            raise CheckpointError("per-layer inputs and layer_scalar need norm_position both")
-        if self.num_kv_shared_layers is None:
-            if self.use_double_wide_mlp:
-                raise CheckpointError("use_double_wide_mlp needs num_kv_shared_layers")
-            return
-        own = range(self.num_hidden_layers - self.num_kv_shared_layers)
-        kinds = {self.window(layer) is None for layer in own}
-        if missing := [n for n in range(self.num_hidden_layers) if (self.window(n) is None) not in kinds]:
-            raise CheckpointError(
-                f"num_kv_shared_layers ({self.num_kv_shared_layers}): no layer before layer {missing[0]} has "
-                "the keys and values that it shares"
-            )
-
-    def _check_latent_attention(self) -> None:
-        sizes = [self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim]
-        if None in sizes and sizes != [None] * 3:
-            raise CheckpointError("kv_lora_rank, qk_nope_head_dim and v_head_dim must be set together")
-        if self.kv_lora_rank is None:
-            return
-        others = {
-            "sliding_window": self.sliding_window,
-            "attention_sinks": self.attention_sinks,
-            "attn_logit_softcapping": self.attn_logit_softcapping,
-            "query_pre_attn_scalar": self.query_pre_attn_scalar,
-            "query_scale_beta": self.query_scale_beta,
-            "clip_qkv": self.clip_qkv,
-            "attention_gate": self.attention_gate,
-            "layers_without_rope": self.layers_without_rope or None,
-        }
-        if found := [name for name, value in others.items() if value is not None]:
-            raise CheckpointError(f"{found[0]} with kv_lora_rank is not a supported architecture")
-        if self.qk_norm != "none" or self.rotary_dim != self.head_dim or self.positions != "rotary":
-            raise CheckpointError("kv_lora_rank needs heads without norms, whose head_dim is rotated whole")
-        if self.mscale_all_dim is not None and getattr(self.rope_scaling, "factor", None) is None:
-            raise CheckpointError("mscale_all_dim needs a rope_scaling with a factor")
-
-    def _check_linear_attention(self) -> None:
-        names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-        sizes = [getattr(self, f"linear_{name}") for name in names]
-        if not self.linear_attention_layers:
-            return
-        if None in sizes:
-            raise CheckpointError(f"linear_{names[sizes.index(None)]} missing: linear attention needs it")
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise CheckpointError(
-                f"linear_num_value_heads ({self.linear_num_value_heads}) is not a multiple of "
-                f"linear_num_key_heads ({self.linear_num_key_heads})"
-            )
-        if self.linear_conv_kernel_dim < 2:
-            raise CheckpointError("linear_conv_kernel_dim must be at least 2")
-
-    def _check_experts(self) -> None:
-        sizes = [self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size]
-        if None in sizes and sizes != [None] * 3:
-            raise CheckpointError(
-                "num_experts, num_experts_per_tok and moe_intermediate_size must be set together"
-            )
-        if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
-            raise CheckpointError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than num_experts "
-                f"({self.num_experts})"
-            )
-        groups, picked = self.n_group, self.topk_group
-        if (groups is None) != (picked is None):
-            raise CheckpointError("n_group and topk_group must be set together")
-        if groups is not None and self.num_experts is not None:
-            size = self.num_experts // groups
-            if self.num_experts % groups or size < 2 or picked > groups:
-                raise CheckpointError(
-                    f"n_group ({groups}) and topk_group ({picked}) do not fit {self.num_experts} experts: "
-                    "a group needs two experts or more, and all groups as many"
-                )
-            if self.num_experts_per_tok > picked * size:
-                raise CheckpointError(
-                    f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the experts of "
-                    f"topk_group ({picked}) groups"
-                )
-
-    def _check_blocks(self) -> None:
-        if self.parallel_residual and self.norm_position != "before":
-            raise CheckpointError(
-                f"parallel_residual with norm_position {self.norm_position} is not a supported architecture"
-            )
-        if self.shared_norm and not self.parallel_residual:
-            raise CheckpointError("shared_norm needs parallel_residual")
-        if (self.swiglu_limit is None) != (self.swiglu_alpha is None):
-            raise CheckpointError("swiglu_limit and swiglu_alpha must be set together")
-        if self.swiglu_limit is not None and (self.mlp != "gated" or self.hidden_act != "silu"):
-            raise CheckpointError("swiglu_limit needs a gated mlp with the activation silu")
-        if self.hidden_act == "xielu" and (self.mlp != "plain" or self.num_experts is not None):
-            raise CheckpointError("hidden_act xielu needs a plain mlp, without experts")
-        if self.residual_multiplier is not None and self.norm_position != "before":
-            raise CheckpointError(
-                f"residual_multiplier with norm_position {self.norm_position} is not a supported architecture"
-            )
-        if self.logit_scale is not None and self.lm_head_bias:
-            raise CheckpointError("logit_scale with lm_head_bias is not a supported architecture")
-        original = self.rope_scaling and self.rope_scaling.original_max_position_embeddings
-        if self.query_scale_beta is not None and not original:
-            raise CheckpointError(
-                "query_scale_beta needs a rope_scaling with original_max_position_embeddings"
-            )
 
     @property
     def least_modules(self) -> int:
