@@ -67,6 +67,10 @@ class ModelConfig(Facts):
     """The gate is clamped from above, up to ± this, and then the MLP is
     down(gate · sigmoid(swiglu_alpha · gate) · (up + 1)) (gpt-oss)."""
     swiglu_alpha: float | None = None
+    activation_sparsity: float | None = None
+    """This share of the gates is cut off as if they were normally distributed, in the sparse_mlp_layers:
+    what remains is their excess over mean + deviation · the quantile (Gemma 3n)."""
+    sparse_mlp_layers: tuple[int, ...] | None = None
     hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"] = "silu"
     """relu2 is the square of relu; xielu (Apertus) has two weights in each layer."""
     attention_bias: bool = False
@@ -150,6 +154,13 @@ class ModelConfig(Facts):
     vocab_size_per_layer_input: int | None = None
     layer_scalar: bool | None = None
     """What a layer gives is multiplied by a stored number (Gemma 4)."""
+    altup_num_inputs: int | None = None
+    """Residual streams, of which each layer computes with one and predicts and corrects all (AltUp,
+    Gemma 3n)."""
+    altup_coef_clip: float | None = None
+    """In training, the weights of what predicts and corrects are clamped to ± this."""
+    laurel_rank: int | None = None
+    """A product of two matrices of this rank is beside attention (LAuReL, Gemma 3n)."""
     linear_attention_layers: tuple[int, ...] | None = None
     """Numbers of the layers with linear attention by the gated delta rule (Qwen3-Next)."""
     linear_num_key_heads: int | None = None
@@ -188,6 +199,9 @@ class ModelConfig(Facts):
     """The same of one without a gate (DeepSeek-V3)."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers with one MLP instead of experts."""
+    enable_moe_block: bool | None = None
+    """Experts are beside the MLP, not in its place, each of the two with norms of its own; the router
+    scales its input, and the experts' shares (Gemma 4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

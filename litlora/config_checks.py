@@ -12,6 +12,7 @@ def check(config: "ModelConfig") -> None:
     """Raise CheckpointError if the fields contradict each other."""
     _check_attention(config)
     _check_layers_of_gemma(config)
+    _check_streams(config)
     _check_latent_attention(config)
     _check_linear_attention(config)
     _check_experts(config)
@@ -58,7 +59,8 @@ def _check_layers_of_gemma(config: "ModelConfig") -> None:
     is_other = config.kv_lora_rank or config.linear_attention_layers
     if is_other and (any(of_layers) or config.num_kv_shared_layers):
         raise CheckpointError("layers that share keys and values need plain attention in all layers")
-    if sizes[1] is not None and sizes[1] < config.vocab_size:
+    # The tokens of images and sound, which Gemma 3n has at the end, read the row of the first token.
+    if sizes[1] is not None and sizes[1] < config.vocab_size and config.altup_num_inputs is None:
         raise CheckpointError(
             f"vocab_size_per_layer_input ({sizes[1]}) is less than vocab_size ({config.vocab_size}): "
             "tokens without an input of each layer are not implemented"
@@ -76,6 +78,26 @@ def _check_layers_of_gemma(config: "ModelConfig") -> None:
             f"num_kv_shared_layers ({config.num_kv_shared_layers}): no layer before layer {missing[0]} has "
             "the keys and values that it shares"
         )
+
+
+def _check_streams(config: "ModelConfig") -> None:
+    names = ("altup_num_inputs", "laurel_rank", "hidden_size_per_layer_input")
+    given = [getattr(config, name) is not None for name in names]
+    if given[0] != given[1] or (given[0] and not given[2]):
+        raise CheckpointError(f"{names[0]} needs {names[1]} and {names[2]}, and laurel_rank needs {names[0]}")
+    if given[0] and (config.norm_position != "both" or config.layer_scalar or config.enable_moe_block):
+        raise CheckpointError(
+            "altup_num_inputs needs norm_position both, without layer_scalar and enable_moe_block"
+        )
+    if config.altup_num_inputs == 1:
+        raise CheckpointError("altup_num_inputs must be at least 2")
+    if config.activation_sparsity is None and config.sparse_mlp_layers:
+        raise CheckpointError("sparse_mlp_layers needs activation_sparsity")
+    if config.activation_sparsity is not None:
+        if config.activation_sparsity >= 1 or config.mlp != "gated" or config.swiglu_limit is not None:
+            raise CheckpointError("activation_sparsity must be below 1, and needs a plain gated mlp")
+        if config.num_experts is not None:
+            raise CheckpointError("activation_sparsity with num_experts is not a supported architecture")
 
 
 def _check_latent_attention(config: "ModelConfig") -> None:
@@ -119,6 +141,8 @@ def _check_linear_attention(config: "ModelConfig") -> None:
 
 
 def _check_experts(config: "ModelConfig") -> None:
+    if config.enable_moe_block:
+        _check_experts_beside(config)
     sizes = [config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size]
     if None in sizes and sizes != [None] * 3:
         raise CheckpointError(
@@ -144,6 +168,15 @@ def _check_experts(config: "ModelConfig") -> None:
                 f"num_experts_per_tok ({config.num_experts_per_tok}) is more than the experts of "
                 f"topk_group ({picked}) groups"
             )
+
+
+def _check_experts_beside(config: "ModelConfig") -> None:
+    if config.num_experts is None or config.norm_position != "both" or not config.norm_topk_prob:
+        raise CheckpointError("enable_moe_block needs num_experts, norm_topk_prob and norm_position both")
+    others = ("router_bias", "router_scoring", "router_correction", "n_group", "routed_scaling_factor")
+    others += ("shared_expert_intermediate_size", "shared_experts_intermediate_size", "dense_layers")
+    if found := [name for name in others if getattr(config, name)]:
+        raise CheckpointError(f"{found[0]} with enable_moe_block is not a supported architecture")
 
 
 def _check_blocks(config: "ModelConfig") -> None:

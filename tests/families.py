@@ -249,6 +249,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"head_dim": 16, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2}
         | {"linear_num_value_heads": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {**GROUPED, "num_hidden_layers": 7, "head_dim": 8, "sliding_window": 6, "num_kv_shared_layers": 3}
+        | {"layer_types": GEMMA4["layer_types"], "hidden_size_per_layer_input": 12, "laurel_rank": 8}
+        | {"vocab_size_per_layer_input": 90, "activation_sparsity_pattern": [0.6, 0.6, *[0.0] * 4, 0.6]}
+        | {"final_logit_softcapping": 3.0, "altup_num_inputs": 3},
+    ),
     "gemma4": (
         "Gemma4TextConfig",
         {**GROUPED, **GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
@@ -258,6 +265,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma4TextConfig",
         {**GROUPED, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
         | {"hidden_size_per_layer_input": 0},
+    ),
+    "gemma4-26b": (
+        "Gemma4TextConfig",
+        {**GROUPED, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 6}
+        | {"top_k_experts": 2, "moe_intermediate_size": 24},
     ),
     "gpt-oss": (
         "GptOssConfig",
@@ -323,7 +336,10 @@ def make_model(name: str, **changes: Any) -> torch.nn.Module:
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
             plus_one = name.startswith(("gemma", "nemotron", "qwen3-next", "qwen3-5"))
-            is_norm &= not plus_one or "linear_attn" in parameter_name or name.startswith("gemma4")
+            is_norm &= (
+                not plus_one or "linear_attn" in parameter_name or name.startswith(("gemma3n", "gemma4"))
+            )
+            is_norm |= parameter_name.endswith(("router.scale", "expert_scale", "output_scale"))
             parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
@@ -359,6 +375,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**GROUPED, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 6},
         VISION,
     ),
+    "gemma3n": ("Gemma3nConfig", FAMILIES["gemma3n"][1], VISION),
     "gemma4": (
         "Gemma4Config",
         FAMILIES["gemma4"][1],
@@ -369,6 +386,12 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "global_head_dim": 8,
             "position_embedding_size": 16,
         },
+    ),
+    "gemma4-26b": (
+        "Gemma4Config",
+        FAMILIES["gemma4-26b"][1],
+        {**VISION, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
+        | {"position_embedding_size": 16},
     ),
     "mistral3": (
         "Mistral3Config",
@@ -451,6 +474,17 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """(class of the configuration, settings of the language model, of the image encoder)."""
+SOUND = {
+    "hidden_size": 16,
+    "conf_num_attention_heads": 2,
+    "conf_num_hidden_layers": 1,
+    "conf_attention_context_left": 5,
+    "sscp_conv_channel_size": [4, 4],
+    "input_feat_size": 16,
+    "vocab_size": 4,
+    "vocab_offset": 1004,
+}
+"""Of the audio encoder of Gemma 3n."""
 
 
 def save_multimodal(name: str, directory: Path, **changes: Any) -> torch.nn.Module:
@@ -458,7 +492,13 @@ def save_multimodal(name: str, directory: Path, **changes: Any) -> torch.nn.Modu
     import transformers
 
     kind, text, vision = MULTIMODAL[name]
-    config = getattr(transformers, kind)(text_config={**text, **changes}, vision_config=vision)
+    if name == "gemma3n":
+        # Its own image encoder needs timm: another one stands here, which the class does not expect.
+        config = transformers.Gemma3nConfig(text_config={**text, **changes}, audio_config=SOUND)
+        own = {"vocab_size": 4, "vocab_offset": 1000, "rms_norm_eps": 1e-6}
+        config.__dict__["vision_config"] = transformers.SiglipVisionConfig(**vision, **own)
+    else:
+        config = getattr(transformers, kind)(text_config={**text, **changes}, vision_config=vision)
     config.tie_word_embeddings = name.startswith("gemma")
     model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, tiny_config
+from families import FAMILIES as MODELS
 
 from litlora.data.batches import Batch
-from litlora.formats.families import FAMILIES
+from litlora.formats.families import FAMILIES, read_config
 from litlora.formats.families.multimodal import MULTIMODAL
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.lora import LoRAConfig, add_lora
@@ -51,6 +52,18 @@ def test_the_figures_are_those_of_a_real_model():
     assert few.weights == base - sum(weight.nbytes for weight in layers) + packed
     full = need(SMALL, "full", rank=4, tokens=50)
     assert full.weights == full.gradients == 2 * base and full.optimizer == 4 * base and full.adapter == 0
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4", "gemma4-26b"])
+def test_layers_that_differ_have_figures(name):
+    """Those that share keys cannot be the only ones; experts are counted beside the MLP."""
+    import transformers
+
+    kind, settings = MODELS[name]
+    config = read_config(getattr(transformers, kind)(**settings).to_dict())[1]
+    weights = sum(2 * weight.numel() for weight in GPT.without_weights(config).parameters())
+    figures = need(config, "LoRA", rank=4, tokens=20)
+    assert figures.weights == weights and 0 < figures.recomputed < figures.activations
 
 
 def test_a_config_alone_is_enough(forked, tmp_path):

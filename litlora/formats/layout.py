@@ -355,11 +355,17 @@ def _gpt_oss(config: ModelConfig) -> list[Rule | FusedExperts]:
 
 def _qwen3_5_moe(config: ModelConfig) -> list[FusedExperts]:
     """Released files have fused tensors, and those that transformers writes do not."""
-    place, count = LAYER + "mlp.experts", config.num_experts
+    return _fused(LAYER + "mlp.experts", config.num_experts, is_written=False)
+
+
+def _gemma4(config: ModelConfig) -> list[FusedExperts]:
+    return [] if config.num_experts is None else _fused(LAYER + "experts", config.num_experts)
+
+
+def _fused(place: str, count: int, **settings: bool) -> list[FusedExperts]:
     parts = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
     return [
-        FusedExperts(f"{place}.{theirs}", place, ours, count, is_written=False)
-        for theirs, ours in parts.items()
+        FusedExperts(f"{place}.{theirs}", place, ours, count, **settings) for theirs, ours in parts.items()
     ]
 
 
@@ -378,6 +384,7 @@ LAYOUTS = {
     "mixtral": (_mixtral, "model."),
     "gpt_oss": (_gpt_oss, "model."),
     "qwen3_5_moe_text": (_qwen3_5_moe, "model."),
+    "gemma4_text": (_gemma4, "model."),
     "ernie4_5_moe": (_ernie4_5_moe, "model."),
 }
 

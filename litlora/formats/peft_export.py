@@ -7,9 +7,9 @@ PEFT adapts each as a whole, and wraps the one in the other:
     A (E · r, in)    the A of each expert, one after another
     B (out, r · E)   column e + E · i is column i of the B of expert e
 
-In a model with experts PEFT takes every layer that is called gate_proj, up_proj or down_proj for an
-expert's, as it had them before. Such layers beside the experts are therefore written as parameters,
-too: their `weight`.
+In a model whose MLPs hold experts PEFT takes every layer that is called gate_proj, up_proj or down_proj
+for an expert's, as it had them before. Such layers beside the experts are therefore written as
+parameters, too: their `weight`. Not in a model whose experts are beside the MLP (Gemma 4).
 """
 
 import json
@@ -42,7 +42,7 @@ from litlora.transformers_config import Architecture
 NO_TARGETS = "dummy-target-modules"
 """What PEFT calls an adapter that only replaces modules: it refuses an empty list."""
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-_IN_EXPERTS = ".mlp.experts."
+_IN_EXPERTS = ".experts."
 _LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
@@ -75,7 +75,8 @@ def to_peft(
     as_parameters = set()
     is_new = bool(layout.fused) or parts is not None  # and never had the layers of single experts
     if model.num_experts is not None and (is_new or not _are_joined_rightly(adapter, base)):
-        as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name)}
+        in_mlp = not model.enable_moe_block
+        as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name, in_mlp)}
     if as_parameters:
         found.add_parameters(as_parameters, adapter, base, model.num_experts)
     left = {*adapter.updates, *adapter.whole} - made - as_parameters
@@ -148,7 +149,7 @@ class _Found:
             self._add_parameter(f"{theirs}.weight", f"{PREFIX}{theirs}", (rank, scale, A, B), adapter)
         for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
             experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
-            theirs = self.named(f"{place}.mlp.experts")
+            theirs = self.named(f"{place}.experts")
             key = PREFIX + theirs
             for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
                 size = base[f"{experts[0]}.{leaves[0]}.weight"].size(0)
@@ -201,6 +202,8 @@ class _Found:
             for values in (self.ranks, self.alphas)
         )
         modules = [name.rpartition(".")[0] for name in self.groups if name.endswith(".weight")]
+        if self.layout.fused:  # a layer of one expert is no module there
+            modules = [name for name in modules if _IN_EXPERTS not in name]
         # Gemma 4 has its linear layers of images in modules that are called q_proj and so on.
         modules += [*self.beside, *(name.rpartition(".")[0] for name in self.beside)]
         adapted = [name for name in self.ranks if name not in self.parameters]
@@ -259,9 +262,10 @@ def write_peft(directory: Path, tensors: dict[str, Tensor], config: dict[str, An
     (directory / PEFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_taken_for_expert(name: str) -> bool:
-    """Whether PEFT takes a layer of a model with experts for one of an expert, or for the router."""
-    return ".mlp." in name and name.rpartition(".")[2] in _LEAVES
+def _is_taken_for_expert(name: str, in_mlp: bool) -> bool:
+    """Whether PEFT takes a layer for one of an expert, or for the router; `in_mlp`: of a model whose
+    MLPs hold experts."""
+    return _IN_EXPERTS in name or (in_mlp and ".mlp." in name and name.rpartition(".")[2] in _LEAVES)
 
 
 def _are_joined_rightly(adapter: Adapter, base: Mapping[str, Tensor]) -> bool:
@@ -355,8 +359,9 @@ def _whole(rule: Rule, ours: list[str], whole: dict[str, Tensor], base: Mapping[
 
 def _targets(adapted: list[str], modules: list[str]) -> list[str]:
     """target_modules: the last part of a name if every layer with it is adapted, else the whole
-    name."""
+    name. A number is the end of other names as well."""
     leaves = {name.rpartition(".")[2] for name in modules if name not in adapted}
+    leaves |= {leaf for name in adapted if (leaf := name.rpartition(".")[2]).isdecimal()}
     return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
 
 

@@ -7,14 +7,14 @@ from litlora.config import ModelConfig
 from litlora.model.attention import Attention
 from litlora.model.context import Context, pick
 from litlora.model.delta_net import DeltaNet
-from litlora.model.experts import MixtureOfExperts
+from litlora.model.experts import MixtureOfExperts, WithExperts
 from litlora.model.latent_attention import LatentAttention
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
 from litlora.model.per_layer import WithGate
 
 
-class Block(WithGate):
+class Block(WithGate, WithExperts):
     """Attention and MLP, each added to the residual stream; norms on their input, output or
     both."""
 
@@ -38,15 +38,26 @@ class Block(WithGate):
                 make_norm(config) if self.norm_position == "both" else nn.Identity()
             )
             self.post_feedforward_layernorm = make_norm(config)
-        sparse = config.num_experts is not None and layer not in config.dense_layers
+        beside = config.num_experts is None or config.enable_moe_block
+        sparse = not beside and layer not in config.dense_layers
         is_wide = config.use_double_wide_mlp and config.shares_keys(layer)
         width = config.intermediate_size * (2 if is_wide else 1)
-        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, width)
+        cut = config.activation_sparsity if layer in (config.sparse_mlp_layers or ()) else None
+        self.mlp = MixtureOfExperts(config) if sparse else MLP(config, width, cut)
+        self.laurel = None
+        self.add_experts(config)
         self.add_gate(config)
         self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scalar else None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
+        x = self.computed(x, context)
+        if self.gate_activation is not None:
+            x = x + self.of_layer_input(x, pick(context.per_layer, context.positions))
+        return x if self.layer_scalar is None else x * self.layer_scalar.to(x.dtype)
+
+    def computed(self, x: Tensor, context: Context) -> Tensor:
+        """The same of attention and MLP."""
         normed = self.input_layernorm(x)
         attention = self.linear_attn if self.is_linear else self.self_attn
         attended = self._scaled(attention(normed, context))
@@ -59,9 +70,10 @@ class Block(WithGate):
             x = x + attended
             return x + self._scaled(self.mlp(self.post_attention_layernorm(x)))
         x = x + self.post_attention_layernorm(attended)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = self.with_layer_input(x, pick(context.per_layer, context.positions))
-        return x if self.layer_scalar is None else x * self.layer_scalar.to(x.dtype)
+        if self.laurel is not None:
+            x = (x + self.laurel(pick(normed, context.positions))) * 2**-0.5
+        fed = self.with_experts(self.mlp(self.pre_feedforward_layernorm(x)), x)
+        return x + self.post_feedforward_layernorm(fed)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier is None else x * self.multiplier

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.model.mlp import MLP
-from litlora.model.router import ExpertRouter, Router
+from litlora.model.norms import make_norm
+from litlora.model.router import ExpertRouter, Router, ScaledRouter
 
 
 class MixtureOfExperts(nn.Module):
@@ -16,9 +17,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = ExpertRouter(config)
-        self.experts = nn.ModuleList(
-            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
+        self.experts = make_experts(config)
         self.shared_expert = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
@@ -29,39 +28,67 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.size(-1))  # (B, T, C) -> (N, C)
-        y = self._mixed(tokens, *self.gate.pick(tokens))
+        y = mixed(self.experts, tokens, *self.gate.pick(tokens))
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x)
 
-    def _mixed(self, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
-        """The sum of what the picked experts give, each times its share.
 
-        tokens (N, C), shares and picked (N, num_picked) -> (N, C). Rows are sorted by expert, so
-        that the counts are the one thing that the host waits for.
-        """
-        # Each token's experts in ascending order: the sum does not depend on their scores' order.
-        picked, places = picked.sort(dim=-1)
-        shares = shares.gather(-1, places)
-        order = picked.flatten().argsort(stable=True)
-        # Not bincount, which on a GPU makes the host wait for the largest value as well.
-        numbers = torch.arange(len(self.experts), device=picked.device)
-        counts = (picked.flatten()[:, None] == numbers).sum(dim=0).tolist()
-        # A copy for each place, and then permutations only: neither direction adds into a row
-        # twice, which on a GPU would happen in any order.
-        copies = tokens[:, None].expand(-1, picked.size(1), -1).flatten(0, 1)
-        outputs = [
-            expert(rows)
-            for expert, rows in zip(self.experts, copies.index_select(0, order).split(counts), strict=True)
-            # In training, an expert that no token picked runs on no rows: its gradient is then zero
-            # instead of absent. Without any token all run: torch.cat needs one of them.
-            if len(rows) or torch.is_grad_enabled() or not len(tokens)
-        ]
-        weighted = (torch.cat(outputs) * shares.flatten()[order, None]).to(tokens.dtype)
-        parts = weighted.index_select(0, order.argsort()).unflatten(0, shares.shape)
-        y = parts[:, 0]
-        for place in range(1, picked.size(1)):
-            y = y + parts[:, place]
-        return y
+class WithExperts(nn.Module):
+    """A block's part in experts beside its MLP, each of the two with norms of its own (Gemma 4). A class
+    to inherit from, since the family's names lie in the block."""
+
+    def add_experts(self, config: ModelConfig) -> None:
+        """Add the modules, if the architecture has them."""
+        self.router = None
+        if config.enable_moe_block:
+            self.router, self.experts = ScaledRouter(config), make_experts(config)
+            self.post_feedforward_layernorm_1 = make_norm(config)
+            self.pre_feedforward_layernorm_2 = make_norm(config)
+            self.post_feedforward_layernorm_2 = make_norm(config)
+
+    def with_experts(self, fed: Tensor, x: Tensor) -> Tensor:
+        """What the MLP gives (B, T, C), and what the experts make of x (B, T, C), which has no norm yet."""
+        if self.router is None:
+            return fed
+        tokens = x.reshape(-1, x.size(-1))  # (N, C)
+        y = mixed(self.experts, self.pre_feedforward_layernorm_2(tokens), *self.router.pick(tokens))
+        return self.post_feedforward_layernorm_1(fed) + self.post_feedforward_layernorm_2(y).view_as(fed)
+
+
+def make_experts(config: ModelConfig) -> nn.ModuleList:
+    """The experts of a layer."""
+    return nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+
+def mixed(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
+    """The sum of what the picked experts give, each times its share.
+
+    tokens (N, C), shares and picked (N, num_picked) -> (N, C). Rows are sorted by expert, so
+    that the counts are the one thing that the host waits for.
+    """
+    # Each token's experts in ascending order: the sum does not depend on their scores' order.
+    picked, places = picked.sort(dim=-1)
+    shares = shares.gather(-1, places)
+    order = picked.flatten().argsort(stable=True)
+    # Not bincount, which on a GPU makes the host wait for the largest value as well.
+    numbers = torch.arange(len(experts), device=picked.device)
+    counts = (picked.flatten()[:, None] == numbers).sum(dim=0).tolist()
+    # A copy for each place, and then permutations only: neither direction adds into a row
+    # twice, which on a GPU would happen in any order.
+    copies = tokens[:, None].expand(-1, picked.size(1), -1).flatten(0, 1)
+    outputs = [
+        expert(rows)
+        for expert, rows in zip(experts, copies.index_select(0, order).split(counts), strict=True)
+        # In training, an expert that no token picked runs on no rows: its gradient is then zero
+        # instead of absent. Without any token all run: torch.cat needs one of them.
+        if len(rows) or torch.is_grad_enabled() or not len(tokens)
+    ]
+    weighted = (torch.cat(outputs) * shares.flatten()[order, None]).to(tokens.dtype)
+    parts = weighted.index_select(0, order.argsort()).unflatten(0, shares.shape)
+    y = parts[:, 0]
+    for place in range(1, picked.size(1)):
+        y = y + parts[:, place]
+    return y

@@ -22,6 +22,7 @@ from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, Shared, causal_mask
 from litlora.kernels.rotary import Rope, RotaryTable
 from litlora.lora import LoRAEmbedding
+from litlora.model.altup import StreamsBlock, WithStreams
 from litlora.model.block import Block
 from litlora.model.cache import CacheBatch, KVCache
 from litlora.model.context import Context
@@ -30,7 +31,7 @@ from litlora.model.per_layer import WithLayerInputs
 from litlora.storage.blocks import LazyTensor
 
 
-class Decoder(WithLayerInputs):
+class Decoder(WithLayerInputs, WithStreams):
     """Embedding, blocks and the final norm: token ids (B, T) -> hidden states (B, T, C)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,7 +42,9 @@ class Decoder(WithLayerInputs):
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.add_layer_inputs(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.add_streams(config)
+        kind = StreamsBlock if self.has_streams else Block
+        self.layers = nn.ModuleList(kind(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
         self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
@@ -80,7 +83,7 @@ class Decoder(WithLayerInputs):
         context = Context(cache=cache, pack=pack, query_scale=self._query_scale(places, x))
         if self.config.num_kv_shared_layers:
             context = context._replace(keys={})
-        inputs = self.layer_inputs(input_ids, x)
+        inputs, x = self.layer_inputs(input_ids, x), self.spread(x)
         for layer, (block, window, rope) in enumerate(
             zip(self.layers, self._windows, self._ropes, strict=True)
         ):
@@ -93,7 +96,7 @@ class Decoder(WithLayerInputs):
         if cache is not None:
             cache.advance(T)
         # Here, so that whatever multiplies by the head's weight has scaled logits.
-        x, factor = self.norm(x), self.config.logit_scale
+        x, factor = self.norm(self.gathered(x)), self.config.logit_scale
         return x if factor is None else x * factor
 
     def _query_scale(self, places: "Places", like: Tensor) -> Tensor | None:

@@ -1,5 +1,7 @@
 """The feed-forward half of a block."""
 
+from statistics import NormalDist
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,10 +12,12 @@ from litlora.lora import gated_mlp, project
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block: gated (Shazeer 2020, arXiv:2002.05202) or plain."""
+    """The feed-forward half of a block: gated (Shazeer 2020, arXiv:2002.05202) or plain. With a sparsity
+    only the largest gates count."""
 
-    def __init__(self, config: ModelConfig, size: int) -> None:
+    def __init__(self, config: ModelConfig, size: int, sparsity: float | None = None) -> None:
         super().__init__()
+        self.cutoff = None if sparsity is None else NormalDist().inv_cdf(sparsity)
         self.activation = config.hidden_act
         self.gate_proj = (
             nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.mlp == "gated" else None
@@ -28,6 +32,10 @@ class MLP(nn.Module):
         if limit is not None:
             inner = clamped_swiglu(*project(x, self.gate_proj, self.up_proj), alpha, limit)
             return project(inner, self.down_proj)[0]
+        if self.cutoff is not None:
+            gate, up = project(x, self.gate_proj, self.up_proj)
+            inner = ACTIVATIONS[self.activation](excess(gate, self.cutoff)) * up
+            return project(inner, self.down_proj)[0]
         if self.gate_proj is not None:
             return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
         (inner,) = project(x, self.up_proj)
@@ -40,6 +48,14 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tens
     (gpt-oss)."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(gate * alpha) * (up + 1)
+
+
+def excess(gate: Tensor, cutoff: float) -> Tensor:
+    """By how much each value is above mean + cutoff · standard deviation of its row, or 0 (You et al. 2025,
+    arXiv:2506.06644)."""
+    deviation, mean = torch.std_mean(gate, dim=-1, keepdim=True, correction=0)
+    # rounded to the dtype, as in training
+    return F.relu(gate - (mean + deviation * float(torch.tensor(cutoff, dtype=gate.dtype))))
 
 
 class XIELU(nn.Module):

@@ -1,4 +1,4 @@
-"""What Gemma 4 gives to each layer of each token beside the residual stream: per-layer embeddings.
+"""What Gemma 3n and 4 give to each layer of each token beside the residual stream: per-layer embeddings.
 P is hidden_size_per_layer_input."""
 
 import torch
@@ -17,6 +17,7 @@ class WithLayerInputs(nn.Module):
         """Add the modules, if the architecture has them."""
         width, count = config.hidden_size_per_layer_input, config.num_hidden_layers
         self.per_layer_width, self.per_layer_scale = width, config.hidden_size**-0.5
+        self.per_layer_rows = config.vocab_size_per_layer_input
         if width is not None:
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, count * width)
             self.per_layer_model_projection = nn.Linear(config.hidden_size, count * width, bias=False)
@@ -27,6 +28,8 @@ class WithLayerInputs(nn.Module):
         up, and half is made of x."""
         if self.per_layer_width is None:
             return None
+        if self.per_layer_rows < self.embed_tokens.num_embeddings:  # the last tokens have no row
+            input_ids = torch.where(input_ids < self.per_layer_rows, input_ids, 0)
         found = self.embed_tokens_per_layer(input_ids)
         # rounded to the embedding's dtype, as in training
         found = found * float(torch.tensor(self.per_layer_width**0.5, dtype=found.dtype))
@@ -48,10 +51,8 @@ class WithGate(nn.Module):
             self.per_layer_projection = nn.Linear(width, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = make_norm(config)
 
-    def with_layer_input(self, x: Tensor, given: Tensor | None) -> Tensor:
-        """x (B, T, C), and what the block makes of its input (B, T, P)."""
-        if self.gate_activation is None:
-            return x
+    def of_layer_input(self, x: Tensor, given: Tensor) -> Tensor:
+        """x (B, T, C), and what the layer has for each token (B, T, P) -> what is made of both, (B, T, C)."""
         (gate,) = project(x, self.per_layer_input_gate)
         inner = self.gate_activation(gate) * given
-        return x + self.post_per_layer_input_norm(project(inner, self.per_layer_projection)[0])
+        return self.post_per_layer_input_norm(project(inner, self.per_layer_projection)[0])

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
+from litlora.model.norms import WeightlessRMSNorm
 
 EPS = 1e-20
 """Of the sum of sigmoids, all of which may be zero."""
@@ -74,3 +75,23 @@ class ExpertRouter(Router):
         best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.num_picked_groups).indices
         others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
         return grouped.masked_fill(others[..., None], -torch.inf).flatten(-2)
+
+
+class ScaledRouter(nn.Module):
+    """Picks the experts of each token, whose norm it scales; each expert's share has a factor of its own
+    (Gemma 4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_picked, self.root = config.num_experts_per_tok, config.hidden_size**-0.5
+        self.norm = WeightlessRMSNorm(config.norm_eps)
+        self.proj = Router(config.hidden_size, config.num_experts)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def pick(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ExpertRouter.pick`."""
+        scores = self.proj(self.norm(tokens) * self.scale * self.root)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        shares, picked = scores.softmax(dim=-1, dtype=exact).topk(self.num_picked)
+        return shares / shares.sum(dim=-1, keepdim=True) * self.per_expert_scale[picked], picked

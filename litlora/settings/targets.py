@@ -20,6 +20,7 @@ _SUFFIXES = {
     "mlp": (
         *("gate_proj", "up_proj", "down_proj"),
         *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+        *("linear_left", "linear_right", "altup_projections", "altup_unembed_projections"),
     ),
 }
 _EXPERTS = re.compile(r"(?:.*\.)?experts\.\d+\.[^.]+")
@@ -27,7 +28,7 @@ _EXPERTS = re.compile(r"(?:.*\.)?experts\.\d+\.[^.]+")
 
 def in_preset(name: str, preset: str) -> bool:
     """Whether a preset means the layer of this name."""
-    leaf = name.rpartition(".")[2]
+    leaf = _leaf(name)
     if preset == "experts":
         return _EXPERTS.fullmatch(name) is not None
     if preset == "attention" and ".linear_attn." in name:
@@ -37,11 +38,16 @@ def in_preset(name: str, preset: str) -> bool:
 
 def kind_of(name: str) -> str:
     """What layers of this name are called whatever their number: q_proj, experts.up_proj."""
-    leaf = name.rpartition(".")[2]
+    leaf = _leaf(name)
     if _EXPERTS.fullmatch(name):
         return f"experts.{leaf}"
     shared = next((part for part in ("shared_expert", "shared_experts") if f".{part}." in name), None)
     return leaf if shared is None else f"{shared}.{leaf}"
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name that is not a number: altup_projections of altup_projections.0."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
 
 
 def embedding_among(targets: str | list[str]) -> str | None:

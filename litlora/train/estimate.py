@@ -84,7 +84,7 @@ def need(config: ModelConfig, method: str, *, rank: int, tokens: int) -> Need:
         kept_bytes(first_layers(config, count), None if method == "full" else rank, tokens)
         for count in (1, config.num_hidden_layers)
     )
-    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers
+    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers * (config.altup_num_inputs or 1)
     return Need(method, weights, adapter, trained, _MOMENTS * trained, all_layers, one + inputs)
 
 
@@ -101,7 +101,7 @@ def kept_bytes(config: ModelConfig, rank: int | None, tokens: int) -> int:
     if config.num_experts is not None:
         config = as_dense(config)
     with FakeTensorMode():
-        names = GPT.without_weights(config).named_parameters()
+        names = GPT.without_weights(config).stored().items()
         precision = Precision("bf16-mixed" if rank is None else "bf16-true", "as a run would choose")
         tensors = {name: torch.empty(weight.shape, dtype=precision.dtype) for name, weight in names}
         model = GPT.from_tensors(config, tensors)
@@ -121,7 +121,11 @@ def first_layers(config: ModelConfig, count: int) -> ModelConfig:
         for field in dataclasses.fields(config)
         if type(value := getattr(config, field.name)) is tuple
     }
-    return dataclasses.replace(config, num_hidden_layers=count, **lists)
+    own = config.num_hidden_layers - (config.num_kv_shared_layers or 0)
+    shared = {"num_kv_shared_layers": max(0, count - own) or None}
+    if count <= own:
+        shared["use_double_wide_mlp"] = None
+    return dataclasses.replace(config, num_hidden_layers=count, **lists, **shared)
 
 
 def as_dense(config: ModelConfig) -> ModelConfig:
@@ -130,6 +134,7 @@ def as_dense(config: ModelConfig) -> ModelConfig:
     width = config.num_experts_per_tok * config.moe_intermediate_size
     width += config.shared_expert_intermediate_size or 0
     width += config.shared_experts_intermediate_size or 0
+    width += config.intermediate_size if config.enable_moe_block else 0
     return dataclasses.replace(
         config,
         intermediate_size=width,
@@ -140,4 +145,5 @@ def as_dense(config: ModelConfig) -> ModelConfig:
         shared_experts_intermediate_size=None,
         norm_topk_prob=False,
         dense_layers=(),
+        enable_moe_block=None,
     )

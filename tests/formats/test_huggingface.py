@@ -113,7 +113,7 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
 
 
 SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe", "gpt-oss", "glm4-moe")
-SLOW += ("deepseek-v3", "ernie4-5-moe", "gemma4")
+SLOW += ("deepseek-v3", "ernie4-5-moe", "gemma3n", "gemma4", "gemma4-26b")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])
@@ -149,7 +149,8 @@ def test_fine_tune_merge_and_export_from_a_folder(family, make_folder, tmp_path,
     ids = torch.randint(400, (1, 24))
     with torch.no_grad():
         difference = (model(ids).logits - loaded.model(ids)).abs().max()
-    assert difference <= (1e-4 if family == "gemma4" else 1e-5)  # its scores are not scaled down
+    # Scores of these are not scaled down.
+    assert difference <= (1e-4 if family.startswith(("gemma3n", "gemma4")) else 1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
     text = "the quick brown fox, 123 \u4f60\u597d"
     assert tokenizer(text).input_ids == loaded.tokenizer.encode(text)

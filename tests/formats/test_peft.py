@@ -76,6 +76,8 @@ LATE += (
     "moonlight",
     "gemma4",
     "gemma4-31b",
+    "gemma4-26b",
+    "gemma3n",
 )
 
 
@@ -230,6 +232,19 @@ CASES |= {
     "gpt_oss-experts": (
         "gpt-oss",
         {"r": 4, "lora_alpha": 10, "target_modules": ["k_proj"], "target_parameters": EXPERTS},
+    ),
+    "gemma3n": (  # PEFT's all-linear adapts what routes the streams, too
+        "gemma3n",
+        {"r": 2, "lora_alpha": 10, "target_modules": "all-linear"},
+    ),
+    "gemma4-experts": (  # those of the MLP are no experts there, and all linear layers have the router's
+        "gemma4-26b",
+        {
+            "r": 4,
+            "lora_alpha": 10,
+            "target_modules": ["q_proj", "router.proj", "gate_proj", "down_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
     ),
     "mixtral-experts": (
         "mixtral",

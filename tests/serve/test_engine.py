@@ -28,16 +28,23 @@ from litlora.serve.engine import Engine
 from litlora.serve.sampling import Sampling, penalised, sample
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "qwen3_next", "phi3", "gpt_oss", "deepseek_v3"]
-FAMILIES += ["gemma4_text"]
+FAMILIES += ["gemma4_text", "gemma3n_text"]
 """Full attention; windows with positions of their own; learned positions; experts; linear attention;
-windows alone; sinks; latent attention; layers that share their keys."""
+windows alone; sinks; latent attention; layers that share their keys and have experts beside the
+MLP; several residual streams."""
 MORE = {
     "gemma4_text": {
         "num_kv_shared_layers": 2,
         "full_attention_layers": [1, 3],
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 400,
-    }
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "full_attention_layers": [1, 3],
+        "activation_sparsity": 0.8,
+        "sparse_mlp_layers": [0, 2],
+    },
 }
 
 

@@ -1,5 +1,5 @@
-"""Gemma 4 (text): layers without a window have other heads, the last layers share keys and values, and
-each layer has an input of its own in the small models. Torch-free."""
+"""Gemma 4 (text): layers without a window have other heads, the last layers share keys and values, each
+layer has an input of its own in the small models, and experts beside its MLP in one. Torch-free."""
 
 from typing import Any
 
@@ -22,7 +22,6 @@ _ROPE = {
 
 
 def read_gemma4(c: HFConfig) -> dict[str, Any]:
-    c.only("enable_moe_block", False, False)
     kinds = list(c.get("layer_types") or ())
     kinds = kinds or ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in c.layers]
     c = c.replace(layer_types=[*kinds[:-1], "full_attention"])  # whatever the file says of the last
@@ -49,12 +48,25 @@ def read_gemma4(c: HFConfig) -> dict[str, Any]:
     return {
         **fields,
         **_global_heads(c, fields),
+        **_experts(c),
         "rope_local_base_freq": (local or 10_000.0) if "sliding_window" in fields else None,
         "attention_k_eq_v": True if c.get("attention_k_eq_v") else None,
         "num_kv_shared_layers": shared,
         "use_double_wide_mlp": True if c.get("use_double_wide_mlp") and shared else None,
         "hidden_size_per_layer_input": width,
         "vocab_size_per_layer_input": c.get("vocab_size_per_layer_input", 262_144) if width else None,
+    }
+
+
+def _experts(c: HFConfig) -> dict[str, Any]:
+    if not c.get("enable_moe_block", False):
+        return {}
+    return {
+        "enable_moe_block": True,
+        "num_experts": c.need("num_experts"),
+        "num_experts_per_tok": c.need("top_k_experts"),
+        "moe_intermediate_size": c.need("moe_intermediate_size"),
+        "norm_topk_prob": True,
     }
 
 
@@ -120,4 +132,8 @@ def write_gemma4(config: ModelConfig) -> dict[str, Any]:
         "hidden_size_per_layer_input": config.hidden_size_per_layer_input or 0,
         "vocab_size_per_layer_input": config.vocab_size_per_layer_input or config.vocab_size,
         "final_logit_softcapping": config.final_logit_softcapping,
+        "enable_moe_block": bool(config.enable_moe_block),
+        "num_experts": config.num_experts,
+        "top_k_experts": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
     }

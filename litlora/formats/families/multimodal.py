@@ -66,6 +66,7 @@ _TEXT_MODEL = (Spelling("model.text_model."),)
 # fmt: off
 MULTIMODAL = {
     "gemma3": Multimodal("Gemma3ForConditionalGeneration", "gemma3_text", tied=True),
+    "gemma3n": Multimodal("Gemma3nForConditionalGeneration", "gemma3n_text", (_NEW,), tied=True),
     "gemma4": Multimodal("Gemma4ForConditionalGeneration", "gemma4_text", (_NEW,), tied=True),
     "mistral3": Multimodal("Mistral3ForConditionalGeneration", "mistral", tied=True),
     "llava": Multimodal("LlavaForConditionalGeneration", "llama"),

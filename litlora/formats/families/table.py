@@ -2,6 +2,7 @@
 
 from litlora.formats.families import (
     gemma,
+    gemma3n,
     gemma4,
     gpt,
     gpt_oss,
@@ -73,6 +74,8 @@ FAMILIES = {
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", qwen_next.read_qwen3_5, qwen_next.write_qwen3_5),
     "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM", qwen_next.read_qwen3_5_moe,
                                qwen_next.write_qwen3_next),
+    "gemma3n_text": Family("Gemma3nForCausalLM", gemma3n.read_gemma3n, gemma3n.write_gemma3n,
+                           ("hidden_act",)),
     "gemma4_text": Family("Gemma4ForCausalLM", gemma4.read_gemma4, gemma4.write_gemma4,
                           ("hidden_act", "rope_theta", "rope_scaling")),
     "gpt_oss": Family("GptOssForCausalLM", gpt_oss.read_gpt_oss, gpt_oss.write_gpt_oss,
