@@ -85,7 +85,8 @@ def repeats_notice(surveys: Sequence[Survey]) -> str | None:
         first = f"; the first: {places[later[0]]}, as {places[earlier[0]]}"
     number = sum(len(survey.hashes) for survey in surveys)
     return (
-        f"{len(later):,} of {number:,} records repeat others exactly{first} (drop_duplicates leaves them out)"
+        f"{len(later):,} of {number:,} records repeat others exactly{first} "
+        "(data.drop_duplicates true leaves them out)"
     )
 
 
@@ -106,7 +107,7 @@ def overlap_notice(training: Sequence[Survey], validation: Sequence[Survey]) -> 
     number = sum(len(survey.hashes) for survey in validation)
     return (
         f"{shared:,} of {number:,} validation records are in the training data too, so that the validation "
-        "loss is too low (drop_duplicates leaves them out of training)"
+        "loss is too low (data.drop_duplicates true leaves them out of training)"
     )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from litlora.data.conversation import Conversation, Message, is_document
 from litlora.data.skipped import Skipped
-from litlora.errors import DataError, UserError, setting
+from litlora.errors import CheckpointError, DataError, UserError, setting
 from litlora.prompts import ChatTemplate, PromptStyle
 from litlora.prompts.exchange import Passage, TurnText, passages
 from litlora.prompts.shown import Asked
@@ -23,7 +23,13 @@ from litlora.prompts.template import TEMPLATE_TEXT, Refusal, TurnEnds, template_
 from litlora.tokenizer import Cut, Tokenizer
 
 LONG_RECORD = 10**6
-"""Characters of a record above which its size is the likely cause of a template's failure."""
+"""Characters of a record above which its size is the likely cause of a template's or a tokenizer's
+failure."""
+
+_WITHOUT_SYSTEM = (
+    f"; without the system message it can be learned: unset {setting('system')}, or "
+    f"{setting('ignore')} '[system]' if it is a field of the record, or take it out of the messages"
+)
 
 
 class Turn(NamedTuple):
@@ -90,28 +96,62 @@ class Encoder:
     ) -> list[Encoded]:
         """Each conversation in token ids. Raises DataError, naming the record, if the style has no
         form for it; or, with `skipped`, adds the error to it and gives no draft."""
-        found = [self._passages_unless(conversation, skipped) for conversation in conversations]
-        texts = [
-            (passage.text, [place for turn in passage.turns for place in (turn.start, turn.stop)])
-            for of_one in found
-            for passage in of_one
-        ]
-        ids = iter(self._tokenizer.encode_cut(texts))
+        problems: dict[int, DataError] = {}
+        found = []
+        for number, conversation in enumerate(conversations):
+            try:
+                found.append(self._passages(conversation))
+            except DataError as error:
+                if skipped is None:
+                    raise
+                problems[number] = error
+                found.append([])
+        ids = iter(self._ids(conversations, found, None if skipped is None else problems))
+        for number in sorted(problems):
+            skipped.append(problems[number])
         return [
             self._encoded(conversation, [(passage, *next(ids)) for passage in of_one])
             for conversation, of_one in zip(conversations, found, strict=True)
         ]
 
-    def _passages_unless(
-        self, conversation: Conversation, skipped: Skipped | list[DataError] | None
-    ) -> list[Passage]:
+    def _ids(
+        self,
+        conversations: list[Conversation],
+        found: list[list[Passage]],
+        problems: dict[int, DataError] | None,
+    ) -> list[tuple[list[int], list[Cut]]]:
+        """Of each text its ids, and where its answers begin and end in them. A conversation that is
+        too long for the tokenizer is raised, or, with `problems`, noted there and taken out of
+        `found`."""
+        texts = [
+            (passage.text, [place for turn in passage.turns for place in (turn.start, turn.stop)])
+            for of_one in found
+            for passage in of_one
+        ]
         try:
-            return self._passages(conversation)
-        except DataError as error:
-            if skipped is None:
+            return self._tokenizer.encode_cut(texts)
+        except CheckpointError as error:
+            number = self._too_long(found)
+            if number is None:
                 raise
-            skipped.append(error)
-            return []
+            problem = _too_long(conversations[number], found[number], error)
+        if problems is None:
+            raise problem
+        problems[number], found[number] = problem, []
+        return self._ids(conversations, found, problems)
+
+    def _too_long(self, found: list[list[Passage]]) -> int | None:
+        """Which of the conversations the tokenizer cannot encode as it is long; None: that is not
+        why it failed."""
+        long = [number for number, passages in enumerate(found) if _size(passages) > LONG_RECORD]
+        if len(long) == 1:
+            return long[0]
+        for number in long:
+            try:
+                self._tokenizer.encode_batch([passage.text for passage in found[number]])
+            except CheckpointError:
+                return number
+        return None
 
     def _passages(self, conversation: Conversation) -> list[Passage]:
         """The texts of a conversation."""
@@ -172,6 +212,18 @@ class Encoder:
             drafts.append(new)
 
 
+def _size(passages: list[Passage]) -> int:
+    """Characters of the longest text."""
+    return max((len(passage.text) for passage in passages), default=0)
+
+
+def _too_long(conversation: Conversation, passages: list[Passage], error: CheckpointError) -> DataError:
+    return DataError(
+        f"{conversation.place}: has {_size(passages):,} characters, which is too long for the tokenizer: "
+        f"split the record, or remove it ({error.args[0]})"
+    )
+
+
 def _up_to(cut: Cut, ids: list[int]) -> list[int]:
     """The ids of a text up to a place."""
     return ids[: cut.number] if cut.kept is None else ids[: cut.kept] + cut.others
@@ -212,7 +264,7 @@ def _remedy(template: ChatTemplate, size: int, asked: Asked, ends: TurnEnds, err
         without = replace(asked, messages=asked.messages[1:], turns=[index - 1 for index in asked.turns])
         with suppress(UserError):
             passages(template, without, ends)
-            return f"; {setting('ignore')} '[system]' leaves out the system message"
+            return _WITHOUT_SYSTEM
     if isinstance(error, Refusal):
         for number, (role, following) in enumerate(pairwise(roles)):
             if role == following != "tool":
@@ -255,10 +307,7 @@ def _check_place_for(style: PromptStyle, conversation: Conversation) -> None:
     what = "tools" if conversation.tools else what
     helps = ""
     if messages and messages[0].role == "system":
-        what, helps = (
-            "a system message",
-            f"; {setting('ignore')} '[system]' leaves out a record's field of this name",
-        )
+        what, helps = "a system message", _WITHOUT_SYSTEM
     if what:
         raise DataError(
             f"{conversation.place}: has {what}, for which the prompt style {style.name} has no place: "

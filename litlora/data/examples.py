@@ -116,8 +116,8 @@ def tokenize(
     """Encode every conversation. Each example ends with the end of an answer, even where a long
     answer is cut.
 
-    Raises DataError if no example is left, or for a conversation that the style has no form for,
-    unless there is `skipped` to note it.
+    Raises NoExampleError if no example is left, and DataError for a conversation that the style has
+    no form for, unless there is `skipped` to note it.
     """
     encoder = Encoder(tokenizer, style)
     examples: list[Example] = []
@@ -153,10 +153,14 @@ def examples_of(encoded: Encoded, max_seq_length: int, counts: Counter[str]) -> 
     return examples
 
 
-def no_example_left(max_seq_length: int, first: Place | str, left_out: list[str]) -> DataError:
+class NoExampleError(DataError):
+    """No record of a data set gives an example."""
+
+
+def no_example_left(max_seq_length: int, first: Place | str, left_out: list[str]) -> NoExampleError:
     """The error of a data set without an example; `first` is the place of its first record,
     `left_out` what is said of records that were."""
-    return DataError(
+    return NoExampleError(
         f"no example is left: every prompt is empty, or fills {max_seq_length} tokens by itself "
         f"({setting('max_seq_length')} or the model's context); the first is {first}"
         + "".join(f"; {notice}" for notice in left_out)

@@ -35,7 +35,8 @@ def read_dataset(source: DataSource, learns: Learns = "answers") -> Dataset:
     if source.val_path is not None:
         own = READERS[Files](source.of_files(source.val_path))
         validation = own.conversations
-        notices = tuple(dict.fromkeys((*found.notices, *own.notices)))
+        others = [f"{source.val_path}: {said}" for said in own.notices if said not in found.notices]
+        notices = (*found.notices, *others)
         found = replace(found, notices=notices, read_once=found.read_once or own.read_once)
     for records in (*found.conversations.parts, *(() if validation is None else validation.parts)):
         for first in islice(records.entries(), 1):
@@ -121,13 +122,18 @@ def _read_paths(source: Files) -> Dataset:
 
 
 def _read_mix(source: Mix) -> Dataset:
-    found = [READERS[type(part)](part) for part in source.parts()]
+    sources = source.parts()
+    found = [READERS[type(part)](part) for part in sources]
     records = tuple(records for part in found for records in part.conversations.parts)
     return Dataset(
         Mixture(records),
         source,
         notice="; ".join(part.notice for part in found if part.notice) or None,
-        notices=tuple(notice for part in found for notice in part.notices),
+        notices=tuple(
+            f"{getattr(one, 'path', one.name)}: {notice}"
+            for one, part in zip(sources, found, strict=True)
+            for notice in part.notices
+        ),
         read_once=next((part.read_once for part in found if part.read_once), None),
     )
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from litlora.errors import setting
 from litlora.settings.checks import check, check_positive, check_value
 
-RecordFormat = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference"]
+RecordFormat = Literal[
+    "alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference", "labelled"
+]
 UNLESS_DEFAULT = {"stored": "unless default"}
 OF_THE_WHOLE = (
     *("val_fraction", "split_seed", "val_path"),
@@ -33,7 +35,7 @@ class DataSource(ABC):
     """The form of the records; default: what the first of them show. alpaca: instruction, input,
     output. messages: OpenAI's, with tools. sharegpt: conversations of from and value.
     prompt_completion: each as text or messages. text: plain documents, all learned. preference:
-    chosen and rejected, for finetune/dpo.py."""
+    chosen and rejected, for finetune/dpo.py. labelled: prompt, completion and label, likewise."""
     columns: dict[str, str] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
     """What the records call the fields of their form, where that is another name: {prompt: question,
     completion: answer}; and those of messages: {role: speaker, content: text}."""

@@ -9,7 +9,7 @@ from typing import Any
 from litlora.data.cache import DataCache, default_place
 from litlora.data.conversation import Conversation
 from litlora.data.dataset import Dataset, Records
-from litlora.data.examples import Examples, split, tokenize
+from litlora.data.examples import Examples, NoExampleError, split, tokenize
 from litlora.data.parts import Setup
 from litlora.data.skipped import Skipped
 from litlora.data.store import Store
@@ -50,7 +50,25 @@ class Preparation:
         if not isinstance(data, list):
             return self._stored(data).split(fraction, seed, self._limit)
         train, val = split(data, fraction, seed)
+        try:
+            return self._all(train), self._all(val) if val else None
+        except NoExampleError:
+            usable = [conversation for conversation in data if self._has_example(conversation)]
+            if not 0 < len(usable) < len(data):
+                raise
+        # One of the two has nothing but records that are left out: hold out some of the others.
+        self.notices.clear()
+        _, val = split(usable, fraction, seed)
+        held_out = {*map(id, val)}
+        train = [conversation for conversation in data if id(conversation) not in held_out]
         return self._all(train), self._all(val) if val else None
+
+    def _has_example(self, conversation: Conversation) -> bool:
+        try:
+            self._tokenize([conversation], self._tokenizer, self._style, self._limit, Skipped())
+        except NoExampleError:
+            return False
+        return True
 
     def _all(self, data: list[Conversation] | Records) -> Examples:
         if not isinstance(data, list):

@@ -21,7 +21,7 @@ from litlora.data import cache as caching
 from litlora.data import parallel
 from litlora.data.cache import DataCache
 from litlora.data.choosing import Survey
-from litlora.data.examples import split, tokenize
+from litlora.data.examples import drawn, split, tokenize
 from litlora.data.files import MAX_RECORD
 from litlora.data.parts import Setup
 from litlora.data.records import RecordReader
@@ -488,6 +488,30 @@ def test_what_a_template_refuses_is_left_out_the_same_in_memory_and_on_the_disk(
         made.append([list(part.examples) for part in parts])
         assert sum(map(len, made[-1])) == 40 - len(refused)
     assert any("roles must alternate" in text for text in prepare.notices)
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", ["refused", "too long"])
+def test_what_is_held_out_for_validation_is_not_only_what_is_left_out(kind, tokenizer, tmp_path):
+    """Five good records, and the one that the seed would hold out, which is bad."""
+    (bad,) = drawn(6, 0.05, 42)
+    style = ChatTemplate(REFUSING, tmp_path / "t.jinja", {}).style
+    users = [[{"role": "user", "content": f"fox {n}"}] for n in range(6)]
+    users[bad] = users[bad] * 2 if kind == "refused" else [{"role": "user", "content": "fox " * 500}]
+    path = tmp_path / "a.jsonl"
+    answer = {"role": "assistant", "content": "dog"}
+    path.write_text("\n".join(json.dumps({"messages": [*asked, answer]}) for asked in users))
+    on_bad = "skip" if kind == "refused" else "error"
+    source = JSON(path=str(path), cache_dir=str(tmp_path / "cache"), on_bad=on_bad)
+    data = read_dataset(source)
+    stream = replace(data, conversations=Records((path,), RecordReader("messages", on_bad=on_bad)))
+    made = []
+    for each in (data, stream):
+        prepare = Preparation(source, tokenizer, style, LIMIT, lambda _: None)
+        train, val = prepare.examples(each)
+        assert [len(train.examples), len(val.examples)] == [4, 1]
+        assert [train.num_left_out, len(prepare.notices)] == ([0, 1] if kind == "refused" else [1, 0])
+        made.append([list(train.examples), list(val.examples)])
     assert made[0] == made[1]
 
 

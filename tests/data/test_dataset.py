@@ -85,7 +85,7 @@ def test_repeats_are_counted_and_left_out_when_asked(tmp_path):
     assert asked(found.conversations) == ["a", "b", "a", "c", "b", "a"]
     assert said(found) == (
         f"3 of 6 records repeat others exactly; the first: {path}, line 3, as {path}, line 1 "
-        "(drop_duplicates leaves them out)",
+        "(data.drop_duplicates true leaves them out)",
     )
     found = read_dataset(JSON(path=path, drop_duplicates=True))
     assert asked(found.conversations) == ["a", "b", "c"]
@@ -183,6 +183,9 @@ def test_sources_of_a_mixture_differ_in_how_they_are_read(pair, tmp_path):
     sources = [MixedSource(path=pair[0]), MixedSource(path=other, ignore=("id",))]
     found = read_dataset(Mix(sources=sources, val_fraction=0.0))
     assert asked(found.conversations) == [*numbered("a", 20), "c"]
+    assert found.notices[:2] == tuple(
+        f"{path}: the records are of the form alpaca" for path in (pair[0], other)
+    )
     named = Mix(sources=[MixedSource(source="Alpaca", weight=0.01), *sources])
     assert [type(part) for part in named.parts()] == [Alpaca, Files, Files]
 

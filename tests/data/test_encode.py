@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import TEXT
@@ -15,7 +17,8 @@ from litlora.data.conversation import Conversation, Message, Place
 from litlora.data.encode import Encoder
 from litlora.data.examples import tokenize
 from litlora.data.records import RecordReader
-from litlora.errors import DataError
+from litlora.data.skipped import Skipped
+from litlora.errors import CheckpointError, DataError
 from litlora.load import load
 from litlora.prompts import STYLES, load_template
 from litlora.serve.conversation import ChatSession
@@ -295,8 +298,8 @@ NO_ANSWER = CHATML.replace("m.content", "(m.content if m.role == 'user' else '')
     [
         (LEFT_OUT, THOUGHT, "leaves out the answer '<think>.*such as a thought .* prompt_style alpaca$"),
         (NO_ANSWER, conversation(("dog", "yes")), "leaves out the answer 'yes'.* prompt_style alpaca"),
-        (NO_SYSTEM, TALK, r"refuses the conversation: no system role; ignore '\[system\]' leaves"),
-        (DROPS_SYSTEM, TALK, r"leaves out the system message; ignore '\[system\]' leaves"),
+        (NO_SYSTEM, TALK, r"refuses the conversation: no system role; without .* ignore '\[system\]' if"),
+        (DROPS_SYSTEM, TALK, r"leaves out the system message; without .* ignore '\[system\]' if"),
         (CHATML, conversation(("dog", "y" * 10_000_001)), "has 10,000,004 characters.*split the record"),
         (CHATML.replace("m.content", "m.content * 9"), conversation(("dog", "y" * 2_000_000)), "split it"),
     ],
@@ -677,3 +680,27 @@ def written(place, kind: str) -> Tokenizer:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (directory / file).write_bytes((place.directory / file).read_bytes())
     return known(directory)
+
+
+def test_a_record_that_is_too_long_for_the_tokenizer_is_named_or_left_out(place):
+    """A normalizer makes such a text larger than the memory that a tokenizer may have, at once."""
+    tokenizer, _ = place("byte-level")
+    file = place.directory / "tokenizer.json"
+    source = json.loads(file.read_text())
+    source["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": "z" * 10_000}
+    file.write_text(json.dumps(source))
+    tokenizer = Tokenizer(place.directory)
+    talks = [
+        replace(conversation((question, "no")), place=Place("x.jsonl", f"line {number}"))
+        for number, question in enumerate(["one", "y" * 1_100_000, "z" * 1_100_000, "two"])
+    ]
+    says = "x.jsonl, line 2: has 1,1.*, which is too long for the tokenizer: split the record, or remove it"
+    with pytest.raises(DataError, match=says):
+        tokenize(talks, tokenizer, STYLES["plain"], 100)
+    skipped = Skipped()
+    found = tokenize(talks, tokenizer, STYLES["plain"], 100, skipped)
+    assert skipped.number == 1 and re.search(says, str(skipped.first[0]))
+    assert len(found.examples) == 2 and found.num_left_out == 1  # the y fill the length
+    broken = [replace(talks[0], messages=conversation(("z" * 500_000, "no")).messages)]
+    with pytest.raises(CheckpointError, match="tokenizer.json: cannot encode this text"):  # not that long
+        tokenize(broken, tokenizer, STYLES["plain"], 100)

@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from litlora.data.sources import read_dataset
 from litlora.errors import DataError, UserError
 from litlora.prompts import STYLES
 from litlora.settings import JSON
+from litlora.settings.data import RecordFormat
 from litlora.tokenizer import Tokenizer
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
@@ -360,6 +362,10 @@ SAMPLES = {
     "prompt_completion": {"prompt": "Hi?", "completion": "Hi."},
     "text": {"text": "Once."},
 }
+
+
+def test_every_form_can_be_set_by_hand():
+    assert set(get_args(RecordFormat)) == set(FORMS)
 
 
 @pytest.mark.parametrize("form", SAMPLES)

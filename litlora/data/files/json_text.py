@@ -181,7 +181,7 @@ class _Window:
         before = self._text[: self._at if at is None else at]
         line, column = self._position(before)
         where = f"line {line}, column {column + 1}" if line > 1 else f"column {column + 1}"
-        raise DataError(f"{file}: not valid JSON: {problem} at {where}")
+        raise DataError(f"{file}: not valid JSON: {_problem(problem)} at {where}")
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether more text could make this valid: the longest token but a string is -Infinity."""
@@ -226,11 +226,16 @@ def _parse(text: str, place: str) -> Any:
         return json.loads(text, object_pairs_hook=_json_object)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{place}: not valid JSON: {error.msg} at {at}") from None
+        raise DataError(f"{place}: not valid JSON: {_problem(error.msg)} at {at}") from None
     except RecursionError:
         raise DataError(f"{place}: not usable JSON: nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
         raise DataError(f"{place}: not usable JSON: {error}") from None
+
+
+def _problem(message: str) -> str:
+    """What the json module says, of which some ends in "at" already."""
+    return message.removesuffix(" at")
 
 
 def _too_long(place: Place) -> DataError:

@@ -1,5 +1,6 @@
 """Files as streams of bytes, unpacked on the way. Torch-free."""
 
+import codecs
 import gzip
 import io
 from collections.abc import Iterator
@@ -10,25 +11,37 @@ from typing import BinaryIO
 from litlora.data.files.extras import pyarrow
 from litlora.errors import DataError
 
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
-"""How UTF-16 begins; UTF-32 begins with the first of them."""
-
 
 @contextmanager
 def unpacked(file: Path, compression: str | None) -> Iterator[BinaryIO]:
-    """The content of a file, which must not be UTF-16."""
+    """The content of a file, which must not be UTF-16 or UTF-32."""
     with file.open("rb") as opened:
         stream: io.BufferedReader = opened
         if compression == "gzip":
             stream = io.BufferedReader(gzip.GzipFile(fileobj=opened))
         elif compression == "zstd":
             stream = io.BufferedReader(_Zstd(file, opened))
-        if stream.peek(2)[:2] in UTF16:
+        if (name := _wide_encoding(stream.peek(4)[:4])) is not None:
             raise DataError(
-                f'{file}: is not UTF-8 text but UTF-16 ("Unicode" in Windows programs); save it as UTF-8, '
-                "or: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"
+                f'{file}: is not UTF-8 text but {name} ("Unicode" in Windows programs); save it as UTF-8, '
+                f"or: iconv -f {name} -t UTF-8 FILE > NEW_FILE"
             )
         yield stream
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """The encoding of a text that begins so, if it has two or four bytes to a character: it has a
+    byte order mark, or the first character, one of ASCII, has bytes that are zero."""
+    if len(start) < 2:
+        return None
+    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")):
+        if start == mark:
+            return name
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "UTF-16"
+    if 0 not in start[:2]:
+        return None
+    return f"UTF-{32 if start.count(0) > 2 else 16}{'BE' if start[0] == 0 else 'LE'}"
 
 
 class _Zstd(io.RawIOBase):
