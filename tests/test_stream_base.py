@@ -77,6 +77,7 @@ def equal_by_bits(directory: Path, dtype: torch.dtype, **more) -> None:
     ("file", "computed", "how"),
     [
         (torch.bfloat16, torch.float32, "full"),
+        (torch.float32, torch.bfloat16, "none"),
         *(
             pytest.param(file, computed, how, marks=pytest.mark.slow)
             for file, computed in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))

@@ -158,7 +158,7 @@ def _block_loss(
     d = others.log() + top - picked
     losses = torch.logaddexp(d, torch.zeros_like(d))
     own = weight[labels[:, 0]] if isinstance(weight, Tensor) else weight.picked(labels[:, 0])
-    own = own.to(exact)
+    own = own.to(x.dtype).to(exact)  # the values that the logits were computed with
     if cap is not None:
         own = own * (1 - (picked / cap).square())
     return losses, mean.div_(others).sub_(own).mul_(d.sigmoid())
