@@ -2,14 +2,15 @@
 stored, under Hugging Face's names.
 
 What llama.cpp's converter changed is undone: the rows of Llama's rotated heads are in another order,
-and Gemma's norms hold 1 + w. All tensors that are not in blocks get the dtype of the embedding, or
-bf16 where that is in blocks; that is also what blocks are dequantised to. The tokenizer is
-read by litlora.gguf_vocabulary. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Gemma's norms hold 1 + w, and the experts of a block are one tensor. All tensors that are not in blocks
+get the dtype of the embedding, or bf16 where that is in blocks; that is also what blocks are dequantised
+to. The tokenizer is read by litlora.gguf_vocabulary.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ MODEL_TYPES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "olmoe": "olmoe",
 }
-"""model_type by general.architecture. Mistral's is llama."""
+"""model_type by general.architecture. Mistral's is llama; so is Mixtral's, which has experts."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SETTINGS = {
     "context_length": "max_position_embeddings",
@@ -68,7 +72,29 @@ NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 """The modules of all families; `NAMES_IN` has what differs in one."""
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.N.gate_proj",
+    "ffn_up_exps": "mlp.experts.N.up_proj",
+    "ffn_down_exps": "mlp.experts.N.down_proj",
+}
+"""Experts are one tensor (experts, out, in); each becomes a matrix, N its number."""
 NAMES_IN = {
+    "mixtral": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.N.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.N.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.N.w2",
+    },
+    "qwen2_moe": {
+        **_EXPERTS,
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    },
+    "qwen3_moe": _EXPERTS,
+    "olmoe": _EXPERTS,
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
@@ -101,7 +127,7 @@ def open_gguf(file: Path) -> FullModel:
             raise CheckpointError("lacks token_embd.weight, the embedding")
         values["vocab_size"] = embedding.shape[0]
         kind, config = read_config(values)
-        if values["model_type"] == "llama":
+        if values["model_type"] in ("llama", "mixtral"):
             theirs = _rotated(theirs, config.num_attention_heads, config.num_key_value_heads)
         ours = layout(kind, config).read(theirs)
     except CheckpointError as error:
@@ -133,7 +159,7 @@ def _reader(file: Path) -> Any:
 # ---- settings
 
 
-def _settings(metadata: Mapping[str, Any], names: Collection[str]) -> tuple[str, dict[str, Any]]:
+def _settings(metadata: Mapping[str, Any], infos: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(model_type, the settings as a config.json has them, without the vocabulary's size)."""
 
     def read(key: str) -> Any:
@@ -146,7 +172,8 @@ def _settings(metadata: Mapping[str, Any], names: Collection[str]) -> tuple[str,
         raise CheckpointError(f"architecture {architecture!r} is not covered as GGUF, only {known}")
     if read("split.count") not in (None, 0, 1):
         raise CheckpointError("is one of several parts; join them with llama.cpp's gguf-split")
-    kind = MODEL_TYPES[architecture]
+    experts = _expert_settings(architecture, read, infos)
+    kind = "mixtral" if architecture == "llama" and experts else MODEL_TYPES[architecture]
     values: dict[str, Any] = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
     for key, name in SETTINGS.items():
         if (value := read(f"{architecture}.{key}")) is not None:
@@ -159,18 +186,36 @@ def _settings(metadata: Mapping[str, Any], names: Collection[str]) -> tuple[str,
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if "head_dim" not in values and (rotated := read(f"{architecture}.rope.dimension_count")):
         values["head_dim"] = rotated
-    values["tie_word_embeddings"] = "output.weight" not in names
-    values["attention_bias"] = "blk.0.attn_q.bias" in names
-    values["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    if kind == "qwen2":
+    values["tie_word_embeddings"] = "output.weight" not in infos
+    values["attention_bias"] = "blk.0.attn_q.bias" in infos
+    values["mlp_bias"] = "blk.0.ffn_up.bias" in infos
+    values |= experts
+    if kind in ("qwen2", "qwen2_moe"):
         values.pop("head_dim", None)
     if kind in _GEMMA_27B:
         is_27b = values["num_hidden_layers"] == _GEMMA_27B[kind]
         scalar = values["hidden_size"] / values["num_attention_heads"] if is_27b else values.get("head_dim")
         values["query_pre_attn_scalar"] = scalar or 256
-    if kind == "llama" or values.get("sliding_window") == 0:  # 0 is what files of Phi 4 have for none
+    if architecture == "llama" or values.get("sliding_window") == 0:  # 0 is what files of Phi 4 have for none
         values.pop("sliding_window", None)
     return kind, values | _rope(architecture, read)
+
+
+def _expert_settings(architecture: str, read: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
+    """How many experts there are, how wide, and how many each token picks; nothing without any. Files
+    may not say the widths, so the tensors do."""
+    count, used = (read(f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
+    if not count:
+        return {}
+    stacked, shared = infos.get("blk.0.ffn_gate_exps.weight"), infos.get("blk.0.ffn_gate_shexp.weight")
+    if type(count) is not int or type(used) is not int or stacked is None or len(stacked.shape) != 3:
+        raise CheckpointError("lacks expert_used_count, or the experts of its first layer as one tensor")
+    values = {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
+    values["moe_intermediate_size"] = int(stacked.shape[1])
+    if shared is not None:
+        values["shared_expert_intermediate_size"] = int(shared.shape[1])
+    # llama.cpp's graphs are made so, whatever the metadata says.
+    return values | {"norm_topk_prob": architecture == "qwen3moe", "mlp_only_layers": []}
 
 
 def _rope(architecture: str, read: Any) -> dict[str, Any]:
@@ -214,15 +259,32 @@ def _tensors(file: Path, infos: Any, kind: str) -> dict[str, Tensor | Quantized]
     for info in infos:
         shape, start = [int(count) for count in info.shape][::-1], int(info.data_offset)
         raw = stored[start : start + int(info.n_bytes)]
-        name = _name(info.name, kind)
-        tensor = _tensor(file, name, info.name, types[info.name], shape, raw, dtype)
-        is_norm = name.endswith("norm.weight")
-        if kind.startswith("gemma") and is_norm and isinstance(tensor, Tensor):
-            tensor = tensor - 1
-        if name in found:
-            raise CheckpointError(f"{info.name} is not the only tensor that is read as {name}")
-        found[name] = tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
+        for name, part, matrix in _matrices(_name(info.name, kind), shape, raw):
+            tensor = _tensor(file, name, info.name, types[info.name], matrix, part, dtype)
+            if isinstance(tensor, Tensor):
+                tensor = _as_theirs(tensor, name, kind).to(dtype)
+            if name in found:
+                raise CheckpointError(f"{info.name} is not the only tensor that is read as {name}")
+            found[name] = tensor
     return found
+
+
+def _matrices(name: str, shape: list[int], raw: Tensor) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """A tensor, or the matrix of each expert: name, bytes and shape."""
+    if ".N." not in name:
+        yield name, raw, shape
+        return
+    if len(shape) != 3 or not shape[0] or len(raw) % shape[0]:
+        raise CheckpointError(f"{name} is {' x '.join(map(str, shape))}, not a matrix for each expert")
+    for number, part in enumerate(raw.view(shape[0], -1)):
+        yield name.replace(".N.", f".{number}."), part, shape[1:]
+
+
+def _as_theirs(tensor: Tensor, name: str, kind: str) -> Tensor:
+    """A tensor that is not in blocks, as Hugging Face has it."""
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor - 1
+    return tensor[None] if name.endswith("shared_expert_gate.weight") and tensor.ndim == 1 else tensor
 
 
 def _name(theirs: str, kind: str) -> str:

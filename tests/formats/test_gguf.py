@@ -35,9 +35,8 @@ METADATA = {
 def write(file: Path, family: str, folder: Path, kind: str = "Q8_0") -> None:
     """A Hugging Face folder as llama.cpp's converter writes it, matrices of blocks in `kind`."""
     config = json.loads((folder / "config.json").read_text())
-    architecture = next(
-        name for name, model_type in MODEL_TYPES.items() if model_type == config["model_type"]
-    )
+    kinds = {model_type: name for name, model_type in MODEL_TYPES.items()} | {"mixtral": "llama"}
+    architecture = kinds[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_uint32("tokenizer.ggml.padding_token_id", 0)
@@ -53,10 +52,13 @@ def write(file: Path, family: str, folder: Path, kind: str = "Q8_0") -> None:
             writer.add_float32(f"{architecture}.{name}", config[name])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_uint32(f"{architecture}.rope.dimension_count", head)
+    if experts := config.get("num_experts", config.get("num_local_experts")):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
     names: dict[str, str] = {}
     for theirs, hf in (NAMES | NAMES_IN.get(config["model_type"], {})).items():
         names.setdefault(hf, theirs)
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in stacked(load_file(folder / "model.safetensors")).items():
         module, _, leaf = name.rpartition(".")
         prefix, module = "", module
         if module.startswith("model.layers."):
@@ -67,7 +69,7 @@ def write(file: Path, family: str, folder: Path, kind: str = "Q8_0") -> None:
         if architecture.startswith("gemma") and module.endswith("norm"):
             tensor = tensor + 1
         data, raw = tensor.float().numpy(), None
-        if tensor.ndim == 2 and kind != "F32":
+        if tensor.ndim >= 2 and kind != "F32" and not module.endswith(ROUTERS):
             raw = gguf.GGMLQuantizationType[kind]
             data = gguf.quants.quantize(data, raw)
         writer.add_tensor(f"{prefix}{names[module]}.{leaf}", data, raw_dtype=raw)
@@ -77,17 +79,38 @@ def write(file: Path, family: str, folder: Path, kind: str = "Q8_0") -> None:
     writer.close()
 
 
+ROUTERS = ("mlp.gate", "block_sparse_moe.gate")
+
+
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with those of all experts of a block as one, and no axis of a single row."""
+    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in tensors:
+        if ".experts.0." in name:
+            one = (name.replace(".experts.0.", f".experts.{number}.") for number in range(len(tensors)))
+            of_all = [tensors[each] for each in one if each in tensors]
+            found[name.replace(".experts.0.", ".experts.N.")] = torch.stack(of_all)
+    return {name: tensor.squeeze() for name, tensor in found.items()}
+
+
 def saved(family: str, directory: Path) -> Path:
     head = {"gemma": 16, "gemma2": 16, "gemma3": 16, "qwen3": 128}
     extra = {"head_dim": head[family]} if family in head else {}
     extra |= {"query_pre_attn_scalar": 16} if family in ("gemma2", "gemma3") else {}
     extra |= {"use_sliding_window": False} if family == "qwen2" else {}
     extra |= {"attention_bias": False} if family == "gemma" else {}
+    extra |= {"mlp_only_layers": []} if family == "qwen2-moe" else {}
+    extra |= {"decoder_sparse_step": 1, "head_dim": 16} if family == "qwen3-moe" else {}
+    extra |= {"moe_intermediate_size": 32} if family in ("qwen2-moe", "qwen3-moe") else {}
+    extra |= {"shared_expert_intermediate_size": 64} if family == "qwen2-moe" else {}
     save_folder(family, directory, **SIZES, **extra)
     return directory
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3"])
+MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "phi3", *MOE])
 def test_a_file_is_the_model_that_it_was_made_from(family, tmp_path):
     folder = saved(family, tmp_path / "hf")
     (tmp_path / "gguf").mkdir()
@@ -102,10 +125,18 @@ def test_a_file_is_the_model_that_it_was_made_from(family, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "Q8_0"), ("llama", "Q4_0"), ("llama", "F16"), ("qwen2", "Q8_0"), ("phi3", "Q8_0")],
+    [
+        ("llama", "Q8_0"),
+        ("llama", "Q4_0"),
+        ("llama", "F16"),
+        ("qwen2", "Q8_0"),
+        ("phi3", "Q8_0"),
+        ("qwen2-moe", "Q8_0"),
+        ("qwen3-moe", "Q4_0"),
+    ],
 )
 def test_logits_are_those_of_transformers(family, kind, tmp_path, tokenizer_dir):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, place = saved(family, tmp_path / "hf"), tmp_path / "gguf"
     shutil.copytree(tokenizer_dir, place)
@@ -116,7 +147,11 @@ def test_logits_are_those_of_transformers(family, kind, tmp_path, tokenizer_dir)
     dtype = torch.float16 if kind == "F16" else torch.bfloat16
     assert model.lm_head.weight.dtype == dtype
     ids = torch.arange(40)[None] * 7 % 300
-    theirs = AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf", dtype=dtype)
+    config = AutoConfig.from_pretrained(place, gguf_file="model.gguf")
+    if "moe" in family:  # transformers does not read the widths
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+            setattr(config, name, getattr(model.config, name))
+    theirs = AutoModelForCausalLM.from_pretrained(place, gguf_file="model.gguf", config=config, dtype=dtype)
     if family == "phi3":  # transformers does not read the window
         theirs.config.sliding_window = model.config.sliding_window
     exact = AutoModelForCausalLM.from_config(theirs.config, dtype=torch.float32).eval()
@@ -126,10 +161,11 @@ def test_logits_are_those_of_transformers(family, kind, tmp_path, tokenizer_dir)
 
 
 @pytest.mark.slow
-def test_every_command_takes_a_file(tmp_path, tokenizer_dir, alpaca_file):
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_every_command_takes_a_file(family, tmp_path, tokenizer_dir, alpaca_file):
     place, run = tmp_path / "gguf", tmp_path / "run"
     shutil.copytree(tokenizer_dir, place)
-    write(place / "model.gguf", "llama", saved("llama", tmp_path / "hf"), "Q8_0")
+    write(place / "model.gguf", family, saved(family, tmp_path / "hf"), "Q8_0")
     words = ["--data", "JSON", "--data.path", alpaca_file, "--train.max_seq_length", 64]
     words += ["--prompt_style", "plain", "--train.max_steps", 2, "--out_dir", run]
     said = succeeds("finetune/lora.py", "--checkpoint_dir", place / "model.gguf", *words).stdout

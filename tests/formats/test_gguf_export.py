@@ -105,7 +105,7 @@ class Export:
 # ---- without llama.cpp
 
 
-@pytest.mark.parametrize("name", ["llama-linear", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama-linear", "gemma2", "phi3", "mixtral", "qwen2-moe"])
 def test_our_reader_finds_the_model_that_was_written(name, tmp_path, tokenizer_dir):
     export = Export(saved(name, tmp_path / "hf", tokenizer_dir))
     file = export.write(tmp_path / "gguf/model.gguf", "F32")
