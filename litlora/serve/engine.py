@@ -58,6 +58,8 @@ class Engine:
         self.work = threading.Event()
         """Set while there may be something to compute: what a thread that computes all waits for."""
         self._computing = threading.Lock()
+        self._entering = threading.Lock()
+        """Held, for a moment, by whoever changes or reads through `_waiting`, or the adapters' names."""
         self._waiting: deque[_Sequence] = deque()
         self._active: list[_Sequence] = []
         self._prefixes = Prefixes(self.cache_tokens)
@@ -123,9 +125,10 @@ class Engine:
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; answers that go through it are finished first. Raises UserError for a
         name that there is not."""
-        self._loaded(name)
         with self._computing:
-            self._leaving.append(self._adapters.pop(name))
+            with self._entering:
+                self._leaving.append(self._loaded(name))
+                del self._adapters[name]
             self._let_go()
 
     def _loaded(self, name: str) -> "_Loaded":
@@ -136,7 +139,8 @@ class Engine:
 
     def _let_go(self) -> None:
         """Take off the adapters that were removed, once nothing goes through them."""
-        used = {sequence.way.adapter for sequence in (*self._active, *self._waiting)}
+        with self._entering:
+            used = {sequence.way.adapter for sequence in (*self._active, *self._waiting)}
         for loaded in [one for one in self._leaving if one.key not in used]:
             switch_off(self.model, loaded.key)
             self._prefixes.forget(loaded.key)
@@ -147,15 +151,16 @@ class Engine:
     def submit(self, request: Request, listener: Callable[[], None] | None = None) -> Answer:
         """Begin to answer. Raises UserError for a prompt that is empty or leaves no room in the
         context, and for an adapter that there is not."""
-        way = request.way
-        if way.adapter is not None:
-            way = Way(self._loaded(way.adapter).key, way.strength)
         self._check_prompt(request.prompt)
         answer = Answer(request, self, listener)
         length = min(self.context, len(request.prompt) + request.sampling.max_new_tokens)
         generator = request.generator or request.sampling.generator(self.device)
         text = AnswerText(self.tokenizer, request.sampling.stop) if request.text else None
-        self._waiting.append(_Sequence(answer, way, [*request.prompt], length, generator, text))
+        with self._entering:  # else the adapter could leave between its look-up and the end of the queue
+            way = request.way
+            if way.adapter is not None:
+                way = Way(self._loaded(way.adapter).key, way.strength)
+            self._waiting.append(_Sequence(answer, way, [*request.prompt], length, generator, text))
         self.work.set()
         return answer
 
@@ -232,8 +237,11 @@ class Engine:
     def _sweep(self) -> None:
         for sequence in [one for one in self._active if one.answer.is_cancelled]:
             self._end(sequence, "cancelled")
-        for sequence in [one for one in self._waiting if one.answer.is_cancelled]:
-            self._waiting.remove(sequence)
+        with self._entering:
+            gone = [one for one in self._waiting if one.answer.is_cancelled]
+            for sequence in gone:
+                self._waiting.remove(sequence)
+        for sequence in gone:
             sequence.answer.end("cancelled")
 
     def _admit(self) -> None:
@@ -303,7 +311,7 @@ class Engine:
         for sequence, row, is_finite in zip(sequences, logits, finite, strict=True):
             try:
                 token = sequence.choose(row, is_finite)
-            except UserError as error:
+            except Exception as error:  # of this answer's own settings: the others go on
                 self._end(sequence, None, error)
                 continue
             if token.id in sequence.answer.request.stop_ids:

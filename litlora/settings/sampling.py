@@ -1,10 +1,13 @@
 """How the tokens of an answer are chosen, for the commands that generate."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from litlora.settings.checks import check_positive, check_seed, check_value
+
+LEAST = 1e-9
+"""The smallest temperature, top-p and repetition penalty; the largest is its inverse. With less, logits and
+probabilities leave the range of fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,12 @@ def check_sampling(settings: Any) -> None:
     """Raise UserError for a sampling setting that is out of range."""
     check_seed(settings.seed or 0)
     check_positive(settings, "max_new_tokens", "top_k")
-    usable = math.isfinite(settings.temperature) and settings.temperature >= 0
-    check_value(settings, "temperature", usable, "must be 0 or more, and finite")
-    check_value(settings, "top_p", 0 < settings.top_p <= 1, "must be above 0 and at most 1")
+    temperature, penalty = settings.temperature, settings.repetition_penalty
+    usable = temperature == 0 or LEAST <= temperature <= 1 / LEAST
+    check_value(settings, "temperature", usable, f"must be 0, or from {LEAST:g} to {1 / LEAST:g}")
+    check_value(settings, "top_p", LEAST <= settings.top_p <= 1, f"must be from {LEAST:g} to 1")
     check_value(settings, "min_p", 0 <= settings.min_p <= 1, "must be from 0 to 1")
-    usable = math.isfinite(settings.repetition_penalty) and settings.repetition_penalty > 0
-    check_value(settings, "repetition_penalty", usable, "must be above 0, and finite")
+    usable = LEAST <= penalty <= 1 / LEAST
+    check_value(settings, "repetition_penalty", usable, f"must be from {LEAST:g} to {1 / LEAST:g}")
     for name in ("presence_penalty", "frequency_penalty"):
         check_value(settings, name, -2 <= getattr(settings, name) <= 2, "must be from -2 to 2")

@@ -99,7 +99,7 @@ def test_sampling_is_shown_and_set(base, capsys):
     [
         ("/params colour red", "NAME is one of max_new_tokens, temperature"),
         ("/params top_k many", "/params top_k many: must be a number"),
-        ("/params top_p 2", "top_p 2.0: must be above 0 and at most 1"),
+        ("/params top_p 2", "top_p 2.0: must be from 1e-09 to 1"),
         ("/strength 0.5", "there is no adapter here, the model alone"),
         ("/strength much", "X is a number, such as 0.5"),
         ("/adapter poet", "there is no adapter here"),

@@ -1,5 +1,6 @@
 """Generation: batches, caches and adapters change no answer, sampling does what its settings say."""
 
+import sys
 import threading
 from dataclasses import replace
 
@@ -290,6 +291,39 @@ def test_a_token_that_is_broken_ends_its_answer_alone(model):
     with pytest.raises(UserError, match="logits are not finite"):
         list(bad)
     assert [token.id for token in good] == alone(model, [6], 3)
+
+
+def test_a_token_that_cannot_be_drawn_ends_its_answer_alone(model):
+    engine = Engine(model)
+    ask = Request(prompt=[6], sampling=Sampling(max_new_tokens=3), text=False)
+    bad = engine.submit(replace(ask, sampling=Sampling(max_new_tokens=3, temperature=1.0), generator="none"))
+    good = engine.submit(ask)
+    with pytest.raises(TypeError, match="generator"):
+        list(bad)
+    assert [token.id for token in good] == alone(model, [6], 3)
+
+
+def test_requests_that_come_and_go_while_others_are_computed_stop_nothing(model):
+    """The queue is read by the thread that computes, while others add to it and cancel."""
+    engine, ended, interval = Engine(model, max_batch=2), [], sys.getswitchinterval()
+    ask = Request(prompt=[1, 2, 3], sampling=Sampling(max_new_tokens=20), text=False)
+    waiting = [engine.submit(ask) for _ in range(2000)]
+
+    def compute():
+        while engine.num_waiting < 3000:
+            engine.step()
+        ended.append(True)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        thread = threading.Thread(target=compute)
+        thread.start()
+        while thread.is_alive() and engine.num_waiting < 3000:
+            waiting.append(engine.submit(ask))
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert ended and not any(answer.error for answer in waiting)
 
 
 def test_threads_that_ask_together_get_their_own_answers_and_no_switch_of_the_process_moves(model):
