@@ -157,7 +157,11 @@ class Server:
             if len(body) > self.rules.max_body:
                 raise Wrong(f"the body has more than {self.rules.max_body:,} bytes", status=413)
         try:
-            return json.loads(bytes(body))
+            found = json.loads(bytes(body))
+            json.dumps(found, ensure_ascii=False).encode()
+            return found
+        except UnicodeEncodeError:
+            raise Wrong("the body holds half a character (a lone surrogate, \\ud800 to \\udfff)") from None
         except (ValueError, RecursionError) as error:
             raise Wrong(f"the body is not JSON: {one_line(str(error))[:200]}") from None
 
@@ -216,8 +220,7 @@ class Server:
         if not name or not path:
             raise Wrong("lora_name and lora_path are needed")
         root = self._loads_from()
-        place = (root / path).resolve()
-        if not place.is_relative_to(root.resolve()):
+        if "\0" in path or not (place := (root / path).resolve()).is_relative_to(root.resolve()):
             raise Wrong(f"lora_path {path}: lies outside of the directory that adapters are loaded from")
         from litlora.paths import checkpoint_dir
 
@@ -248,7 +251,7 @@ class Server:
                 return [self.asker.ids(asked.conversation)]
 
         calls = self.calls if asked.conversation.tools else None
-        return await self._answered(asked, encoded, self.asker.stop_ids, Chat(asked, calls))
+        return await self._answered(request, asked, encoded, self.asker.stop_ids, Chat(asked, calls))
 
     async def _completion(self, request: Request) -> Response:
         asked = read_completion(await self._body(request), self.rules.limits)
@@ -263,12 +266,13 @@ class Server:
                 tokenizer.encode(one, begin=True) if isinstance(one, str) else one for one in asked.prompts
             ]
 
-        return await self._answered(asked, encoded, tokenizer.stop_ids, Completion(asked))
+        return await self._answered(request, asked, encoded, tokenizer.stop_ids, Completion(asked))
 
     # ---- answers
 
     async def _answered(
         self,
+        request: Request,
         asked: Asked,
         encoded: Callable[[], list[list[int]]],
         stop_ids: frozenset[int],
@@ -305,7 +309,7 @@ class Server:
             raise
         if asked.stream:
             return StreamingResponse(serving.events(), media_type="text/event-stream")
-        return await serving.whole()
+        return await serving.whole(request)
 
     def _shape(self, asked: Asked) -> Shape | None:
         if asked.schema is None:
@@ -329,7 +333,7 @@ class Serving:
         self.answers: list[Answer] = []
         self._more = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._ended = False
+        self._ended = self._left = False
 
     def begin(self, requests: list[EngineRequest]) -> None:
         """Ask the engine."""
@@ -359,6 +363,8 @@ class Serving:
                         yield number, None
                 if open_ones:
                     await self._more.wait()
+                if self._left:
+                    raise ClientDisconnect
         finally:
             gone = [answer for answer in open_ones.values() if not answer.ended.is_set()]
             for answer in gone:
@@ -387,11 +393,21 @@ class Serving:
                 answer.cancel()
             answer.listener = None  # it leads back here: without a circle, memory is free at once
 
-    async def whole(self) -> Response:
-        """All answers at once."""
-        async for number, token in self.tokens():
-            self.written.add(number, token)
+    async def whole(self, request: Request) -> Response:
+        """All answers at once. Raises ClientDisconnect if nobody waits for them any more."""
+        watching = asyncio.create_task(self._watch(request))
+        try:
+            async for number, token in self.tokens():
+                self.written.add(number, token)
+        finally:
+            watching.cancel()
         return JSONResponse(await run_in_threadpool(self.written.whole, self.answers))
+
+    async def _watch(self, request: Request) -> None:
+        """Notice that the client goes away; a stream notices it by itself."""
+        await request.receive()  # the body is read: nothing else can come
+        self._left = True
+        self._more.set()
 
     async def events(self) -> AsyncIterator[str]:
         """The answers as server-sent events."""

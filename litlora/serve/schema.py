@@ -30,7 +30,10 @@ def grammar_of(schema: dict[str, Any]) -> str:
             "llguidance, which holds answers to a JSON schema, is not installed; install it with: "
             "pip install 'litlora[schema]'"
         ) from None
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACE})
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACE})
+    except ValueError as error:  # such as an integer of more than 64 bits
+        raise UserError(f"the JSON schema cannot be used: {one_line(str(error))[:200]}") from None
     is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_wrong:
         reason = "oneOf is not known; write anyOf" if "oneOf" in reasons[0] else one_line(reasons[0])

@@ -170,7 +170,10 @@ def test_answers_follow_a_json_schema(opened):
 
 MISTAKES = [
     ({"model": "nobody"}, 404, "the model 'nobody' does not exist; there is"),
-    ({"temperature": -1}, 400, "temperature -1: must be 0 or more"),
+    ({"temperature": -1}, 400, "temperature -1: must be 0, or from 1e-09 to 1e+09"),
+    ({"temperature": 1e-40}, 400, "temperature 1e-40: must be 0, or from 1e-09"),
+    ({"temperature": 10**400}, 400, "must be 0, or from 1e-09"),
+    ({"repetition_penalty": 1e-300}, 400, "repetition_penalty 1e-300: must be from 1e-09"),
     ({"temperature": "hot"}, 400, "temperature must be float, not str"),
     ({"max_tokens": 65}, 400, "max_tokens 65: can be at most 64"),
     ({"max_tokens": 0}, 400, "max_new_tokens 0: must be at least 1"),
@@ -179,6 +182,8 @@ MISTAKES = [
     ({"stop": [""]}, 400, "stop must be a text or a list of texts"),
     ({"top_logprobs": 3}, 400, "top_logprobs needs logprobs true"),
     ({"colour": "red"}, 400, "colour: this field is not known here"),
+    ({"\ud800": "red"}, 400, "the body holds half a character"),
+    ({"stop": "\ud800"}, 400, "the body holds half a character"),
     ({"messages": []}, 400, "holds no message"),
     ({"messages": [{"role": "user"}]}, 400, "content is missing"),
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, 400, "messages.mood: this field is not"),
@@ -189,6 +194,8 @@ MISTAKES = [
     ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema has no schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, 400,
      "the JSON schema cannot be used: Unimplemented keys"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"maximum": 10**300}}}}, 400,
+     "the JSON schema cannot be used: Value is not JSON serializable"),
     ({"response_format": {"type": "json_object"}, "tools": []}, 400, "leaves no room for calls of tools"),
 ]  # fmt: skip
 
@@ -196,7 +203,8 @@ MISTAKES = [
 def test_mistakes_have_the_form_of_openai(client, url):
     for changes, status, message in MISTAKES:
         body = {"model": "poet", "messages": ASKED, **changes}
-        answered = httpx.post(f"{url}/v1/chat/completions", json=body)
+        headers = {"content-type": "application/json"}
+        answered = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers)
         assert answered.status_code == status, (changes, answered.text)
         error = answered.json()["error"]
         assert message in error["message"] and error.keys() == {"message", "type", "param", "code"}, error
@@ -368,6 +376,22 @@ def test_more_than_it_can_take_is_told_to_come_back(opened):
             go.set()
             assert list(running.iter_lines())[-2] == "data: [DONE]"
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
+def test_who_waits_for_the_whole_answer_and_goes_away_is_not_computed_any_further(opened):
+    go = threading.Event()
+    opened.engine.model.model.layers[0].register_forward_hook(lambda *_: go.wait(60) and None)
+    with serving(opened) as url:
+        body = {"model": "poet", "prompt": [1, 2], "max_tokens": 60, "n": 4}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body, timeout=0.3)
+        deadline = time.monotonic() + 20
+        while "litlora_cancelled_total 4" not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        go.set()
+        assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1, "max_tokens": 1}).status_code == 200
+        assert opened.engine.num_running == 0
 
 
 @pytest.mark.slow
