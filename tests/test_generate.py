@@ -101,6 +101,7 @@ def test_what_was_stopped_goes_on_and_gives_the_same(asked, forked, tmp_path):
         ('{"prompt": ""}', "line 1: its prompt is empty"),
         ('{"question": "x"}', "must have one of messages, prompt and instruction; it has 'question'"),
         ('{"prompt": "x", "answer": "y"}', "has 'answer' already"),
+        (r'{"prompt": "x", "kept": "\ud800"}', "'kept' cannot be written as JSON"),
         ('{"prompt": "x"}\n{"prompt": "x", "instruction": "y"}', "line 2: must have one of"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "ends with the assistant's message"),
         ('{"messages": [{"role": "user", "content": "x"}], "system": "y"}', "no place for tools or a system"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 from litlora.console import one_line, say
 from litlora.errors import UserError
 from litlora.settings.sampling import SamplingSettings
+from litlora.storage.untrusted import read_json
 
 if TYPE_CHECKING:
     from litlora.lora.live import Way
@@ -180,17 +181,19 @@ class Commands:
             raise UserError(f"{name}: exists; name another file") from None
         except OSError as error:
             raise UserError(f"{name}: {error.strerror or error}") from None
+        except ValueError:
+            raise UserError(f"{name}: cannot be the name of a file") from None
         say(f"saved: {name}")
 
     def _load(self, name: str) -> None:
         if not name:
             raise UserError("/load FILE: name a file that /save wrote")
         try:
-            found = json.loads(Path(name).read_text(encoding="utf-8"))
+            found = read_json(Path(name))
         except OSError as error:
             raise UserError(f"{name}: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{name}: is not JSON text") from None
+        except ValueError:
+            raise UserError(f"{name}: cannot be the name of a file") from None
         try:
             self.session.restore(found.get("messages") if isinstance(found, dict) else found)
         except UserError as error:

@@ -100,8 +100,8 @@ class ChatSession:
         )
         roles = [one.get("role") for one in messages] if ok else ["?"]
         system = messages[0]["content"] if roles[:1] == ["system"] else None
-        turns = messages[1:] if system is not None else messages
-        if roles[len(roles) - len(turns) :] != ["user", "assistant"] * (len(turns) // 2):
+        turns = [] if not ok else messages[1:] if system is not None else messages
+        if not ok or roles[len(roles) - len(turns) :] != ["user", "assistant"] * (len(turns) // 2):
             raise UserError(
                 "holds no conversation: an optional system message, and turns of user and assistant"
             )

@@ -38,6 +38,11 @@ def _prompt(value: Any, place: Place) -> Prompt:
     record = read_record(value, place, {}, (), ("messages or prompt",))
     if taken := [name for name in ANSWER if name in record.fields]:
         record.wrong(f"has {taken[0]!r} already, where the answer's would be; rename it")
+    for name, kept in value.items():  # else the answers would be lost when they are written beside it
+        try:
+            json.dumps({name: kept}, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            record.wrong(f"{name!r} cannot be written as JSON: {error}")
     fields = record.fields
     asked = [name for name in ("messages", "prompt", "instruction") if fields.get(name) is not None]
     if len(asked) != 1:

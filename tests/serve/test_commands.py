@@ -72,7 +72,10 @@ def test_a_conversation_is_saved_and_goes_on(base, tmp_path):
     for text, message in (
         ("[1]", "holds no conversation"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "holds no conversation"),
-        ("{", "is not JSON text"),
+        ('{"messages": 5}', "holds no conversation"),
+        ('{"messages": [{"role": {}, "content": "x"}, {"role": [], "content": "x"}]}', "no conversation"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -108,6 +111,9 @@ def test_sampling_is_shown_and_set(base, capsys):
         ("/retry", "there is no question yet"),
         ("/save", "name a file"),
         ("/load nowhere.json", "nowhere.json: No such file or directory"),
+        ("/load \0x", "cannot be the name of a file"),
+        ("/save \ud800", "cannot be the name of a file"),
+        ("/load /dev/zero", "not a file"),
         ("/system Be brief.", "has no place for a system message"),
         ("/reset now", "/reset stands alone"),
         ("/nonsense", "/nonsense: no such command; /help lists them"),
