@@ -51,10 +51,10 @@ class ModelConfig(Facts):
     norm_position: Literal["before", "after", "both"] = "before"
     """What is normalised: the input of attention and MLP (Llama), their output (OLMo 2), or both
     (Gemma 2)."""
-    qk_norm: Literal["none", "head", "head_rotated", "each_head", "all_heads"] = "none"
+    qk_norm: Literal["none", "head", "head_rotated", "each_head", "all_heads", "l2_rotated"] = "none"
     """How queries and keys are normalised: each head with shared weights (Qwen 3), the same after
-    the rotation (Hunyuan), each head with its own weights (StableLM), or all heads together
-    (OLMo 2)."""
+    the rotation (Hunyuan), each head with its own weights (StableLM), all heads together (OLMo 2), or
+    each head without weights after the rotation, in layers that have one (Llama 4)."""
     residual_multiplier: float | None = None
     """What attention and MLP give is multiplied by it (Granite)."""
     parallel_residual: bool = False
@@ -107,11 +107,16 @@ class ModelConfig(Facts):
     query_scale_beta: float | None = None
     """Queries at position p are multiplied by 1 + beta · ln(1 + ⌊p / o⌋), where o is rope_scaling's
     original_max_position_embeddings (Ministral 3)."""
+    floor_scale: int | None = None
+    """With query_scale_beta, in the layers without rotary embeddings alone: p + 1 and floor_scale take
+    the place of p and o (Llama 4)."""
 
     sliding_window: int | None = None
     """Tokens that a layer with a window sees, the current one included."""
+    attention_chunk_size: int | None = None
+    """Sequences divide into chunks of so many tokens; a layer sees the current one's alone (Llama 4)."""
     full_attention_layers: tuple[int, ...] = ()
-    """With sliding_window: numbers of the layers without a window."""
+    """With one of these two: numbers of the layers that see all tokens."""
     query_pre_attn_scalar: float | None = None
     """Attention scores are divided by its square root; default head_dim."""
     attn_logit_softcapping: float | None = None
@@ -191,6 +196,8 @@ class ModelConfig(Facts):
     topk_group: int | None = None
     routed_scaling_factor: float | None = None
     """The shares are multiplied by it."""
+    scale_expert_inputs: bool | None = None
+    """The shares multiply what goes into the experts, not what comes out (Llama 4)."""
     norm_topk_prob: bool = False
     """The weights of the picked experts add up to 1."""
     shared_expert_intermediate_size: int | None = None
@@ -242,6 +249,10 @@ class ModelConfig(Facts):
     def window(self, layer: int) -> int | None:
         """Tokens that a layer sees, the current one included; None if it sees all of them."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    def chunk(self, layer: int) -> int | None:
+        """Tokens of a chunk of a layer; None if it sees all of them."""
+        return None if layer in self.full_attention_layers else self.attention_chunk_size
 
     @property
     def linear_channels(self) -> int:

@@ -15,6 +15,7 @@ def check(config: "ModelConfig") -> None:
     _check_streams(config)
     _check_latent_attention(config)
     _check_linear_attention(config)
+    _check_chunks(config)
     _check_experts(config)
     _check_blocks(config)
     _check_scaling(config)
@@ -140,6 +141,15 @@ def _check_linear_attention(config: "ModelConfig") -> None:
         raise CheckpointError("linear_conv_kernel_dim must be at least 2")
 
 
+def _check_chunks(config: "ModelConfig") -> None:
+    others = ("sliding_window", "kv_lora_rank", "num_kv_shared_layers", "linear_attention_layers")
+    found = [name for name in others if getattr(config, name)]
+    if config.attention_chunk_size is not None and found:
+        raise CheckpointError(f"{found[0]} with attention_chunk_size is not a supported architecture")
+    if config.floor_scale is not None and config.query_scale_beta is None:
+        raise CheckpointError("floor_scale needs query_scale_beta")
+
+
 def _check_experts(config: "ModelConfig") -> None:
     if config.enable_moe_block:
         _check_experts_beside(config)
@@ -199,7 +209,7 @@ def _check_blocks(config: "ModelConfig") -> None:
     if config.logit_scale is not None and config.lm_head_bias:
         raise CheckpointError("logit_scale with lm_head_bias is not a supported architecture")
     original = config.rope_scaling and config.rope_scaling.original_max_position_embeddings
-    if config.query_scale_beta is not None and not original:
+    if config.query_scale_beta is not None and config.floor_scale is None and not original:
         raise CheckpointError("query_scale_beta needs a rope_scaling with original_max_position_embeddings")
 
 

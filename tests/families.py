@@ -53,6 +53,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LLAMA4 = {
+    "num_hidden_layers": 5,
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "attention_chunk_size": 7,
+    "floor_scale": 6,
+    "attn_scale": 0.7,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     "rope_type": "longrope",
@@ -272,6 +281,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 6}
         | {"top_k_experts": 2, "moe_intermediate_size": 24},
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        {**GROUPED, **LLAMA4, "num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True}
+        | {"rope_scaling": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 1.0}},
+    ),
+    "llama4-maverick": (
+        "Llama4TextConfig",
+        {**GROUPED, **LLAMA4, "num_local_experts": 4, "interleave_moe_layer_step": 2, "use_qk_norm": False}
+        | {"no_rope_layers": [0, 1, 1, 0, 1], "attn_temperature_tuning": False},
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
@@ -392,6 +411,12 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         FAMILIES["gemma4-26b"][1],
         {**VISION, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
         | {"position_embedding_size": 16},
+    ),
+    "llama4": (
+        "Llama4Config",
+        {**FAMILIES["llama4"][1], "num_experts_per_tok": 1},
+        {**VISION, "pixel_shuffle_ratio": 0.5, "projector_input_dim": 16, "projector_output_dim": 16}
+        | {"vision_output_dim": 16, "intermediate_size": 64},
     ),
     "mistral3": (
         "Mistral3Config",

@@ -123,6 +123,11 @@ class Layout:
         part."""
         return _find(self._by_ours, module)
 
+    @property
+    def swaps_factors(self) -> bool:
+        """Whether A and B of experts change places in PEFT's files."""
+        return any(fused.transposed and not fused.is_marked for fused in self.fused)
+
     def rule_of_expert(self, expert: str, leaves: tuple[str, ...], size: int) -> Rule:
         """How these layers of one expert, of `size` rows each, share a parameter of transformers 5."""
         turns = len(leaves) > 1 and any(fused.interleaved for fused in self.fused)
@@ -353,6 +358,23 @@ def _gpt_oss(config: ModelConfig) -> list[Rule | FusedExperts]:
     ]
 
 
+def _llama4(config: ModelConfig) -> list[Rule | FusedExperts]:
+    theirs, ours, experts = f"{LAYER}feed_forward.", f"{LAYER}mlp.", f"{LAYER}mlp.experts"
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    rules = [Rule(f"{theirs}{leaf}", (f"{ours}{leaf}",)) for leaf in leaves]
+    rules += [Rule(f"{theirs}shared_expert.{leaf}", (f"{ours}shared_experts.{leaf}",)) for leaf in leaves]
+    rules += [Rule(f"{theirs}router", (f"{ours}gate",)), Rule(f"{theirs}experts", (experts,))]
+    if config.num_experts is None:
+        return rules
+    parts = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
+    return rules + [
+        FusedExperts(
+            f"{theirs}experts.{name}", experts, several, config.num_experts, transposed=True, is_marked=False
+        )
+        for name, several in parts.items()
+    ]
+
+
 def _qwen3_5_moe(config: ModelConfig) -> list[FusedExperts]:
     """Released files have fused tensors, and those that transformers writes do not."""
     return _fused(LAYER + "mlp.experts", config.num_experts, is_written=False)
@@ -383,6 +405,7 @@ LAYOUTS = {
     "hunyuan_v1_dense": (_hunyuan, "model."),
     "mixtral": (_mixtral, "model."),
     "gpt_oss": (_gpt_oss, "model."),
+    "llama4_text": (_llama4, "model."),
     "qwen3_5_moe_text": (_qwen3_5_moe, "model."),
     "gemma4_text": (_gemma4, "model."),
     "ernie4_5_moe": (_ernie4_5_moe, "model."),

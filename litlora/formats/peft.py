@@ -57,6 +57,7 @@ _FAMILIES = (
     (r"self_attn\.qkv_proj|mlp\.gate_up_proj", "phi3"),
     (r"self_attn\.(dense|[qk]_layernorm)$|mlp\.fc[12]", "phi"),
     (r"block_sparse_moe", "mixtral"),
+    (r"\.feed_forward\.", "llama4_text"),
 )
 """(pattern of a module's name, family) for families whose names differ from Llama's; the first
 match counts."""
@@ -212,14 +213,17 @@ class _Found:
 
     def add_experts(self, module: str, place: str, pair: dict[str, Tensor]) -> None:
         """The factors of one parameter of a layer's experts, A (E · r, in) and B (out, r · E), which are
-        called `place` here."""
+        called `place` there."""
         experts = range(self.model.num_experts or 0)
+        [place], swapped = self.names.rule_of(place).ours, self.names.layout.swaps_factors
         up = self.base.get(f"{place}.0.up_proj.weight")
         if up is None:
             self.lost.append(place)
             return
         inside, width = up.shape
         forms = {(width, 2 * inside): "gate_up_proj", (inside, width): "down_proj"}
+        if swapped:
+            forms = {form[::-1]: name for form, name in forms.items()}
         form = (pair["A"].shape[-1], pair["B"].shape[0]) if pair.keys() == {"A", "B"} else None
         if (parameter := forms.get(form)) is None:
             raise CheckpointError(
@@ -230,13 +234,18 @@ class _Found:
         _checked_pair(self.file, f"{place}.{parameter}", pair, rank * len(experts))
         A = pair["A"].unflatten(0, (len(experts), rank))  # (E, r, in)
         B = pair["B"].unflatten(1, (rank, len(experts)))  # (out, r, E)
+        if swapped:
+            A, B = B.permute(2, 1, 0), A.permute(2, 1, 0)
         leaves = EXPERTS[parameter]
         for expert in experts:
             rule = self.names.layout.rule_of_expert(f"{place}.{expert}", leaves, len(B) // len(leaves))
             for ours, rows in zip(rule.ours, rule.split(B[:, :, expert]), strict=True):
                 if ours in self.updates:
                     raise CheckpointError(f"{self.file}: {place} has two updates of {parameter}")
-                self.updates[ours], self.alphas[ours] = Update(A[expert], rows.contiguous(), scale), alpha
+                self.updates[ours], self.alphas[ours] = (
+                    Update(A[expert].contiguous(), rows.contiguous(), scale),
+                    alpha,
+                )
 
     def add_rows(self, module: str, rows: Tensor) -> None:
         """Rows of an embedding or of the head that replace those of some tokens; where the two are

@@ -9,7 +9,8 @@ PEFT adapts each as a whole, and wraps the one in the other:
 
 In a model whose MLPs hold experts PEFT takes every layer that is called gate_proj, up_proj or down_proj
 for an expert's, as it had them before. Such layers beside the experts are therefore written as
-parameters, too: their `weight`. Not in a model whose experts are beside the MLP (Gemma 4).
+parameters, too: their `weight`. Not in a model whose experts are beside the MLP (Gemma 4), nor in
+Llama 4, which never had single experts.
 """
 
 import json
@@ -75,7 +76,7 @@ def to_peft(
     as_parameters = set()
     is_new = bool(layout.fused) or parts is not None  # and never had the layers of single experts
     if model.num_experts is not None and (is_new or not _are_joined_rightly(adapter, base)):
-        in_mlp = not model.enable_moe_block
+        in_mlp = not (model.enable_moe_block or model.scale_expert_inputs)
         as_parameters = {name for name in adapter.updates if _is_taken_for_expert(name, in_mlp)}
     if as_parameters:
         found.add_parameters(as_parameters, adapter, base, model.num_experts)
@@ -149,13 +150,13 @@ class _Found:
             self._add_parameter(f"{theirs}.weight", f"{PREFIX}{theirs}", (rank, scale, A, B), adapter)
         for place in sorted({name.partition(_IN_EXPERTS)[0] for name in names if _IN_EXPERTS in name}):
             experts = [f"{place}{_IN_EXPERTS}{expert}" for expert in range(num_experts)]
-            theirs = self.named(f"{place}.experts")
+            theirs = self.named(self.layout.to_theirs(f"{place}.experts").theirs)
             key = PREFIX + theirs
             for parameter, leaves in reversed(EXPERTS.items()):  # down_proj is the outer one
                 size = base[f"{experts[0]}.{leaves[0]}.weight"].size(0)
                 rules = [self.layout.rule_of_expert(expert, leaves, size) for expert in experts]
                 if any(name in adapter.updates for rule in rules for name in rule.ours):
-                    joined = _join_experts(rules, adapter, base)
+                    joined = _join_experts(rules, adapter, base, swapped=self.layout.swaps_factors)
                     self._add_parameter(f"{theirs}.{parameter}", key, joined, adapter)
                     key += ".base_layer"
 
@@ -209,7 +210,8 @@ class _Found:
         adapted = [name for name in self.ranks if name not in self.parameters]
         layers = [part for rule, _ in self.groups.values() for part in rule.ours]
         # Other parts of a model may have layers with the same last names.
-        parameters = sorted(self.parameters) if self.beside else _shortened(self.parameters, layers)
+        parameters = self.parameters if self.beside else _shortened(self.parameters, layers, self.layout)
+        parameters = sorted(parameters)
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -328,14 +330,17 @@ def join(rule: Rule, adapter: Adapter, base: Mapping[str, Tensor]) -> tuple[int,
 
 
 def _join_experts(
-    rules: list[Rule], adapter: Adapter, base: Mapping[str, Tensor]
+    rules: list[Rule], adapter: Adapter, base: Mapping[str, Tensor], *, swapped: bool
 ) -> tuple[int, float, Tensor, Tensor]:
     """(rank, scale, A, B) of one parameter of a layer's experts: a rule for each. An expert of a
-    smaller rank, or without an update, is filled up with zeros."""
+    smaller rank, or without an update, is filled up with zeros. `swapped`: the update of its
+    transpose."""
     pairs = [
         join(rule, adapter, base) if any(name in adapter.updates for name in rule.ours) else None
         for rule in rules
     ]
+    if swapped:
+        pairs = [pair and (*pair[:2], pair[3].T, pair[2].T) for pair in pairs]
     first = next(pair for pair in pairs if pair is not None)
     rank, scale = max(pair[0] for pair in pairs if pair is not None), first[1]
     all_A = first[2].new_zeros(len(rules), rank, first[2].size(1))
@@ -365,14 +370,15 @@ def _targets(adapted: list[str], modules: list[str]) -> list[str]:
     return sorted({name if (leaf := name.rpartition(".")[2]) in leaves else leaf for name in adapted})
 
 
-def _shortened(parameters: list[str], layers: list[str]) -> list[str]:
+def _shortened(parameters: list[str], layers: list[str], layout: Layout) -> set[str]:
     """target_parameters: a name without its layer, `mlp.experts.down_proj`, if that parameter is
     adapted in every layer of the model that has it, else the whole name."""
     experts = {name.partition(_IN_EXPERTS)[0] for name in layers if _IN_EXPERTS in name}
-    names = {f"{place}{_IN_EXPERTS}{leaf}" for place in experts for leaf in EXPERTS}
+    experts = {layout.to_theirs(f"{place}{_IN_EXPERTS}"[:-1]).theirs for place in experts}
+    names = {f"{place}.{leaf}" for place in experts for leaf in EXPERTS}
     names |= {f"{name}.weight" for name in layers}
     absent = {_LAYER.sub("", name) for name in names - set(parameters)}
-    return sorted({name if _LAYER.sub("", name) in absent else _LAYER.sub("", name) for name in parameters})
+    return {name if _LAYER.sub("", name) in absent else _LAYER.sub("", name) for name in parameters}
 
 
 def _plain(value: float) -> float | int:

@@ -89,6 +89,9 @@ class FusedExperts(TensorRule):
     """The rows of the parts take turns. Otherwise they are concatenated."""
     transposed: bool = False
     """A matrix is stored as (in, out)."""
+    is_marked: bool = True
+    """transformers says so of the class. PEFT takes a tensor of another class for (out, in), as it
+    lies: A and B change places in its files."""
     is_written: bool = True
     """Otherwise files may have it, and ours hold the layers of each expert, as transformers writes
     them."""

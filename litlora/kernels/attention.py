@@ -100,33 +100,43 @@ def attend_apart(
     seen: Sequence[tuple[Tensor, Tensor]],
     *,
     window: int | None = None,
+    chunk: int | None = None,
     **scores: Unpack[Scores],
 ) -> Tensor:
     """Attention of B sequences that get a token each: q (B, H, 1, D), and of each sequence keys and
-    values (1, G, S, D) of any S, the last `window` of which it sees -> (B, H, 1, D). `scores` as of
-    `attend`.
+    values (1, G, S, D) of any S, of which it sees what `last_seen` gives -> (B, H, 1, D). `scores` as
+    of `attend`.
 
     Each is computed by itself: nothing is padded, and the result is that of the sequence alone.
     """
-    last = slice(None) if window is None else slice(-window, None)
-    return torch.cat(
-        [
-            attend(row, k[:, :, last], v[:, :, last], None, **scores)
-            for row, (k, v) in zip(q.split(1), seen, strict=True)
-        ]
-    )
+    rows = zip(q.split(1), seen, strict=True)
+    return torch.cat([attend(row, *last_seen(k, v, window, chunk), None, **scores) for row, (k, v) in rows])
 
 
-def causal_mask(T: int, start: int, window: int | None, device: torch.device) -> Tensor | None:
+def last_seen(k: Tensor, v: Tensor, window: int | None, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """The keys and values (B, G, S, D) that the last of S tokens sees: all, those in the window, or
+    those of its chunk."""
+    if window is None and chunk is None:
+        return k, v
+    last = slice(-window, None) if chunk is None else slice((k.size(2) - 1) // chunk * chunk, None)
+    return k[:, :, last], v[:, :, last]
+
+
+def causal_mask(
+    T: int, start: int, window: int | None, device: torch.device, chunk: int | None = None
+) -> Tensor | None:
     """Which of start + T tokens each of the last T sees, (T, start + T); None where attention needs
     no mask.
 
-    Without a past and within the window, the mask is SDPA's own triangle; a single token sees all
-    keys that it is given.
+    Without a past and within the window, or the first chunk, the mask is SDPA's own triangle; a single
+    token sees all keys that it is given.
     """
-    if T == 1 or (start == 0 and (window is None or T <= window)):
+    if T == 1 or (start == 0 and (window is None or T <= window) and (chunk is None or T <= chunk)):
         return None
     mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    if chunk is not None:
+        number = torch.arange(start + T, device=device) // chunk
+        mask &= number[start:, None] == number
     return mask if window is None else mask.triu(start - window + 1)
 
 
@@ -154,6 +164,16 @@ class Pack:
         self.whole = self if shared is None else Pack(lengths)
         """The same sequences, none of which shares a token."""
         self._block_masks: dict[int | None, Any] = {}
+        self._chunked: dict[int, Pack] = {}
+
+    def in_chunks(self, size: int | None) -> "Pack":
+        """The same tokens, of which each chunk of this size is a sequence."""
+        if size is None or max(self.lengths) <= size:
+            return self
+        if size not in self._chunked:
+            starts = [(length, start) for length in self.lengths for start in range(0, length, size)]
+            self._chunked[size] = Pack([min(size, length - start) for length, start in starts], self.shared)
+        return self._chunked[size]
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
         """FlexAttention's mask: a token sees the earlier ones of its own sequence, within the
@@ -239,11 +259,13 @@ def packed_attention(
     pack: Pack,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     **scores: Unpack[Scores],
 ) -> Tensor:
     """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
-    with our own backward. Where sequences share tokens, N is the number of these: attention alone
-    computes them once a sequence."""
+    with our own backward. With `chunk`, a token sees those of its chunk alone. Where sequences share
+    tokens, N is the number of these: attention alone computes them once a sequence."""
+    pack = pack.in_chunks(chunk)
     if pack.shared is not None:
         q, k, v = (part.index_select(2, pack.shared.copies) for part in (q, k, v))
         whole = packed_attention(q, k, v, pack.whole, window=window, **scores)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.kernels.attention import attend, attend_apart, packed_attention
+from litlora.kernels.attention import attend, attend_apart, last_seen, packed_attention
 from litlora.kernels.rotary import halves, rotate
 from litlora.lora import project
 from litlora.model.cache import CacheBatch
@@ -18,7 +18,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.window = config.window(layer)
+        self.window, self.chunk = config.window(layer), config.chunk(layer)
+        is_rotated = config.rope(layer) is not None
+        self.scales_queries = config.floor_scale is None or not is_rotated
         self.softcap, self.clip = config.attn_logit_softcapping, config.clip_qkv
         H, C, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         G, self.head_dim = config.heads(layer)
@@ -38,10 +40,12 @@ class Attention(nn.Module):
         self.packed_attention = packed_attention
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.norm_all_heads = config.qk_norm == "all_heads"
-        self.norm_rotated = config.qk_norm == "head_rotated"
+        self.norm_rotated = config.qk_norm in ("head_rotated", "l2_rotated")
         self.interleaved_dim = config.rotary_dim if config.rope_interleaved else None
-        self.q_norm = make_head_norm(config, H, self.head_dim)
-        self.k_norm = None if self.shares_keys else make_head_norm(config, G, self.head_dim)
+        has_norms = is_rotated or config.qk_norm != "l2_rotated"
+        self.q_norm = make_head_norm(config, H, self.head_dim) if has_norms else None
+        has_norms &= not self.shares_keys
+        self.k_norm = make_head_norm(config, G, self.head_dim) if has_norms else None
         self.v_norm = WeightlessRMSNorm(config.norm_eps) if config.value_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -54,7 +58,7 @@ class Attention(nn.Module):
         if self.gated:  # each head's query, and then its gate
             q, gate = (part.flatten(2) for part in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
         q = self._rotated(q, self.q_norm, context)  # (B, H, T, D)
-        if context.query_scale is not None:
+        if context.query_scale is not None and self.scales_queries:
             q = q * context.query_scale
         seen = self._keys_and_values(others, context)
         y = self._attended(q, seen, context)
@@ -82,12 +86,13 @@ class Attention(nn.Module):
         """Queries (B, H, T, D) -> (B, H, T, D)."""
         scores = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         if isinstance(context.cache, CacheBatch):
-            return attend_apart(q, seen, window=self.window, **scores)
+            return attend_apart(q, seen, window=self.window, chunk=self.chunk, **scores)
         k, v = seen
         if context.pack is not None:
-            return self.packed_attention(q, k, v, context.pack, window=self.window, **scores)
-        if context.cache is not None and q.size(2) == 1 and self.window is not None:
-            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+            reach = {"window": self.window, "chunk": self.chunk}
+            return self.packed_attention(q, k, v, context.pack, **reach, **scores)
+        if context.cache is not None and q.size(2) == 1:
+            k, v = last_seen(k, v, self.window, self.chunk)
         return attend(q, k, v, context.mask, **scores)
 
     def _rotated(self, x: Tensor, norm: nn.Module | None, context: Context) -> Tensor:
@@ -105,7 +110,7 @@ class Attention(nn.Module):
                 x = halves(x, self.interleaved_dim)
             # Under autocast this gives fp32; attention needs one dtype.
             x = rotate(x, *context.rope).to(dtype)
-        return norm(x) if self.norm_rotated else x
+        return norm(x) if self.norm_rotated and norm is not None else x
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)

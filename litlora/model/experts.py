@@ -16,6 +16,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.scales_inputs = bool(config.scale_expert_inputs)
         self.gate = ExpertRouter(config)
         self.experts = make_experts(config)
         self.shared_expert = self.shared_expert_gate = None
@@ -28,7 +29,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.size(-1))  # (B, T, C) -> (N, C)
-        y = mixed(self.experts, tokens, *self.gate.pick(tokens))
+        shares, picked = self.gate.pick(tokens)
+        if self.scales_inputs:
+            # A row for each of a token's experts, which picks that one.
+            scaled = (tokens[:, None] * shares[..., None]).to(tokens.dtype)  # (N, num_picked, C)
+            rows, ones = scaled.flatten(0, 1), torch.ones_like(shares).view(-1, 1)
+            y = mixed(self.experts, rows, ones, picked.view(-1, 1)).view_as(scaled).sum(dim=1)
+        else:
+            y = mixed(self.experts, tokens, shares, picked)
         if self.shared_expert is not None:
             y = y + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
         if self.shared_experts is not None:

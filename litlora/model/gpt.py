@@ -46,8 +46,9 @@ class Decoder(WithLayerInputs, WithStreams):
         kind = StreamsBlock if self.has_streams else Block
         self.layers = nn.ModuleList(kind(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        self._ropes = [config.rope(layer) for layer in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self._reaches = [(config.window(layer), config.chunk(layer)) for layer in layers]
+        self._ropes = [config.rope(layer) for layer in layers]
         # Filled on first use, and not part of a checkpoint, since they are computed.
         self._tables = {
             rope: RotaryTable(*rope, config.max_position_embeddings) for rope in self._ropes if rope
@@ -78,16 +79,19 @@ class Decoder(WithLayerInputs, WithStreams):
         x = self._embed(input_ids, places)
         masks = {}
         if pack is None and apart is None:
-            masks = {window: causal_mask(T, start, window, x.device) for window in set(self._windows)}
+            masks = {
+                (window, chunk): causal_mask(T, start, window, x.device, chunk)
+                for window, chunk in set(self._reaches)
+            }
         ropes = {rope: places.rotations(table, x) for rope, table in self._tables.items()}
         context = Context(cache=cache, pack=pack, query_scale=self._query_scale(places, x))
         if self.config.num_kv_shared_layers:
             context = context._replace(keys={})
         inputs, x = self.layer_inputs(input_ids, x), self.spread(x)
-        for layer, (block, window, rope) in enumerate(
-            zip(self.layers, self._windows, self._ropes, strict=True)
+        for layer, (block, reach, rope) in enumerate(
+            zip(self.layers, self._reaches, self._ropes, strict=True)
         ):
-            own = context._replace(rope=ropes.get(rope), mask=masks.get(window))
+            own = context._replace(rope=ropes.get(rope), mask=masks.get(reach))
             if inputs is not None:
                 own = own._replace(per_layer=inputs[layer])
             if block is self.layers[-1]:
@@ -102,10 +106,14 @@ class Decoder(WithLayerInputs, WithStreams):
     def _query_scale(self, places: "Places", like: Tensor) -> Tensor | None:
         """(T, 1), or (B, 1, 1, 1) of sequences apart: the factors of the queries at each position;
         None if the architecture has none."""
-        beta, scaling = self.config.query_scale_beta, self.config.rope_scaling
+        beta, floor = self.config.query_scale_beta, self.config.floor_scale
         if beta is None:
             return None
-        turns = places.numbers(like.device) // scaling.original_max_position_embeddings
+        numbers = places.numbers(like.device)
+        if floor is not None:
+            turns = (numbers + 1) // floor
+        else:
+            turns = numbers // self.config.rope_scaling.original_max_position_embeddings
         factors = (1 + beta * torch.log1p(turns.to(torch.float32)))[..., None].to(like.dtype)
         return factors if places.apart is None else factors[:, None]
 

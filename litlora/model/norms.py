@@ -83,6 +83,8 @@ def make_head_norm(config: ModelConfig, num_heads: int, head_dim: int) -> nn.Mod
     """The normalisation of queries or keys, if there is one."""
     if config.qk_norm == "none":
         return None
+    if config.qk_norm == "l2_rotated":
+        return WeightlessRMSNorm(config.norm_eps)
     if config.qk_norm == "each_head":
         return HeadNorms(num_heads, head_dim, config.norm_eps)
     shared = config.qk_norm in ("head", "head_rotated")

@@ -48,26 +48,36 @@ class ExpertRouter(Router):
 
     def pick(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (N, C) -> shares and numbers of the picked experts, (N, num_picked) each."""
+        if self.is_sigmoid and self.e_score_correction_bias is None and self.num_groups is None:
+            # by the scores before the sigmoid, which is 1 of all that are large
+            found = self._logits(tokens).topk(self.num_picked)
+            return self._weighted(found.values.sigmoid()), found.indices
         scores = self._scores(tokens)  # (N, num_experts)
         choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         if self.num_groups is not None:
             choice = self._of_best_groups(choice)
         picked = choice.topk(self.num_picked).indices
-        shares = scores.gather(-1, picked)
+        return self._weighted(scores.gather(-1, picked)), picked
+
+    def _weighted(self, shares: Tensor) -> Tensor:
+        """Shares of the picked experts as they count."""
         if self.norm_shares:
             total = shares.sum(dim=-1, keepdim=True)
             shares = shares / (total + EPS if self.is_sigmoid else total)
-        return (shares if self.factor is None else shares * self.factor), picked
+        return shares if self.factor is None else shares * self.factor
 
     def _scores(self, tokens: Tensor) -> Tensor:
-        """In fp32 or better: they decide which experts are picked."""
         if not self.is_sigmoid and self.e_score_correction_bias is None:
             return self(tokens).softmax(dim=-1, dtype=torch.float32)
+        logits = self._logits(tokens)
+        return logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """In fp32 or better: they decide which experts are picked."""
         exact = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(exact)
-            logits = F.linear(tokens.to(exact), self.weight.to(exact), bias)
-        return logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
+            return F.linear(tokens.to(exact), self.weight.to(exact), bias)
 
     def _of_best_groups(self, choice: Tensor) -> Tensor:
         """Scores (N, num_experts) with -inf for the experts of other groups."""

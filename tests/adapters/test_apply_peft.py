@@ -30,10 +30,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=3),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SIZES, **MOE, intermediate_size=24, num_experts=3),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SIZES, intermediate_size=12, intermediate_size_mlp=16, num_local_experts=3, head_dim=8
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **SIZES, head_dim=8, num_key_value_heads=1, intermediate_size=16, num_local_experts=3
     ),
 }
+FED = "feed_forward.experts"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DORA = {"use_dora": True, "lora_alpha": 7}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +66,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "one parameter": ("qwen2_moe", {"target_modules": [], "target_parameters": EXPERTS[:1]}),
+    "experts of Llama 4": (
+        "llama4",
+        {"target_modules": [], "target_parameters": [f"{FED}.gate_up_proj", f"{FED}.down_proj"]},
+    ),
     "transposed experts": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "weights": (
         "mixtral",

@@ -113,7 +113,7 @@ def test_files_of_the_bare_decoder_and_of_old_times_are_read(make_folder):
 
 
 SLOW = ("gpt2", "granite", "cohere2", "glm4", "nemotron", "ministral3", "olmoe", "gpt-oss", "glm4-moe")
-SLOW += ("deepseek-v3", "ernie4-5-moe", "gemma3n", "gemma4", "gemma4-26b")
+SLOW += ("deepseek-v3", "ernie4-5-moe", "gemma3n", "gemma4", "gemma4-26b", "llama4")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])

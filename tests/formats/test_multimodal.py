@@ -127,7 +127,9 @@ def test_what_released_files_leave_out_is_the_default_of_transformers():
     assert config.tie_word_embeddings and config.head_dim == 256 and config.rope_scaling.factor == 8
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_5_vl", "llama4"))]
+)
 def test_the_other_parts_go_through_a_litlora_directory_byte_for_byte(name, folder, tmp_path):
     directory, _ = folder(name)
     source = open_checkpoint(directory)
@@ -214,6 +216,7 @@ def test_a_full_fine_tune_keeps_the_other_parts(folder, tmp_path, alpaca_file, f
         "gemma4",
         "gemma4-26b",
         "smolvlm",
+        "llama4",
     ],
 )
 def test_peft_gives_the_same_logits_with_the_exported_adapter(name, folder, tmp_path, alpaca_file, forked):

@@ -67,6 +67,7 @@ LATE += (
     "qwen3-next",
     "qwen3-5",
     "qwen3-5-moe",
+    "llama4",
     "gpt-oss",
     "glm4-moe",
     "dots1",
@@ -245,6 +246,11 @@ CASES |= {
             "target_modules": ["q_proj", "router.proj", "gate_proj", "down_proj"],
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
+    ),
+    "llama4-experts": (
+        "llama4",
+        {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "shared_expert.up_proj"]}
+        | {"target_parameters": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]},
     ),
     "mixtral-experts": (
         "mixtral",

@@ -29,10 +29,10 @@ from litlora.serve.engine import Engine
 from litlora.serve.sampling import Sampling, penalised, sample
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "qwen3_next", "phi3", "gpt_oss", "deepseek_v3"]
-FAMILIES += ["gemma4_text", "gemma3n_text"]
+FAMILIES += ["gemma4_text", "gemma3n_text", "llama4_text"]
 """Full attention; windows with positions of their own; learned positions; experts; linear attention;
 windows alone; sinks; latent attention; layers that share their keys and have experts beside the
-MLP; several residual streams."""
+MLP; several residual streams; chunks."""
 MORE = {
     "gemma4_text": {
         "num_kv_shared_layers": 2,

@@ -57,7 +57,6 @@ NEEDS = {
     "jetmoe": "a mixture of experts in attention",
     "lfm2": "short convolutions in place of attention in most layers",
     "lfm2_moe": f"short convolutions in place of attention in most layers, and experts with {_ROUTER}",
-    "llama4_text": "chunked attention, interleaved rotary embeddings and a sigmoid router",
     "mamba": _STATE_SPACE,
     "mamba2": _STATE_SPACE,
     "minimax": "linear attention (lightning attention)",
