@@ -20,7 +20,7 @@ from litlora import formats
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
-from litlora.formats.huggingface import parts_of
+from litlora.formats.huggingface import are_apart, parts_of
 from litlora.formats.litlora import adapter_entry, full_entry
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QuantizedBase
@@ -305,10 +305,11 @@ def write_full(
     def entry(staging: Path, file: TorchFile, written: dict[str, Written]) -> dict[str, Any]:
         if (parts := parts_of(sidecars_from)) is not None:
             parts.write(staging)
+        apart = are_apart(config, sidecars_from)
         if merged_from is None:
-            return full_entry()
+            return full_entry(apart=apart)
         found = fingerprint({name: file.read(tensor) for name, tensor in written.items()})
-        return full_entry({"chain": merged_from, "result": found})
+        return full_entry({"chain": merged_from, "result": found}, apart=apart)
 
     _write(directory, tensors, config, sidecars_from, beside, entry, check)
 

@@ -39,6 +39,8 @@ class FullModel:
     """The files that hold the weights; none: `file` alone."""
     parts: Parts | None = None
     """What a multimodal model has beside its language model, which these weights are."""
+    apart: bool = False
+    """Its folder has the layers of each expert by themselves where one tensor can hold them all."""
     left_out: tuple[str, ...] = ()
     """Weights beside the model that nothing reads: what they are."""
 

@@ -34,6 +34,7 @@ from litlora.formats.families import (
 from litlora.formats.folder import is_model_folder, weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout, unused
+from litlora.formats.litlora import open_directory
 from litlora.formats.parts import Parts, divide, kept_parts
 from litlora.formats.through_transformers import adapt_config as adapt_through
 from litlora.formats.through_transformers import file_tensors, read_tensors
@@ -89,14 +90,14 @@ def open_folder(directory: Path) -> FullModel:
     try:
         theirs, parts = divide(file, read_json_object(directory / HF_CONFIG_FILE), theirs)
         theirs, left_out = _without_unused(kind, config, theirs)
-        ours = layout(kind, config).read(theirs)
+        names = layout(kind, config)
+        ours, apart = names.read(theirs), names.is_apart(theirs)
         if config.tie_word_embeddings:
             ours, config = _tied(ours, config)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return FullModel(
-        directory, file, ours, config, shards=tuple(shards), parts=parts, left_out=left_out
-    ).checked()
+    beside = {"parts": parts, "apart": apart, "left_out": left_out}
+    return FullModel(directory, file, ours, config, shards=tuple(shards), **beside).checked()
 
 
 def _without_unused(
@@ -138,6 +139,17 @@ def parts_of(sources: list[Path]) -> Parts | None:
             if multimodal_of(read_json_object(directory / HF_CONFIG_FILE)) is not None:
                 return open_folder(directory).parts
     return None
+
+
+def are_apart(config: Architecture, sources: list[Path]) -> bool:
+    """As `FullModel.apart`, of the first of the directories that has a full model."""
+    for directory in sources if config.num_experts is not None else ():
+        is_ours = has_file(directory / WEIGHTS_FILE)
+        if is_ours or is_model_folder(directory):
+            model = open_directory(directory) if is_ours else open_folder(directory)
+            if isinstance(model, FullModel):
+                return model.apart
+    return False
 
 
 def _tied(
@@ -209,7 +221,8 @@ def write_folder(
     if isinstance(config, TransformersConfig):
         write_weights(directory, file_tensors(config, tensors), config, config.model_type, max_shard_size)
     else:
-        write_weights(directory, tensors, config, read_config(values)[0], max_shard_size, parts)
+        kind, apart = read_config(values)[0], are_apart(config, sources)
+        write_weights(directory, tensors, config, kind, max_shard_size, parts, apart)
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 
@@ -244,16 +257,19 @@ def write_weights(
     model_type: str,
     max_shard_size: int,
     parts: Parts | None = None,
+    apart: bool = False,
 ) -> None:
     """Write our tensors, and the parts beside them if there are any, as `model.safetensors`, or as
     shards with an index, each of at most `max_shard_size` bytes or one tensor.
 
-    Fused tensors are joined again; those of one shard are in memory at a time.
+    Fused tensors are joined again, but experts where they may be `apart`, as `FullModel.apart`; those
+    of one shard are in memory at a time.
     """
     names = layout(model_type, config)
 
     def written(ours: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        return names.write(ours) if parts is None else parts.named(names.write(ours))
+        theirs = names.write(ours, apart=apart)
+        return theirs if parts is None else parts.named(theirs)
 
     sizes = {
         name: tensor.nbytes

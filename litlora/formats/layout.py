@@ -97,8 +97,9 @@ class Layout:
     def __init__(self, rules: list[Rule | TensorRule], prefix: str = "model.") -> None:
         self.rules = [rule for rule in rules if isinstance(rule, Rule)]
         tensors = [rule for rule in rules if isinstance(rule, TensorRule)]
-        self.fused = [rule for rule in tensors if isinstance(rule, FusedExperts) and rule.is_written]
-        """Tensors that hold a part of all experts of a layer."""
+        experts = [rule for rule in tensors if isinstance(rule, FusedExperts)]
+        self.fused = [rule for rule in experts if not rule.is_optional]
+        """Tensors that hold a part of all experts of a layer, in every file."""
         self.prefix = prefix
         """The prefix of all their names but the output head's. Files of the bare decoder lack
         it."""
@@ -107,12 +108,13 @@ class Layout:
         ]
         self._by_ours = [(_pattern(name), rule) for rule in self.rules for name in rule.ours]
         self._tensors_by_theirs = [(_pattern(rule.theirs), rule) for rule in tensors]
-        self._tensors_by_ours = [
-            (_pattern(name), rule)
-            for rule in tensors
-            if not isinstance(rule, FusedExperts) or rule.is_written
-            for name in rule.forms
-        ]
+        self._tensors_by_ours = [(_pattern(name), rule) for rule in tensors for name in rule.forms]
+        self._apart = {name for rule in experts if rule.is_optional for name in rule.forms}
+
+    def is_apart(self, names: Iterable[str]) -> bool:
+        """Whether tensors of theirs are layers of single experts where one tensor can hold them all."""
+        forms = [_pattern(form) for form in self._apart]
+        return any(form.fullmatch(name) for form in forms for name in names)
 
     def to_ours(self, module: str) -> Rule:
         """The rule for a module of theirs, with numbers filled in."""
@@ -164,10 +166,12 @@ class Layout:
         parts = rule.split(tensor.t() if transposed else tensor)
         return [(f"{part}.{parameter}", value) for part, value in zip(rule.ours, parts, strict=True)]
 
-    def write(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors under their names and in our order, joined one at a time."""
+    def write(self, tensors: Mapping[str, Tensor], *, apart: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors under their names and in our order, joined one at a time. `apart`: as `is_apart`
+        finds them."""
+        wholes = [(form, rule) for form, rule in self._tensors_by_ours if not (apart and rule.is_optional)]
         for name, tensor in tensors.items():
-            if (whole := _match(self._tensors_by_ours, name)) is not None:
+            if (whole := _match(wholes, name)) is not None:
                 if name == whole.ours[0]:
                     yield whole.theirs, whole.join([tensors[one] for one in whole.ours])
                 continue
@@ -366,28 +370,26 @@ def _llama4(config: ModelConfig) -> list[Rule | FusedExperts]:
     rules += [Rule(f"{theirs}router", (f"{ours}gate",)), Rule(f"{theirs}experts", (experts,))]
     if config.num_experts is None:
         return rules
-    parts = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
-    return rules + [
-        FusedExperts(
-            f"{theirs}experts.{name}", experts, several, config.num_experts, transposed=True, is_marked=False
-        )
-        for name, several in parts.items()
-    ]
+    count = config.num_experts
+    return rules + _fused(f"{theirs}experts", experts, count, transposed=True, is_marked=False)
 
 
 def _qwen3_5_moe(config: ModelConfig) -> list[FusedExperts]:
-    """Released files have fused tensors, and those that transformers writes do not."""
-    return _fused(LAYER + "mlp.experts", config.num_experts, is_written=False)
+    """Released files have them, and those that transformers writes do not."""
+    place = LAYER + "mlp.experts"
+    return _fused(place, place, config.num_experts, is_optional=True)
 
 
 def _gemma4(config: ModelConfig) -> list[FusedExperts]:
-    return [] if config.num_experts is None else _fused(LAYER + "experts", config.num_experts)
+    place = LAYER + "experts"
+    return [] if config.num_experts is None else _fused(place, place, config.num_experts)
 
 
-def _fused(place: str, count: int, **settings: bool) -> list[FusedExperts]:
+def _fused(theirs: str, ours: str, count: int, **settings: bool) -> list[FusedExperts]:
+    """The two tensors of a layer's experts, by what these are called."""
     parts = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
     return [
-        FusedExperts(f"{place}.{theirs}", place, ours, count, **settings) for theirs, ours in parts.items()
+        FusedExperts(f"{theirs}.{name}", ours, several, count, **settings) for name, several in parts.items()
     ]
 
 

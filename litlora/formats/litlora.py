@@ -1,16 +1,18 @@
 """Our own format: `lit_model.pth`, a torch file of one dict.
 
     full      {"model": {name: tensor},
-               "litlora": {"format": 1, "kind": "full", "merged": {"chain", "result"}}}
+               "litlora": {"format": 1, "kind": "full", "merged": {"chain", "result"},
+                           "experts": "apart"}}
     adapter   {"model": {name: tensor that was trained},
                "litlora": {"format": 1, "kind": "adapter", "lora": {settings},
                            "base": {"path", "absolute_path", "fingerprint"},
                            "taught": {"tokenizer", "prompt_style"},
                            "tokens": {"ids", "num_rows"}}}
 
-"merged" stands in merged models only, "tokens" in adapters that add some. An adapter whose base was
-quantised for the training has format 2, and in its base "quantized": {"quantizer": {settings},
-"fingerprint"}. Versions that know format 1 alone refuse it: they would use the base in 16 bits.
+"merged" stands in merged models only, "experts" where `FullModel.apart` is true, "tokens" in adapters
+that add some. An adapter whose base was quantised for the training has format 2, and in its base
+"quantized": {"quantizer": {settings}, "fingerprint"}. Versions that know format 1 alone refuse it: they
+would use the base in 16 bits.
 """
 
 from pathlib import Path
@@ -68,8 +70,8 @@ def open_directory(directory: Path) -> FullModel | Adapter:
     if kind != "full":
         raise CheckpointError(f"{file}: kind is {kind!r}; it must be full or adapter")
     config = load_architecture(directory / CONFIG_FILE)
-    parts = kept_parts(directory)
-    return FullModel(directory, file, tensors, config, _merged(file, described), parts=parts).checked()
+    beside = {"parts": kept_parts(directory), "apart": described.get("experts") == "apart"}
+    return FullModel(directory, file, tensors, config, _merged(file, described), **beside).checked()
 
 
 def _merged(file: Path, described: dict[str, Any]) -> dict[str, str] | None:
@@ -151,9 +153,9 @@ def _quantized(file: Path, described: dict[str, Any]) -> QuantizedBase | None:
 # ---- writing
 
 
-def full_entry(merged: dict[str, str] | None = None) -> dict[str, Any]:
-    """The "litlora" entry of a full model."""
-    entry = {"format": FORMAT, "kind": "full"}
+def full_entry(merged: dict[str, str] | None = None, *, apart: bool = False) -> dict[str, Any]:
+    """The "litlora" entry of a full model; `apart` as `FullModel.apart`."""
+    entry = {"format": FORMAT, "kind": "full", **({"experts": "apart"} if apart else {})}
     return entry if merged is None else {**entry, "merged": merged}
 
 

@@ -21,6 +21,7 @@ class TensorRule(ABC):
 
     theirs: str
     """The name of the tensor."""
+    is_optional = False
 
     @property
     @abstractmethod
@@ -92,9 +93,8 @@ class FusedExperts(TensorRule):
     is_marked: bool = True
     """transformers says so of the class. PEFT takes a tensor of another class for (out, in), as it
     lies: A and B change places in its files."""
-    is_written: bool = True
-    """Otherwise files may have it, and ours hold the layers of each expert, as transformers writes
-    them."""
+    is_optional: bool = False
+    """Files may have the layers of each expert by themselves instead, as transformers writes them."""
 
     @property
     def forms(self) -> list[str]:

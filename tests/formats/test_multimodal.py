@@ -81,7 +81,8 @@ def test_names_of_before_and_after_2025_are_the_same_model(folder, tmp_path):
 
 @pytest.mark.slow
 def test_experts_of_one_tensor_are_the_same_model(folder, tmp_path):
-    """As Qwen 3.5 is released; transformers reads both."""
+    """As Qwen 3.5 is released; transformers reads both. Each is written back as it was read, through
+    a litlora directory, too."""
     apart, model = folder("qwen3_5_moe")
     joined = shutil.copytree(apart, tmp_path / "joined")
     state = {
@@ -91,6 +92,28 @@ def test_experts_of_one_tensor_are_the_same_model(folder, tmp_path):
     save_file({n: t.clone() for n, t in state.items()}, joined / "model.safetensors", {"format": "pt"})
     one, other = open_checkpoint(apart), open_checkpoint(joined)
     assert one.fingerprint == other.fingerprint and one.tensors.keys() == other.tensors.keys()
+    assert one.apart and not other.apart
+    for directory in (apart, joined):
+        source, lit = open_checkpoint(directory), tmp_path / f"lit_{directory.name}"
+        write_full(lit, source.tensors, source.config, sidecars_from=[directory])
+        write_full(tmp_path / "again", source.tensors, source.config, sidecars_from=[lit])
+        before = load_file(directory / "model.safetensors")
+        for number, place in enumerate((directory, lit, tmp_path / "again")):
+            back = tmp_path / f"{directory.name}_back{number}"
+            back.mkdir()
+            write_folder(back, open_checkpoint(place).tensors, source.config, [place], 10**9)
+            after = load_file(back / "model.safetensors")
+            assert before.keys() == after.keys()
+            assert all(
+                tensor.shape == after[name].shape
+                and tensor.numpy().tobytes() == after[name].numpy().tobytes()
+                for name, tensor in before.items()
+            )
+        shutil.rmtree(tmp_path / "again")
+    ids = torch.randint(300, (1, TOKENS))
+    theirs = type(model).from_pretrained(back, attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert (theirs(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() <= 1e-4
 
 
 def test_settings_of_qwen_vl_that_stand_beside_the_others_are_read(folder):
