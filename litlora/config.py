@@ -184,6 +184,8 @@ class ModelConfig(Facts):
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
     """Inner width of an expert."""
+    expert_bias: bool | None = None
+    """Biases in the experts that the router picks, where it differs from mlp_bias (ERNIE 4.5)."""
     router_bias: bool | None = None
     """The router's scores have a bias (gpt-oss)."""
     router_scoring: Literal["sigmoid"] | None = None

@@ -313,6 +313,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GROUPED, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 24}
         | {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2},
     ),
+    "ernie4-5-moe-bias": (
+        "Ernie4_5_MoeConfig",
+        {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "use_bias": True},
+    ),
     "deepseek-v3": (
         "DeepseekV3Config",
         {

@@ -68,7 +68,8 @@ class WithExperts(nn.Module):
 
 def make_experts(config: ModelConfig) -> nn.ModuleList:
     """The experts of a layer."""
-    return nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+    size, bias = config.moe_intermediate_size, config.expert_bias
+    return nn.ModuleList(MLP(config, size, bias=bias) for _ in range(config.num_experts))
 
 
 def mixed(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:

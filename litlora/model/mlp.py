@@ -15,15 +15,17 @@ class MLP(nn.Module):
     """The feed-forward half of a block: gated (Shazeer 2020, arXiv:2002.05202) or plain. With a sparsity
     only the largest gates count."""
 
-    def __init__(self, config: ModelConfig, size: int, sparsity: float | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, size: int, sparsity: float | None = None, bias: bool | None = None
+    ) -> None:
+        """`size` is the inner width; `bias` that of the config unless it is given."""
         super().__init__()
         self.cutoff = None if sparsity is None else NormalDist().inv_cdf(sparsity)
         self.activation = config.hidden_act
-        self.gate_proj = (
-            nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.mlp == "gated" else None
-        )
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        bias = config.mlp_bias if bias is None else bias
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=bias) if config.mlp == "gated" else None
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
         self.clamp = (config.swiglu_alpha, config.swiglu_limit)
         self.act_fn = XIELU() if self.activation == "xielu" else None
 

@@ -73,6 +73,7 @@ LATE += (
     "dots1",
     "flex-olmo",
     "ernie4-5-moe",
+    "ernie4-5-moe-bias",
     "deepseek-v3",
     "moonlight",
     "gemma4",

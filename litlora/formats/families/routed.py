@@ -88,7 +88,7 @@ def write_dots1(config: ModelConfig) -> dict[str, Any]:
 
 def read_ernie4_5_moe(c: HFConfig) -> dict[str, Any]:
     c.only("moe_norm_min", 1e-12, 1e-12)
-    c.only("use_bias", False, False)  # it is not that of the experts
+    bias = bool(c.get("use_bias", False))
     layers = c.layers
     width, shared = c.need("moe_intermediate_size"), c.get("moe_num_shared_experts", 2)
     last, every = c.get("moe_layer_end_index", -1), c.get("moe_layer_interval", 1)
@@ -97,6 +97,10 @@ def read_ernie4_5_moe(c: HFConfig) -> dict[str, Any]:
     return {
         **common_fields(c, eps=("rms_norm_eps", 1e-5), tied=True, theta=500_000.0),
         "rope_interleaved": True,
+        "attention_bias": bias,
+        "mlp_bias": bias,
+        "expert_bias": False if bias else None,
+        "lm_head_bias": bias,
         "num_experts": c.need("moe_num_experts"),
         "num_experts_per_tok": c.need("moe_k"),
         "moe_intermediate_size": width,
@@ -111,6 +115,7 @@ def write_ernie4_5_moe(config: ModelConfig) -> dict[str, Any]:
     width = config.moe_intermediate_size or 1
     sparse = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
     return {
+        "use_bias": config.mlp_bias,
         "moe_num_experts": config.num_experts,
         "moe_k": config.num_experts_per_tok,
         "moe_intermediate_size": config.moe_intermediate_size,
