@@ -108,6 +108,8 @@ class _Words:
     def __init__(self) -> None:
         self.expected: list[tuple[str, str, int]] = []
         """Each word, what it stands for, and the message that has it."""
+        self._ids: dict[str, str] = {}
+        """Of calls, where they have the name of what is called, as Kimi K2's do."""
 
     def _word(self, what: str, index: int) -> str:
         self.expected.append((f"{CANARY}{len(self.expected)}x", what, index))
@@ -124,10 +126,16 @@ class _Words:
             found |= dict.fromkeys(THOUGHTS, f"{CANARY}thought{index}x")
         if message.get("tool_calls"):
             found["tool_calls"] = [self._of_call(call, index) for call in message["tool_calls"]]
+        if isinstance(called := message.get("tool_call_id"), str) and called in self._ids:
+            found["tool_call_id"] = self._ids[called]
         return found
 
     def _of_call(self, call: dict[str, Any], index: int) -> dict[str, Any]:
         said = {"name": self._word("call", index), "arguments": {"a": self._word("call", index)}}
+        name, own = call.get("function", call).get("name"), call.get("id")
+        if isinstance(own, str) and isinstance(name, str) and name and name in own:
+            self._ids[own] = own.replace(name, said["name"])
+            call = {**call, "id": self._ids[own]}
         return {**call, "function": said} if "function" in call else {**call, **said}
 
     def of_tool(self, tool: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,12 @@ FILES = {file.stem: file for file in sorted(Path(__file__).with_name("templates"
 PLACE = Place("x.json", "record 0")
 NOT_SPECIAL = ("think", "tool_call", "tool_response", "tool_sep")
 """Marks that models have among their added tokens, but that decoding keeps."""
-STOPS = {"glm4": ["<|user|>", "<|observation|>", "<|endoftext|>"]}
+NEXT = ("glm4", "glm4_5")
+"""Those whose turns end with the mark of the next one."""
+STOPS = dict.fromkeys(NEXT, ["<|user|>", "<|observation|>", "<|endoftext|>"])
 """What the generation_config.json of a model names, where it matters."""
-EOS = {"gpt_oss": "<|return|>", "deepseek_r1": "<｜end▁of▁sentence｜>", "glm4": "<|endoftext|>"}
+EOS = {"gpt_oss": "<|return|>", "deepseek_r1": "<｜end▁of▁sentence｜>", "kimi_k2": "[EOS]"}
+EOS |= dict.fromkeys(NEXT, "<|endoftext|>")
 
 
 class Model(NamedTuple):
@@ -179,7 +182,7 @@ ENDS = {
     "deepseek_r1": (EOS["deepseek_r1"], EOS["deepseek_r1"]),
     "gemma3": ("<end_of_turn>", "<end_of_turn>"),
     "gemma4": ("<turn|>", "<|tool_response>"),
-    "glm4": (None, None),
+    **dict.fromkeys(NEXT, (None, None)),
     "gpt_oss": ("<|return|>", "<|call|>"),
     "llama3": ("<|eot_id|>", "<|eom_id|>"),
     **dict.fromkeys(["mistral_tekken", "mistral_v3", "zephyr"], ("</s>", "</s>")),
@@ -192,8 +195,9 @@ REFUSED = {
     "deepseek_r1": {"thought"},
     "gemma3": {*TOOLS, *THOUGHTS, "assistant twice", "assistant first"},
     "gemma4": {"assistant first"},
-    "glm4": set(),
+    **dict.fromkeys(NEXT, set()),
     "gpt_oss": {"two calls", "assistant first"},
+    "kimi_k2": {*TOOLS, *THOUGHTS},  # of a call it shows the id, which names the function if it is Kimi's
     "llama3": {"two calls", "assistant first", *THOUGHTS},
     "mistral_tekken": {*THOUGHTS, "assistant first"},
     "mistral_v3": {*THOUGHTS, "assistant twice", "assistant first"},
@@ -202,11 +206,13 @@ REFUSED = {
     "qwen3_5": {"assistant first"},
     "smollm3": {*TOOLS, *THOUGHTS, "assistant first"},
 }
-"""What a template has no place for. All leave out the names of people."""
+"""What a template has no place for."""
+WITH_NAMES = ("kimi_k2",)
+"""Those that have one for the names of people."""
 WITHOUT_TOOLS = ("deepseek_r1",)
 """Those that show calls, but not the tools themselves."""
 REWRITTEN = {("gpt_oss", "thought and tool"), ("qwen3", "assistant twice")}
-REWRITTEN |= {("deepseek_r1", talk) for talk in TALKS}
+REWRITTEN |= {("deepseek_r1", talk) for talk in TALKS} | {("kimi_k2", "assistant first")}
 """Where the finished turn, as the template shows it, does not begin with the prompt for it."""
 
 
@@ -254,12 +260,12 @@ def test_each_answer_is_learned_after_the_ids_that_transformers_asks_with(name, 
                 said.content.partition("<think>")[2] or said.content,
                 said.more.get("reasoning_content", ""),
             ):
-                assert text.strip() in answer
+                assert "".join(text.split()) in "".join(answer.split())
             for one in said.more.get("tool_calls", ()):
                 assert "look" in answer and json.loads(one["function"]["arguments"])["at"] in answer
             finished = theirs.apply_chat_template(dicts[: index + 1], tools=tools or None, tokenize=False)
-            # What GLM 4's answers end with is the beginning of the next turn, which is not there yet.
-            stop = turn.stop - (name == "glm4")
+            # What GLM's answers end with is the beginning of the next turn, which is not there yet.
+            stop = turn.stop - (name in NEXT)
             if (name, talk) not in REWRITTEN:
                 whole = ours.text(ids[:stop])
                 assert finished.startswith(whole)
@@ -267,7 +273,7 @@ def test_each_answer_is_learned_after_the_ids_that_transformers_asks_with(name, 
             else:
                 shown = answer.rpartition("</think>")[2] if name == "deepseek_r1" else answer
                 assert finished.removesuffix("\n").endswith(shown), "R1's takes out the thought at once"
-    assert refused == {"name", *REFUSED[name]}
+    assert refused == REFUSED[name] | (set() if name in WITH_NAMES else {"name"})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -283,6 +289,8 @@ CALLS = {
     '{"at": "Rome"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
     "gemma4": '<|tool_call>call:look{at:<|"|>Rome<|"|>}<tool_call|><|tool_response>',
     "glm4": "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>Rome</arg_value>\n"
+    "</tool_call><|observation|>",
+    "glm4_5": "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>Rome</arg_value>\n"
     "</tool_call><|observation|>",
     "gpt_oss": ' to=functions.look<|channel|>commentary json<|message|>{"at": "Rome"}<|call|>',
     "llama3": '{"name": "look", "parameters": {"at": "Rome"}}<|eom_id|>',
@@ -301,7 +309,7 @@ def test_the_call_is_learned_and_the_result_is_not(name, model):
     ours, tools = model(name), tools_of(name, "tool")
     learned = ours.learned(TALKS["tool"], *tools)
     assert learned[0] == CALLS[name] and len(learned) == 3
-    ends = ["<|user|>", "<|endoftext|>"] if name == "glm4" else [ENDS[name][0]] * 2
+    ends = ["<|user|>", "<|endoftext|>"] if name in NEXT else [ENDS[name][0]] * 2
     for text, answer, end in zip(learned[1:], ["It is sunny.", "bye"], ends, strict=True):
         assert text.endswith(answer + end)
     assert "sun<" not in "".join(learned) and "weather" not in "".join(learned)
@@ -317,6 +325,8 @@ def test_the_call_is_learned_and_the_result_is_not(name, model):
         ("qwen3_5", "thought", ["why\n</think>\n\nfox", "how\n</think>\n\nquick"]),
         ("qwen3_5", "thought in the content", ["why\n</think>\n\nfox"]),
         ("deepseek_r1", "thought in the content", ["why\n</think>\n\nfox"]),
+        ("glm4_5", "thought", ["\n<think>why</think>\nfox", "\n<think>how</think>\nquick"]),
+        ("glm4_5", "thought in the content", ["\n<think>why</think>\nfox"]),
         ("glm4", "thought", ["\n<think>why</think>\nfox", "\n<think>how</think>\nquick"]),
         (
             "gemma4",
@@ -348,6 +358,30 @@ def test_gpt_oss_learns_an_answer_after_the_thought_that_its_call_is_asked_with(
     thought, call_end = "<|channel|>analysis<|message|>look<|end|>", '{"at": "Rome"}<|call|>'
     assert text.count(thought) == text.count(call_end) == 1
     assert text.endswith("<|channel|>final<|message|>sunny<|return|>")
+
+
+def test_kimi_k2_learns_calls_whose_ids_name_the_function(model):
+    transformers = pytest.importorskip("transformers")
+    ours = model("kimi_k2")
+    theirs = transformers.AutoTokenizer.from_pretrained(ours.directory)
+    calls = [{**call(at=at), "id": f"functions.look:{n}"} for n, at in enumerate(("Rome", "Oslo"))]
+    answers = [user("weather?"), assistant("Wait.", tool_calls=calls)]
+    answers += [Message("tool", "sun", more={"tool_call_id": one["id"], "name": "look"}) for one in calls]
+    talk = [*answers, assistant("Both.")]
+    (draft,) = ours.encode(talk, LOOK).drafts
+    shown = [
+        f'<|tool_call_begin|>functions.look:{n}<|tool_call_argument_begin|>{{"at": "{at}"}}<|tool_call_end|>'
+        for n, at in enumerate(("Rome", "Oslo"))
+    ]
+    section = f"Wait.<|tool_calls_section_begin|>{''.join(shown)}<|tool_calls_section_end|><|im_end|>"
+    assert ours.learned(talk, LOOK) == [section, "Both.<|im_end|>"]
+    for index, turn in zip((1, 4), draft.turns, strict=True):
+        asked = theirs.apply_chat_template(
+            their_dicts_of(talk[:index]), tools=[LOOK], add_generation_prompt=True, return_dict=False
+        )
+        assert draft.ids[: turn.start] == asked
+    finished = theirs.apply_chat_template(their_dicts_of(talk), tools=[LOOK], tokenize=False)
+    assert ours.text(draft.ids) == finished
 
 
 def test_smollm_3_learns_after_the_empty_thought_that_no_think_asks_with(model):
