@@ -31,6 +31,8 @@ SIZES = {
 CHECKED_APART = {"rope_scaling", "sliding_window", "full_attention_layers", "layers_without_rope"}
 BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+ROUTED = (*EXPERTS, "shared_experts_intermediate_size", "dense_layers", "routed_scaling_factor")
+ROUTED += ("norm_topk_prob",)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class GraphOf:
     """A tied output head is stored once more."""
     always_tied: bool = False
     """The output head is the embedding."""
+    dense_first: bool = False
+    """Layers without experts come before all others, if there are any."""
+    is_shared: bool = False
+    """Each layer with experts has one that every token uses."""
 
 
 _PLAIN_MLP = {"mlp": "plain", "norm": "layernorm"}
@@ -66,6 +72,7 @@ _COHERE = {
     "shared_norm": True,
     "rope_interleaved": True,
 }
+_SIGMOID = {"router_scoring": "sigmoid", "router_correction": True}
 _QKV_BIAS = {"attention_bias": True, "attention_output_bias": False}
 _LLAMA = GraphOf("llama", free=BIASES, scalings=("linear", "llama3", "yarn"), rotated=True)
 GRAPHS = {
@@ -157,6 +164,16 @@ GRAPHS = {
     ),
     "arcee": GraphOf("arcee", {"mlp": "plain", "hidden_act": "relu2"}, rotated=True),
     "qwen2_moe": GraphOf("qwen2moe", _QKV_BIAS, (*EXPERTS, "shared_expert_intermediate_size"), own_head=True),
+    "glm4_moe": GraphOf(
+        "glm4moe",
+        {**_SIGMOID, "attention_output_bias": False},
+        (*ROUTED, "attention_bias", "qk_norm", "partial_rotary_factor"),
+        dense_first=True,
+        is_shared=True,
+    ),
+    "dots1": GraphOf(
+        "dots1", {**_SIGMOID, "qk_norm": "head"}, ROUTED, own_head=True, dense_first=True, is_shared=True
+    ),
     "starcoder2": GraphOf("starcoder2", {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh"}),
 }
 """By model_type."""
@@ -165,7 +182,7 @@ EVEN_HEADS = {
     *("command-r", "cohere2", "nemotron", "qwen2moe"),
 }
 """The architectures whose heads together are as wide as the model."""
-UNGROUPED = {"olmoe"}
+UNGROUPED = {"olmoe", "dots1"}
 """Those in which every query head has a key of its own."""
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """Layers of the models whose scores llama.cpp divides by √(hidden_size / heads), not by √head_dim."""
@@ -206,6 +223,7 @@ def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
             f"{_AS_SAFETENSORS}"
         )
     _check_heads(graph, config)
+    _check_experts(graph, config)
     _check_scores(graph, config)
     _check_scaling(graph, config)
     return graph
@@ -222,6 +240,21 @@ def _check_heads(graph: GraphOf, config: ModelConfig) -> None:
         raise CheckpointError(
             f"num_key_value_heads is {config.num_key_value_heads}, and in llama.cpp's architecture "
             f"{graph.name} it is num_attention_heads, {config.num_attention_heads}; {_AS_SAFETENSORS}"
+        )
+
+
+def _check_experts(graph: GraphOf, config: ModelConfig) -> None:
+    first = range(len(config.dense_layers))
+    if graph.dense_first and [*config.dense_layers] != [*first]:
+        raise CheckpointError(
+            f"dense_layers is {[*config.dense_layers]}, and in llama.cpp's architecture {graph.name} such "
+            f"layers are the first ones; {_AS_SAFETENSORS}"
+        )
+    shared, width = config.shared_experts_intermediate_size or 0, config.moe_intermediate_size
+    if graph.is_shared and (not shared or shared % width):
+        raise CheckpointError(
+            f"shared_experts_intermediate_size is {shared or None}, and in llama.cpp's architecture "
+            f"{graph.name} it is a multiple of moe_intermediate_size, {width}; {_AS_SAFETENSORS}"
         )
 
 

@@ -142,6 +142,7 @@ def name_map(graph: GraphOf, num_layers: int) -> Any:
 
 def their_name(names: Any, name: str) -> str:
     """llama.cpp's name of one of Hugging Face's tensors."""
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise CheckpointError(f"{name}: llama.cpp has no such weight in this architecture")
@@ -156,7 +157,7 @@ def _whole(tensor: Tensor | LazyTensor) -> Tensor:
 
 def _stacked(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The layers of all experts of a block as one tensor (experts, out, in)."""
-    for layer in range(config.num_hidden_layers):
+    for layer in (n for n in range(config.num_hidden_layers) if n not in config.dense_layers):
         for part in _PARTS:
             place = f"model.layers.{layer}.mlp.experts"
             yield (
@@ -209,9 +210,7 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
     elif graph.name == "phi3":
         writer.add_sliding_window(0)  # it wants the entry, and has no windows
     if config.num_experts is not None:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        _add_experts(writer, graph, config)
     if config.shared_expert_intermediate_size is not None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if "parallel_residual" in graph.free:
@@ -222,6 +221,22 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     _add_factors(writer, graph, config)
     _add_scaling(writer, config)
+
+
+def _add_experts(writer: Any, graph: GraphOf, config: ModelConfig) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if graph.dense_first:
+        writer.add_leading_dense_block_count(len(config.dense_layers))
+    if graph.is_shared:
+        writer.add_expert_shared_count(
+            config.shared_experts_intermediate_size // config.moe_intermediate_size
+        )
+    if config.router_scoring == "sigmoid":
+        writer.add_expert_gating_func(gguf_package().ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config.routed_scaling_factor or 1.0)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
 
 
 def _add_factors(writer: Any, graph: GraphOf, config: ModelConfig) -> None:

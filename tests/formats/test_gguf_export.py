@@ -46,6 +46,8 @@ CHANGES = {
     "ernie4-5": {"use_bias": False},
     "olmoe": {"num_key_value_heads": 4},
     "nemotron": {"head_dim": 16},
+    "glm4-moe": {"n_group": 1},
+    "dots1": {"num_key_value_heads": 4, "n_group": 1},
     "phi4-mini": {"hidden_size": 32, "original_max_position_embeddings": 256},
     "gpt2": {"n_positions": 512, "n_embd": 64},
 }
@@ -63,7 +65,7 @@ LLAMA_CPP = (
     ),
     *("qwen3-moe", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "gpt-neox", "gpt2", "starcoder2", "granite"),
     *("smollm3", "olmo3", "olmoe", "olmo", "phi", "stablelm", "cohere", "cohere2", "glm4", "ernie4-5"),
-    *("seed-oss", "nemotron", "arcee", "qwen2-moe", "phi4-mini"),
+    *("seed-oss", "nemotron", "arcee", "qwen2-moe", "phi4-mini", "glm4-moe", "dots1"),
 )
 
 
