@@ -72,6 +72,10 @@ _COHERE = {
     "shared_norm": True,
     "rope_interleaved": True,
 }
+_HYBRID = {"norm": "rmsnorm_plus_one", "qk_norm": "head", "attention_gate": True}
+LINEAR = ("linear_attention_layers", "linear_num_key_heads", "linear_num_value_heads")
+LINEAR += ("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim")
+_SHARED = (*EXPERTS, "shared_expert_intermediate_size")
 _SIGMOID = {"router_scoring": "sigmoid", "router_correction": True}
 _QKV_BIAS = {"attention_bias": True, "attention_output_bias": False}
 _LLAMA = GraphOf("llama", free=BIASES, scalings=("linear", "llama3", "yarn"), rotated=True)
@@ -164,6 +168,21 @@ GRAPHS = {
     ),
     "arcee": GraphOf("arcee", {"mlp": "plain", "hidden_act": "relu2"}, rotated=True),
     "qwen2_moe": GraphOf("qwen2moe", _QKV_BIAS, (*EXPERTS, "shared_expert_intermediate_size"), own_head=True),
+    "qwen3_5_text": GraphOf(
+        "qwen35", {**_HYBRID, "linear_split": True}, (*LINEAR, "partial_rotary_factor"), scalings=()
+    ),
+    "qwen3_5_moe_text": GraphOf(
+        "qwen35moe",
+        {**_HYBRID, "linear_split": True, "norm_topk_prob": True},
+        (*LINEAR, *_SHARED, "partial_rotary_factor"),
+        scalings=(),
+    ),
+    "qwen3_next": GraphOf(
+        "qwen3next",
+        {**_HYBRID, "norm_topk_prob": True},
+        (*LINEAR, *_SHARED, "partial_rotary_factor"),
+        scalings=(),
+    ),
     "glm4_moe": GraphOf(
         "glm4moe",
         {**_SIGMOID, "attention_output_bias": False},
@@ -224,6 +243,7 @@ def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
         )
     _check_heads(graph, config)
     _check_experts(graph, config)
+    _check_linear(graph, config)
     _check_scores(graph, config)
     _check_scaling(graph, config)
     return graph
@@ -255,6 +275,24 @@ def _check_experts(graph: GraphOf, config: ModelConfig) -> None:
         raise CheckpointError(
             f"shared_experts_intermediate_size is {shared or None}, and in llama.cpp's architecture "
             f"{graph.name} it is a multiple of moe_intermediate_size, {width}; {_AS_SAFETENSORS}"
+        )
+
+
+def _check_linear(graph: GraphOf, config: ModelConfig) -> None:
+    """Raise CheckpointError for linear attention that llama.cpp does not have."""
+    if "linear_attention_layers" not in graph.free:
+        return
+    layers = [*(config.linear_attention_layers or ())]
+    if full_attention_interval(config) is None or not layers:
+        raise CheckpointError(
+            f"linear_attention_layers is {layers}, and in llama.cpp's "
+            f"architecture {graph.name} each n-th layer has none, and all others have it; {_AS_SAFETENSORS}"
+        )
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    if keys != values:
+        raise CheckpointError(
+            f"linear_value_head_dim is {values}, and in llama.cpp's architecture {graph.name} it is "
+            f"linear_key_head_dim, {keys}; {_AS_SAFETENSORS}"
         )
 
 
@@ -314,3 +352,12 @@ def has_windows(graph: GraphOf, config: ModelConfig) -> bool:
         return False
     full = tuple(layer for layer in range(config.num_hidden_layers) if graph.full_attention(layer))
     return config.full_attention_layers == full
+
+
+def full_attention_interval(config: ModelConfig) -> int | None:
+    """The number n of which every n-th layer has attention without a state, as llama.cpp counts them;
+    None if there is none."""
+    layers = range(config.num_hidden_layers)
+    full = [layer for layer in layers if not config.is_linear(layer)]
+    every = full[0] + 1 if full else 0
+    return every if full and full == [layer for layer in layers if (layer + 1) % every == 0] else None

@@ -20,6 +20,7 @@ from torch import Tensor
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, MissingExtraError, setting
 from litlora.formats.gguf_architectures import GraphOf, context_of, graph_of, has_windows
+from litlora.formats.gguf_delta_net import PLACE, add_linear_attention, as_stored, their_leaf
 from litlora.formats.layout import Layout, layout
 from litlora.frozen.ggml import BLOCK_FORMATS
 from litlora.storage.blocks import LazyTensor
@@ -28,7 +29,7 @@ from litlora.transformers_config import Architecture, TransformersConfig
 PLAIN_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WRITTEN_KINDS = (*PLAIN_KINDS, "Q8_0")
 """The number formats that the gguf package writes; llama.cpp makes others of such a file."""
-_EXACT = ("blk.*.ffn_gate_inp.weight", "position_embd.weight")
+_EXACT = ("blk.*.ffn_gate_inp.weight", "position_embd.weight", "blk.*.ssm_conv1d.weight")
 """Matrices that are always in fp32, as llama.cpp's converter has them. So is all that is no matrix."""
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -93,6 +94,8 @@ class GGUFModel:
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
         """One of our tensors with the values and the order of rows that llama.cpp has."""
+        if PLACE in name:
+            return as_stored(self.config, name, tensor)
         if name.endswith("norm.weight") and self.config.norm.endswith("plus_one"):
             return tensor.float() + 1
         if name.endswith("mlp.shared_expert_gate.weight"):
@@ -142,7 +145,7 @@ def name_map(graph: GraphOf, num_layers: int) -> Any:
 
 def their_name(names: Any, name: str) -> str:
     """llama.cpp's name of one of Hugging Face's tensors."""
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    name = their_leaf(name.replace("e_score_correction_bias", "e_score_correction.bias"))
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise CheckpointError(f"{name}: llama.cpp has no such weight in this architecture")
@@ -213,6 +216,8 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
         _add_experts(writer, graph, config)
     if config.shared_expert_intermediate_size is not None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if config.linear_attention_layers:
+        add_linear_attention(writer, config)
     if "parallel_residual" in graph.free:
         writer.add_parallel_residual(config.parallel_residual)
     if config.attn_logit_softcapping is not None:
