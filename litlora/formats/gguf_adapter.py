@@ -14,6 +14,7 @@ from torch import Tensor
 from litlora.errors import CheckpointError, setting
 from litlora.formats.gguf_delta_net import PLACE
 from litlora.formats.gguf_export import PLAIN_KINDS, GGUFModel, gguf_package, name_map, their_name
+from litlora.formats.gguf_latent import HALVED
 from litlora.formats.peft_export import join
 from litlora.lora import Adapter
 from litlora.lora.variants import variant_named
@@ -38,7 +39,8 @@ def check_adapter(adapter: Adapter, model: GGUFModel) -> None:
             f"{where}was started by LoftQ and fits the bits that its base was quantised to alone; {_MERGE}"
         )
     for name in adapter.updates:
-        if ".mlp.experts." in name or PLACE in name or name.endswith("embed_tokens"):
+        is_apart = any(part in f"{name}.weight" for part in (".mlp.experts.", PLACE, HALVED))
+        if is_apart or name.endswith("embed_tokens"):
             raise CheckpointError(f"{where}updates {name}, which is not written alone; {_MERGE}")
         if name == "lm_head" and model.config.tie_word_embeddings:
             raise CheckpointError(

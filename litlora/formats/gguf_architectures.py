@@ -75,10 +75,19 @@ _COHERE = {
 _HYBRID = {"norm": "rmsnorm_plus_one", "qk_norm": "head", "attention_gate": True}
 LINEAR = ("linear_attention_layers", "linear_num_key_heads", "linear_num_value_heads")
 LINEAR += ("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim")
+LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "mscale_all_dim")
 _SHARED = (*EXPERTS, "shared_expert_intermediate_size")
 _SIGMOID = {"router_scoring": "sigmoid", "router_correction": True}
 _QKV_BIAS = {"attention_bias": True, "attention_output_bias": False}
 _LLAMA = GraphOf("llama", free=BIASES, scalings=("linear", "llama3", "yarn"), rotated=True)
+_DEEPSEEK = GraphOf(
+    "deepseek2",
+    {**_SIGMOID, "rope_interleaved": True},
+    (*ROUTED, *LATENT, "n_group", "topk_group"),
+    scalings=("yarn",),
+    dense_first=True,
+    is_shared=True,
+)
 GRAPHS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -193,9 +202,12 @@ GRAPHS = {
     "dots1": GraphOf(
         "dots1", {**_SIGMOID, "qk_norm": "head"}, ROUTED, own_head=True, dense_first=True, is_shared=True
     ),
+    "deepseek_v3": _DEEPSEEK,
     "starcoder2": GraphOf("starcoder2", {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh"}),
 }
 """By model_type."""
+WITH_WIDE_QUERIES = (26, 27)
+"""Layers of the models of DeepSeek whose queries llama.cpp expects without a latent of their own."""
 EVEN_HEADS = {
     *("qwen2", "phi3", "olmo2", "gptneox", "gpt2", "starcoder2", "olmoe", "olmo", "phi2", "stablelm"),
     *("command-r", "cohere2", "nemotron", "qwen2moe"),
@@ -244,6 +256,7 @@ def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
     _check_heads(graph, config)
     _check_experts(graph, config)
     _check_linear(graph, config)
+    _check_latent(graph, config)
     _check_scores(graph, config)
     _check_scaling(graph, config)
     return graph
@@ -275,6 +288,15 @@ def _check_experts(graph: GraphOf, config: ModelConfig) -> None:
         raise CheckpointError(
             f"shared_experts_intermediate_size is {shared or None}, and in llama.cpp's architecture "
             f"{graph.name} it is a multiple of moe_intermediate_size, {width}; {_AS_SAFETENSORS}"
+        )
+
+
+def _check_latent(graph: GraphOf, config: ModelConfig) -> None:
+    is_wide = config.num_hidden_layers in WITH_WIDE_QUERIES
+    if graph is _DEEPSEEK and (config.q_lora_rank is None) != is_wide:
+        raise CheckpointError(
+            f"q_lora_rank is {config.q_lora_rank}, and llama.cpp's architecture {graph.name} has "
+            f"{'none' if is_wide else 'one'} for {config.num_hidden_layers} layers; {_AS_SAFETENSORS}"
         )
 
 
@@ -323,7 +345,13 @@ def _check_scaling(graph: GraphOf, config: ModelConfig) -> None:
             f"{known}; {_AS_SAFETENSORS}"
         )
     if scaling.rope_type == "yarn":
-        default = yarn_attention_factor(scaling)
+        # With latent attention, scores have the factor, and not cosines and sines.
+        default = 1.0 if config.mscale_all_dim is not None else yarn_attention_factor(scaling)
+        if graph is _DEEPSEEK and config.mscale_all_dim is None:
+            raise CheckpointError(
+                "rope_scaling of type yarn has no mscale_all_dim, which llama.cpp's architecture "
+                f"{graph.name} has; {_AS_SAFETENSORS}"
+            )
         given = (scaling.beta_fast, scaling.beta_slow, scaling.truncate)
         if given != (32, 1, True) or not math.isclose(scaling.attention_factor, default, rel_tol=1e-6):
             raise CheckpointError(

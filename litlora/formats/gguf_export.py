@@ -21,6 +21,7 @@ from litlora.config import ModelConfig
 from litlora.errors import CheckpointError, MissingExtraError, setting
 from litlora.formats.gguf_architectures import GraphOf, context_of, graph_of, has_windows
 from litlora.formats.gguf_delta_net import PLACE, add_linear_attention, as_stored, their_leaf
+from litlora.formats.gguf_latent import HALVED, add_latent_attention, halves
 from litlora.formats.layout import Layout, layout
 from litlora.frozen.ggml import BLOCK_FORMATS
 from litlora.storage.blocks import LazyTensor
@@ -83,12 +84,12 @@ class GGUFModel:
     def _stored(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         names = name_map(self.graph, self.config.num_hidden_layers)
         yield from extra_tensors(self.config)
-        dense = [name for name in self.tensors if ".mlp.experts." not in name]
+        apart = (".mlp.experts.", HALVED)
+        dense = [name for name in self.tensors if not any(part in name for part in apart)]
         for name, tensor in self.layout.write(_Read(dense, lambda name: self.rows(name, read(name)))):
             yield their_name(names, name), tensor
-        if len(dense) < len(self.tensors):
-            for name, tensor in _stacked(read, self.config):
-                yield their_name(names, name), tensor
+        for name, tensor in (*_stacked(read, self.config), *halves(read, self.config)):
+            yield their_name(names, name), tensor
         if self.graph.own_head and self.config.tie_word_embeddings:
             yield "output.weight", read("model.embed_tokens.weight")
 
@@ -160,7 +161,8 @@ def _whole(tensor: Tensor | LazyTensor) -> Tensor:
 
 def _stacked(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The layers of all experts of a block as one tensor (experts, out, in)."""
-    for layer in (n for n in range(config.num_hidden_layers) if n not in config.dense_layers):
+    layers = range(config.num_hidden_layers if config.num_experts is not None else 0)
+    for layer in (n for n in layers if n not in config.dense_layers):
         for part in _PARTS:
             place = f"model.layers.{layer}.mlp.experts"
             yield (
@@ -200,9 +202,12 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    if config.kv_lora_rank is not None:
+        add_latent_attention(writer, config)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     layer_norm = config.norm.startswith("layernorm")
     (writer.add_layer_norm_eps if layer_norm else writer.add_layer_norm_rms_eps)(config.norm_eps)
     if config.positions == "rotary":
@@ -238,6 +243,9 @@ def _add_experts(writer: Any, graph: GraphOf, config: ModelConfig) -> None:
         writer.add_expert_shared_count(
             config.shared_experts_intermediate_size // config.moe_intermediate_size
         )
+    if config.n_group is not None and config.topk_group < config.n_group:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
     if config.router_scoring == "sigmoid":
         writer.add_expert_gating_func(gguf_package().ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_scale(config.routed_scaling_factor or 1.0)

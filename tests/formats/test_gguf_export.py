@@ -9,7 +9,7 @@ import made_tokenizers
 import pytest
 import torch
 from conftest import QUICKSTART, random_adapter, tiny_config
-from families import save_folder
+from families import YARN, save_folder
 from go_template import executed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -48,6 +48,9 @@ CHANGES = {
     "nemotron": {"head_dim": 16},
     "glm4-moe": {"n_group": 1},
     **dict.fromkeys(("qwen3-5", "qwen3-5-moe"), {"linear_value_head_dim": 8}),
+    "deepseek-v3": {"moe_intermediate_size": 32, "n_routed_experts": 12, "n_group": 4, "topk_group": 2}
+    | {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "moonlight": {"num_hidden_layers": 27, "rope_interleave": True, "attention_bias": False},
     "qwen3-next": {"linear_value_head_dim": 8, "mlp_only_layers": []},
     "dots1": {"num_key_value_heads": 4, "n_group": 1, "max_window_layers": 9},
     "phi4-mini": {"hidden_size": 32, "original_max_position_embeddings": 256},
@@ -68,7 +71,7 @@ LLAMA_CPP = (
     *("qwen3-moe", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "gpt-neox", "gpt2", "starcoder2", "granite"),
     *("smollm3", "olmo3", "olmoe", "olmo", "phi", "stablelm", "cohere", "cohere2", "glm4", "ernie4-5"),
     *("seed-oss", "nemotron", "arcee", "qwen2-moe", "phi4-mini", "glm4-moe", "dots1"),
-    *("qwen3-5", "qwen3-5-moe", "qwen3-next"),
+    *("qwen3-5", "qwen3-5-moe", "qwen3-next", "deepseek-v3", "moonlight"),
 )
 
 
