@@ -29,6 +29,10 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2 = ("byte level", "GPT-2")
 
 
@@ -56,6 +60,11 @@ DIVISIONS = (
     Division("dbrx", (("split", _LLAMA3),), also=("smaug-bpe", "glm4", "chatglm-bpe")),
     Division("qwen2", (("split", _QWEN2),), also=("stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan")),
     Division("qwen35", (("split", _QWEN35),)),
+    Division(
+        "deepseek-v3",
+        (("split", r"\p{N}{1,3}"), ("split", "[一-龥぀-ゟ゠-ヿ]+"), ("split", _DEEPSEEK)),
+        also=("hunyuan-dense",),
+    ),
     Division(
         "smollm",
         (("digits", "one by one"), GPT2),

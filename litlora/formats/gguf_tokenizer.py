@@ -166,7 +166,9 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ..
             # Both leave every piece where the pattern matches all of the text, as these do.
             if (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):
                 raise _refused(f"divides texts by a pattern with {step['behavior']}")
-            found.append(("split", pattern["Regex"]))
+            # Some files have the characters themselves.
+            spelled = pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")
+            found.append(("split", spelled))
         elif kind == "Digits":
             found.append(("digits", "one by one" if step["individual_digits"] else "together"))
         elif kind == "Punctuation" and step["behavior"] == "Contiguous":

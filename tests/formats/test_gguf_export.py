@@ -156,7 +156,9 @@ def byte_level(directory: Path, name: str) -> Path:
     steps = []
     for kind, *what in division.steps:
         if kind == "split":
-            steps.append(pre_tokenizers.Split(Regex(what[0]), "isolated"))
+            # DeepSeek's files have the characters themselves.
+            pattern = what[0].replace(r"\r\n", "\r\n") if name == "deepseek-v3" else what[0]
+            steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
         elif kind == "digits":
             steps.append(pre_tokenizers.Digits(individual_digits=what == ["one by one"]))
         elif kind == "punctuation":
