@@ -61,6 +61,8 @@ class GraphOf:
     """Layers without experts come before all others, if there are any."""
     is_shared: bool = False
     """Each layer with experts has one that every token uses."""
+    most_layers: int | None = None
+    """A model with more has another graph, which no family here has."""
 
 
 _PLAIN_MLP = {"mlp": "plain", "norm": "layernorm"}
@@ -203,6 +205,28 @@ GRAPHS = {
         "dots1", {**_SIGMOID, "qk_norm": "head"}, ROUTED, own_head=True, dense_first=True, is_shared=True
     ),
     "deepseek_v3": _DEEPSEEK,
+    "ernie4_5_moe": GraphOf(
+        "ernie4_5-moe",
+        {"router_correction": True, "norm_topk_prob": True, "rope_interleaved": True},
+        (*EXPERTS, "shared_experts_intermediate_size", "dense_layers"),
+        dense_first=True,
+    ),
+    "exaone4": GraphOf(
+        "exaone4", {"norm_position": "after", "qk_norm": "head"}, scalings=("llama3",), most_layers=63
+    ),
+    "hunyuan_v1_dense": GraphOf("hunyuan-dense", {"qk_norm": "head_rotated"}, scalings=()),
+    "apertus": GraphOf(
+        "apertus",
+        {"mlp": "plain", "hidden_act": "xielu", "qk_norm": "head"},
+        scalings=("llama3",),
+        own_head=True,
+    ),
+    "falcon": GraphOf(
+        "falcon",
+        {**_PLAIN_MLP, "hidden_act": "gelu", "parallel_residual": True},
+        ("shared_norm",),
+        scalings=(),
+    ),
     "starcoder2": GraphOf("starcoder2", {**_PLAIN_MLP, **_ALL_BIASES, "hidden_act": "gelu_tanh"}),
 }
 """By model_type."""
@@ -210,7 +234,7 @@ WITH_WIDE_QUERIES = (26, 27)
 """Layers of the models of DeepSeek whose queries llama.cpp expects without a latent of their own."""
 EVEN_HEADS = {
     *("qwen2", "phi3", "olmo2", "gptneox", "gpt2", "starcoder2", "olmoe", "olmo", "phi2", "stablelm"),
-    *("command-r", "cohere2", "nemotron", "qwen2moe"),
+    *("command-r", "cohere2", "nemotron", "qwen2moe", "exaone4", "falcon"),
 }
 """The architectures whose heads together are as wide as the model."""
 UNGROUPED = {"olmoe", "dots1"}
@@ -254,6 +278,7 @@ def graph_of(model_type: str, config: ModelConfig) -> GraphOf:
             f"{_AS_SAFETENSORS}"
         )
     _check_heads(graph, config)
+    _check_layers(graph, config)
     _check_experts(graph, config)
     _check_linear(graph, config)
     _check_latent(graph, config)
@@ -273,6 +298,14 @@ def _check_heads(graph: GraphOf, config: ModelConfig) -> None:
         raise CheckpointError(
             f"num_key_value_heads is {config.num_key_value_heads}, and in llama.cpp's architecture "
             f"{graph.name} it is num_attention_heads, {config.num_attention_heads}; {_AS_SAFETENSORS}"
+        )
+
+
+def _check_layers(graph: GraphOf, config: ModelConfig) -> None:
+    if graph.most_layers is not None and config.num_hidden_layers > graph.most_layers:
+        raise CheckpointError(
+            f"num_hidden_layers is {config.num_hidden_layers}, and llama.cpp's architecture {graph.name} has "
+            f"windows of its own above {graph.most_layers}; {_AS_SAFETENSORS}"
         )
 
 

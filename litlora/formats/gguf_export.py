@@ -22,7 +22,7 @@ from litlora.errors import CheckpointError, MissingExtraError, setting
 from litlora.formats.gguf_architectures import GraphOf, context_of, graph_of, has_windows
 from litlora.formats.gguf_delta_net import PLACE, add_linear_attention, as_stored, their_leaf
 from litlora.formats.gguf_latent import HALVED, add_latent_attention, halves
-from litlora.formats.layout import Layout, layout
+from litlora.formats.layout import CONSTANTS, Layout, layout
 from litlora.frozen.ggml import BLOCK_FORMATS
 from litlora.storage.blocks import LazyTensor
 from litlora.transformers_config import Architecture, TransformersConfig
@@ -32,6 +32,8 @@ WRITTEN_KINDS = (*PLAIN_KINDS, "Q8_0")
 """The number formats that the gguf package writes; llama.cpp makes others of such a file."""
 _EXACT = ("blk.*.ffn_gate_inp.weight", "position_embd.weight", "blk.*.ssm_conv1d.weight")
 """Matrices that are always in fp32, as llama.cpp's converter has them. So is all that is no matrix."""
+ACTIVATION = ".mlp.act_fn."
+"""The weights of xIELU, which llama.cpp has as metadata."""
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -84,7 +86,7 @@ class GGUFModel:
     def _stored(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         names = name_map(self.graph, self.config.num_hidden_layers)
         yield from extra_tensors(self.config)
-        apart = (".mlp.experts.", HALVED)
+        apart = (".mlp.experts.", HALVED, ACTIVATION)
         dense = [name for name in self.tensors if not any(part in name for part in apart)]
         for name, tensor in self.layout.write(_Read(dense, lambda name: self.rows(name, read(name)))):
             yield their_name(names, name), tensor
@@ -219,6 +221,9 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
         writer.add_sliding_window(0)  # it wants the entry, and has no windows
     if config.num_experts is not None:
         _add_experts(writer, graph, config)
+    if graph.name == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(1)
+        writer.add_expert_shared_feed_forward_length(config.shared_experts_intermediate_size or 0)
     if config.shared_expert_intermediate_size is not None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if config.linear_attention_layers:
@@ -229,6 +234,8 @@ def add_architecture(writer: Any, model: GGUFModel) -> None:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if config.final_logit_softcapping is not None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.hidden_act == "xielu":
+        _add_xielu(writer, model)
     _add_factors(writer, graph, config)
     _add_scaling(writer, config)
 
@@ -250,6 +257,15 @@ def _add_experts(writer: Any, graph: GraphOf, config: ModelConfig) -> None:
         writer.add_expert_gating_func(gguf_package().ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_scale(config.routed_scaling_factor or 1.0)
         writer.add_expert_weights_norm(config.norm_topk_prob)
+
+
+def _add_xielu(writer: Any, model: GGUFModel) -> None:
+    layers = range(model.config.num_hidden_layers)
+    for name, add in (("alpha_n", writer.add_xielu_alpha_n), ("alpha_p", writer.add_xielu_alpha_p)):
+        found = [_whole(model.tensors[f"model.layers.{layer}{ACTIVATION}{name}"]) for layer in layers]
+        add([tensor.item() for tensor in found])
+    writer.add_xielu_beta([CONSTANTS["beta"]] * len(layers))
+    writer.add_xielu_eps([CONSTANTS["eps"]] * len(layers))
 
 
 def _add_factors(writer: Any, graph: GraphOf, config: ModelConfig) -> None:

@@ -9,7 +9,7 @@ import made_tokenizers
 import pytest
 import torch
 from conftest import QUICKSTART, random_adapter, tiny_config
-from families import YARN, save_folder
+from families import LLAMA3, YARN, save_folder
 from go_template import executed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -51,6 +51,10 @@ CHANGES = {
     "deepseek-v3": {"moe_intermediate_size": 32, "n_routed_experts": 12, "n_group": 4, "topk_group": 2}
     | {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "moonlight": {"num_hidden_layers": 27, "rope_interleave": True, "attention_bias": False},
+    "exaone4-full": {"rope_scaling": LLAMA3},
+    "ernie4-5-moe": {"moe_layer_interval": 1},
+    "hunyuan": {"rope_scaling": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+    **{f"falcon-{size}": {"bias": False} for size in ("40b", "11b")},
     "qwen3-next": {"linear_value_head_dim": 8, "mlp_only_layers": []},
     "dots1": {"num_key_value_heads": 4, "n_group": 1, "max_window_layers": 9},
     "phi4-mini": {"hidden_size": 32, "original_max_position_embeddings": 256},
@@ -72,6 +76,7 @@ LLAMA_CPP = (
     *("smollm3", "olmo3", "olmoe", "olmo", "phi", "stablelm", "cohere", "cohere2", "glm4", "ernie4-5"),
     *("seed-oss", "nemotron", "arcee", "qwen2-moe", "phi4-mini", "glm4-moe", "dots1"),
     *("qwen3-5", "qwen3-5-moe", "qwen3-next", "deepseek-v3", "moonlight"),
+    *("ernie4-5-moe", "exaone4-full", "hunyuan", "apertus", "falcon-7b", "falcon-40b", "falcon-11b"),
 )
 
 
@@ -278,7 +283,8 @@ def test_ollamas_template_writes_what_the_chat_template_writes(name, tmp_path):
             "num_attention_heads x head_dim is 64",
         ),
         ("smollm3", {"layers_without_rope": (0,)}, r"layers_without_rope is \[0\].* has \[\]"),
-        ("falcon", {}, "models of the family falcon cannot be written as GGUF, only llama, mistral"),
+        ("gpt_oss", {}, "models of the family gpt_oss cannot be written as GGUF, only llama, mistral"),
+        ("exaone4", {"num_hidden_layers": 64, "norm_position": "after", "qk_norm": "head"}, "above 63"),
         (
             "gemma",
             {"norm": "rmsnorm_plus_one", "hidden_act": "gelu_tanh", "scale_embeddings": True},
@@ -294,6 +300,7 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(kind, changes, reaso
 def test_every_family_that_is_written_is_run_in_llama_cpp():
     run = {name.replace("-", "_") for name in LLAMA_CPP}
     aliases = {kind: kind.removesuffix("_text") for kind in GRAPHS}
+    aliases |= {"exaone4": "exaone4_full", "hunyuan_v1_dense": "hunyuan", "falcon": "falcon_7b"}
     assert {aliases.get(kind, kind) for kind in GRAPHS} <= run
 
 
