@@ -59,7 +59,7 @@ def streams(
 
 def stream_base(model: GPT, file: Path) -> Stream:
     """Let a model's frozen weights stay in their mapped file: those of the blocks' linear layers, the
-    embedding and the output head. Whatever an adapter put in the place of one stays in memory.
+    embeddings and the output head. Whatever an adapter put in the place of one stays in memory.
 
     All of them are read once. Raises CheckpointError, which names `file`, for one that is not finite.
     """
@@ -69,6 +69,9 @@ def stream_base(model: GPT, file: Path) -> Stream:
     tied = type(head) is nn.Linear and head.weight is embedding.weight
     if mapped([embedding.weight]):
         decoder.embed_tokens = StreamedEmbedding(stream, embedding.weight.detach())
+    inputs = getattr(decoder, "embed_tokens_per_layer", None)
+    if inputs is not None and mapped([inputs.weight]):
+        decoder.embed_tokens_per_layer = StreamedEmbedding(stream, inputs.weight.detach())
     if type(head) is nn.Linear and mapped([head.weight]):
         shared = isinstance(decoder.embed_tokens, StreamedEmbedding) and tied
         storage = decoder.embed_tokens.storage if shared else StreamedHead(stream, head.weight.detach())

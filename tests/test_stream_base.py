@@ -112,6 +112,7 @@ def test_architectures(changes, make_checkpoint):
     [
         *((family, torch.float32) for family in ("gpt2", "phi3", "gemma2", "qwen2-moe", "qwen3-next")),
         *((family, torch.bfloat16) for family in ("gpt2", "phi3", "gemma2", "qwen2-moe")),
+        *((family, torch.float32) for family in ("gemma3n", "gemma4", "gemma4-26b")),
     ],
 )
 def test_families_that_fuse_or_transpose(family, dtype, tmp_path, tokenizer_dir):

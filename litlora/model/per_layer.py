@@ -28,9 +28,8 @@ class WithLayerInputs(nn.Module):
         up, and half is made of x."""
         if self.per_layer_width is None:
             return None
-        if self.per_layer_rows < self.embed_tokens.num_embeddings:  # the last tokens have no row
-            input_ids = torch.where(input_ids < self.per_layer_rows, input_ids, 0)
-        found = self.embed_tokens_per_layer(input_ids)
+        # A token without a row has that of the first one (Gemma 3n).
+        found = self.embed_tokens_per_layer(torch.where(input_ids < self.per_layer_rows, input_ids, 0))
         # rounded to the embedding's dtype, as in training
         found = found * float(torch.tensor(self.per_layer_width**0.5, dtype=found.dtype))
         (made,) = project(x, self.per_layer_model_projection)

@@ -151,7 +151,14 @@ def test_what_released_files_leave_out_is_the_default_of_transformers():
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_5_vl", "llama4"))]
+    "name",
+    [
+        "gemma3",
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ("qwen2_5_vl", "llama4", "gemma3n", "gemma4-26b")
+        ),
+    ],
 )
 def test_the_other_parts_go_through_a_litlora_directory_byte_for_byte(name, folder, tmp_path):
     directory, _ = folder(name)
