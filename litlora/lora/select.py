@@ -63,7 +63,7 @@ def select_layers(model: nn.Module, targets: str | list[str]) -> list[str]:
     ]
     found_by = {target: _meant(target, linears, model) for target in asked}
     if missed := [target for target, found in found_by.items() if not found]:
-        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
+        there = ", ".join(dict.fromkeys(map(_end, linears))) or "none"
         raise UserError(
             f"{setting('targets')} {', '.join(missed)}: no linear layer has that name; "
             f"presets: {', '.join(PRESETS)}; layers: {there}"
@@ -90,6 +90,12 @@ def _meant(target: str, names: list[str], model: nn.Module) -> set[str]:
 def _is_end(target: str, name: str) -> bool:
     """Whether a target is a layer's name or the end of it."""
     return name == target or name.endswith("." + target)
+
+
+def _end(name: str) -> str:
+    """The last part of a name that means something by itself: altup_projections.0, and not 0."""
+    before, _, last = name.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdecimal() else last
 
 
 def in_layers(names: list[str], config: LoRAConfig) -> list[str]:

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.lora import project
-from litlora.model.block import Block
-from litlora.model.context import Context, pick
 from litlora.model.norms import make_norm
 from litlora.model.router import Router
 
@@ -39,6 +37,11 @@ class AltUp(nn.Module):
         shares = self._coefficients(self.correction_coefs, x) + 1  # (B, T, S)
         return streams + (x - streams[:, :, 0])[:, :, None] * shares[..., None]
 
+    def with_made(self, streams: Tensor, made: Tensor) -> Tensor:
+        """The corrected streams, and what the layer made of its input (B, T, C), which the first, the one
+        that it was made of, does not get."""
+        return torch.cat([streams[:, :, :1], streams[:, :, 1:] + made[:, :, None]], dim=2)
+
     def _coefficients(self, made: Router, x: Tensor) -> Tensor:
         """x (B, T, C) -> what is made of its place among the streams."""
         routed = self.modality_router(self.router_norm(x) * x.size(-1) ** -1.0)
@@ -61,26 +64,6 @@ class Laurel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (narrow,) = project(x, self.linear_left)
         return x + self.post_laurel_norm(project(narrow, self.linear_right)[0])
-
-
-class StreamsBlock(Block):
-    """A layer that computes with the first of several streams."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.altup = AltUp(config)
-        self.laurel = Laurel(config)
-
-    def forward(self, streams: Tensor, context: Context) -> Tensor:
-        """(B, T, S, C) -> (B, T, S, C), or (1, M, S, C) at the context's positions."""
-        streams = self.altup.predicted(streams)
-        x = self.computed(streams[:, :, 0], context)
-        streams = self.altup.corrected(pick(streams, context.positions), x)
-        first = streams[:, :, 0]
-        made = self.of_layer_input(
-            first * self.altup.correct_output_scale, pick(context.per_layer, context.positions)
-        )
-        return torch.cat([first[:, :, None], streams[:, :, 1:] + made[:, :, None]], dim=2)
 
 
 class WithStreams(nn.Module):

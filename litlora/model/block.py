@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
+from litlora.model.altup import AltUp, Laurel
 from litlora.model.attention import Attention
 from litlora.model.context import Context, pick
 from litlora.model.delta_net import DeltaNet
@@ -44,20 +45,19 @@ class Block(WithGate, WithExperts):
         width = config.intermediate_size * (2 if is_wide else 1)
         cut = config.activation_sparsity if layer in (config.sparse_mlp_layers or ()) else None
         self.mlp = MixtureOfExperts(config) if sparse else MLP(config, width, cut)
-        self.laurel = None
+        has_streams = config.altup_num_inputs is not None
+        self.altup, self.laurel = (AltUp(config), Laurel(config)) if has_streams else (None, None)
         self.add_experts(config)
         self.add_gate(config)
         self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scalar else None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions."""
-        x = self.computed(x, context)
-        if self.gate_activation is not None:
-            x = x + self.of_layer_input(x, pick(context.per_layer, context.positions))
-        return x if self.layer_scalar is None else x * self.layer_scalar.to(x.dtype)
-
-    def computed(self, x: Tensor, context: Context) -> Tensor:
-        """The same of attention and MLP."""
+        """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions. With several streams
+        (B, T, S, C) the layer computes with the first."""
+        streams = None
+        if self.altup is not None:
+            streams = self.altup.predicted(x)
+            x = streams[:, :, 0]
         normed = self.input_layernorm(x)
         attention = self.linear_attn if self.is_linear else self.self_attn
         attended = self._scaled(attention(normed, context))
@@ -73,7 +73,15 @@ class Block(WithGate, WithExperts):
         if self.laurel is not None:
             x = (x + self.laurel(pick(normed, context.positions))) * 2**-0.5
         fed = self.with_experts(self.mlp(self.pre_feedforward_layernorm(x)), x)
-        return x + self.post_feedforward_layernorm(fed)
+        x = x + self.post_feedforward_layernorm(fed)
+        given = pick(context.per_layer, context.positions)
+        if streams is not None:
+            streams = self.altup.corrected(pick(streams, context.positions), x)
+            scaled = streams[:, :, 0] * self.altup.correct_output_scale
+            return self.altup.with_made(streams, self.of_layer_input(scaled, given))
+        if given is not None:
+            x = x + self.of_layer_input(x, given)
+        return x if self.layer_scalar is None else x * self.layer_scalar.to(x.dtype)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.multiplier is None else x * self.multiplier

@@ -22,7 +22,7 @@ from litlora.frozen.streamed import StreamedEmbedding
 from litlora.kernels.attention import Pack, Shared, causal_mask
 from litlora.kernels.rotary import Rope, RotaryTable
 from litlora.lora import LoRAEmbedding
-from litlora.model.altup import StreamsBlock, WithStreams
+from litlora.model.altup import WithStreams
 from litlora.model.block import Block
 from litlora.model.cache import CacheBatch, KVCache
 from litlora.model.context import Context
@@ -43,8 +43,7 @@ class Decoder(WithLayerInputs, WithStreams):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.add_layer_inputs(config)
         self.add_streams(config)
-        kind = StreamsBlock if self.has_streams else Block
-        self.layers = nn.ModuleList(kind(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         layers = range(config.num_hidden_layers)
         self._reaches = [(config.window(layer), config.chunk(layer)) for layer in layers]
