@@ -18,6 +18,8 @@ from litlora.formats.families import adapt_config, load_config, read_config, wri
 from litlora.formats.huggingface import write_weights
 from litlora.lora import LoRAConfig, add_lora, select_layers
 from litlora.model import GPT, KVCache
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 from litlora.train.said import describe_choice
 
 TOKENS = 30
@@ -85,6 +87,17 @@ def test_token_by_token_equals_transformers(name, folder):
     assert (
         in_pieces(open_model(directory), ids, [1] * TOKENS) - torch.cat(expected, 1)
     ).abs().max() <= limit(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4", "gemma4-26b"])
+def test_greedy_answers_are_those_of_transformers(name, folder):
+    directory, theirs = folder(name)
+    ids = torch.randint(SIZES["vocab_size"], (1, 9))
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(ids, **settings)[0, 9:].tolist()
+    engine = Engine(open_model(directory))
+    assert list(engine.generate(ids[0].tolist(), Sampling(max_new_tokens=TOKENS))) == expected
 
 
 @pytest.mark.parametrize("name", STEADY)
@@ -267,6 +280,8 @@ def llama(**changes):
     return {name: value for name, value in {**LLAMA, **changes}.items() if value is not ...}
 
 
+GEMMA3N = {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"], "num_kv_shared_layers": 0}
+GEMMA4 = {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "enable_moe_block": True}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
 NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
@@ -328,6 +343,14 @@ NEW = {"model_type": "brandnew", "architectures": ["BrandnewForCausalLM"]}
         (llama(hidden_size=...), "hidden_size missing"),
         (llama(num_hidden_layers=2.5), "num_hidden_layers is 2.5"),
         (llama(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        (llama(**GEMMA3N, altup_active_idx=1), "altup_active_idx is 1; only 0 is implemented"),
+        (llama(**GEMMA3N, altup_num_inputs=1), "altup_num_inputs must be at least 2"),
+        (llama(**{**GEMMA3N, "intermediate_size": [48, 64]}), "intermediate_size: only one size for all"),
+        (llama(**GEMMA3N, activation_sparsity_pattern=[0.9, 0.5]), "only one sparsity beside 0"),
+        (llama(**GEMMA3N, activation_sparsity_pattern=[0.9]), "has 1 entries; there are 2 layers"),
+        (llama(**GEMMA3N, activation_sparsity_pattern=[1, 1]), "activation_sparsity must be below 1"),
+        (llama(**{**GEMMA3N, "num_kv_shared_layers": 2}), "no layer before layer 0 has the keys"),
+        (llama(**GEMMA4, num_experts=4), "top_k_experts missing"),
         (llama(hidden_size=10**30), "no model is that large"),
         (llama(architectures={"a": 1}, model_type=[]), "is not covered"),
         (llama(partial_rotary_factor=1e308), "partial_rotary_factor"),
