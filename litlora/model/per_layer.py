@@ -35,7 +35,8 @@ class WithLayerInputs(nn.Module):
         (made,) = project(x, self.per_layer_model_projection)
         made = (made * self.per_layer_scale).unflatten(-1, (-1, self.per_layer_width))  # (B, T, layers, P)
         both = self.per_layer_projection_norm(made) + found.unflatten(-1, (-1, self.per_layer_width))
-        return list((both * 2**-0.5).unbind(2))
+        # Each in memory of its own: a compiler would see where in the tensor a part begins.
+        return [part.contiguous() for part in (both * 2**-0.5).unbind(2)]
 
 
 class WithGate(nn.Module):
