@@ -19,10 +19,10 @@ from litlora.errors import UserError, setting
 from litlora.kernels.attention import Shared
 from litlora.model import GPT
 from litlora.settings import PreferenceConfig, TrainConfig
-from litlora.train.fit import evaluating
 from litlora.train.objective import Context, Objective
 from litlora.train.parallel import Parallel
 from litlora.train.plan import evaluation_plan
+from litlora.train.validation import evaluating
 
 
 class AnswerBatch(NamedTuple):

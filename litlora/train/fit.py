@@ -5,13 +5,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from litlora.data.batches import Step
 from litlora.errors import DataError, UserError, setting
@@ -24,12 +24,13 @@ from litlora.train.early import EarlyUpdates
 from litlora.train.interrupts import GivenUp, Interrupts, Stop
 from litlora.train.memory import memory_advice
 from litlora.train.objective import Objective
-from litlora.train.optim import lr_at, make_optimizer, set_learning_rate
+from litlora.train.optim import lr_at, make_optimizer, set_learning_rate, skips_by_itself
 from litlora.train.parallel import Parallel, local
 from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.probe import Probe
 from litlora.train.resume import Position, State, capture
 from litlora.train.state_check import check_place_in_data
+from litlora.train.validation import evaluate, evaluating
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class Trainer:
         self.at = Position()
         self.best = BestSoFar(config, checkpoints, has_validation=bool(data.val))
         self.sums = self._no_sums()
-        """Of this rank since the last logged line: the loss, and the objective's figures. They stay
-        on the device until the line is due."""
+        """Of this rank since the last logged line: the loss, and the objective's figures."""
         self._gradients_checked = False
+        self._late = parallel.reads_late and skips_by_itself(optimizer) and self.early is None
+        self._own_optimizer = optimizer
+        self._unread: StepResult | None = None
 
     def fit(self, resume: State | None = None) -> events.Done:
         """Train to the last step, or until a `Stop`, which saves an early checkpoint.
@@ -126,55 +129,75 @@ class Trainer:
             if self.best.is_over(at):
                 return None
             for epoch, index, micro_batches in self.plan.steps_from(at, self.total_steps):
-                result = self.train_step(epoch, index, micro_batches)
+                self.train_step(epoch, index, micro_batches)
                 last = at.step == self.total_steps
-                if at.step % config.log_interval == 0 or last or at.step == 1:
-                    self.log(result)
                 at.validation_due = bool(self.data.val) and (last or _is_due(at.step, config.eval_interval))
+                if last or self.probes:
+                    self.settle()
                 if at.validation_due:
                     self.validate()
                 if last or self.best.is_over(at):
                     return None
                 self._look(lambda probe: probe.after(at.step, last=False))
                 if stopped := self.interrupts.asked(self.parallel):
+                    self.settle()
                     return stopped
-                # During a series of bad steps the weights may already be spoilt: do not let such a
-                # checkpoint replace a good one.
-                if _is_due(at.step, config.save_interval) and not at.skipped_in_a_row and not self._is_saved:
-                    self.save()
+                if _is_due(at.step, config.save_interval) and not self._is_saved:
+                    self.settle()
+                    # During a series of bad steps the weights may already be spoilt: do not let such
+                    # a checkpoint replace a good one.
+                    if not at.skipped_in_a_row:
+                        self.save()
         except GivenUp:
             return self.interrupts.asked(self.parallel)
         return None
 
-    def train_step(self, epoch: int, index: int, micro_batches: Step) -> "StepResult":
-        """One optimizer step, number `index` of its epoch."""
+    def train_step(self, epoch: int, index: int, micro_batches: Step) -> None:
+        """One optimizer step, number `index` of its epoch. What it measured is read here, or where
+        that would wait for the device, when the next step is on its way (`settle`)."""
         at = self.at
         learning_rate = lr_at(at.step, self.total_steps, self.config)
         set_learning_rate(self.optimizer, learning_rate)
         started = time.perf_counter()
         with memory_advice(self.lengths, micro_batches, self.config):
-            result = self._optimizer_step(micro_batches, learning_rate)
-        at.count(epoch, index, time.perf_counter() - started, result.tokens, result.finite)
+            result = self._optimizer_step(micro_batches, epoch, learning_rate)
+            self.settle()
+        at.count(epoch, index, time.perf_counter() - started, result.tokens)
+        self._unread = result
+        if not self._late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what the last step measured, unless that is done, and report it."""
+        result, at = self._unread, self.at
+        if result is None:
+            return
+        self._unread = None
+        grad_norm, _, *sums = values = result.values()
+        finite = all(math.isfinite(value) for value in values[:2])
+        at.judge(finite)
         at.interval_tokens += result.tokens
-        if result.finite:
-            self.sums = {name: total + result.sums[name] for name, total in self.sums.items()}
+        if finite:
+            named = zip(self.sums.items(), sums, strict=True)
+            self.sums = {name: total + value for (name, total), value in named}
             at.interval_supervised += result.weight
         self.sink.handle(
             events.Step(
                 at.step,
-                epoch,
-                learning_rate,
-                result.grad_norm,
-                result.finite,
+                result.epoch,
+                result.learning_rate,
+                float(grad_norm),
+                finite,
                 at.skipped,
                 at.skipped_in_a_row,
             )
         )
         if at.skipped_in_a_row > self.config.max_bad_steps:
             self._give_up()
-        return result
+        if at.step % self.config.log_interval == 0 or at.step in (1, self.total_steps):
+            self._log(result.learning_rate, float(grad_norm))
 
-    def log(self, result: "StepResult") -> None:
+    def _log(self, learning_rate: float, grad_norm: float) -> None:
         """Report the means since the last logged line, and begin a new interval."""
         at, count = self.at, self.at.interval_supervised
         totals = {name: float(self.parallel.sum(total)) for name, total in self.sums.items()}
@@ -185,8 +208,8 @@ class Trainer:
                 at.step,
                 at.epoch,
                 at.loss,
-                result.learning_rate,
-                result.grad_norm,
+                learning_rate,
+                grad_norm,
                 at.tokens,
                 at.interval_tokens,
                 at.interval_tokens / (at.seconds - at.logged_seconds),
@@ -201,6 +224,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Evaluate the validation examples. Raises UserError if the loss is not finite."""
+        self.settle()
         at, val = self.at, self.data.val
         lengths = self.objective.lengths(val)
         with (
@@ -281,7 +305,7 @@ class Trainer:
             fruitless=at.validations_since_best if self.best.is_over(at) else 0,
         )
 
-    def _optimizer_step(self, micro_batches: Step, learning_rate: float) -> "StepResult":
+    def _optimizer_step(self, micro_batches: Step, epoch: int, learning_rate: float) -> "StepResult":
         """Every unit of weight in the step, such as a supervised token, counts the same in
         whichever micro-batch it is."""
         parallel, objective = self.parallel, self.objective
@@ -293,7 +317,7 @@ class Trainer:
                 "no token is left to learn in a whole step, the one with training example "
                 f"{min(indices)}: every label is masked"
             )
-        sums, rounds = self._no_sums(), math.ceil(len(micro_batches) / parallel.world_size)
+        sums, rounds = self._no_sums(parallel.device), math.ceil(len(micro_batches) / parallel.world_size)
         for turn in range(rounds):
             position = turn * parallel.world_size + parallel.rank
             # A rank without work in the last round computes another one's batch and learns nothing
@@ -322,18 +346,18 @@ class Trainer:
         else:
             norm = self.early.norm()
         total = parallel.sum(sums["loss"])
-        # Read both at once: it waits for the device.
-        grad_norm, summed_loss = torch.stack([norm, total.to(torch.float32)]).tolist()
-        finite = math.isfinite(grad_norm) and math.isfinite(summed_loss)
-        if finite and self.early is None:
+        values = self.parallel.read([norm, total, *sums.values()])
+        if self._late:
+            self._own_optimizer.found_inf = (~(norm + total).isfinite()).to(torch.float32)
+            self.optimizer.step()  # changes nothing where that is 1
+        elif self.early is None and all(math.isfinite(value) for value in values()[:2]):
             self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(self.lengths[index] for index in indices)
-        return StepResult(sums, weight, tokens, learning_rate, grad_norm, finite)
+        return StepResult(values, weight, tokens, epoch, learning_rate)
 
-    def _no_sums(self) -> dict[str, Tensor]:
-        names = ("loss", *self.objective.figures)
-        return {name: torch.zeros((), device=self.parallel.device) for name in names}
+    def _no_sums(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        return {name: torch.zeros((), device=device) for name in ("loss", *self.objective.figures)}
 
     def _give_up(self) -> None:
         """Save the last good weights, and raise UserError: too many steps in a row were not
@@ -368,45 +392,16 @@ class _Chosen(Sequence[Any]):
 class StepResult:
     """What one optimizer step did."""
 
-    sums: dict[str, Tensor]
-    """The loss and the objective's figures, of this rank; not read from the device."""
+    values: Callable[[], list[Tensor]]
+    """Read from the device: the norm of the gradient before clipping; the loss of all ranks; the sums
+    of this rank, as `Trainer.sums`. If one of the first two is not finite, nothing was changed, or with
+    early updates no weight whose gradient is not finite."""
     weight: int
     """Of the examples of all ranks."""
     tokens: int
     """Of all ranks."""
+    epoch: int
     learning_rate: float
-    grad_norm: float
-    """Before clipping."""
-    finite: bool
-    """Whether loss and gradient are, on all ranks; if not, nothing was changed, or with early updates
-    no weight whose gradient is not."""
-
-
-@torch.no_grad()
-def evaluate(parallel: Parallel, objective: Objective, examples: Sequence[Any], config: TrainConfig) -> float:
-    """The loss of all examples by their weight: for SFT the mean over supervised tokens, in
-    nats."""
-    micro_batches = evaluation_plan(objective.lengths(examples), config)
-    exact = torch.float32 if parallel.device.type == "mps" else torch.float64  # mps has no float64
-    total = torch.zeros((), dtype=exact, device=parallel.device)
-    with evaluating(objective):
-        objective.begin_step(examples, parallel)
-        for micro, counts in parallel.shared(micro_batches):
-            loss, _ = objective(objective.batch([examples[index] for index in micro], parallel.device))
-            total += loss if counts else 0
-    weight = sum(objective.weight(example) for example in examples)
-    return float(parallel.sum(total)) / max(1, weight)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; the former mode after it."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def peak_memory(device: torch.device) -> int:

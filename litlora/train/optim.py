@@ -143,6 +143,12 @@ def _is_muons(name: str, weight: nn.Parameter) -> bool:
     return weight.ndim == 2 and any(part.isdecimal() for part in name.split("."))
 
 
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` changes nothing where the attribute `found_inf`, a number on the device, is 1:
+    the host need not know."""
+    return isinstance(optimizer, AdamW)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The rate of the next step, for each group of weights."""
     for group in optimizer.param_groups:

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -196,9 +196,9 @@ class Parallel:
     # ---- between the ranks
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """The sum over all ranks, on the device of this process if there are several."""
         if self.world_size > 1:
-            tensor = tensor.clone()
+            tensor = tensor.to(self.device, copy=True)
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -210,7 +210,34 @@ class Parallel:
         """The largest of the numbers of all ranks."""
         return max(self._numbers(number))
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether this process can queue work on the device while `read` is on its way."""
+        return self.device.type == "cuda" and not self.is_sharded
+
+    def read(self, numbers: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to copy these numbers from the device to the host, all at once. What is returned
+        waits for the copy, and gives each as a tensor of its own dtype."""
+        numbers = [number.detach() for number in numbers]
+        if self.device.type == "cpu":
+            return lambda: numbers
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+        stacked = torch.stack([number.to(exact) for number in numbers])
+        host, done = stacked.to("cpu", non_blocking=self.reads_late), None
+        if self.reads_late:
+            done = torch.cuda.Event()
+            done.record()
+
+        def values() -> list[Tensor]:
+            if done is not None:
+                done.synchronize()
+            return [value.to(number.dtype) for value, number in zip(host, numbers, strict=True)]
+
+        return values
+
     def _numbers(self, number: int) -> list[int]:
+        if self.world_size == 1:
+            return [number]  # reading it from the device would wait for all that is queued there
         numbers = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         numbers[self.rank] = number
         return self.sum(numbers).tolist()

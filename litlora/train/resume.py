@@ -121,11 +121,14 @@ class Position:
     def forget_best(self) -> None:
         self.best_step, self.best_loss, self.validations_since_best = 0, None, 0
 
-    def count(self, epoch: int, index: int, seconds: float, tokens: int, finite: bool) -> None:
+    def count(self, epoch: int, index: int, seconds: float, tokens: int) -> None:
         """One more step is done, number `index` of the epoch."""
         self.step, self.epoch, self.step_in_epoch = self.step + 1, epoch, index + 1
         self.seconds += seconds
         self.tokens += tokens
+
+    def judge(self, finite: bool) -> None:
+        """Whether the loss and the gradient of the last step were finite."""
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
@@ -177,7 +180,7 @@ class State:
         # Where there were more, their sums are added to those of the ranks that are left.
         mine = [_sums_of(rank) for rank in ranks[parallel.rank :: parallel.world_size]]
         names = {name for found in mine for name in found}
-        return {name: sum(found[name].to(parallel.device) for found in mine) for name in names}
+        return {name: sum(found[name] for found in mine) for name in names}
 
     def check_weights(self, objective: Objective) -> None:
         """Raise UserError unless the weights are those that train in the objective."""

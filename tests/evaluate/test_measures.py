@@ -17,9 +17,9 @@ from litlora.load import load
 from litlora.lora import LoRAConfig
 from litlora.prompts import STYLES
 from litlora.settings import JSON, TrainConfig
-from litlora.train.fit import evaluate
 from litlora.train.objective import SFT
 from litlora.train.parallel import Parallel
+from litlora.train.validation import evaluate
 
 QUESTIONS = [
     {"prompt": "The capital of Japan is", "choices": [" Tokyo.", " cheese.", " 17."], "answer": 0},

@@ -18,10 +18,11 @@ from litlora.report.metrics import Metrics
 from litlora.report.sinks import Sinks
 from litlora.settings import TrainConfig
 from litlora.train.checkpoints import EarlyCheckpoints
-from litlora.train.fit import Data, Trainer, evaluate
+from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
 from litlora.train.objective import SFT
 from litlora.train.parallel import Parallel
+from litlora.train.validation import evaluate
 
 
 def examples(count=14, seed=0):

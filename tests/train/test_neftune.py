@@ -13,10 +13,10 @@ from litlora.data.examples import Example
 from litlora.errors import UserError
 from litlora.model import GPT
 from litlora.settings import JSON, FinetuneDPO, TrainConfig
-from litlora.train.fit import evaluate
 from litlora.train.neftune import noisy
 from litlora.train.objective import SFT
 from litlora.train.parallel import Parallel
+from litlora.train.validation import evaluate
 
 
 def test_each_example_has_the_noise_of_its_own_length():
