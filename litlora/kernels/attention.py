@@ -4,10 +4,12 @@ Shapes: B batch, T tokens, S tokens seen, H heads, G key/value heads, D head_dim
 pack, all sequences together.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple, Required, TypedDict, Unpack
+from collections.abc import Sequence
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from litlora.kernels.buckets import bucket
 from litlora.kernels.cross_entropy import exact_dtype
+from litlora.kernels.flex_attention import flex_packed_attention
 
+CPU = torch.device("cpu")
 QUERIES = 256
 """Rows of scores that exist at a time: few enough to skip most of the masked ones, enough for
 multiplications at full speed."""
 SINK_DIMS = 8
 """Dimensions that a sink adds to queries and keys: one is used, and CUDA's kernels want multiples."""
-BLOCK = 128
-"""Queries, and keys, in one block of FlexAttention's mask."""
+WINDOWED_QUERIES = 512
+"""Queries of a long sequence that look through a window together: what they see, with the window
+before them, is small against all pairs of tokens."""
+LARGEST_MASK = 2**24
+"""Pairs of tokens of which a mask is made in one piece on the CPU."""
+VARLEN_HEAD = 256
+"""The largest head of flash attention."""
 
 
 class Scores(TypedDict, total=False):
@@ -157,13 +166,20 @@ class Shared(NamedTuple):
 
 
 class Pack:
-    """Several sequences in one row, of these lengths, and what the layers share of them."""
+    """Several sequences in one row, of these lengths, and what the layers share of them. Its tensors
+    are copied to the device once, and without waiting for it."""
 
-    def __init__(self, lengths: list[int], shared: Shared | None = None) -> None:
-        self.lengths, self.shared = lengths, shared
-        self.whole = self if shared is None else Pack(lengths)
+    def __init__(self, lengths: list[int], shared: Shared | None = None, device: torch.device = CPU) -> None:
+        self.lengths, self.shared, self.device = lengths, shared, device
+        self.whole = self if shared is None else Pack(lengths, device=device)
         """The same sequences, none of which shares a token."""
-        self._block_masks: dict[int | None, Any] = {}
+        self.is_one = len(lengths) == 1
+        self.ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        """(sequences + 1,), in the host's memory: where each begins, and where the last one ends."""
+        self.longest = max(lengths, default=0)
+        self.has_varlen = has_varlen(device)
+        self.block_masks: dict[int | None, Any] = {}
+        """FlexAttention's, by window."""
         self._chunked: dict[int, Pack] = {}
 
     def in_chunks(self, size: int | None) -> "Pack":
@@ -172,63 +188,43 @@ class Pack:
             return self
         if size not in self._chunked:
             starts = [(length, start) for length in self.lengths for start in range(0, length, size)]
-            self._chunked[size] = Pack([min(size, length - start) for length, start in starts], self.shared)
+            lengths = [min(size, length - start) for length, start in starts]
+            self._chunked[size] = Pack(lengths, self.shared, self.device)
         return self._chunked[size]
 
-    def block_mask(self, window: int | None, device: torch.device) -> Any:
-        """FlexAttention's mask: a token sees the earlier ones of its own sequence, within the
-        window if there is one.
+    @cached_property
+    def bounds(self) -> Tensor:
+        """`ends` on the device, with empty sequences after the last one up to a multiple of 16: few
+        sizes, for which little has to be compiled."""
+        empty = -len(self.lengths) % 16
+        return to_device(F.pad(self.ends, (0, empty), value=sum(self.lengths)), self.device)
 
-        Which blocks see each other is computed from the lengths: comparing all pairs of tokens
-        would take N² bytes.
-        """
-        if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import BlockMask
-
-            # (N,): the number of each token's sequence
-            sequence = torch.repeat_interleave(torch.tensor(self.lengths))
-            parts = [
-                part
-                for blocks in visible_blocks(sequence, window)
-                for part in _listed(blocks.to(device, non_blocking=True))
-            ]
-            sequence = sequence.to(device, non_blocking=True)
-
-            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                seen = (sequence[query] == sequence[key]) & (query >= key)
-                return seen if window is None else seen & (query - key < window)
-
-            N = len(sequence)
-            self._block_masks[window] = BlockMask.from_kv_blocks(
-                *parts, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(N, N)
-            )
-        return self._block_masks[window]
+    @cached_property
+    def places(self) -> Tensor:
+        """(N',), or (N,) if no token is shared: the position of each token in its sequence."""
+        bounds = self.bounds.to(torch.int64)
+        N = sum(self.lengths)
+        starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=N)
+        found = torch.arange(N, device=self.device) - starts
+        return found if self.shared is None else found.index_select(0, self.shared.kept)
 
 
-def visible_blocks(sequence: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """(partly, fully): which blocks of BLOCK keys a block of queries sees in part, and which it
-    sees as a whole; each (blocks of queries, blocks of keys).
-
-    `sequence` (N,) is the number of each token's sequence, ascending. Two blocks belong to one
-    sequence if the first token of one and the last of the other do.
-    """
-    starts = torch.arange(0, len(sequence), BLOCK)
-    ends = (starts + BLOCK - 1).clamp(max=len(sequence) - 1)
-    first, last = sequence[starts], sequence[ends]
-    query_start, query_end, query_first, query_last = (part[:, None] for part in (starts, ends, first, last))
-    seen = (starts <= query_start) & (last >= query_first)
-    full = (starts < query_start) & (first == query_last) & (query_end - query_start == BLOCK - 1)
-    if window is not None:
-        seen &= query_start - ends < window
-        full &= query_end - starts < window
-    return seen & ~full, full
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of what was made on the host; it waits for nothing that is queued on a GPU."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row sees, (1, 1, rows), and their numbers first, (1, 1, rows,
-    blocks)."""
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+@cache
+def has_varlen(device: torch.device) -> bool:
+    """Whether torch computes attention of packs on this device by flash attention, with grouped
+    queries and a window: from torch 2.13, on GPUs of NVIDIA's with bf16."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def plain_packed_attention(
@@ -245,11 +241,57 @@ def plain_packed_attention(
     parts = zip(*(part.split(pack.lengths, dim=2) for part in (q, k, v)), strict=True)
     outputs = []
     for part, T in zip(parts, pack.lengths, strict=True):
+        if window is not None and T > window and (T**2 > LARGEST_MASK or q.device.type != "cpu"):
+            outputs.append(_windowed(*part, window, **scores))
+            continue
         size = bucket(T, q, least=32, parts=8)
         if size != T:  # no token sees what comes after it
             part = [F.pad(tensor, (0, 0, 0, size - T)) for tensor in part]
         outputs.append(attend(*part, causal_mask(size, 0, window, q.device), **scores)[:, :, :T])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, **scores: Unpack[Scores]) -> Tensor:
+    """`attend` of one long sequence, in blocks of queries and of what these see."""
+    outputs = []
+    for i in range(0, q.size(2), WINDOWED_QUERIES):
+        j = min(q.size(2), i + WINDOWED_QUERIES)
+        first = max(0, i - window + 1)
+        mask = torch.ones(j - i, j - first, dtype=torch.bool, device=q.device).tril(i - first)
+        mask = mask.triu(i - first - window + 1)
+        outputs.append(attend(q[:, :, i:j], k[:, :, first:j], v[:, :, first:j], mask, **scores))
+    return torch.cat(outputs, dim=2)
+
+
+class Case(NamedTuple):
+    """What the choice of a way to compute `packed_attention` depends on."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    is_one: bool
+    """Whether the pack is a single sequence."""
+    within: bool
+    """Whether no sequence is longer than the window."""
+    plain_scores: bool
+    """Whether there is neither a softcap nor a sink."""
+    has_varlen: bool
+    needs_backward: bool
+
+
+def choose(case: Case) -> Literal["one", "varlen", "flex", "matrix", "plain"]:
+    """The fastest way that has all that is asked for. None of the ways on a GPU keeps the scores of
+    all pairs of tokens in bf16; the plain one does not in fp32 either."""
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    if case.device == "cuda":
+        if not case.plain_scores:
+            return "flex"
+        if case.is_one and case.within:
+            return "one"  # cuDNN's kernel where torch prefers it: on an H100, from torch 2.13
+        fits = case.head_dim <= VARLEN_HEAD and case.head_dim % 8 == 0
+        return "varlen" if half and fits and case.has_varlen else "plain"
+    is_bf16_cpu = case.device == "cpu" and case.dtype == torch.bfloat16
+    return "matrix" if is_bf16_cpu and case.needs_backward and case.within and case.plain_scores else "plain"
 
 
 def packed_attention(
@@ -262,26 +304,51 @@ def packed_attention(
     chunk: int | None = None,
     **scores: Unpack[Scores],
 ) -> Tensor:
-    """As plain_packed_attention: on a CUDA device by one FlexAttention kernel, in bf16 on the CPU
-    with our own backward. With `chunk`, a token sees those of its chunk alone. Where sequences share
-    tokens, N is the number of these: attention alone computes them once a sequence."""
+    """As plain_packed_attention, in the way that `choose` names. With `chunk`, a token sees those of its
+    chunk alone. Where sequences share tokens, N is the number of these: attention alone computes them
+    once a sequence."""
     pack = pack.in_chunks(chunk)
     if pack.shared is not None:
         q, k, v = (part.index_select(2, pack.shared.copies) for part in (q, k, v))
         whole = packed_attention(q, k, v, pack.whole, window=window, **scores)
         return whole.index_select(2, pack.shared.kept)
-    if q.device.type == "cuda" and len(pack.lengths) > 1:
+    case = Case(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.size(-1),
+        is_one=pack.is_one,
+        within=window is None or pack.longest <= window,
+        plain_scores=scores.get("softcap") is None and scores.get("sinks") is None,
+        has_varlen=pack.has_varlen,
+        needs_backward=torch.is_grad_enabled(),
+    )
+    way = choose(case)
+    if way == "one":
+        return attend(q, k, v, None, **scores)
+    if way == "varlen":
+        return varlen_packed_attention(q, k, v, pack, window=window, scale=scores["scale"])
+    if way == "flex":
         return flex_packed_attention(q, k, v, pack, window=window, **scores)
-    within = window is None or max(pack.lengths) <= window
-    if (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and within
-        and not any(scores.get(name) is not None for name in ("softcap", "sinks"))
-    ):
+    if torch.compiler.is_compiling():  # as one operation: the compiler would follow every length
+        return torch.ops.litlora.packed_attention(q, k, v, pack.ends, window, scores["scale"])
+    if way == "matrix":
         return matrix_packed_attention(q, k, v, pack, scale=scores["scale"])
     return plain_packed_attention(q, k, v, pack, window=window, **scores)
+
+
+def varlen_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, window: int | None = None, scale: float
+) -> Tensor:
+    """As plain_packed_attention, by one kernel of flash attention (Dao 2023, arXiv:2307.08691)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = (part[0].transpose(0, 1) for part in (q, k, v))  # (N, H, D)
+    longest = -(-pack.longest // 128) * 128  # a bound: few of them, for which little is compiled
+    seen = (-1, 0) if window is None else (window - 1, 0)
+    grouped = q.size(1) != k.size(1)
+    bounds = (pack.bounds, pack.bounds, longest, longest)
+    y = varlen_attn(*rows, *bounds, scale=scale, window_size=seen, enable_gqa=grouped)
+    return y.transpose(0, 1)[None]
 
 
 def matrix_packed_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
@@ -359,55 +426,3 @@ def _with(x: Tensor, y: Tensor) -> Tensor:
     bits: (1, H, N, D + 2)."""
     high = y.to(x.dtype)
     return torch.cat([x, high[..., None], (y - high).to(x.dtype)[..., None]], dim=-1)
-
-
-def flex_packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pack: Pack,
-    *,
-    window: int | None = None,
-    **scores: Unpack[Scores],
-) -> Tensor:
-    """As plain_packed_attention, by FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled on
-    first use."""
-
-    sinks = scores.get("sinks")
-    options = flex_options(q.device, pack, window=window, softcap=scores.get("softcap"))
-    options |= {"scale": scores["scale"], "enable_gqa": q.size(1) != k.size(1)}
-    if sinks is None:
-        return _compiled_flex()(q, k, v, **options)
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    y, aux = _compiled_flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
-    return sunk(y, aux.lse, sinks)
-
-
-def sunk(y: Tensor, log_sums: Tensor, sinks: Tensor) -> Tensor:
-    """Attention without sinks y (1, H, N, E), and the logarithms of the sums of each query's exponentials
-    (1, H, N) -> attention with sinks (H,): these add to the sums."""
-    kept = torch.sigmoid(log_sums - sinks.to(log_sums.dtype)[None, :, None])
-    return (y * kept[..., None]).to(y.dtype)
-
-
-def flex_options(
-    device: torch.device, pack: Pack, *, window: int | None = None, softcap: float | None = None
-) -> dict[str, Any]:
-    """What tells FlexAttention of the pack, the window and the softcap: score_mod and
-    block_mask."""
-
-    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return {
-        "score_mod": None if softcap is None else capped,
-        "block_mask": pack.block_mask(window, device),
-    }
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

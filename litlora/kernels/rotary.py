@@ -48,6 +48,11 @@ class RotaryTable:
 
     def packed_rows(self, pack: Pack, like: Tensor) -> Rope:
         """As rows, for packed sequences: the positions of each start at 0."""
+        if len({self._regime_of(length) for length in pack.lengths}) == 1:
+            self.rows(0, pack.longest, like)
+            # The table has its own dtype: a row is picked, and then rounded as `rows` rounds it.
+            cos, sin = (part.index_select(0, pack.places).to(like.dtype) for part in self._rows)
+            return cos, sin
         cos, sin = zip(*(self.rows(0, length, like) for length in pack.lengths), strict=True)
         cos, sin = torch.cat(cos), torch.cat(sin)
         if pack.shared is not None:

@@ -73,7 +73,7 @@ class Decoder(WithLayerInputs, WithStreams):
         T = input_ids.size(1)
         apart = cache.lengths if isinstance(cache, CacheBatch) else None
         start = cache.length if isinstance(cache, KVCache) else 0
-        pack = Pack(lengths, shared) if lengths is not None else None
+        pack = Pack(lengths, shared, input_ids.device) if lengths is not None else None
         places = Places(start, T, pack, apart)
         x = self._embed(input_ids, places)
         masks = {}
@@ -147,8 +147,7 @@ class Places(NamedTuple):
             return torch.tensor(self.apart, device=device)[:, None]
         if self.pack is None:
             return torch.arange(self.start, self.start + self.T, device=device)
-        found = torch.cat([torch.arange(length) for length in self.pack.lengths]).to(device)
-        return found if self.pack.shared is None else found.index_select(0, self.pack.shared.kept)
+        return self.pack.places
 
     def rotations(self, table: RotaryTable, like: Tensor) -> Rope:
         """Their rows of a table."""

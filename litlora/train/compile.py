@@ -7,6 +7,7 @@ from litlora.errors import UserError, setting
 from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import packed_attention
+from litlora.kernels.attention_op import register
 from litlora.model import GPT
 from litlora.train.activations import computed_again
 
@@ -30,19 +31,23 @@ def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
     """Compile every block in place, for any number of tokens; with `recomputed`, the backward also
     computes it again. Names stay the same.
 
-    Attention over a pack is not compiled: its loop over the lengths would be compiled anew for every
-    pack. Nor is linear attention, which loops over chunks of the tokens; nor is dequantising, whose
-    memory is shared by all layers.
+    Attention over a pack is one operation to the compiler, or, with a softcap or sinks, not compiled.
+    Nor is linear attention, which loops over chunks of the tokens; nor is dequantising, whose memory
+    is shared by all layers.
     """
     for weight in stored_weights(model).values():
         if isinstance(weight, QuantizedWeight):
             weight.values = torch.compiler.disable(weight.values)
-    attention = torch.compiler.disable(packed_attention)
+    register()
+    outside = torch.compiler.disable(packed_attention)
     for block in model.blocks:
         if block.is_linear:
             block.linear_attn.forward = torch.compiler.disable(block.linear_attn.forward)
         else:
-            block.self_attn.packed_attention = attention
+            attention = block.self_attn
+            scores = getattr(attention, "softcap", None), getattr(attention, "sinks", None)
+            if scores != (None, None):
+                attention.packed_attention = outside
         # The block is compiled inside of what computes it again, since the compiler skips what it
         # cannot compile in one piece.
         forward = torch.compile(type(block).forward.__get__(block), dynamic=True)

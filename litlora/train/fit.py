@@ -160,7 +160,7 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate)
         started = time.perf_counter()
         with memory_advice(self.lengths, micro_batches, self.config):
-            result = self._optimizer_step(micro_batches, epoch, learning_rate)
+            result = self.optimizer_step(micro_batches, epoch, learning_rate)
             self.settle()
         at.count(epoch, index, time.perf_counter() - started, result.tokens)
         self._unread = result
@@ -305,7 +305,7 @@ class Trainer:
             fruitless=at.validations_since_best if self.best.is_over(at) else 0,
         )
 
-    def _optimizer_step(self, micro_batches: Step, epoch: int, learning_rate: float) -> "StepResult":
+    def optimizer_step(self, micro_batches: Step, epoch: int, learning_rate: float) -> "StepResult":
         """Every unit of weight in the step, such as a supervised token, counts the same in
         whichever micro-batch it is."""
         parallel, objective = self.parallel, self.objective

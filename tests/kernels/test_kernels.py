@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora.frozen.dense import Dense
-from litlora.kernels import attention, cross_entropy, lora, norm
+from litlora.kernels import attention, cross_entropy, flex_attention, lora, norm
 from litlora.kernels.attention import Pack
 from litlora.kernels.lora import Layer
 from litlora.lora import Update
@@ -224,7 +224,7 @@ def test_packed_attention_equals_each_sequence_alone(way, window, softcap, group
         if way == "packed_attention":
             return attention.packed_attention(q, k, v, Pack(lengths), scale=0.3, **settings)
         # Without a device for FlexAttention: the same mask and scores, computed plainly.
-        options = attention.flex_options(q.device, Pack(lengths), **settings)
+        options = flex_attention.flex_options(q.device, Pack(lengths), **settings)
         return plain_flex(q, k, v, **options, scale=0.3, enable_gqa=groups != 4)
 
     def alone():
@@ -257,7 +257,7 @@ def test_a_sink_takes_its_share_of_each_softmax(window):
 
     def from_sums():
         plain = attention.packed_attention(q, k, v, Pack(lengths), scale=0.3, window=window)
-        return attention.sunk(plain, scores().logsumexp(-1), sinks)
+        return flex_attention.sunk(plain, scores().logsumexp(-1), sinks)
 
     same_value_and_gradients(packed, explicit, [q, k, v, sinks])
     same_value_and_gradients(from_sums, explicit, [q, k, v, sinks])
@@ -327,7 +327,7 @@ def plain_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
 )
 def test_the_blocks_that_flex_attention_takes_are_those_that_torch_finds(lengths, window):
     N = sum(lengths)
-    ours = Pack(lengths).block_mask(window, torch.device("cpu"))
+    ours = flex_attention.block_mask(Pack(lengths), window, torch.device("cpu"))
     theirs = create_block_mask(ours.mask_mod, None, None, N, N, device="cpu")
     assert ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for name in (
