@@ -98,8 +98,9 @@ class TrainConfig:
     offload_activations: bool = False
     """Keep activations in the machine's memory instead of the GPU's until the backward pass needs
     them."""
-    compile: bool = False
-    """Compile the blocks (torch.compile); this takes a minute at the start."""
+    compile: bool | Literal["auto"] = AUTO
+    """Compile the blocks (torch.compile); this takes a minute at the start. auto: on a GPU of NVIDIA's or
+    AMD's, where nothing else that is set forbids it."""
     log_interval: int = 10
     """Steps between two logged lines, and between two rows of metrics.csv."""
     eval_interval: int = 0
@@ -174,7 +175,7 @@ class TrainConfig:
         positive = self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0)
         check_value(self, "max_time", positive, "must be a positive number of minutes")
         check(
-            not (self.compile and self.offload_activations),
+            not (self.compile is True and self.offload_activations),
             f"{setting('compile')} and {setting('offload_activations')}: compiled blocks keep their "
             "activations where they are; use only one",
         )

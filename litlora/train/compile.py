@@ -1,6 +1,9 @@
 """torch.compile of a model's blocks: all of them share what was compiled for the first of their
 kind."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from litlora.errors import UserError, setting
@@ -8,7 +11,8 @@ from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import packed_attention
 from litlora.kernels.attention_op import register
-from litlora.model import GPT
+from litlora.model import GPT, LanguageModel
+from litlora.settings import AUTO, Finetune
 from litlora.train.activations import computed_again
 
 
@@ -27,7 +31,43 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
+def settle_compile(
+    settings: Finetune, model: LanguageModel, device: torch.device, say: Callable[[str], None]
+) -> Finetune:
+    """The settings with what compile auto means: true on a GPU, unless something forbids it; a line says
+    what."""
+    if settings.train.compile != AUTO:
+        return settings
+    hindrance = _hindrance(settings, model)
+    if device.type == "cuda" and hindrance is None:
+        try:
+            check_compiler(device)
+        except UserError as error:
+            hindrance = str(error)
+    if device.type == "cuda":
+        say("compile: the blocks, in the first step" if hindrance is None else f"compile: false: {hindrance}")
+    compiled = device.type == "cuda" and hindrance is None
+    return replace(settings, train=replace(settings.train, compile=compiled))
+
+
+def _hindrance(settings: Finetune, model: LanguageModel) -> str | None:
+    """Why the blocks of a run are not compiled, if they cannot be, or gain nothing."""
+    if not model.packs:
+        return "this model runs through transformers"
+    if stored_weights(model):
+        return "a base in few bits, or one that streams, is not computed inside of compiled blocks"
+    for name, is_set in (
+        ("offload_activations", settings.train.offload_activations),
+        ("strategy", settings.strategy == "fsdp"),
+        ("every", settings.eval.every),
+        ("prompts", settings.report.prompts),
+    ):
+        if is_set:
+            return f"{setting(name)} does not go together with it"
+    return None
+
+
+def compile_blocks(model: GPT, *, recomputed: bool = False, backend: str = "inductor") -> None:
     """Compile every block in place, for any number of tokens; with `recomputed`, the backward also
     computes it again. Names stay the same.
 
@@ -50,5 +90,5 @@ def compile_blocks(model: GPT, *, recomputed: bool = False) -> None:
                 attention.packed_attention = outside
         # The block is compiled inside of what computes it again, since the compiler skips what it
         # cannot compile in one piece.
-        forward = torch.compile(type(block).forward.__get__(block), dynamic=True)
+        forward = torch.compile(type(block).forward.__get__(block), dynamic=True, backend=backend)
         block.forward = computed_again(forward) if recomputed else forward

@@ -396,11 +396,12 @@ def as_measured(settings: Finetune, start: Path) -> Finetune:
         settings = dataclasses.replace(
             settings, train=dataclasses.replace(settings.train, auto_batch=False, **sizes)
         )
-    rate = train.get("learning_rate") if isinstance(train, dict) else None
-    if settings.train.learning_rate == AUTO and isinstance(rate, float):
-        settings = dataclasses.replace(
-            settings, train=dataclasses.replace(settings.train, learning_rate=rate)
-        )
+    for name, kind in (("learning_rate", float), ("compile", bool)):
+        value = train.get(name) if isinstance(train, dict) else None
+        if getattr(settings.train, name) == AUTO and isinstance(value, kind):
+            settings = dataclasses.replace(
+                settings, train=dataclasses.replace(settings.train, **{name: value})
+            )
     if settings.precision == "auto" and precision in ("32-true", "bf16-true", "bf16-mixed"):
         settings = dataclasses.replace(settings, precision=precision)
     return settings

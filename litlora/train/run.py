@@ -35,7 +35,7 @@ from litlora.train.activations import offloading
 from litlora.train.auto_batch import fit_to_memory
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
-from litlora.train.compile import compile_blocks
+from litlora.train.compile import compile_blocks, settle_compile
 from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
@@ -167,6 +167,7 @@ class Run:
             method.prepare(model)
             self.added.train(model)
         self.say(*what_trains(self, num_rounded))
+        self.settings = settle_compile(self.settings, model, device, self.say)
         self.settings = settle_learning_rate(self.settings, model.config.hidden_size, self.say)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
@@ -209,7 +210,7 @@ class Run:
             self.say,
             size_is_set=self.settings.train.micro_batch_tokens is not None,
         )
-        if config.compile:
+        if config.compile is True:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
         # The configuration repeats this run: how its directory was found does not belong to it.
         resolved = dataclasses.replace(
