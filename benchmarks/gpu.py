@@ -5,8 +5,9 @@
 
 Each part prints a row of JSON when it ends, and adds it to --out; a part for which too little time is
 left is named in a row of its own. In this order: the machine; the rate of a matrix product and of a
-copy; gradients in bf16 and fp32 against float64; training of each model, ours eager and compiled beside
-transformers + PEFT (`train_speed.py`, interleaved); decoding. Copy the rows to benchmarks/LOG.md.
+copy; gradients in bf16 and fp32 against float64; whether a training step waits for the device;
+training of each model, ours eager and compiled beside transformers + PEFT (`train_speed.py`,
+interleaved); decoding. Copy the rows to benchmarks/LOG.md.
 """
 
 import argparse
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TRAINING = {"llama-3.1-8b": (4096, 4), "llama-3.2-1b": (4096, 8), "qwen2.5-0.5b": (4096, 8), "75m": (256, 2)}
 """Tokens of an example, and examples of a step, by model."""
 NEW_TOKENS = 128
-PARTS = ("machine", "ceiling", "right", "train", "decode")
+PARTS = ("machine", "ceiling", "right", "waits", "train", "decode")
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
         "machine": lambda: machine(options.device),
         "ceiling": lambda: ceiling(options.device),
         "right": lambda: right(options.device),
+        "waits": lambda: waits(options.device),
     }
     for model in options.models:
         parts[f"train {model}"] = lambda model=model: train(model, options.device, end)
@@ -105,6 +107,75 @@ def ceiling(device: str) -> dict[str, Any]:
         "flops": 2 * size**3 / timed(lambda: torch.mm(square, square, out=target), device),
         "bandwidth": 2 * square.nbytes / timed(lambda: target.copy_(square), device),
     }
+
+
+def waits(device: str) -> dict[str, Any]:
+    """Training steps of a small Llama, eager and compiled, in which CUDA raises for whatever makes the
+    host wait; the first steps, which compile and allocate, may. On a CPU the steps run unwatched."""
+    return {name: _watched_steps(device, compiled=name == "compiled") for name in ("eager", "compiled")}
+
+
+def _watched_steps(device: str, *, compiled: bool, unwatched: int = 4, watched: int = 8) -> str:
+    import torch
+
+    from litlora.config import ModelConfig
+    from litlora.data.examples import Example
+    from litlora.lora import LoRAConfig, add_lora
+    from litlora.model import GPT
+    from litlora.report.sinks import Sinks
+    from litlora.settings import TrainConfig
+    from litlora.train.checkpoints import EarlyCheckpoints
+    from litlora.train.compile import compile_blocks
+    from litlora.train.fit import Data, Trainer
+    from litlora.train.interrupts import Interrupts
+    from litlora.train.objective import SFT
+    from litlora.train.parallel import Parallel
+
+    model = GPT(ModelConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+    )).to(torch.bfloat16 if device == "cuda" else torch.float32)  # fmt: skip
+    add_lora(model, LoRAConfig(targets=["all-linear"]))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 300, (8 * (unwatched + watched),), generator=generator).tolist()
+    data = [
+        Example(array("i", torch.randint(0, 512, (n,), generator=generator).tolist()), ((10, n),))
+        for n in lengths
+    ]
+    config = TrainConfig(
+        max_steps=unwatched + watched, global_batch_size=8, micro_batch_tokens=600, log_interval=1,
+        save_interval=0, compile=compiled,
+    )  # fmt: skip
+    objective = SFT(model.to(device), config)
+    if compiled:
+        compile_blocks(model)
+    checkpoints = EarlyCheckpoints(Path("nowhere"), lambda *_: None, keep=1, newest=None, prunes=False)
+    trainer = Trainer(
+        Parallel(device),
+        objective,
+        Data(data, []),
+        config,
+        checkpoints,
+        sink=Sinks(),
+        interrupts=Interrupts(),
+    )
+    step, is_gpu = trainer.train_step, device == "cuda"
+
+    def watch(*arguments: Any) -> None:
+        if is_gpu and trainer.at.step >= unwatched:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*arguments)
+        finally:
+            if is_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
+    trainer.train_step = watch
+    try:
+        done = trainer.fit()
+    except RuntimeError as error:
+        return f"waits in step {trainer.at.step + 1}: {str(error).splitlines()[0]}"
+    return f"{done.steps - unwatched} steps {'without a wait' if is_gpu else 'unwatched'}"
 
 
 def right(device: str) -> dict[str, Any]:
