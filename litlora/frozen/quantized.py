@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_rows import product
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
 
@@ -67,6 +68,8 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         return self._matrix.nbytes if self.stored_bytes is None else self.stored_bytes.nbytes
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (y := product(x, self.matrix)) is not None:
+            return y if bias is None else y + bias
         with torch.no_grad():  # the values are gone before a backward could read them
             return F.linear(x, self.values(x.dtype), bias)
 
