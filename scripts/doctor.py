@@ -34,6 +34,7 @@ EXTRAS = {
     "data": ("pyarrow",),
     "datasets": ("datasets",),
     "serve": ("starlette",),
+    "schema": ("llguidance",),
     "browser": ("playwright",),
     "eval": ("lm_eval",),
     "tensorboard": ("tensorboard",),
