@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--cache_tokens", type=int, help="as of chat/serve.py")
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
+    if not options.memory and not (options.litgpt_dir and options.peers):
+        parser.error("--litgpt_dir and --peers name what is measured beside ours; without them: --memory")
     watch(options) if options.memory else compare(options)
 
 

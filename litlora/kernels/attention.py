@@ -184,7 +184,7 @@ class Pack:
 
     def in_chunks(self, size: int | None) -> "Pack":
         """The same tokens, of which each chunk of this size is a sequence."""
-        if size is None or max(self.lengths) <= size:
+        if size is None or self.longest <= size:
             return self
         if size not in self._chunked:
             starts = [(length, start) for length in self.lengths for start in range(0, length, size)]

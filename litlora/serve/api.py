@@ -94,7 +94,7 @@ class Server:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """What holds answers to JSON schemas."""
+        """What holds answers to JSON schemas; two threads may make it at once, and one is kept."""
         return Shapes(self.engine.tokenizer, self.asker.stop_ids)
 
     @cached_property
@@ -314,11 +314,10 @@ class Server:
     def _shape(self, asked: Asked) -> Shape | None:
         if asked.schema is None:
             return None
-        with self._rendering:
-            try:
-                return self.shapes.shape(grammar_of(asked.schema))
-            except UserError as error:
-                raise Wrong(str(error), "response_format") from None
+        try:
+            return self.shapes.shape(grammar_of(asked.schema))
+        except UserError as error:
+            raise Wrong(str(error), "response_format") from None
 
     def release(self, count: int) -> None:
         """So many answers are done with."""

@@ -71,7 +71,8 @@ def compile_blocks(model: GPT, *, recomputed: bool = False, backend: str = "indu
     """Compile every block in place, for any number of tokens; with `recomputed`, the backward also
     computes it again. Names stay the same.
 
-    Attention over a pack is one operation to the compiler, or, with a softcap or sinks, not compiled.
+    Attention over a pack is one operation to the compiler, or, with a softcap, sinks or chunks, whose
+    number depends on each length, not compiled.
     Nor is linear attention, which loops over chunks of the tokens; nor is dequantising, whose memory
     is shared by all layers.
     """
@@ -85,8 +86,7 @@ def compile_blocks(model: GPT, *, recomputed: bool = False, backend: str = "indu
             block.linear_attn.forward = torch.compiler.disable(block.linear_attn.forward)
         else:
             attention = block.self_attn
-            scores = getattr(attention, "softcap", None), getattr(attention, "sinks", None)
-            if scores != (None, None):
+            if any(getattr(attention, name, None) is not None for name in ("softcap", "sinks", "chunk")):
                 attention.packed_attention = outside
         # The block is compiled inside of what computes it again, since the compiler skips what it
         # cannot compile in one piece.

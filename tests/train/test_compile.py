@@ -94,6 +94,27 @@ def test_steps_of_any_sizes_share_a_few_graphs(window):
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
+def test_attention_in_chunks_is_not_compiled_for_each_pack():
+    model = GPT(tiny_config(attention_chunk_size=7, full_attention_layers=(1,))).double()
+    add_lora(model, LoRAConfig(rank=2), torch.float64)
+    plain, padded = SFT(model, TrainConfig(compile=False)), SFT(model, TrainConfig(compile=True))
+    packs = [(9, 4), (30, 5, 11), (3, 8, 2, 2), (40, 1, 23), (16, 6)]
+    batches = [padded.batch(examples(*lengths), torch.device("cpu")) for lengths in packs]
+    expected = [gradients(plain, [batch]) for batch in batches]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_blocks(model, backend="aot_eager")
+    got = [gradients(padded, batches[:1])]
+    compiled = counters["stats"]["unique_graphs"]
+    got += [gradients(padded, [batch]) for batch in batches[1:]]
+    assert 0 < compiled == counters["stats"]["unique_graphs"], counters["stats"]
+    for ours, theirs in zip(got, expected, strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
+
+
 def test_without_a_compiler_it_is_one_line(base, alpaca_file, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))

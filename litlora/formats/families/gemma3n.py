@@ -5,6 +5,7 @@ from typing import Any
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
+from litlora.formats.families.gemma4 import BLOCKS
 from litlora.formats.families.hf_config import (
     HFConfig,
     activation_name,
@@ -49,11 +50,7 @@ def read_gemma3n(c: HFConfig) -> dict[str, Any]:
         **_sparsity(c),
         "rope_local_base_freq": _local(c, fields, local),
         "attention_bias": c.get("attention_bias", False),
-        "scale_embeddings": True,
-        "norm_position": "both",
-        "qk_norm": "head",
-        "value_norm": True,
-        "query_pre_attn_scalar": 1.0,
+        **BLOCKS,
         "final_logit_softcapping": c.get("final_logit_softcapping", 30.0),
         "num_kv_shared_layers": c.get("num_kv_shared_layers", 15) or None,
         "hidden_size_per_layer_input": width,

@@ -20,6 +20,15 @@ _ROPE = {
 }
 """Of a file that has none."""
 
+BLOCKS = {
+    "scale_embeddings": True,
+    "norm_position": "both",
+    "qk_norm": "head",
+    "value_norm": True,
+    "query_pre_attn_scalar": 1.0,
+}
+"""What the blocks of Gemma 3n and 4 have in common."""
+
 
 def read_gemma4(c: HFConfig) -> dict[str, Any]:
     kinds = list(c.get("layer_types") or ())
@@ -36,11 +45,7 @@ def read_gemma4(c: HFConfig) -> dict[str, Any]:
         ),
         **window_fields(c, c.get("sliding_window", 512), lambda layer: True),
         "attention_bias": c.get("attention_bias", False),
-        "scale_embeddings": True,
-        "norm_position": "both",
-        "qk_norm": "head",
-        "value_norm": True,
-        "query_pre_attn_scalar": 1.0,
+        **BLOCKS,
         "final_logit_softcapping": c.get("final_logit_softcapping"),
         "layer_scalar": True,
     }
