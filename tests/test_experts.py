@@ -1,9 +1,19 @@
 """Mixtures of experts beside the sum that defines them."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_config
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from litlora.frozen import stack
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantize import QUANTIZERS
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.lora import LoRAConfig, add_lora, merge_lora
 from litlora.model.experts import MixtureOfExperts
 
 NUM_EXPERTS = 6
@@ -86,3 +96,110 @@ def test_experts_are_added_in_their_order(dtype: torch.dtype) -> None:
             rows, places = torch.where(picked == number)
             y.index_add_(0, rows, (expert(x[rows]) * shares[rows, places, None]).to(dtype))
         assert torch.equal(experts(x[None])[0], y)
+
+
+GPT_OSS = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "expert_bias": True, "router_bias": True}
+
+
+def adapted(
+    rank: int = 8, *, dtype: torch.dtype = torch.float32, stored: str | None = None, **settings: object
+) -> MixtureOfExperts:
+    """Frozen experts with an adapter that does something, in few bits if so named."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        hidden_size=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        norm_topk_prob=True,
+        **settings,
+    )
+    layer = MixtureOfExperts(config).to(dtype)
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.Linear) and stored:
+            matrix = QUANTIZERS[stored].quantised(module.weight, name, Path("a file"))
+            layer.set_submodule(name, FrozenLinear(QuantizedWeight(matrix), module.bias))
+    add_lora(layer, LoRAConfig(rank=rank, targets=["experts"]))
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def far(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def learned(layer: MixtureOfExperts, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The outputs, and the gradients of the input and of all that trains."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad((y * weights).sum(), [x, *trained.values()])
+    return {"y": y.detach(), **dict(zip(["x", *trained], gradients, strict=True))}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rank": 3}, {"stored": "nf4"}, {**GPT_OSS, "rank": 2}, {"mlp": "plain"}],
+    ids=["dense", "unaligned", "nf4", "gpt-oss", "plain"],
+)
+def test_experts_at_once_learn_what_they_learn_one_by_one(settings, monkeypatch):
+    layer, x = adapted(**settings), torch.randn(2, 9, 16)
+    expected = learned(copy.deepcopy(layer).double(), x.double())
+    layer.experts.lay_together()
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("the host read counts"))
+    got = learned(layer, x)
+    assert got.keys() == expected.keys() and len(got) > 20
+    for name, value in expected.items():
+        assert far(got[name], value) < 2e-6, name
+
+
+def test_nothing_waits_for_how_many_rows_an_expert_has(monkeypatch):
+    """With tensors that have no values: there is nothing to read, and no address."""
+    monkeypatch.setattr(stack, "lie_in", lambda *_: True)
+    experts, x = adapted(dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in experts.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(mode.from_tensor(p.data), p.requires_grad)
+        experts.experts.lay_together()
+        assert learned(experts, mode.from_tensor(x)).keys() > {"y", "x"}
+        experts.experts.at_once = False
+        with pytest.raises(DataDependentOutputException):
+            experts(mode.from_tensor(x))
+
+
+def test_compiled_experts_are_one_graph():
+    layer, x = adapted(dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
+    layer.experts.lay_together()
+    expected = learned(layer, x)
+    layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+    got = learned(layer, x)
+    for name, value in expected.items():
+        assert far(got[name], value) < 0.02, name
+
+
+def test_weights_laid_together_are_the_same_weights():
+    """Also where a model is copied, converted or merged afterwards: nothing computes with old ones."""
+    layer, x = adapted(), torch.randn(2, 9, 16)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.experts.lay_together()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    changed = copy.deepcopy(layer)
+    for name, parameter in changed.named_parameters():
+        if name.endswith("linear.weight"):
+            parameter.data.mul_(2)
+    with torch.no_grad():
+        alone = copy.deepcopy(changed)
+        alone.experts.at_once = False
+        assert far(changed(x), alone(x)) < 1e-6
+        merge_lora(layer)
+        alone = copy.deepcopy(layer)
+        alone.experts.at_once = False
+        assert far(layer(x), alone(x)) < 1e-6

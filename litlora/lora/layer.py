@@ -164,10 +164,10 @@ class LoRALinear(nn.Module):
         if not self.variant.is_plain:
             return self.variant.forward(self, x)
         if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
-            return _with_bias(kernels.project_one(x, _layer(self)), self)
+            return _with_bias(kernels.project_one(x, kernel_layer(self)), self)
         keep = _dropout_mask(x, (self,))
         compute = kernels.project if _fused(x) else kernels.plain_project
-        return _with_bias(compute(x, [_layer(self)], keep)[0], self)
+        return _with_bias(compute(x, [kernel_layer(self)], keep)[0], self)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -259,7 +259,7 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activa
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
     frozen."""
     layers = _fusable(x, (gate, up, down), sharing=(gate, up))
-    if layers is None or any(_trained_bias(linear) is not None for linear in (gate, up, down)):
+    if layers is None or any(trained_bias(linear) is not None for linear in (gate, up, down)):
         g, u = project(x, gate, up)
         return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
     keep = _dropout_mask(x, (gate, up))
@@ -280,11 +280,11 @@ def _fusable(
     mask."""
     if not _fused(x) or len({linear.dropout for linear in sharing if type(linear) is LoRALinear}) > 1:
         return None
-    layers = [_layer(linear) for linear in linears]
+    layers = [kernel_layer(linear) for linear in linears]
     return None if None in layers else layers
 
 
-def _trained_bias(linear: nn.Module) -> Tensor | None:
+def trained_bias(linear: nn.Module) -> Tensor | None:
     """The bias of a layer of the kernels, if it trains: they take frozen ones alone."""
     is_adapted = type(linear) is LoRALinear and not linear.merged
     if is_adapted and linear.lora_bias is not None:
@@ -295,16 +295,16 @@ def _trained_bias(linear: nn.Module) -> Tensor | None:
 
 def _with_bias(y: Tensor, linear: nn.Module) -> Tensor:
     """The output of the kernels, with the bias that they did not add."""
-    bias = _trained_bias(linear)
+    bias = trained_bias(linear)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _layer(linear: nn.Module) -> kernels.Layer | None:
+def kernel_layer(linear: nn.Module) -> kernels.Layer | None:
     """What the kernels need of a frozen linear layer, without a bias that trains; None for a layer
     that they cannot compute."""
     if type(linear) is LoRALinear and linear.merged:
-        return _layer(linear.linear)
-    trains_bias = _trained_bias(linear) is not None
+        return kernel_layer(linear.linear)
+    trains_bias = trained_bias(linear) is not None
     if type(linear) is LoRALinear:
         if not linear.variant.is_plain:
             return None

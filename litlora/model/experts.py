@@ -1,9 +1,15 @@
 """Mixtures of experts: MLPs of which a router picks some for each token."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
+from litlora.frozen.linear import frozen_weight
+from litlora.frozen.stack import lie_in
+from litlora.lora.grouped import GroupedLinear, grouped, plain_weight, unwrapped
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
 from litlora.model.router import ExpertRouter, Router, ScaledRouter
@@ -66,36 +72,97 @@ class WithExperts(nn.Module):
         return self.post_feedforward_layernorm_1(fed) + self.post_feedforward_layernorm_2(y).view_as(fed)
 
 
-def make_experts(config: ModelConfig) -> nn.ModuleList:
+class Experts(nn.ModuleList):
+    """The experts of a layer: MLPs of one size. On a GPU their weights lie beside each other, so that
+    all are computed at once."""
+
+    def __init__(self, experts: Iterable[MLP] = ()) -> None:
+        super().__init__(experts)
+        self.at_once = False
+        """Whether all are computed in grouped products, where these can be: otherwise one by one."""
+        self._together: dict[str, Tensor] = {}
+        """Of each of their layers, by its name: the weights of all, (E, out, in)."""
+
+    def lay_together(self) -> None:
+        """Put the weights of each layer of all experts beside each other, those in few bits excepted,
+        and compute them at once from now on."""
+        self.at_once = True
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weights = [plain_weight(getattr(expert, name)) for expert in self]
+            if any(weight is None for weight in weights):
+                self._together.pop(name, None)
+            elif name not in self._together or not lie_in(self._together[name], weights):
+                self._together[name] = torch.stack([weight.data for weight in weights])
+                for weight, part in zip(weights, self._together[name], strict=True):
+                    weight.data = part
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        super()._apply(fn, recurse)
+        if frozen_weight(unwrapped(self[0].up_proj)).device.type == "cuda":
+            self.lay_together()
+        return self
+
+    def outputs(self, rows: Tensor, counts: Tensor, experts: Tensor) -> Tensor:
+        """What each expert gives of its rows: rows (N, C), sorted by expert, counts (E,) of them and
+        experts (N,), the number of each -> (N, C). On a device, nothing waits unless a loop over the
+        experts must know the counts."""
+        layers = self._grouped(rows)
+        if layers is None:
+            return self._one_by_one(rows, counts)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        *entrances, last = (partial(layer, ends=ends, experts=experts) for layer in layers)
+        return last(self[0].inner(*(enter(rows) for enter in entrances)))
+
+    def _grouped(self, rows: Tensor) -> list[GroupedLinear] | None:
+        """The layers of all experts as one each; None if they are to be computed one by one: few rows
+        pick few experts, and need only those."""
+        first = self[0]
+        is_mixed = torch.is_autocast_enabled(rows.device.type)
+        if not self.at_once or is_mixed or first.act_fn is not None or len(rows) < len(self):
+            return None
+        names = [*(["gate_proj"] if first.gate_proj is not None else []), "up_proj", "down_proj"]
+        layers = []
+        for name in names:
+            linears = [getattr(expert, name) for expert in self]
+            layer = grouped(linears, self._together.get(name), rows.dtype)
+            if layer is None:
+                return None
+            layers.append(layer)
+        return layers
+
+    def _one_by_one(self, rows: Tensor, counts: Tensor) -> Tensor:
+        parts = rows.split(counts.tolist())
+        outputs = [
+            expert(part)
+            for expert, part in zip(self, parts, strict=True)
+            # In training, an expert that no token picked runs on no rows: its gradient is then zero
+            # instead of absent. Without any token all run: torch.cat needs one of them.
+            if len(part) or torch.is_grad_enabled() or not len(rows)
+        ]
+        return torch.cat(outputs)
+
+
+def make_experts(config: ModelConfig) -> Experts:
     """The experts of a layer."""
     size, bias = config.moe_intermediate_size, config.expert_bias
-    return nn.ModuleList(MLP(config, size, bias=bias) for _ in range(config.num_experts))
+    return Experts(MLP(config, size, bias=bias) for _ in range(config.num_experts))
 
 
-def mixed(experts: nn.ModuleList, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
-    """The sum of what the picked experts give, each times its share.
-
-    tokens (N, C), shares and picked (N, num_picked) -> (N, C). Rows are sorted by expert, so
-    that the counts are the one thing that the host waits for.
-    """
+def mixed(experts: Experts, tokens: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
+    """The sum of what the picked experts give, each times its share: tokens (N, C), shares and picked
+    (N, num_picked) -> (N, C)."""
     # Each token's experts in ascending order: the sum does not depend on their scores' order.
     picked, places = picked.sort(dim=-1)
     shares = shares.gather(-1, places)
     order = picked.flatten().argsort(stable=True)
-    # Not bincount, which on a GPU makes the host wait for the largest value as well.
+    # Not bincount, which on a GPU makes the host wait for the largest value.
     numbers = torch.arange(len(experts), device=picked.device)
-    counts = (picked.flatten()[:, None] == numbers).sum(dim=0).tolist()
+    counts = (picked.flatten()[:, None] == numbers).sum(dim=0)
     # A copy for each place, and then permutations only: neither direction adds into a row
     # twice, which on a GPU would happen in any order.
     copies = tokens[:, None].expand(-1, picked.size(1), -1).flatten(0, 1)
-    outputs = [
-        expert(rows)
-        for expert, rows in zip(experts, copies.index_select(0, order).split(counts), strict=True)
-        # In training, an expert that no token picked runs on no rows: its gradient is then zero
-        # instead of absent. Without any token all run: torch.cat needs one of them.
-        if len(rows) or torch.is_grad_enabled() or not len(tokens)
-    ]
-    weighted = (torch.cat(outputs) * shares.flatten()[order, None]).to(tokens.dtype)
+    outputs = experts.outputs(copies.index_select(0, order), counts, picked.flatten()[order])
+    weighted = (outputs * shares.flatten()[order, None]).to(tokens.dtype)
     parts = weighted.index_select(0, order.argsort()).unflatten(0, shares.shape)
     y = parts[:, 0]
     for place in range(1, picked.size(1)):

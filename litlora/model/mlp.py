@@ -29,20 +29,26 @@ class MLP(nn.Module):
         self.clamp = (config.swiglu_alpha, config.swiglu_limit)
         self.act_fn = XIELU() if self.activation == "xielu" else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def entrances(self) -> list[nn.Module]:
+        """The layers that read the input."""
+        return [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+
+    def inner(self, *entered: Tensor) -> Tensor:
+        """What the last layer reads (..., size), of what the entrances give."""
         alpha, limit = self.clamp
         if limit is not None:
-            inner = clamped_swiglu(*project(x, self.gate_proj, self.up_proj), alpha, limit)
-            return project(inner, self.down_proj)[0]
-        if self.cutoff is not None:
-            gate, up = project(x, self.gate_proj, self.up_proj)
-            inner = ACTIVATIONS[self.activation](excess(gate, self.cutoff)) * up
-            return project(inner, self.down_proj)[0]
-        if self.gate_proj is not None:
-            return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
-        (inner,) = project(x, self.up_proj)
+            return clamped_swiglu(*entered, alpha, limit)
         activate = self.act_fn or ACTIVATIONS[self.activation]
-        return project(activate(inner), self.down_proj)[0]
+        if self.gate_proj is None:
+            return activate(*entered)
+        gate, up = entered
+        return activate(gate if self.cutoff is None else excess(gate, self.cutoff)) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is not None and self.cutoff is None and self.clamp[1] is None:
+            return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
+        return project(self.inner(*project(x, *self.entrances)), self.down_proj)[0]
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
