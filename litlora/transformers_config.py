@@ -84,7 +84,10 @@ class TransformersConfig:
             raise CheckpointError(f"not a usable configuration ({type(error).__name__}: {reason})") from None
 
     def _fact(self, name: str, default: int) -> int:
-        value = getattr(self.built, name, None)
+        try:
+            value = getattr(self.built, name, None)
+        except RuntimeError:  # its layers differ in it: the most of them all
+            value = max(getattr(layer, name, 0) for layer in self.built.per_layer_config)
         return value if type(value) is int and value > 0 else default
 
     @property

@@ -58,6 +58,18 @@ SETTINGS = {
     "xglm": {"vocab_size": 400, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
              "max_position_embeddings": 128},
     "persimmon": _SMALL,
+    "deepseek_v32": {**_GROUPED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+                     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8,
+                     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "index_n_heads": 2,
+                     "index_head_dim": 16, "index_topk": 8},
+    "deepseek_v4": {**_GROUPED, "num_key_value_heads": 1, "head_dim": 16, "partial_rotary_factor": 0.5,
+                    "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2, "n_routed_experts": 4,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "index_n_heads": 2,
+                    "index_head_dim": 16, "index_topk": 8, "sliding_window": 16,
+                    "mlp_layer_types": ["hash_moe", "moe"],
+                    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+                    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"]},
 }
 # fmt: on
 """By model_type."""
@@ -76,6 +88,9 @@ def make_folder(directory: Path, kind: str, tokenizer_dir: Path, *, seed: int = 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):  # DeepSeek V4: two experts for each token id
+                table.copy_(torch.stack([torch.randperm(4)[:2] for _ in table]))
     model.tie_weights()
     model.save_pretrained(directory)
     for file in tokenizer_dir.iterdir():

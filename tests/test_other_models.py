@@ -20,6 +20,9 @@ from litlora.train.objective import SFT
 FAST = ["opt", "mamba2"]
 KINDS = [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in SETTINGS]
 
+TARGETS = {"deepseek_v32": "attention"}
+"""Where not all-linear: PEFT adapts fused experts of this one wherever an MLP is named."""
+
 
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
@@ -79,7 +82,7 @@ def test_losses_and_gradients_are_those_of_transformers(folder):
 def test_the_way_from_training_to_every_export(kind, folder, tmp_path, alpaca_file):
     """Train, resume, chat with the cache, merge, and write the model and the adapter for
     transformers and PEFT; a PEFT adapter comes back."""
-    settings = LoRAConfig(rank=2, alpha=8, targets="all-linear")
+    settings = LoRAConfig(rank=2, alpha=8, targets=TARGETS.get(kind, "all-linear"))
     options = {"precision": "32-true", "lora": settings}
     steps = {"save_interval": 3, "global_batch_size": 4, "micro_batch_size": 2}
     tune("lora", folder, alpaca_file, tmp_path / "whole", train=steps, **options)
@@ -137,11 +140,11 @@ def _chat(directory, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_peft_adapter_computes_the_same(kind, folder, tmp_path):
-    """One that PEFT itself made, on the layers that the preset all-linear means."""
+    """One that PEFT itself made, on the layers that a preset means."""
     from peft import LoraConfig, get_peft_model
 
     loaded = load(folder).model
-    layers = {n.rpartition(".")[2] for n, m in loaded.named_modules() if loaded_in(loaded, n, m)}
+    layers = {n.rpartition(".")[2] for n, m in loaded.named_modules() if is_meant(loaded, n, m, kind)}
     model = get_peft_model(reference(folder), LoraConfig(r=2, target_modules=sorted(layers)))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -156,8 +159,21 @@ def test_a_peft_adapter_computes_the_same(kind, folder, tmp_path):
     assert torch.allclose(load(tmp_path / "theirs").model(ids), expected, atol=2e-4)
 
 
-def loaded_in(model, name, module) -> bool:
-    return isinstance(module, torch.nn.Linear) and model.in_preset(name, "all-linear")
+def is_meant(model, name, module, kind) -> bool:
+    return isinstance(module, torch.nn.Linear) and model.in_preset(name, TARGETS.get(kind, "all-linear"))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern:RuntimeWarning")
+def test_an_adapter_on_fused_experts_is_refused_by_what_it_adapts(tmp_path, tokenizer_dir):
+    """PEFT makes one of an adapter on the MLPs of a model that has layers without experts too."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = make_folder(tmp_path / "folder", "deepseek_v32", tokenizer_dir)
+    get_peft_model(
+        reference(folder), LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"])
+    ).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=r"mlp\.experts, experts in one tensor.* merge it with PEFT"):
+        load(tmp_path / "theirs", base_dir=folder)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +192,15 @@ def test_what_cannot_run_is_named(changes, says, tmp_path, tokenizer_dir):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=says):
+        load(folder)
+
+
+def test_a_folder_that_transformers_cannot_compute_is_one_line(tmp_path, tokenizer_dir):
+    """More of each head is rotated than it has."""
+    folder = make_folder(tmp_path / "gptj", "gptj", tokenizer_dir)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rotary_dim": 64}))
+    with pytest.raises(CheckpointError, match="GPTJForCausalLM cannot be computed by transformers"):
         load(folder)
 
 

@@ -154,7 +154,8 @@ def verify(
         lost=lost,
         worst=worst,
     )
-    limit = max(tolerance(tensor.dtype) for tensor in plan.values()) * report.rms_logit
+    dtypes = {tensor.dtype for tensor in plan.values() if tensor.dtype.is_floating_point}
+    limit = max(map(tolerance, dtypes)) * report.rms_logit
     if not report.rms_difference <= limit:  # NaN must fail too
         raise CheckpointError(
             "the merge is not kept: the merged model is not the live one: their logits differ by "

@@ -21,6 +21,8 @@ from litlora.transformers_config import NOTICE, Architecture, TransformersConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes in which weights may be stored."""
+TABLES = (torch.int64, torch.int32, torch.bool)
+"""Those of tables beside them: which experts a token id picks (DeepSeek V4)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class FullModel:
     def checked(self) -> "FullModel":
         """The same model. Raises CheckpointError if the weights do not fit the architecture: a
         merge or a conversion never builds the model, which would tell."""
-        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES]:
+        # A model of transformers may hold tables of integers: whether in the right places, it tells itself.
+        known = (*DTYPES, *TABLES) if isinstance(self.config, TransformersConfig) else DTYPES
+        if odd := [name for name, tensor in self.tensors.items() if tensor.dtype not in known]:
             dtype = dtype_name(self.tensors[odd[0]].dtype)
             raise CheckpointError(
                 f"{self.file}: {odd[0]} is {dtype}; weights must be in float32, bfloat16, float16 or float64"

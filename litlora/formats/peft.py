@@ -47,7 +47,7 @@ from litlora.lora.variants import MAGNITUDE
 from litlora.model import shorten
 from litlora.settings import LoRAConfig
 from litlora.storage.tensors import open_tensors
-from litlora.transformers_config import Architecture
+from litlora.transformers_config import Architecture, TransformersConfig
 
 _FAMILIES = (
     (r"(^|\.)layers\.\d+\.(attention\.|mlp\.dense_)|^gpt_neox\.|^embed_(in|out)$", "gpt_neox"),
@@ -290,6 +290,13 @@ class _Found:
 
     def adapter(self) -> Adapter:
         """The whole. Raises CheckpointError for what cannot be used."""
+        fused = [name for name in self.lost if name.endswith(".experts")]
+        if fused and isinstance(self.model, TransformersConfig):
+            raise CheckpointError(
+                f"{self.file}: adapts {fused[0]}, experts in one tensor, which take no adapter in a model "
+                "that runs through transformers; merge it with PEFT, or train without them (PEFT adapts them "
+                "where target_modules names gate_proj, up_proj or down_proj)"
+            )
         if self.lost:
             raise CheckpointError(
                 f"{self.file}: the base has no place for {shorten(self.lost)}; is it the base that this "

@@ -13,6 +13,8 @@ from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.linear import LINEAR
 from litlora.lora import Adapter, LoRAEmbedding
 from litlora.model.gpt import hold, shorten, skipping_init
+from litlora.ram import is_lack_of_memory
+from litlora.storage.dtypes import dtype_name
 from litlora.transformers_config import TransformersConfig, causal_class, library
 
 MOST_BUFFERS = 2**31
@@ -201,6 +203,9 @@ class TransformersModel(nn.Module):
                     f"{name} has shape {tuple(tensors[name].shape)}; the architecture needs "
                     f"{tuple(tensor.shape)}"
                 )
+            if (dtype := tensors[name].dtype).is_floating_point != tensor.is_floating_point():
+                kind = "floating-point numbers" if tensor.is_floating_point() else "integers"
+                raise CheckpointError(f"{name} is {dtype_name(dtype)}; the architecture needs {kind} there")
 
     @classmethod
     def without_weights(cls, config: TransformersConfig) -> "TransformersModel":
@@ -227,14 +232,29 @@ class TransformersModel(nn.Module):
         which names `name`, for a model whose tokens see later ones, or that is not its decoder and a
         head. Also finds out which linear layers are never called."""
         ids = torch.arange(8, device=self.like.device).remainder(self.config.vocab_size)[None]
-        with _calls(self) as called:
-            whole = self.inner(input_ids=ids, use_cache=False).logits.float()
-        hidden = self.hidden(ids)
+        what = f"{name}: {type(self.inner).__name__}"
+        try:
+            with _calls(self) as called:
+                whole = self.inner(input_ids=ids, use_cache=False).logits.float()
+        except Exception as error:  # of any kind: the code is not ours
+            if is_lack_of_memory(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(
+                f"{what} cannot be computed by transformers ({reason}); look at what its config.json says"
+            ) from error
+        alone = f"{what} is not a decoder and a head alone, so it cannot be trained here"
+        try:
+            hidden = self.hidden(ids)
+            logits = self.logits(hidden).float()
+        except Exception as error:
+            if is_lack_of_memory(error):
+                raise
+            raise CheckpointError(alone) from error
         spread = whole.std().clamp_min(1e-6)
         near = 2e-3 if self.like.dtype in (torch.float32, torch.float64) else 0.15
-        what = f"{name}: {type(self.inner).__name__}"
-        if not (self.logits(hidden).float() - whole).abs().max() <= near * spread:
-            raise CheckpointError(f"{what} is not a decoder and a head alone, so it cannot be trained here")
+        if not (logits - whole).abs().max() <= near * spread:
+            raise CheckpointError(alone)
         if not (self(ids[:, :5]).float() - whole[:, :5]).abs().max() <= near * spread:
             raise CheckpointError(f"{what} is not a causal decoder: its tokens see later ones")
         experts = [part for part in dict(self.named_modules()) if part.rpartition(".")[2].isdecimal()]
@@ -244,6 +264,18 @@ class TransformersModel(nn.Module):
                 self.read_only[layer] = "its weight is read, and the layer itself is never called"
             elif layer.endswith(".out_proj") and self.config.model_type in _FUSED:
                 self.read_only[layer] = "fused kernels read its weight, so PEFT would refuse the adapter"
+            elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+                kind = type(module).__name__
+                self.read_only[layer] = f"its class {kind} computes something else than W x + b"
+            elif _picks(self, layer):
+                self.read_only[layer] = "it only picks which tokens are seen, and no gradient reaches it"
+
+
+def _picks(model: nn.Module, layer: str) -> bool:
+    """Whether a layer belongs to an indexer of sparse attention (DeepSeek-V3.2, arXiv:2512.02556)."""
+    parts = layer.split(".")[:-1]
+    inside = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any("Indexer" in type(model.get_submodule(part)).__name__ for part in inside)
 
 
 class StateCache:
