@@ -9,8 +9,7 @@ those that count turn no more. B is zero, so that nothing changes at first.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from litlora.errors import UserError, setting
 from litlora.lora.layer import LoRALinear, lora_layers
+from litlora.lora.mode import evaluating
 from litlora.settings import LoRAConfig
 
 TAU = 0.99
@@ -92,7 +92,7 @@ def start_eva(model: nn.Module, config: LoRAConfig, inputs: Inputs) -> None:
     """
     layers = {name: one for name, one in model.named_modules() if isinstance(one, LoRALinear)}
     search = _Search(layers, config.eva_rho)
-    with _evaluating(model):
+    with evaluating(model):
         search.group(inputs.batch(0))
         for number in range(MOST_BATCHES):
             if number == inputs.count and (name := search.unseen()):
@@ -205,13 +205,3 @@ class _Search:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -17,12 +17,12 @@ from litlora.data.batches import Batch, collate, sharing
 from litlora.data.examples import Example, content_line
 from litlora.errors import UserError, setting
 from litlora.kernels.attention import Shared
+from litlora.lora.mode import evaluating
 from litlora.model import GPT
 from litlora.settings import PreferenceConfig, TrainConfig
 from litlora.train.objective import Context, Objective
 from litlora.train.parallel import Parallel
 from litlora.train.plan import evaluation_plan
-from litlora.train.validation import evaluating
 
 
 class AnswerBatch(NamedTuple):

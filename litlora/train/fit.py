@@ -15,6 +15,7 @@ from torch import Tensor
 
 from litlora.data.batches import Step
 from litlora.errors import DataError, UserError, setting
+from litlora.lora.mode import evaluating
 from litlora.report import events
 from litlora.report.sinks import Sink
 from litlora.settings import TrainConfig
@@ -30,7 +31,7 @@ from litlora.train.plan import Plan, evaluation_plan
 from litlora.train.probe import Probe
 from litlora.train.resume import Position, State, capture
 from litlora.train.state_check import check_place_in_data
-from litlora.train.validation import evaluate, evaluating
+from litlora.train.validation import evaluate
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """The loss of examples that are not learned."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from litlora.lora.mode import evaluating
 from litlora.settings import TrainConfig
 from litlora.train.objective import Objective
 from litlora.train.parallel import Parallel
@@ -27,14 +26,3 @@ def evaluate(parallel: Parallel, objective: Objective, examples: Sequence[Any], 
             total += loss if counts else 0
     weight = sum(objective.weight(example) for example in examples)
     return float(parallel.sum(total)) / max(1, weight)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; the former mode after it."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
