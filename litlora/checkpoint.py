@@ -20,7 +20,6 @@ from litlora import formats
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
-from litlora.formats.huggingface import are_apart, parts_of
 from litlora.formats.litlora import adapter_entry, full_entry
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.quantize import QuantizedBase
@@ -286,6 +285,9 @@ class Beside:
     """What resuming the run from here needs: the content of state.pth."""
     stops: tuple[int, ...] = ()
     """Tokens that its generation_config.json names besides those that it has."""
+    base: FullModel | None = None
+    """The model that a full one was made from: what that has beside its language model goes along, and
+    its experts lie as they did there."""
 
 
 def write_full(
@@ -299,13 +301,13 @@ def write_full(
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a full model; see `_write`. `merged_from` is the fingerprint of the chain that it was
-    merged from and can stand for. What a multimodal model has beside its language model is copied
-    from the first of `sidecars_from` that has it."""
+    merged from and can stand for."""
+    base = beside.base
 
     def entry(staging: Path, file: TorchFile, written: dict[str, Written]) -> dict[str, Any]:
-        if (parts := parts_of(sidecars_from)) is not None:
-            parts.write(staging)
-        apart = are_apart(config, sidecars_from)
+        if base is not None and base.parts is not None:
+            base.parts.write(staging)
+        apart = base is not None and base.apart
         if merged_from is None:
             return full_entry(apart=apart)
         found = fingerprint({name: file.read(tensor) for name, tensor in written.items()})

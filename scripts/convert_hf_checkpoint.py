@@ -25,7 +25,7 @@ def main(settings: ConvertHF) -> None:
         settings.out_dir, overwrite=settings.overwrite, names=CHECKPOINT_NAMES, inputs=[directory]
     )
 
-    from litlora.checkpoint import resolve, write_full
+    from litlora.checkpoint import Beside, resolve, write_full
     from litlora.storage.fingerprint import check_finite
     from litlora.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def main(settings: ConvertHF) -> None:
     source = chain.base
     check_finite(source.tensors, source.file)
     Tokenizer(directory)  # a checkpoint directory needs one: raises if there is none
-    write_full(out_dir, source.tensors, source.config, sidecars_from=[directory])
+    write_full(out_dir, source.tensors, source.config, sidecars_from=[directory], beside=Beside(base=source))
     for notice in chain.notices:
         say(f"note: {notice}")
     result = Path(out_dir) / WEIGHTS_FILE

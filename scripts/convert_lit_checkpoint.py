@@ -34,7 +34,7 @@ def main(settings: ConvertLit) -> None:
     tensors, config = merge_chain(chain)
     check_finite(tensors, chain.base.file)
     with replacing_directory(out_dir) as staging:
-        what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes)
+        what = write_folder(staging, tensors, config, chain.sources, settings.max_shard_bytes, chain.base)
         write_card(staging, chain, of_folder(staging))
     if chain.adapters:
         onto = ", onto dequantized" if chain.top.base.quantized else ""

@@ -70,7 +70,7 @@ def main(settings: MergeLoRA) -> None:
         plan,
         config,
         sidecars_from=chains[0].sources,
-        beside=Beside(stops=tuple(stops_of(chains[0].sources))),
+        beside=Beside(stops=tuple(stops_of(chains[0].sources)), base=chains[0].base),
         merged_from=chains[0].top.fingerprint if as_trained else None,
         check=check if settings.verify else None,
     )

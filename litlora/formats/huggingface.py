@@ -19,7 +19,6 @@ from torch import Tensor
 
 from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import CheckpointError
-from litlora.formats import WEIGHTS_FILE
 from litlora.formats.chat_template import add_template
 from litlora.formats.families import (
     HF_CONFIG_FILE,
@@ -31,11 +30,10 @@ from litlora.formats.families import (
     read_config,
     write_config,
 )
-from litlora.formats.folder import is_model_folder, weight_files
+from litlora.formats.folder import weight_files
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout, unused
-from litlora.formats.litlora import open_directory
-from litlora.formats.parts import Parts, divide, kept_parts
+from litlora.formats.parts import Parts, divide
 from litlora.formats.through_transformers import adapt_config as adapt_through
 from litlora.formats.through_transformers import file_tensors, read_tensors
 from litlora.formats.through_transformers import load_config as load_through
@@ -129,29 +127,6 @@ def _through(
     return FullModel(directory, file, ours, config, shards=shards).checked()
 
 
-def parts_of(sources: list[Path]) -> Parts | None:
-    """What a multimodal model has beside its language model, from the first of the directories that
-    has it; None if it is not multimodal."""
-    for directory in sources:
-        if (kept := kept_parts(directory)) is not None:
-            return kept
-        if is_model_folder(directory) and not has_file(directory / WEIGHTS_FILE):
-            if multimodal_of(read_json_object(directory / HF_CONFIG_FILE)) is not None:
-                return open_folder(directory).parts
-    return None
-
-
-def are_apart(config: Architecture, sources: list[Path]) -> bool:
-    """As `FullModel.apart`, of the first of the directories that has a full model."""
-    for directory in sources if config.num_experts is not None else ():
-        is_ours = has_file(directory / WEIGHTS_FILE)
-        if is_ours or is_model_folder(directory):
-            model = open_directory(directory) if is_ours else open_folder(directory)
-            if isinstance(model, FullModel):
-                return model.apart
-    return False
-
-
 def _tied(
     ours: dict[str, Tensor | Quantized], config: ModelConfig
 ) -> tuple[dict[str, Tensor | Quantized], ModelConfig]:
@@ -182,6 +157,7 @@ def write_folder(
     config: Architecture,
     sources: list[Path],
     max_shard_size: int,
+    base: FullModel,
 ) -> str:
     """Write a complete folder: config.json, tokenizer, chat template, generation config and
     weights; returns a line that describes it.
@@ -190,7 +166,8 @@ def write_folder(
     among them is used if it describes this model, except for the vocabulary's size and whether the
     head is tied; otherwise one is written from `config`. Both it and the generation config name
     every token that the model was taught to end its answers with. A model without a chat template gets one
-    that asks in the prompt style of its training. A multimodal model is written whole.
+    that asks in the prompt style of its training. What `base`, which the tensors were made from, has
+    beside its language model goes along, and its experts lie as they did there.
     """
     files = {file.name: file for file in find_sidecars(sources)}
     tokenizer = Tokenizer(sources)
@@ -198,10 +175,8 @@ def write_folder(
     for file in (*files.values(), *styles[:1]):
         shutil.copyfile(file, directory / file.name)
     hint = add_template(directory, sources, tokenizer)
-    parts = parts_of(sources)
-    values, origin = _config_of(files.get(HF_CONFIG_FILE), config, parts)
-    if multimodal_of(values) is None:
-        parts = None
+    values, origin = _config_of(files.get(HF_CONFIG_FILE), config, base.parts)
+    parts = base.parts if multimodal_of(values) is not None else None
     stops = stops_of(sources, tokenizer)
     values = with_stops(values, stops)
     [(dtype, _)] = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)
@@ -221,8 +196,8 @@ def write_folder(
     if isinstance(config, TransformersConfig):
         write_weights(directory, file_tensors(config, tensors), config, config.model_type, max_shard_size)
     else:
-        kind, apart = read_config(values)[0], are_apart(config, sources)
-        write_weights(directory, tensors, config, kind, max_shard_size, parts, apart)
+        kind = read_config(values)[0]
+        write_weights(directory, tensors, config, kind, max_shard_size, parts, base.apart)
     return f"{values['architectures'][0]}, {HF_CONFIG_FILE} {origin}{hint}"
 
 

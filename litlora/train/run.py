@@ -406,6 +406,7 @@ class Run:
             )
             write_adapter(directory, adapter, config, sidecars_from=sources, beside=beside, check=check)
         else:
+            beside = dataclasses.replace(beside, base=self.loaded.chain.base)
             write_full(directory, content, config, sidecars_from=sources, beside=beside, check=check)
 
     def _as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -220,7 +220,7 @@ def test_a_model_without_a_chat_template_gets_one_that_asks_as_it_was_taught(sty
     (base / "prompt_style.yaml").write_text(f"style: {style}\n")
     source = open_checkpoint(base)
     (tmp_path / "out").mkdir()
-    write_folder(tmp_path / "out", source.tensors, source.config, [base], 10**9)
+    write_folder(tmp_path / "out", source.tensors, source.config, [base], 10**9, source)
     ours = load(tmp_path / "out")
     assert ours.prompt_style.name == style
     question, answer = 'What is "{{ 1 }}"?\n\u4f60', "It is {% x %}."
@@ -239,7 +239,7 @@ def test_a_config_that_no_longer_describes_the_model_is_replaced(make_folder, tm
     source = open_checkpoint(directory)
     config = ModelConfig.from_dict({**source.config.to_dict(), "rope_theta": 5e5})
     (tmp_path / "out").mkdir()
-    write_folder(tmp_path / "out", source.tensors, config, [directory], 10**9)
+    write_folder(tmp_path / "out", source.tensors, config, [directory], 10**9, source)
     assert open_checkpoint(tmp_path / "out").config == config
 
 
@@ -250,7 +250,7 @@ def test_bf16_stays_bf16(make_folder, tmp_path):
     source = open_checkpoint(directory)
     tensors = {name: tensor.bfloat16() for name, tensor in source.tensors.items()}
     (tmp_path / "out").mkdir()
-    write_folder(tmp_path / "out", tensors, source.config, [directory], 10**9)
+    write_folder(tmp_path / "out", tensors, source.config, [directory], 10**9, source)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 

@@ -10,7 +10,7 @@ from families import MULTIMODAL as MODELS
 from families import save_multimodal
 from safetensors.torch import load_file, save_file
 
-from litlora.checkpoint import open_checkpoint, write_full
+from litlora.checkpoint import Beside, open_checkpoint, write_full
 from litlora.errors import CheckpointError
 from litlora.formats.families import load_config, read_config
 from litlora.formats.families.multimodal import DEFAULTS, MULTIMODAL, TEXT_ALONE
@@ -95,13 +95,15 @@ def test_experts_of_one_tensor_are_the_same_model(folder, tmp_path):
     assert one.apart and not other.apart
     for directory in (apart, joined):
         source, lit = open_checkpoint(directory), tmp_path / f"lit_{directory.name}"
-        write_full(lit, source.tensors, source.config, sidecars_from=[directory])
-        write_full(tmp_path / "again", source.tensors, source.config, sidecars_from=[lit])
+        for target, origin in ((lit, directory), (tmp_path / "again", lit)):
+            beside = Beside(base=open_checkpoint(origin))
+            write_full(target, source.tensors, source.config, sidecars_from=[origin], beside=beside)
         before = load_file(directory / "model.safetensors")
         for number, place in enumerate((directory, lit, tmp_path / "again")):
             back = tmp_path / f"{directory.name}_back{number}"
             back.mkdir()
-            write_folder(back, open_checkpoint(place).tensors, source.config, [place], 10**9)
+            base = open_checkpoint(place)
+            write_folder(back, base.tensors, source.config, [place], 10**9, base)
             after = load_file(back / "model.safetensors")
             assert before.keys() == after.keys()
             assert all(
@@ -164,12 +166,13 @@ def test_the_other_parts_go_through_a_litlora_directory_byte_for_byte(name, fold
     directory, _ = folder(name)
     source = open_checkpoint(directory)
     changed = {name: tensor + 1 for name, tensor in source.tensors.items()}
-    for target, sources in ((tmp_path / "a", [directory]), (tmp_path / "b", [tmp_path / "a"])):
-        write_full(target, changed, source.config, sidecars_from=sources)
+    for target, origin in ((tmp_path / "a", directory), (tmp_path / "b", tmp_path / "a")):
+        beside = Beside(base=open_checkpoint(origin))
+        write_full(target, changed, source.config, sidecars_from=[origin], beside=beside)
     lit = open_checkpoint(tmp_path / "b")
     assert lit.parts.spelling == source.parts.spelling and lit.family() == source.family()
     (tmp_path / "back").mkdir()
-    said = write_folder(tmp_path / "back", lit.tensors, lit.config, [tmp_path / "b"], 10**9)
+    said = write_folder(tmp_path / "back", lit.tensors, lit.config, [tmp_path / "b"], 10**9, lit)
     assert said.startswith(source.parts.outer.architecture)
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     assert before.keys() == after.keys()
@@ -179,8 +182,9 @@ def test_the_other_parts_go_through_a_litlora_directory_byte_for_byte(name, fold
         expected = tensor if name in beside else tensor + 1
         assert expected.numpy().tobytes() == after[name].numpy().tobytes()
     (tmp_path / "b" / PARTS_FILE).unlink()
+    lit = open_checkpoint(tmp_path / "b")
     (tmp_path / "alone").mkdir()
-    said = write_folder(tmp_path / "alone", lit.tensors, lit.config, [tmp_path / "b"], 10**9)
+    said = write_folder(tmp_path / "alone", lit.tensors, lit.config, [tmp_path / "b"], 10**9, lit)
     assert "without the other parts" in said and open_checkpoint(tmp_path / "alone").parts is None
 
 
