@@ -26,13 +26,19 @@ class UserError(Exception):
 
     def with_options(self, option: Callable[[str], str]) -> str:
         """The message with every setting's name replaced by `option(name)`."""
-        return _SETTING.sub(lambda found: option(found[1]), super().__str__())
+        return with_options(super().__str__(), option)
 
 
 def setting(name: str) -> str:
-    """A setting's name for the message of a UserError: "rank" appears as rank in a library, and as
-    --lora.rank or --rank in a command with that option."""
+    """A setting's name for the message of a UserError, or for a line that a command says through
+    `with_options`: "rank" appears as rank in a library, and as --lora.rank or --rank in a command with
+    that option."""
     return f"{_MARKS[0]}{name}{_MARKS[1]}"
+
+
+def with_options(text: str, option: Callable[[str], str]) -> str:
+    """A text with every name that `setting` gave replaced by `option(name)`."""
+    return _SETTING.sub(lambda found: option(found[1]), text)
 
 
 _MARKS = ("\x02", "\x03")

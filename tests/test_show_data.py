@@ -60,6 +60,8 @@ def test_tokens_that_a_run_adds_are_shown_as_such(tmp_path, output, show):
     assert (tokens[0]["id"], tokens[0]["text"]) == (2048, "<|im_start|>")
     assert [(t["id"], t["text"]) for t in tokens if t["learned"]][-1] == (2049, "<|im_end|>")
     assert not any("into pieces" in notice for notice in found["notices"])
+    (repeats,) = [notice for notice in found["notices"] if "repeat others" in notice]
+    assert "(--data.drop_duplicates true leaves them out)" in repeats and f"data: {repeats}" in run
 
 
 def test_a_refusal_leads_to_the_settings_that_read_the_records(tmp_path, forked, show):

@@ -86,7 +86,7 @@ def repeats_notice(surveys: Sequence[Survey]) -> str | None:
     number = sum(len(survey.hashes) for survey in surveys)
     return (
         f"{len(later):,} of {number:,} records repeat others exactly{first} "
-        "(data.drop_duplicates true leaves them out)"
+        f"({setting('drop_duplicates')} true leaves them out)"
     )
 
 
@@ -107,7 +107,7 @@ def overlap_notice(training: Sequence[Survey], validation: Sequence[Survey]) -> 
     number = sum(len(survey.hashes) for survey in validation)
     return (
         f"{shared:,} of {number:,} validation records are in the training data too, so that the validation "
-        "loss is too low (data.drop_duplicates true leaves them out of training)"
+        f"loss is too low ({setting('drop_duplicates')} true leaves them out of training)"
     )
 
 

@@ -169,7 +169,7 @@ def settled(found: Dataset, validation: Records | None) -> Dataset:
         conversations = list(conversations.read(skipped))
         val = None if val is None else list(val.read(skipped))
         if skipped.first and not conversations:
-            raise DataError(f"{skipped.first[0].args[0]}; and no other record can be trained on")
+            raise DataError(f"{skipped.reasons[0]}; and no other record can be trained on")
         notices = (*notices, *skipped.notices())
     _check_any(conversations, getattr(source, "path", source.name), "train")
     if val is not None:

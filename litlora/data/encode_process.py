@@ -98,7 +98,7 @@ def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[st
         events=events.tobytes(),
         first=str(conversations[0].place) if conversations else "",
         num_skipped=skipped.number,
-        skipped=[str(error) for error in skipped.first],
+        skipped=skipped.reasons,
         source=question["source"],
         hashes=survey.hashes.tobytes(),
     )

@@ -21,9 +21,14 @@ class Skipped:
         if len(self.first) < NAMED:
             self.first.append(error)
 
+    @property
+    def reasons(self) -> list[str]:
+        """The messages of the first, in which a command still puts its options."""
+        return [error.args[0] for error in self.first]
+
     def notices(self) -> list[str]:
         """What the user must know of them; nothing if there are none."""
-        return [skipped_notice(self.number, map(str, self.first))] if self.number else []
+        return [skipped_notice(self.number, self.reasons)] if self.number else []
 
 
 def skipped_notice(number: int, first: Iterable[str]) -> str:

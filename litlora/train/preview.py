@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from litlora.checkpoint import Chain
+from litlora.cli import option_for
 from litlora.console import say
 from litlora.data.batches import num_supervised, padding_share
 from litlora.data.conversation import Place
@@ -23,7 +24,7 @@ from litlora.data.pairs import PairExample, tokenize_pairs
 from litlora.data.records import Labelled, Learned, Learns, Pair
 from litlora.data.sources import Dataset
 from litlora.data.store import lengths_of
-from litlora.errors import DataError
+from litlora.errors import DataError, with_options
 from litlora.load import load_text
 from litlora.prompts import PromptStyle, lacking_tokens
 from litlora.settings import ShowData, ShowDistill, ShowPreference, TrainConfig
@@ -216,13 +217,15 @@ def preview(
     told = partial(say, file=sys.stderr)
     prepare = Preparation(settings.data, tokenizer, style, limit, told, tokenize=TOKENIZE[learns])
     made, made_val = prepare.examples(dataset)
+    option = partial(option_for, type(settings))
     said = (dataset.notice, *dataset.notices, *dataset.late_notices(), *prepare.notices)
+    notes += [*filter(None, said), *made.notices(limit)]
     return {
         "prompt_style": style.title,
         "prompt_style_reason": reason,
         "conversations": first_conversations(dataset.conversations, settings.examples, reading),
         "train": figures(made.examples, settings.train.mask_prompt),
         "val": figures(made_val.examples, settings.train.mask_prompt) if made_val else None,
-        "notices": [*notes, *filter(None, said), *made.notices(limit)],
+        "notices": [with_options(note, option) for note in notes],
         "steps": steps(made.examples, settings.train, settings.seed),
     }

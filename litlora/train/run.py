@@ -15,7 +15,7 @@ from torch import Tensor
 from litlora import cli, console, report
 from litlora.checkpoint import Beside, reference_to, write_adapter, write_full
 from litlora.data.sources import Dataset
-from litlora.errors import UserError, setting
+from litlora.errors import UserError, setting, with_options
 from litlora.evaluate.subject import Subject
 from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantize import joined
@@ -418,8 +418,12 @@ class Run:
     # ---- what it says
 
     def _say(self, *lines: str) -> None:
+        lines = [with_options(line, self._option) for line in lines]
         self.about += lines
         console.say(*lines)
+
+    def _option(self, name: str) -> str:
+        return cli.option_for(type(self.settings), name)
 
     def resume_command(self) -> str:
         """The command that continues this run."""

@@ -9,7 +9,7 @@ import pytest
 
 from litlora.data.dataset import LARGE, Mixture, Records
 from litlora.data.sources import read_dataset
-from litlora.errors import DataError, UserError
+from litlora.errors import DataError, UserError, setting
 from litlora.settings import JSON, Alpaca, Files, Mix, MixedSource
 
 
@@ -85,7 +85,7 @@ def test_repeats_are_counted_and_left_out_when_asked(tmp_path):
     assert asked(found.conversations) == ["a", "b", "a", "c", "b", "a"]
     assert said(found) == (
         f"3 of 6 records repeat others exactly; the first: {path}, line 3, as {path}, line 1 "
-        "(data.drop_duplicates true leaves them out)",
+        f"({setting('drop_duplicates')} true leaves them out)",
     )
     found = read_dataset(JSON(path=path, drop_duplicates=True))
     assert asked(found.conversations) == ["a", "b", "c"]
