@@ -210,17 +210,33 @@ def content_line(example: Example) -> str:
 
 
 def split(
-    conversations: list[Conversation], val_fraction: float, seed: int
+    conversations: list[Conversation],
+    val_fraction: float,
+    seed: int,
+    usable: Sequence[int] | None = None,
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(training, validation), drawn by the seed. With a fraction above 0 each of them gets at least
-    one conversation, if there are two."""
-    held_out = drawn(len(conversations), val_fraction, seed)
+    one conversation, if there are two; and, with `usable`, one of those (see `drawn`)."""
+    held_out = drawn(len(conversations), val_fraction, seed, usable)
     chosen = set(held_out)
     train = [conversation for index, conversation in enumerate(conversations) if index not in chosen]
     return train, [conversations[index] for index in held_out]
 
 
-def drawn(total: int, val_fraction: float, seed: int) -> list[int]:
-    """The numbers of the conversations that are held out for validation, of so many in all."""
+def drawn(total: int, val_fraction: float, seed: int, usable: Sequence[int] | None = None) -> list[int]:
+    """The numbers of the conversations that are held out for validation, of so many in all.
+
+    `usable` are the numbers of those that give an example, any of them more than once. Where all, or
+    none, of them would be held out, others are: drawn from the usable alone.
+    """
+    import numpy as np
+
     num_val = min(total - 1, max(1, round(total * val_fraction))) if val_fraction else 0
-    return sorted(random.Random(seed).sample(range(total), num_val))
+    numbers = sorted(random.Random(seed).sample(range(total), num_val))
+    if usable is None or not (numbers and len(usable)):
+        return numbers
+    is_held_out = np.isin(usable, numbers)
+    if is_held_out.any() and not is_held_out.all():
+        return numbers
+    usable = np.unique(usable)
+    return usable[drawn(len(usable), val_fraction, seed)].tolist()

@@ -175,15 +175,9 @@ class Store:
         self, val_fraction: float, seed: int, max_seq_length: int
     ) -> "tuple[Examples, Examples | None]":
         """(training, validation), of the same conversations as `examples.split` draws from a list;
-        where either would have no example, of those that have one, as `train.prepare` does. Raises
-        DataError if there is none."""
-        numbers = self.array("conversations")
+        knowing which have an example. Raises DataError if there is none."""
         held_out = np.zeros(self.num_conversations, bool)
-        held_out[drawn(self.num_conversations, val_fraction, seed)] = True
-        if held_out.any() and len(numbers) and held_out[numbers].all() | ~held_out[numbers].any():
-            usable = np.unique(numbers)
-            held_out[:] = False
-            held_out[usable[drawn(len(usable), val_fraction, seed)]] = True
+        held_out[drawn(self.num_conversations, val_fraction, seed, self.array("conversations"))] = True
         if not held_out.any():
             return self._of(None, max_seq_length), None
         return self._of(~held_out, max_seq_length), self._of(held_out, max_seq_length)

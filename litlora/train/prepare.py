@@ -53,14 +53,12 @@ class Preparation:
         try:
             return self._all(train), self._all(val) if val else None
         except NoExampleError:
-            usable = [conversation for conversation in data if self._has_example(conversation)]
-            if not 0 < len(usable) < len(data):
+            usable = [number for number, each in enumerate(data) if self._has_example(each)]
+            if not usable:
                 raise
-        # One of the two has nothing but records that are left out: hold out some of the others.
+        # One of the two has nothing but records that are left out.
         self.notices.clear()
-        _, val = split(usable, fraction, seed)
-        held_out = {*map(id, val)}
-        train = [conversation for conversation in data if id(conversation) not in held_out]
+        train, val = split(data, fraction, seed, usable)
         return self._all(train), self._all(val) if val else None
 
     def _has_example(self, conversation: Conversation) -> bool:
