@@ -133,11 +133,11 @@ class Finetune:
         self._check_batch()
         for name, is_set in (("every", self.eval.every), ("prompts", self.report.prompts)):
             check(
-                not is_set or (self.strategy != "fsdp" and self.train.compile is not True),
+                not is_set or (self.strategy != "fsdp" and not self.train.compiles),
                 f"{setting(name)}: the model answers questions while it trains, which a divided or compiled "
                 f"one does not; leave {setting(name)} out and use scripts/evaluate.py afterwards",
             )
-        compiled, added = self.train.compile is True, self.tokenizer.add_tokens
+        compiled, added = self.train.compiles, self.tokenizer.add_tokens
         check_streamed(self, quantize=self.quantize, compile=compiled, add_tokens=added)
 
     @property

@@ -175,10 +175,15 @@ class TrainConfig:
         positive = self.max_time is None or (math.isfinite(self.max_time) and self.max_time > 0)
         check_value(self, "max_time", positive, "must be a positive number of minutes")
         check(
-            not (self.compile is True and self.offload_activations),
+            not (self.compiles and self.offload_activations),
             f"{setting('compile')} and {setting('offload_activations')}: compiled blocks keep their "
             "activations where they are; use only one",
         )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the blocks are compiled: not by `auto` before `train.compile` has settled it."""
+        return self.compile is True
 
     @property
     def judging(self) -> tuple[str, ...]:

@@ -16,5 +16,5 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
             f"{setting('offload_activations')} has no effect on {device.type}: "
             "activations are in the machine's memory already"
         )
-    if config.compile is True:
+    if config.compiles:
         check_compiler(device)

@@ -135,7 +135,7 @@ class Objective(nn.Module, ABC):
         """The model's hidden states (M, C) at the learned positions."""
         ids, lengths, places, more = batch.input_ids, batch.lengths, batch.positions, {}
         if self.model.packs:
-            multiple = COMPILED_MULTIPLE if self.config.compile is True else None
+            multiple = COMPILED_MULTIPLE if self.config.compiles else None
             ids, lengths, places = bucketed(ids, lengths, places, self.model.like, multiple)
         if batch.shared is not None:
             more["shared"] = batch.shared.padded(ids.size(1))

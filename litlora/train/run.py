@@ -210,7 +210,7 @@ class Run:
             self.say,
             size_is_set=self.settings.train.micro_batch_tokens is not None,
         )
-        if config.compile is True:
+        if config.compiles:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
         # The configuration repeats this run: how its directory was found does not belong to it.
         resolved = dataclasses.replace(

@@ -54,7 +54,7 @@ def base_streams(settings: Finetune, method: Method, chain: Chain, parallel: Par
         lora = settings.lora
         kept |= {"targets": embedding_among(lora.targets)}
         kept |= {"bias": lora.bias != "none", "lora_bias": lora.lora_bias}
-    kept |= {"quantize": settings.quantize, "compile": settings.train.compile is True}
+    kept |= {"quantize": settings.quantize, "compile": settings.train.compiles}
     # What the settings refuse where the base was asked to stream.
     if name := next((name for name, value in kept.items() if value), None):
         hindrance = f"{setting(name)} needs it in memory"

@@ -11,7 +11,7 @@ def check_through(settings: Finetune) -> None:
     """Raise UserError for a setting that needs litlora's own model."""
     train = settings.train
     refused = {
-        "compile": (train.compile is True, "whose blocks are not compiled"),
+        "compile": (train.compiles, "whose blocks are not compiled"),
         "neftune_alpha": (train.neftune_alpha, "one sequence at a time, and the noise is for packs"),
         "add_tokens": (settings.tokenizer.add_tokens, "whose vocabulary stays as it is"),
         "strategy": (settings.strategy == "fsdp", "which is not divided among devices; use ddp"),
