@@ -16,7 +16,7 @@ from litlora.data.choosing import (
     repeats_notice,
 )
 from litlora.data.conversation import Conversation
-from litlora.data.files import Entry, bytes_in_memory, entries, in_lines
+from litlora.data.files import Entry, bytes_in_memory, entries_of, in_lines
 from litlora.data.records import RecordReader
 from litlora.data.skipped import Skipped
 from litlora.errors import DataError
@@ -102,8 +102,7 @@ class Records:
         if self.held is not None:
             yield from self.held
             return
-        for file in self.files:
-            yield from entries(file, self.reader.ignore)
+        yield from entries_of(self.files, self.reader.on_bad, self.reader.ignore)
 
 
 @dataclass(frozen=True)

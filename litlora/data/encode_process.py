@@ -27,7 +27,7 @@ from litlora.data.examples import EVENTS, chunks, examples_of
 from litlora.data.files import Entry, line_entries
 from litlora.data.parts import Part, Setup, checksum
 from litlora.data.records import RecordReader
-from litlora.data.skipped import Skipped
+from litlora.data.skipped import Skipped, reading_files
 from litlora.errors import DataError, UserError
 
 CHARACTERS = 2**21
@@ -51,7 +51,7 @@ def main() -> None:
             reply({"failed": traceback.format_exc()})
 
 
-def entries(question: dict[str, Any]) -> Iterator[Entry]:
+def entries(question: dict[str, Any], on_bad: str) -> Iterator[Entry]:
     """The records of a piece."""
     if "entries" in question:
         return iter(_unpickled(question["entries"]))
@@ -62,14 +62,15 @@ def entries(question: dict[str, Any]) -> Iterator[Entry]:
             content = opened.read(question["stop"] - question["start"])
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    return line_entries(file, content, question["start"], question["line"])
+    with reading_files(on_bad):
+        return line_entries(file, content, question["start"], question["line"])
 
 
 def made(setup: Setup, encoder: Encoder, reader: RecordReader, question: dict[str, Any]) -> Part:
     """The examples of the records of a piece."""
     skipped = Skipped()
     survey = Survey(reader.ignore)
-    records = entries(question)
+    records = entries(question, reader.on_bad)
     if question["source"] is not None:  # else the run itself has seen them
         records = survey.noting(records)
     conversations = list(reader.read(records, skipped))

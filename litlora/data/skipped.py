@@ -1,8 +1,9 @@
 """Records that cannot be used and are left out. Torch-free."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from litlora.errors import DataError
+from litlora.errors import DataError, setting
 
 NAMED = 3
 """How many of them are named."""
@@ -35,3 +36,16 @@ def skipped_notice(number: int, first: Iterable[str]) -> str:
     """How many records were left out, with the places and reasons of the first NAMED."""
     reasons = [*first] + [f"and {number - NAMED:,} more"] * (number > NAMED)
     return f"{number:,} {'record was' if number == 1 else 'records were'} left out: {' | '.join(reasons)}"
+
+
+@contextmanager
+def reading_files(on_bad: str) -> Iterator[None]:
+    """Where bad records are skipped, an error of a whole file inside the block says that files are not:
+    nothing tells how many records would be lost with one."""
+    try:
+        yield
+    except DataError as error:
+        if on_bad != "skip":
+            raise
+        why = f"{setting('on_bad')} skip leaves out records of files that can be read, never a file"
+        raise DataError(f"{error.args[0]} ({why})") from None

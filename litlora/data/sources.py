@@ -15,7 +15,7 @@ from typing import Any
 from litlora import console
 from litlora.data.dataset import Dataset, Mixture, Records, settled
 from litlora.data.downloads import HUB, download, download_all, file_name, needs_login, reason
-from litlora.data.files import entries, find_files
+from litlora.data.files import entries_of, find_files
 from litlora.data.records import Learns, RecordReader, check_form, choose_form
 from litlora.errors import DataError, setting
 from litlora.settings import JSON, Alpaca, DataSource, Files, KnownSet, Mix
@@ -151,7 +151,7 @@ READERS: dict[type[DataSource], Callable[[Any], Dataset]] = {
 def _read_files(files: Sequence[Path], source: DataSource, form: str | None = None) -> Dataset:
     """The records of the files, in the form that is set, else in the given one, else in the one that
     they show."""
-    every = (entry for file in files for entry in entries(file))
+    every = entries_of(files, source.on_bad)
     held = None
     once = next((file for file in files if not file.is_file()), None)
     if once is not None:

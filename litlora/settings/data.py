@@ -44,7 +44,7 @@ class DataSource(ABC):
     are system, user, assistant, tool, and function_call for a call as text."""
     on_bad: Literal["error", "skip"] = field(default="error", metadata=UNLESS_DEFAULT)
     """What becomes of a record that cannot be trained on: error ends the run before it begins; skip
-    leaves the record out, and says so."""
+    leaves the record out, and says so. A file that cannot be read is an error with both."""
     learn: Literal["all", "last"] = field(default="all", metadata=UNLESS_DEFAULT)
     """Which answers of a conversation are learned: all of them, or the last alone. A message with
     "train": false or "weight": 0 never is."""

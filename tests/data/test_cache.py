@@ -289,6 +289,10 @@ def test_broken_lines_are_named_as_without_the_cache(content, says, cache, token
     with pytest.raises(DataError) as plain:
         list(data)
     assert str(plain.value) == str(raised.value)
+    if "UTF-8" in says:
+        data = replace(data, reader=RecordReader("alpaca", on_bad="skip"))
+        with pytest.raises(DataError, match=f"{says}.*never a file"):
+            store(cache, data, setup_of(tokenizer))
 
 
 def test_a_bom_and_a_last_line_without_an_end_are_read(cache, tokenizer, tmp_path):

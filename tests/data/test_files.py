@@ -16,7 +16,9 @@ from conftest import REPO
 
 from litlora.data.files import MAX_RECORD, bytes_in_memory, entries, find_files
 from litlora.data.records import RecordReader
+from litlora.data.sources import read_dataset
 from litlora.errors import DataError, MissingExtraError
+from litlora.settings import Files
 
 FILES = Path(__file__).with_name("files")
 RECORD = {"instruction": "Say hi.", "output": "Hi."}
@@ -321,6 +323,8 @@ def test_utf_16_is_refused_by_name(tmp_path):
         assert f"iconv -f {name} -t UTF-8" in refusal(tmp_path / "x.json")
         (tmp_path / "x.json").write_text("\ufeff" + text, encoding)
         assert f"is not UTF-8 text but {name[:6]} (" in refusal(tmp_path / "x.json")
+        with pytest.raises(DataError, match=r"NEW_FILE \(on_bad skip leaves out records of .*, never a file"):
+            read_dataset(Files(path=str(tmp_path / "x.json"), on_bad="skip"))
 
 
 @pytest.mark.parametrize("at", [0, 2**20 - 1, 2 * 2**20 + 7])

@@ -9,7 +9,7 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from litlora.data.files.json_text import (
 from litlora.data.files.kinds import Kind, kind_of
 from litlora.data.files.tables import arrow_entries, csv_entries, parquet_bytes, parquet_entries
 from litlora.data.files.unpacked import unpacked
+from litlora.data.skipped import reading_files
 from litlora.errors import DataError
 from litlora.storage.untrusted import require_file
 
@@ -57,6 +58,13 @@ def entries(file: Path, ignore: tuple[str, ...] = ()) -> Iterator[Entry]:
         raise DataError(f"{file}: cannot be unpacked, it may be incomplete: {error}") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def entries_of(files: Iterable[Path], on_bad: str, ignore: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """The records of several files, as `entries` gives them; `on_bad` as for RecordReader."""
+    with reading_files(on_bad):
+        for file in files:
+            yield from entries(file, ignore)
 
 
 def bytes_in_memory(file: Path, most: int) -> int:
@@ -103,6 +111,7 @@ __all__ = [
     "Repeated",
     "bytes_in_memory",
     "entries",
+    "entries_of",
     "find_files",
     "in_lines",
     "line_entries",
