@@ -1,13 +1,15 @@
 """Commands run as a user runs them, hundreds in the time of a few: a process that has imported
 everything forks for each.
 
-    python tests/forked.py
+    python tests/forked.py [MODULE ...]
 
+It imports IMPORTS, or the modules of litlora that are named, and makes the PARSERS only without any.
 One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status",
 "stdout", "stderr"}. A command gets no more than `memory` bytes beyond what the imports take, and
 `seconds` of computing, by default MEMORY and SECONDS: what needs more is killed, and fails its test.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -34,7 +36,9 @@ IMPORTS = (
     "tokenizer",
     "cli",
 )
-PARSERS = (("FinetuneLoRA", True), ("FinetuneLoRA", False), ("FinetuneFull", True), ("FinetuneDPO", True))
+PARSERS = [("FinetuneLoRA", False), ("FinetuneFull", False), ("Chat", False), ("MergeLoRA", False)]
+PARSERS += [(name, True) for name in ("FinetuneLoRA", "FinetuneFull", "FinetuneDPO", "ShowData")]
+"""Those that every fork has at hand: making one takes longer than most refusals."""
 
 
 def child(asked: dict, out: int, err: int) -> None:
@@ -64,12 +68,15 @@ def child(asked: dict, out: int, err: int) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(REPO))
-    for name in IMPORTS:
+    for name in sys.argv[1:] or IMPORTS:
         importlib.import_module(f"litlora.{name}")
     cli, settings = sys.modules["litlora.cli"], sys.modules["litlora.settings"]
     base = str(REPO / settings.QUICKSTART)
-    for command, names_source in PARSERS:
+    for command, names_source in () if sys.argv[1:] else PARSERS:
         cli.make_parser(getattr(settings, command), base, names_source)
+    # A collection in a fork would touch, and so copy, all that was imported.
+    gc.collect()
+    gc.freeze()
     print('"ready"', flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICKSTART, REPO, command, fails, succeeds
+from conftest import QUICKSTART, REPO, Forked, command, fails, succeeds
 
 from litlora import settings as all_settings
 from litlora.cli import call, option_for, parse, setting_types
@@ -61,16 +61,21 @@ def test_there_are_commands():
     assert not {path.rpartition("/")[2].removesuffix(".py") for path in COMMANDS} & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-def test_help_and_a_typo_answer_without_torch(script, without_torch):
-    done = succeeds(script, "--help", **without_torch)
-    assert "usage:" in done.stdout and done.stderr == ""
-    assert "no such option" in fails(script, "--no_such_option", "3", **without_torch)
-
-
-@pytest.mark.parametrize("script", ["finetune/lora.py", "finetune/full.py", "chat/base.py"])
-def test_a_wrong_path_answers_without_torch(script, without_torch, tmp_path):
-    said = fails(script, "--checkpoint_dir", tmp_path / "nowhere", **without_torch)
+def test_help_a_typo_and_a_wrong_path_answer_without_torch(without_torch, tmp_path):
+    """Of every command, in forks of a process that has imported the edge alone; and of one as a user
+    starts it."""
+    light = Forked("cli", **without_torch)
+    try:
+        for script in COMMANDS:
+            done = light.run(script, "--help", cwd=tmp_path)
+            assert done["status"] == 0 and "usage:" in done["stdout"] and done["stderr"] == "", (script, done)
+            assert "no such option" in light.refuses(script, "--no_such_option", "3", cwd=tmp_path), script
+        for script in ("finetune/lora.py", "finetune/full.py", "chat/base.py"):
+            said = light.refuses(script, "--checkpoint_dir", tmp_path / "nowhere", cwd=tmp_path)
+            assert "nowhere: no such directory" in said
+    finally:
+        light.close()
+    said = fails("chat/base.py", "--checkpoint_dir", tmp_path / "nowhere", **without_torch)
     assert "nowhere: no such directory" in said
 
 

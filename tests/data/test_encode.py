@@ -5,6 +5,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import TEXT
@@ -119,9 +120,12 @@ TALK = conversation(("the quick", "yes"), ("and two?", "one two three"), ("dog",
 @pytest.fixture
 def place(tmp_path):
     """place("byte-level", "chatml") writes a tokenizer and its template."""
+    return writer(tmp_path)
 
+
+def writer(directory: Path):
     def write(kind: str, template: str | None = None):
-        TOKENIZERS[kind]().save(str(tmp_path / "tokenizer.json"))
+        TOKENIZERS[kind]().save(str(directory / "tokenizer.json"))
         settings = {
             "eos_token": "</s>",
             "bos_token": "<s>",
@@ -130,11 +134,11 @@ def place(tmp_path):
         }
         if template is not None:
             settings["chat_template"] = TEMPLATES.get(template, template)
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        found = load_template({file.name: file for file in tmp_path.iterdir()})
-        return Tokenizer(tmp_path), found and found.style
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        found = load_template({file.name: file for file in directory.iterdir()})
+        return Tokenizer(directory), found and found.style
 
-    write.directory = tmp_path
+    write.directory = directory
     return write
 
 
@@ -412,7 +416,7 @@ def test_records_with_system_and_history_are_learned_as_what_they_mean(place):
 )
 def test_what_is_learned_is_what_the_assistant_said(place, style, turns):
     """For byte-level tokenizers, whose decoding is exact."""
-    tokenizer, template = place("byte-level", style if style in TEMPLATES else None)
+    tokenizer, template = written(place, "byte-level", style if style in TEMPLATES else None)
     talk = conversation(*turns)
     examples = tokenize([talk], tokenizer, template or STYLES[style], 100_000).examples
     spans = [example.ids[start:stop] for example in examples for start, stop in example.learned]
@@ -656,7 +660,7 @@ pieces = st.sampled_from([*SPECIAL, "\n", " ", "  ", "the", "quick", "é", "😀
     st.sampled_from(sorted(TOKENIZERS)),
 )
 def test_the_ids_up_to_a_place_are_those_of_the_text_up_to_there(place, parts, places, kind):
-    tokenizer = written(place, kind)
+    tokenizer, _ = written(place, kind)
     lines = ["".join("".join(part) for part in parts[: number + 1]) for number in range(len(parts))]
     asked = [(line, sorted(min(place, len(line)) for place in places)) for line in lines]
     for (line, places), (ids, cuts) in zip(asked, tokenizer.encode_cut(asked), strict=True):
@@ -667,40 +671,47 @@ def test_the_ids_up_to_a_place_are_those_of_the_text_up_to_there(place, parts, p
 
 
 @functools.cache
-def known(directory) -> Tokenizer:
-    return Tokenizer(directory)
+def known(directory: Path, kind: str, template: str | None):
+    directory.mkdir()
+    return writer(directory)(kind, template)
 
 
-def written(place, kind: str) -> Tokenizer:
-    """One tokenizer for all examples of a test."""
-    directory = place.directory / kind
-    if not directory.is_dir():
-        directory.mkdir()
-        tokenizer, _ = place(kind)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (directory / file).write_bytes((place.directory / file).read_bytes())
-    return known(directory)
+def written(place, kind: str, template: str | None = None):
+    """As `place`, but one tokenizer for all examples of a test."""
+    return known(place.directory / f"{kind}, {template}", kind, template)
 
 
-def test_a_record_that_is_too_long_for_the_tokenizer_is_named_or_left_out(place):
-    """A normalizer makes such a text larger than the memory that a tokenizer may have, at once."""
-    tokenizer, _ = place("byte-level")
+@pytest.fixture
+def swelling(place) -> Tokenizer:
+    """A normalizer makes a text of many z larger than the memory that a tokenizer may have, at once."""
+    place("byte-level")
     file = place.directory / "tokenizer.json"
     source = json.loads(file.read_text())
     source["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": "z" * 10_000}
     file.write_text(json.dumps(source))
-    tokenizer = Tokenizer(place.directory)
-    talks = [
+    return Tokenizer(place.directory)
+
+
+def talks_of(*questions: str) -> list[Conversation]:
+    return [
         replace(conversation((question, "no")), place=Place("x.jsonl", f"line {number}"))
-        for number, question in enumerate(["one", "y" * 1_100_000, "z" * 1_100_000, "two"])
+        for number, question in enumerate(questions)
     ]
-    says = "x.jsonl, line 2: has 1,1.*, which is too long for the tokenizer: split the record, or remove it"
-    with pytest.raises(DataError, match=says):
-        tokenize(talks, tokenizer, STYLES["plain"], 100)
-    skipped = Skipped()
-    found = tokenize(talks, tokenizer, STYLES["plain"], 100, skipped)
-    assert skipped.number == 1 and re.search(says, str(skipped.first[0]))
+
+
+TOO_LONG = "has 1,1.*, which is too long for the tokenizer: split the record, or remove it"
+
+
+def test_a_record_that_is_too_long_for_the_tokenizer_is_named_and_left_out(swelling):
+    talks, skipped = talks_of("one", "y" * 1_100_000, "z" * 1_100_000, "two"), Skipped()
+    found = tokenize(talks, swelling, STYLES["plain"], 100, skipped)
+    assert skipped.number == 1 and re.search(f"x.jsonl, line 2: {TOO_LONG}", str(skipped.first[0]))
     assert len(found.examples) == 2 and found.num_left_out == 1  # the y fill the length
-    broken = [replace(talks[0], messages=conversation(("z" * 500_000, "no")).messages)]
-    with pytest.raises(CheckpointError, match="tokenizer.json: cannot encode this text"):  # not that long
-        tokenize(broken, tokenizer, STYLES["plain"], 100)
+
+
+@pytest.mark.slow
+def test_a_record_that_is_too_long_is_an_error_and_one_that_is_not_is_the_tokenizers_fault(swelling):
+    with pytest.raises(DataError, match=f"x.jsonl, line 1: {TOO_LONG}"):
+        tokenize(talks_of("one", "z" * 1_100_000), swelling, STYLES["plain"], 100)
+    with pytest.raises(CheckpointError, match="tokenizer.json: cannot encode this text"):
+        tokenize(talks_of("z" * 500_000), swelling, STYLES["plain"], 100)
