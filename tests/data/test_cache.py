@@ -27,7 +27,7 @@ from litlora.data.parts import Setup
 from litlora.data.records import RecordReader
 from litlora.data.skipped import Skipped
 from litlora.data.sources import Dataset, Records, read_dataset
-from litlora.data.store import HEADER
+from litlora.data.store import HEADER, Broken, Store
 from litlora.errors import DataError, UserError
 from litlora.prompts import STYLES, ChatTemplate
 from litlora.settings import JSON
@@ -210,31 +210,32 @@ def _damage(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        ("examples.bin", _cut),
-        ("offsets.bin", _cut),
-        ("events.bin", Path.unlink),
-        ("offsets.bin", _damage),
-        *(
-            pytest.param(f"{part}.bin", _damage, marks=pytest.mark.slow)  # checked by the same lines
-            for part in ("lengths", "conversations", "events")
-        ),
-        (HEADER, lambda path: path.write_text(path.read_text().replace('"num_conversations": 9', "8"))),
-        (HEADER, lambda path: path.write_text(path.read_text().replace(": 9,", ": 8,"))),
-        (HEADER, lambda path: path.write_text("[]")),
-        (HEADER, lambda path: path.write_bytes(b"\xff{")),
-    ],
+HARMS = (
+    ("examples.bin", _cut),
+    ("offsets.bin", _cut),
+    ("events.bin", Path.unlink),
+    *((f"{part}.bin", _damage) for part in ("offsets", "lengths", "conversations", "events")),
+    (HEADER, lambda path: path.write_text(path.read_text().replace('"num_conversations": 9', "8"))),
+    (HEADER, lambda path: path.write_text(path.read_text().replace(": 9,", ": 8,"))),
+    (HEADER, lambda path: path.write_text("[]")),
+    (HEADER, lambda path: path.write_bytes(b"\xff{")),
 )
-def test_a_broken_store_is_found_and_made_anew(name, harm, cache, said, tokenizer, tmp_path):
+
+
+def test_a_broken_store_is_found_and_made_anew(cache, said, tokenizer, tmp_path):
     data, setup = written(tmp_path / "a.jsonl", records(9)), setup_of(tokenizer)
     found = store(cache, data, setup)
     before = list(found.split(0, 0, LIMIT)[0].examples)
-    harm(found.directory / name)
+    for number, (name, harm) in enumerate(HARMS):
+        broken = tmp_path / str(number)
+        shutil.copytree(found.directory, broken)
+        harm(broken / name)
+        with pytest.raises(Broken, match=name):
+            Store(broken)
+    _cut(found.directory / "examples.bin")
     again = store(cache, data, setup)
     assert list(again.split(0, 0, LIMIT)[0].examples) == before
-    assert len(said) == 5 and name in said[2] and said[2].endswith("it is made anew")
+    assert len(said) == 5 and "examples.bin" in said[2] and said[2].endswith("it is made anew")
 
 
 def test_damaged_examples_are_not_learned(cache, tokenizer, tmp_path):
@@ -246,14 +247,13 @@ def test_damaged_examples_are_not_learned(cache, tokenizer, tmp_path):
             read()
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("name", "bad", "says"),
     [
-        ({"instruction": "x"}, 'has no "output"'),
-        ({"instruction": "x", "output": 3}, '"output" must be text, not int'),
-        ({"instruction": "x", "output": "y", "id": 1}, 'a field that training would not use: "id"'),
-        ({"instruction": "x", "output": "y", "system": "z"}, "has a system message, for which"),
+        ("data.json", {"instruction": "x"}, 'has no "output"'),
+        ("data.jsonl", {"instruction": "x", "output": 3}, '"output" must be text, not int'),
+        ("data.jsonl", {"instruction": "x", "output": "y", "id": 1}, 'would not use: "id"'),
+        ("data.json", {"instruction": "x", "output": "y", "system": "z"}, "has a system message, for which"),
     ],
 )
 def test_the_first_bad_record_is_named_as_without_the_cache(name, bad, says, cache, tokenizer, tmp_path):
