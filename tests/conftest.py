@@ -174,7 +174,7 @@ def run(base, alpaca_file):
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
     sizes = [
         "--train.micro_batch_tokens",
-        200,
+        400,
         "--train.micro_batch_size",
         2,
         "--train.global_batch_size",

@@ -1,11 +1,12 @@
 """The code is laid out as docs/architecture.md says."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
 from conftest import REPO
 
 PAGE = (REPO / "docs/architecture.md").read_text()
@@ -20,6 +21,11 @@ WITHOUT_TORCH = [
     "train.run_directory",
 ]
 LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_MODULE = 60, 7, 450
+
+
+@functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
 
 
 def imported(body: list[ast.stmt]) -> set[str]:
@@ -47,25 +53,25 @@ def test_the_page_names_every_part_of_the_library():
     assert set(LAYERS) == parts - {"__init__", "__pycache__"}
 
 
-@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: str(file.relative_to(REPO / "litlora")))
-def test_imports_point_downward(file):
-    inside = file.relative_to(REPO / "litlora")
-    if inside.name == "__init__.py" and len(inside.parts) == 1:
-        return
-    own = LAYERS.index(inside.parts[0].removesuffix(".py"))
-    for name in imported(ast.parse(file.read_text()).body):
-        # `from litlora import formats` and `from litlora.formats import detect` name the same layer
-        assert own <= layer(name), f"{inside} imports {name}"
+def test_imports_point_downward():
+    for file in LIBRARY:
+        inside = file.relative_to(REPO / "litlora")
+        if inside.name == "__init__.py" and len(inside.parts) == 1:
+            continue
+        own = LAYERS.index(inside.parts[0].removesuffix(".py"))
+        for name in imported(tree(file).body):
+            # `from litlora import formats` and `from litlora.formats import detect` name the same layer
+            assert own <= layer(name), f"{inside} imports {name}"
 
 
-@pytest.mark.parametrize("file", ENTRIES, ids=lambda file: str(file.relative_to(REPO)))
-def test_entries_do_not_import_each_other(file):
-    names = {
-        (node.module or "").split(".")[0]
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ImportFrom)
-    }
-    assert not names & {"finetune", "chat", "scripts"}
+def test_entries_do_not_import_each_other():
+    for file in ENTRIES:
+        names = {
+            (node.module or "").split(".")[0]
+            for node in ast.walk(tree(file))
+            if isinstance(node, ast.ImportFrom)
+        }
+        assert not names & {"finetune", "chat", "scripts"}, file
 
 
 def test_what_runs_before_the_paths_are_checked_needs_no_torch():
@@ -74,34 +80,35 @@ def test_what_runs_before_the_paths_are_checked_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)
 
 
-@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: str(file.relative_to(REPO / "litlora")))
-def test_no_message_of_the_library_names_an_option(file):
-    inside = str(file.relative_to(REPO / "litlora"))
-    if inside.startswith("cli") or inside.startswith("settings"):  # help texts are a command's
-        return
-    tree = ast.parse(file.read_text())
-    prose = {
-        node.body[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
-            assert not re.search(r"(^|[\s'\"`(])--[a-z]\w+", node.value), node.value
+def test_no_message_of_the_library_names_an_option():
+    for file in LIBRARY:
+        inside = str(file.relative_to(REPO / "litlora"))
+        if inside.startswith("cli") or inside.startswith("settings"):  # help texts are a command's
+            continue
+        prose = {
+            node.body[0].value
+            for node in ast.walk(tree(file))
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
+                found = re.search(r"(^|[\s'\"`(])--[a-z]\w+", node.value)
+                assert not found, f"{inside}:{node.lineno}: {node.value}"
 
 
-@pytest.mark.parametrize("file", [*LIBRARY, *ENTRIES], ids=lambda file: str(file.relative_to(REPO)))
-def test_a_function_fits_on_a_screen(file):
-    text = file.read_text()
-    assert text.count("\n") <= LONGEST_MODULE or "facts" in file.name, "a table may be longer"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            given = [argument for argument in given if argument.arg not in ("self", "cls", "ctx")]
-            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
-            assert len(given) <= MOST_PARAMETERS, node.name
+def test_a_function_fits_on_a_screen():
+    for file in (*LIBRARY, *ENTRIES):
+        is_short = file.read_text().count("\n") <= LONGEST_MODULE
+        assert is_short or "facts" in file.name, f"{file}: only a table may be longer"
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.FunctionDef):
+                where = f"{file}:{node.lineno}: {node.name}"
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                given = [argument for argument in given if argument.arg not in ("self", "cls", "ctx")]
+                assert node.end_lineno - node.lineno < LONGEST_FUNCTION, where
+                assert len(given) <= MOST_PARAMETERS, where
 
 
 def test_no_test_imports_a_private_name():
@@ -111,10 +118,10 @@ def test_no_test_imports_a_private_name():
                 assert not [name.name for name in node.names if name.name.startswith("_")], file.name
 
 
-@pytest.mark.parametrize("file", ENTRIES, ids=lambda file: file.name)
-def test_a_command_imports_its_edge_first(file):
+def test_a_command_imports_its_edge_first():
     """Which shows no traceback if Ctrl-C comes while the rest is imported."""
-    nodes = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom))
-    first = next((node for node in nodes if node.module.split(".")[0] == "litlora"), None)
-    if first is not None:
-        assert f"{first.module}.{first.names[0].name}".startswith("litlora.cli")
+    for file in ENTRIES:
+        nodes = (node for node in tree(file).body if isinstance(node, ast.ImportFrom))
+        first = next((node for node in nodes if node.module.split(".")[0] == "litlora"), None)
+        if first is not None:
+            assert f"{first.module}.{first.names[0].name}".startswith("litlora.cli"), file

@@ -36,7 +36,8 @@ def adapter(tmp_path_factory):
     """One short LoRA run with the sample; what it printed, and its directory."""
     out = tmp_path_factory.mktemp("runs") / "lora"
     done = succeeds(
-        "finetune/lora.py", "--data", "Alpaca", "--data.source", "sample", "--out_dir", out, *SHORT
+        *("finetune/lora.py", "--data", "Alpaca", "--data.source", "sample"),
+        *("--data.max_examples", 300, "--out_dir", out, *SHORT),
     )
     return done.stdout, out
 
@@ -142,6 +143,8 @@ def test_a_full_run_on_an_adapter_merges_it_first(adapter, tmp_path):
         tmp_path / "full",
         "--train.max_steps",
         1,
+        "--data.max_examples",
+        100,
     )
     assert open_checkpoint(tmp_path / "full/final").kind == "full"
 

@@ -36,6 +36,7 @@ def write(file, *records):
 def test_figures_are_those_of_the_run(tmp_path, output, show):
     """The same options to both commands."""
     words = ("--train.max_steps", 1, "--train.max_seq_length", 50, "--precision", "32-true")
+    words += ("--data.max_examples", 400)
     run = output("finetune/lora.py", *words, "--out_dir", tmp_path / "out")
     found = show(*words)
     said = re.search(r"data: ([\d,]+) examples to train on, ([\d,]+) to validate; ([\d,]+) tokens", run)

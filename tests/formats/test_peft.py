@@ -509,8 +509,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("num_rows", [97, 104])
-@pytest.mark.parametrize("ends", ENDS)
+RESIZED = [pytest.param(ends, 104, marks=[pytest.mark.slow] * (ends != "both")) for ends in ENDS]
+
+
+@pytest.mark.parametrize(("ends", "num_rows"), [*((ends, 97) for ends in ENDS), *RESIZED])
 def test_a_tied_model_is_untied_as_peft_computes_it(ends, num_rows, bases, tmp_path):
     """The layer that has no update keeps the weight below that of the other. PEFT, the merge that
     our command verifies, and its export to transformers compute the same."""

@@ -130,7 +130,7 @@ def test_layers_of_the_blocks_stay_as_they_are_stored(folders):
     assert torch.equal(quantized(ids), plain(ids))
 
 
-WORDS = ["--lora.targets", "all-linear", "--lora.dropout", 0.1, "--train.max_steps", 4]
+WORDS = ["--lora.targets", "all-linear", "--lora.dropout", 0.1, "--train.max_steps", 3]
 WHOLE = ["--lora.targets", '["q_proj"]', "--lora.modules_to_save", '["layers.1.mlp", "norm"]']
 WORDS += ["--prompt_style", "plain"]
 

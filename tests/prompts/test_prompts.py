@@ -149,7 +149,7 @@ def test_the_text_is_the_one_that_transformers_renders(name, tmp_path, tokenizer
     transformers = pytest.importorskip("transformers")
     write(tmp_path, tokenizer_dir, chat_template=TEMPLATES[name], tokenizer_class="PreTrainedTokenizerFast")
     ours, theirs = template_in(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    rendered = 0
+    rendered, tokenizer = 0, Tokenizer(tmp_path)
     for conversation in CONVERSATIONS.values():
         for add_generation_prompt in (True, False):
             try:
@@ -164,7 +164,7 @@ def test_the_text_is_the_one_that_transformers_renders(name, tmp_path, tokenizer
             ids = theirs.apply_chat_template(
                 conversation, add_generation_prompt=add_generation_prompt, return_dict=False
             )
-            assert Tokenizer(tmp_path).encode(expected) == ids
+            assert tokenizer.encode(expected) == ids
             rendered += 1
     assert rendered >= 4
 

@@ -319,8 +319,15 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
 # ---- the directory of a run goes away
 
 
-@pytest.mark.parametrize("how", ["deleted", "renamed"])
-@pytest.mark.parametrize("anew", [False, True], ids=["a new run", "over an earlier one"])
+@pytest.mark.parametrize(
+    ("how", "anew"),
+    [
+        pytest.param("deleted", False, id="a new run-deleted"),
+        pytest.param("renamed", True, id="over an earlier one-renamed"),
+        pytest.param("renamed", False, id="a new run-renamed", marks=pytest.mark.slow),
+        pytest.param("deleted", True, id="over an earlier one-deleted", marks=pytest.mark.slow),
+    ],
+)
 def test_a_directory_that_goes_away_in_mid_run_is_said_and_what_there_is_is_saved(run, tmp_path, how, anew):
     short = ["--train.max_steps", 5]
     expected, out = run("lora", tmp_path / "expected", *short), tmp_path / "out"

@@ -1,5 +1,6 @@
 """The objective: equal to the plain way, in value and gradient, at a fraction of the logits."""
 
+import itertools
 from array import array
 
 import pytest
@@ -52,9 +53,17 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("elements", [2**24, 2000])
-@pytest.mark.parametrize("trained", ["everything", "all-linear", "qv"])
-@pytest.mark.parametrize("variant", list(VARIANTS))
+def cases():
+    """(variant, what trains, elements of a chunk of logits); chunks and a choice of layers on one variant
+    stand for those on others."""
+    every = itertools.product(VARIANTS, ["everything", "all-linear", "qv"], [2**24, 2000])
+    for variant, trained, elements in every:
+        repeats = trained == "qv" or (elements == 2000 and variant != "windows and caps")
+        slow = [pytest.mark.slow] * (repeats and variant != "llama")
+        yield pytest.param(variant, trained, elements, marks=slow)
+
+
+@pytest.mark.parametrize(("variant", "trained", "elements"), [*cases()])
 @pytest.mark.parametrize("packed", [True, False])
 def test_loss_and_gradients_equal_those_of_each_example_alone(
     packed, variant, trained, elements, monkeypatch

@@ -3,6 +3,7 @@
 import copy
 import csv
 import importlib.util
+import itertools
 import math
 import os
 import signal
@@ -26,13 +27,12 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("total", [1, 2, 7, 100])
-@pytest.mark.parametrize("warmup", [0, 1, 3, 50, 0.0, 0.05, 0.5])
-@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
-def test_no_step_has_a_learning_rate_of_zero(total, warmup, floor, schedule):
-    config = TrainConfig(learning_rate=1e-3, warmup_steps=warmup, min_lr_ratio=floor, schedule=schedule)
-    rates = [lr_at(step, total, config) for step in range(total)]
-    assert all(0 < rate <= 1e-3 for rate in rates)
+def test_no_step_has_a_learning_rate_of_zero(schedule):
+    for warmup, floor in itertools.product([0, 1, 3, 50, 0.0, 0.05, 0.5], [0.0, 0.1, 1.0]):
+        config = TrainConfig(learning_rate=1e-3, warmup_steps=warmup, min_lr_ratio=floor, schedule=schedule)
+        for total in (1, 2, 7, 100):
+            rates = [lr_at(step, total, config) for step in range(total)]
+            assert all(0 < rate <= 1e-3 for rate in rates), (total, config)
 
 
 def test_warm_up_then_cosine():
