@@ -18,6 +18,8 @@ from litlora.train import precision
 from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_generators
 from litlora.train.run_directory import step_directories
 
+SHORT = ("--train.epochs", 1)
+"""Six steps."""
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
@@ -33,7 +35,7 @@ def same(out, expected):
     return True
 
 
-# 36 examples to train on: 6 steps an epoch, 18 in all. The stops: mid-epoch, at an epoch's end,
+# 36 examples to train on: 6 steps an epoch, 12 in all. The stops: mid-epoch, at an epoch's end,
 # after a validation, before the last step.
 @pytest.mark.parametrize(
     ("method", "words"),
@@ -52,20 +54,21 @@ def same(out, expected):
     ],
 )
 def test_a_run_stopped_again_and_again_is_the_run_that_was_not(run, tmp_path, capsys, method, words):
+    words = [*words, "--train.epochs", 2]
     expected = run(method, tmp_path / "expected", *words)
     out = tmp_path / "out"
-    for stop in (1, 6, 8, 17):
+    for stop in (1, 6, 8, 11):
         run(method, out, *words, "--resume", "auto", stop_after=stop)
         assert step_directories(out)[-1].name == f"step-{stop:06}" and not (out / "final").exists()
         assert (open_checkpoint(step_directories(out)[-1]).kind == "adapter") == (method == "lora")
     run(method, out, *words, "--resume", "auto")
     assert same(out, expected)
-    assert [int(row["step"]) for row in metrics(out) if row["loss"]] == [1, 5, 10, 15, 18]
-    assert [int(row["step"]) for row in metrics(out) if row["val_loss"]] == [4, 8, 12, 16, 18]
+    assert [int(row["step"]) for row in metrics(out) if row["loss"]] == [1, 5, 10, 12]
+    assert [int(row["step"]) for row in metrics(out) if row["val_loss"]] == [4, 8, 12]
     said = capsys.readouterr().out
     assert (
         f"{out} holds no early checkpoint, so the run begins" in said
-        and f"resumed: {out / 'step-000017'}, 17 steps done" in said
+        and f"resumed: {out / 'step-000011'}, 11 steps done" in said
     )
 
 
@@ -128,9 +131,9 @@ def test_the_stored_configuration_resumes_too(run, tmp_path):
 
 
 def test_another_directory_takes_up_a_run_and_leaves_the_first_alone(run, tmp_path):
-    expected = run("lora", tmp_path / "expected", "--train.save_interval", 7)
+    expected = run("lora", tmp_path / "expected", *SHORT, "--train.save_interval", 4)
     before = {path: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
-    assert same(run("lora", tmp_path / "fork", "--resume", expected / "step-000007"), expected)
+    assert same(run("lora", tmp_path / "fork", *SHORT, "--resume", expected / "step-000004"), expected)
     assert before == {path: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
 
 
@@ -173,20 +176,21 @@ def test_a_setting_that_matters_must_be_what_it_was(run, tmp_path):
 def test_other_data_or_another_base_is_refused_unless_forced(
     run, tmp_path, alpaca_file, make_checkpoint, capsys, change
 ):
-    out = run("lora", tmp_path / "out", stop_after=2)
+    out = run("lora", tmp_path / "out", *SHORT, stop_after=2)
     records = json.loads(alpaca_file.read_text())
     alpaca_file.write_text(json.dumps([{**records[0], **change}, *records[1:]]))
     with pytest.raises(
         UserError, match=r"(training|validation) data is \w{16}, and was \w{16}; .* resume_force"
     ):
-        run("lora", out, "--resume", "auto")
+        run("lora", out, *SHORT, "--resume", "auto")
     shutil.move(alpaca_file, tmp_path / "moved.json")
     (tmp_path / "moved.json").write_text(json.dumps(records))
-    run("lora", out, "--data.path", tmp_path / "moved.json", "--resume", "auto", stop_after=3)
+    moved = (*SHORT, "--data.path", tmp_path / "moved.json", "--resume", "auto")
+    run("lora", out, *moved, stop_after=3)
     make_checkpoint("base", seed=5)
     with pytest.raises(UserError, match=r"base is \w{16}, and was \w{16}"):
-        run("lora", out, "--data.path", tmp_path / "moved.json", "--resume", "auto")
-    run("lora", out, "--data.path", tmp_path / "moved.json", "--resume", "auto", "--resume_force")
+        run("lora", out, *moved)
+    run("lora", out, *moved, "--resume_force")
     assert "note: resumed although base is" in capsys.readouterr().out
 
 
@@ -206,9 +210,10 @@ def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
         settings = FinetuneDistill(teacher="x", data=data, stream_base=True, **probes)
         known |= flat_settings(yaml.safe_load(dump(settings))).keys()
     assert known >= MAY_CHANGE
-    expected = run("lora", tmp_path / "expected")
-    out = run("lora", tmp_path / "out", stop_after=3)
+    expected = run("lora", tmp_path / "expected", *SHORT)
+    out = run("lora", tmp_path / "out", *SHORT, stop_after=3)
     words = [
+        *SHORT,
         "--train.log_interval",
         2,
         "--train.eval_interval",
