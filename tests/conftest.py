@@ -166,13 +166,15 @@ def extra_sinks(*sinks: Sink) -> Iterator[None]:
 @pytest.fixture
 def run(base, alpaca_file):
     """run("lora", out_dir, *words): a fine-tuning command in this process: 36 examples to train on,
-    6 steps an epoch, 18 in all.
+    6 steps an epoch, and one epoch unless `words` say otherwise.
 
     `stop_after` ends it after so many steps by a real SIGTERM; `at=(step, call)` calls something
     once so many steps are done.
     """
     methods = {"lora": FinetuneLoRA, "full": FinetuneFull}
     sizes = [
+        "--train.epochs",
+        1,
         "--train.micro_batch_tokens",
         400,
         "--train.micro_batch_size",

@@ -171,11 +171,11 @@ def test_ids_on_real_records_are_those_of_transformers(tmp_path):
     texts = [
         text
         for path in records
-        for record in json.loads(path.read_text(encoding="utf-8"))
+        for record in json.loads(path.read_text(encoding="utf-8"))[::4]
         for text in record.values()
         if text
     ]
-    assert len(texts) > 4_000
+    assert len(texts) > 1_000
     compare(tmp_path, texts + NASTY)
 
 

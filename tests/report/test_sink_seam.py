@@ -58,8 +58,8 @@ def test_a_resumed_run_tells_where_it_begins(run, tmp_path):
     diary = Diary()
     with extra_sinks(diary):
         run("lora", tmp_path / "out", "--resume", "auto")
-    assert diary.events[0] == Begun(step=2, total_steps=18)
-    assert diary.of(Step)[0].step == 3 and diary.of(Done)[0].steps == 18
+    assert diary.events[0] == Begun(step=2, total_steps=6)
+    assert diary.of(Step)[0].step == 3 and diary.of(Done)[0].steps == 6
 
 
 def test_a_sink_that_fails_does_not_stop_the_run_or_the_others(run, tmp_path, capsys):

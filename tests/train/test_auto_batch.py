@@ -41,8 +41,14 @@ def test_the_largest_size_is_found_without_trying_what_is_far_too_large():
             assert max(tried) <= max(2 * limit, above), "never much more than what is known to fit"
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "checkpointing"),
+    [
+        *((True, "none"), (False, "full")),
+        pytest.param(True, "full", marks=pytest.mark.slow),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_auto_batch_trains_what_its_size_by_hand_trains(
     packing, checkpointing, base, alpaca_file, tmp_path, capsys
 ):

@@ -32,7 +32,7 @@ def words(tmp_path):
     return [
         *("--data.val_path", file, "--data.val_fraction", 0, "--train.learning_rate", 0.03),
         *("--train.eval_interval", 2, "--train.save_interval", 3, "--train.keep_checkpoints", 1),
-        *("--precision", "32-true", "--train.schedule", "constant"),
+        *("--precision", "32-true", "--train.schedule", "constant", "--train.epochs", 3),
     ]
 
 

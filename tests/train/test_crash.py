@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import REPO, extra_sinks
-from test_resume import SHORT, metrics, same
+from test_resume import metrics, same
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import UserError
@@ -204,15 +204,15 @@ def test_a_replacement_that_fails_between_the_renames_puts_the_old_one_back(tmp_
 
 def test_what_a_killed_run_left_does_not_stand_in_the_way(run, tmp_path):
     """A probe of whether the directory can be written, and a step that was not finished."""
-    expected = run("lora", tmp_path / "expected", *SHORT)
-    out = run("lora", tmp_path / "out", *SHORT, stop_after=2)
+    expected = run("lora", tmp_path / "expected")
+    out = run("lora", tmp_path / "out", stop_after=2)
     for name in (".probe.4194999.new", ".step-000003.4194999.new", ".step-000001.4194999.gone"):
         (out / name).mkdir()
         (out / name / "half").write_text("x")
     with (out / "metrics.csv").open("a") as file:
         file.write("5,0,1.0,,0.1,0.1,9,9,9,0\n6,")
     assert output_dir(str(tmp_path / "expected/new"), overwrite=False, names=(), inputs=[])
-    run("lora", out, *SHORT, "--resume", "auto")
+    run("lora", out, "--resume", "auto")
     assert same(out, expected) and not list(out.glob(".*"))
 
 
@@ -235,10 +235,10 @@ def lifted():
 
 
 def test_training_goes_on_when_a_checkpoint_cannot_be_saved(run, tmp_path, capsys, lifted):
-    expected = run("lora", tmp_path / "expected", *SHORT)
+    expected = run("lora", tmp_path / "expected")
     capsys.readouterr()
     size = (expected / "final/lit_model.pth").stat().st_size + 1000  # the result fits, the state does not
-    out = run("lora", tmp_path / "out", *SHORT, "--train.save_interval", 2, at=(3, limit(size)))
+    out = run("lora", tmp_path / "out", "--train.save_interval", 2, at=(3, limit(size)))
     said = capsys.readouterr().out
     note = (
         f"note: {out / 'step-000004'} could not be saved (File too large); "
@@ -251,14 +251,14 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved(run, tmp_path, capsy
 
 def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, tmp_path, lifted, capsys):
     """Metrics cannot be written either; they are whole again after the resume."""
-    expected = run("lora", tmp_path / "expected", *SHORT)
+    expected = run("lora", tmp_path / "expected")
     out = tmp_path / "out"
     with pytest.raises(
         UserError,
         match=r"final: could not be written \(File too large\); "
         r"the newest checkpoint is .*step-000004; make room",
     ) as e:
-        run("lora", out, *SHORT, "--train.save_interval", 4, at=(5, limit(100)))
+        run("lora", out, "--train.save_interval", 4, at=(5, limit(100)))
     assert "resume auto" in str(e.value) and "\n" not in str(e.value)
     assert (
         "metrics.csv cannot be written (File too large); its rows are kept in memory"
@@ -266,12 +266,12 @@ def test_a_result_that_cannot_be_saved_is_one_line_and_loses_no_checkpoint(run, 
     )
     limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
     assert not (out / "final").exists() and open_checkpoint(out / "step-000004").kind == "adapter"
-    run("lora", out, *SHORT, "--resume", "auto")
+    run("lora", out, "--resume", "auto")
     assert same(out, expected)
 
 
 def test_metrics_are_complete_once_there_is_room_again(run, tmp_path, lifted, capsys):
-    expected = run("lora", tmp_path / "expected", *SHORT, "--train.log_interval", 1)
+    expected = run("lora", tmp_path / "expected", "--train.log_interval", 1)
 
     class Disk(Sink):
         def handle(self, event):
@@ -279,7 +279,7 @@ def test_metrics_are_complete_once_there_is_room_again(run, tmp_path, lifted, ca
                 limit(100 if event.step == 2 else resource.getrlimit(resource.RLIMIT_FSIZE)[1])()
 
     with extra_sinks(Disk()):
-        out = run("lora", tmp_path / "out", *SHORT, "--train.log_interval", 1)
+        out = run("lora", tmp_path / "out", "--train.log_interval", 1)
     assert capsys.readouterr().err.count("cannot be written") == 1, "said once"
     assert metrics(out) == metrics(expected) and len(metrics(out)) > 6
 
@@ -328,7 +328,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
     ],
 )
 def test_a_directory_that_goes_away_in_mid_run_is_said_and_what_there_is_is_saved(run, tmp_path, how, anew):
-    expected, out = run("lora", tmp_path / "expected", *SHORT), tmp_path / "out"
+    expected, out = run("lora", tmp_path / "expected"), tmp_path / "out"
     if anew:
         run("lora", out, "--train.max_steps", 1)
 
@@ -337,20 +337,20 @@ def test_a_directory_that_goes_away_in_mid_run_is_said_and_what_there_is_is_save
 
     says = r"out_dir .*out: was deleted or renamed .*: final, hyperparameters.yaml, metrics.csv$"
     with pytest.raises(UserError, match=says):
-        run("lora", out, *SHORT, *["--overwrite"] * anew, at=(3, go_away))
+        run("lora", out, *["--overwrite"] * anew, at=(3, go_away))
     assert same(out, expected)
     assert metrics(out) == metrics(expected)
     assert (out / "hyperparameters.yaml").is_file()
 
 
 def test_a_stopped_run_whose_directory_went_away_can_be_resumed(run, tmp_path):
-    expected, out = run("lora", tmp_path / "expected", *SHORT), tmp_path / "out"
+    expected, out = run("lora", tmp_path / "expected"), tmp_path / "out"
 
     def go_away_and_stop():
         shutil.rmtree(out)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(UserError, match="saved there anew: hyperparameters.yaml, metrics.csv, step-000003"):
-        run("lora", out, *SHORT, at=(3, go_away_and_stop))
-    run("lora", out, *SHORT, "--resume", "auto")
+        run("lora", out, at=(3, go_away_and_stop))
+    run("lora", out, "--resume", "auto")
     assert same(out, expected)

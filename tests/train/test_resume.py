@@ -18,8 +18,6 @@ from litlora.train import precision
 from litlora.train.resume import MAY_CHANGE, flat_settings, generators, set_generators
 from litlora.train.run_directory import step_directories
 
-SHORT = ("--train.epochs", 1)
-"""Six steps."""
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_gib")
 
 
@@ -78,9 +76,9 @@ def test_a_full_run_of_a_bf16_base_resumes_from_the_weights_it_trains(run, make_
     start is not measured again."""
     make_checkpoint("base", dtype=torch.bfloat16)
     expected = run("full", tmp_path / "expected", "--precision", "bf16-mixed")
-    out = run("full", tmp_path / "out", "--precision", "bf16-mixed", stop_after=7)
-    state = open_torch(out / "step-000007/state.pth")["weights"]
-    stored = open_checkpoint(out / "step-000007").tensors
+    out = run("full", tmp_path / "out", "--precision", "bf16-mixed", stop_after=5)
+    state = open_torch(out / "step-000005/state.pth")["weights"]
+    stored = open_checkpoint(out / "step-000005").tensors
     assert all(t.dtype == torch.float32 for t in state.values()) and all(
         t.dtype == torch.bfloat16 for t in stored.values()
     )
@@ -109,31 +107,31 @@ def test_what_was_measured_at_the_start_is_not_measured_again(
 @pytest.mark.slow
 def test_the_stored_configuration_resumes_too(run, tmp_path):
     """And an explicit directory: an older one than the newest, whose course is then given up."""
-    expected = run("lora", tmp_path / "expected")
-    out = run(
-        "lora", tmp_path / "out", "--train.save_interval", 2, "--train.keep_checkpoints", 4, stop_after=9
-    )
+    expected = run("lora", tmp_path / "expected", "--train.epochs", 2)
+    words = ("--train.epochs", 2, "--train.save_interval", 2, "--train.keep_checkpoints", 4)
+    out = run("lora", tmp_path / "out", *words, stop_after=9)
     assert [path.name for path in step_directories(out)] == [
         "step-000004",
         "step-000006",
         "step-000008",
         "step-000009",
     ]
-    run("lora", out, "--config", out / "hyperparameters.yaml", "--resume", out / "step-000004", stop_after=5)
+    stored = ("--config", out / "hyperparameters.yaml", "--train.epochs", 2, "--resume")
+    run("lora", out, *stored, out / "step-000004", stop_after=5)
     assert [path.name for path in step_directories(out)] == ["step-000004", "step-000005"]
     assert [row["step"] for row in metrics(out)] == ["1", "4", "5"], (
         "the rows of the given-up course are gone"
     )
     settings = yaml.safe_load((out / "hyperparameters.yaml").read_text())
     assert settings["resume"] is None and settings["overwrite"] is False
-    run("lora", out, "--config", out / "hyperparameters.yaml", "--resume", "auto")
+    run("lora", out, *stored, "auto")
     assert same(out, expected)
 
 
 def test_another_directory_takes_up_a_run_and_leaves_the_first_alone(run, tmp_path):
-    expected = run("lora", tmp_path / "expected", *SHORT, "--train.save_interval", 4)
+    expected = run("lora", tmp_path / "expected", "--train.save_interval", 4)
     before = {path: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
-    assert same(run("lora", tmp_path / "fork", *SHORT, "--resume", expected / "step-000004"), expected)
+    assert same(run("lora", tmp_path / "fork", "--resume", expected / "step-000004"), expected)
     assert before == {path: path.read_bytes() for path in expected.rglob("*") if path.is_file()}
 
 
@@ -150,7 +148,7 @@ def test_a_complete_run_is_left_alone(run, tmp_path, capsys):
 MATTER = (
     (["--train.learning_rate", 2e-3], r"train\.learning_rate is 0\.002, and was 0\.001"),
     (["--train.micro_batch_tokens", 300], r"train\.micro_batch_tokens is 300, and was 400"),
-    (["--train.epochs", 4], r"train\.epochs is 4, and was 3"),
+    (["--train.epochs", 4], r"train\.epochs is 4, and was 1"),
     (["--train.mask_prompt", "false"], r"train\.mask_prompt is False, and was True"),
     (["--seed", 1], r"seed is 1, and was 1337"),
     (["--lora.rank", 4], r"lora\.rank is 4, and was 8"),
@@ -176,16 +174,16 @@ def test_a_setting_that_matters_must_be_what_it_was(run, tmp_path):
 def test_other_data_or_another_base_is_refused_unless_forced(
     run, tmp_path, alpaca_file, make_checkpoint, capsys, change
 ):
-    out = run("lora", tmp_path / "out", *SHORT, stop_after=2)
+    out = run("lora", tmp_path / "out", stop_after=2)
     records = json.loads(alpaca_file.read_text())
     alpaca_file.write_text(json.dumps([{**records[0], **change}, *records[1:]]))
     with pytest.raises(
         UserError, match=r"(training|validation) data is \w{16}, and was \w{16}; .* resume_force"
     ):
-        run("lora", out, *SHORT, "--resume", "auto")
+        run("lora", out, "--resume", "auto")
     shutil.move(alpaca_file, tmp_path / "moved.json")
     (tmp_path / "moved.json").write_text(json.dumps(records))
-    moved = (*SHORT, "--data.path", tmp_path / "moved.json", "--resume", "auto")
+    moved = ("--data.path", tmp_path / "moved.json", "--resume", "auto")
     run("lora", out, *moved, stop_after=3)
     make_checkpoint("base", seed=5)
     with pytest.raises(UserError, match=r"base is \w{16}, and was \w{16}"):
@@ -210,10 +208,9 @@ def test_what_may_change_exists_and_changes_nothing(run, tmp_path):
         settings = FinetuneDistill(teacher="x", data=data, stream_base=True, **probes)
         known |= flat_settings(yaml.safe_load(dump(settings))).keys()
     assert known >= MAY_CHANGE
-    expected = run("lora", tmp_path / "expected", *SHORT)
-    out = run("lora", tmp_path / "out", *SHORT, stop_after=3)
+    expected = run("lora", tmp_path / "expected")
+    out = run("lora", tmp_path / "out", stop_after=3)
     words = [
-        *SHORT,
         "--train.log_interval",
         2,
         "--train.eval_interval",
