@@ -18,12 +18,27 @@ if TYPE_CHECKING:
     from litlora.lora.update import Update
 
 
+class Cast(NamedTuple):
+    """The factors of an update in the dtype of a computation."""
+
+    A: Tensor
+    """(r, in)."""
+    Bt: Tensor
+    """Bᵀ, (r, out)."""
+
+
 class Layer(NamedTuple):
     """A frozen linear layer and its plain low-rank update, if it has one."""
 
     weight: "FrozenWeight"
     bias: Tensor | None = None
     update: "Update | None" = None
+    cast: Cast | None = None
+    """The update's factors as they are now, cast ahead of their uses: see `litlora.lora.casts`."""
+
+    def in_dtype(self, dtype: torch.dtype) -> Cast | None:
+        """What was cast, if it was cast to this dtype."""
+        return self.cast if self.cast is not None and self.cast.A.dtype == dtype else None
 
 
 ACTIVATIONS = {
@@ -58,11 +73,12 @@ def plain_project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None
     it is; A and B keep their own.
     """
     outputs = []
-    for weight, bias, update in layers:
-        y = times(x, weight, bias)
-        if update is not None:
+    for layer in layers:
+        y = times(x, layer.weight, layer.bias)
+        if layer.update is not None:
             dropped = x if keep is None else x * keep
-            y = y + F.linear(F.linear(dropped, update.A.to(x.dtype)) * update.scale, update.B.to(x.dtype))
+            A, B = _factors(layer, x.dtype)
+            y = y + F.linear(F.linear(dropped, A) * layer.update.scale, B)
         outputs.append(y)
     return outputs
 
@@ -76,16 +92,13 @@ def project(x: Tensor, layers: Sequence[Layer], keep: Tensor | None = None) -> t
 
 def project_one(x: Tensor, layer: Layer) -> Tensor:
     """As plain_project of one layer without dropout, in place: where no gradient is needed."""
-    weight, bias, update = layer
-    y = weight.times(x, bias)
+    update, y = layer.update, layer.weight.times(x, layer.bias)
     if update is not None:
         z = F.linear(x, update.A.to(x.dtype))
         if z.numel() == z.size(-1):  # one token
             y.view(-1).addmv_(update.B.to(x.dtype), z.view(-1), alpha=update.scale)
         else:
-            y.view(-1, y.size(-1)).addmm_(
-                z.view(-1, z.size(-1)), _flat_B(update, x.dtype), alpha=update.scale
-            )
+            y.view(-1, y.size(-1)).addmm_(z.view(-1, z.size(-1)), _flat_B(layer, x.dtype), alpha=update.scale)
     return y
 
 
@@ -190,7 +203,7 @@ class _GatedMLP(torch.autograd.Function):
         (g, u), z = _forward(_rows(x), [gate, up], keep)  # (N, inner)
         inner = ACTIVATIONS[activation](g).mul_(u)
         (y,), z_inner = _forward(inner, [down], keep_inner)
-        ctx.save_for_backward(x if _updates([gate, up]) else None, keep, keep_inner, g, u, z, z_inner)
+        ctx.save_for_backward(x if _adapted([gate, up]) else None, keep, keep_inner, g, u, z, z_inner)
         ctx.activation, ctx.layers, ctx.shape = activation, layers, x.shape
         return y.view(*x.shape[:-1], y.size(-1))
 
@@ -212,14 +225,14 @@ def _forward(x: Tensor, layers: Sequence[Layer], keep: Tensor | None) -> tuple[l
     """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side,
     (N, Σ r); None without updates."""
     outputs = [layer.weight.times(x, layer.bias) for layer in layers]
-    updates = _updates(layers)
-    if not updates:
+    adapted = _adapted(layers)
+    if not adapted:
         return outputs, None
-    z = torch.mm(_dropped(x, keep), _joined_A(updates, x.dtype).t())
-    parts = iter(z.split([len(update.A) for update in updates], dim=1))
+    z = torch.mm(_dropped(x, keep), _joined_A(adapted, x.dtype).t())
+    parts = iter(z.split([layer.update.rank for layer in adapted], dim=1))
     for layer, y in zip(layers, outputs, strict=True):
         if layer.update is not None:
-            y.addmm_(next(parts), _flat_B(layer.update, x.dtype), alpha=layer.update.scale)
+            y.addmm_(next(parts), _flat_B(layer, x.dtype), alpha=layer.update.scale)
     return outputs, z
 
 
@@ -237,45 +250,70 @@ def _backward(
     if needs_dx:
         for dy, layer in zip(upstream, layers, strict=True):
             dx = layer.weight.back(dy, dx)
-    updates = _updates(layers)
-    if not updates:
+    adapted = _adapted(layers)
+    if not adapted:
         return dx, []
-    ranks = [len(update.A) for update in updates]
-    adapted = [dy for dy, layer in zip(upstream, layers, strict=True) if layer.update is not None]
+    ranks = [layer.update.rank for layer in adapted]
+    above = [dy for dy, layer in zip(upstream, layers, strict=True) if layer.update is not None]
     dz, dB = [], []
-    for dy, update, part in zip(adapted, updates, z.split(ranks, dim=1), strict=True):
-        dz.append((dy @ _flat_B(update, dy.dtype).t()).mul_(update.scale))
+    for dy, layer, part in zip(above, adapted, z.split(ranks, dim=1), strict=True):
+        B, scale = layer.update.B, layer.update.scale
+        dz.append((dy @ _flat_B(layer, dy.dtype).t()).mul_(scale))
         # (zᵀ dy)ᵀ: on the CPU dyᵀ z takes twice as long
-        dB.append((part.t() @ dy).t().contiguous().to(update.B.dtype).mul_(update.scale))
+        dB.append((part.t() @ dy).t().contiguous().to(B.dtype).mul_(scale))
     dz = dz[0] if len(dz) == 1 else torch.cat(dz, dim=1)  # (N, Σ r)
     dA = (dz.t() @ _dropped(x, keep)).split(ranks)
     if needs_dx:
-        A = _joined_A(updates, dz.dtype)
+        A = _joined_A(adapted, dz.dtype)
         dx = dx.addmm_(dz, A) if keep is None else dx.add_((dz @ A).mul_(_rows(keep)))
     return dx, [
         gradient
-        for update, a, b in zip(updates, dA, dB, strict=True)
-        for gradient in (a.to(update.A.dtype), b)
+        for layer, a, b in zip(adapted, dA, dB, strict=True)
+        for gradient in (a.to(layer.update.A.dtype), b)
     ]
 
 
-def _updates(layers: Sequence[Layer]) -> list["Update"]:
-    return [layer.update for layer in layers if layer.update is not None]
+def _adapted(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.update is not None]
 
 
 def _trained(layers: Sequence[Layer]) -> list[Tensor]:
-    return [factor for update in _updates(layers) for factor in (update.A, update.B)]
+    return [factor for layer in _adapted(layers) for factor in (layer.update.A, layer.update.B)]
 
 
-def _joined_A(updates: list["Update"], dtype: torch.dtype) -> Tensor:
+def _factors(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) in this dtype, differentiable."""
+    cast, update = layer.in_dtype(dtype), layer.update
+    if cast is None:
+        return update.A.to(dtype), update.B.to(dtype)
+    return _CastAhead.apply(update.A, cast.A), _CastAhead.apply(update.B, cast.Bt.t())
+
+
+class _CastAhead(torch.autograd.Function):
+    """`tensor.to(dtype)` where its result is there already."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream.to(ctx.dtype), None
+
+
+def _joined_A(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
     """The A of all updates, stacked: (Σ r, in). One multiplication then reads x once for all."""
-    return (torch.cat([update.A for update in updates]) if len(updates) > 1 else updates[0].A).to(dtype)
+    casts = (layer.in_dtype(dtype) for layer in layers)
+    parts = [layer.update.A if cast is None else cast.A for layer, cast in zip(layers, casts, strict=True)]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
 
 
-def _flat_B(update: "Update", dtype: torch.dtype) -> Tensor:
+def _flat_B(layer: Layer, dtype: torch.dtype) -> Tensor:
     """Bᵀ (r, out), with long rows: on the CPU in fp32, multiplying by a narrow B takes twice as
     long."""
-    return update.B.t().contiguous().to(dtype)
+    cast = layer.in_dtype(dtype)
+    return layer.update.B.t().contiguous().to(dtype) if cast is None else cast.Bt
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ variants.py  what A and B mean, and what belongs to them
 starts.py    the values of A and B before the first step; eva.py: those by the data
 adapter.py   the updates of all layers, with their settings and the base they are for
 rows.py      rows of added tokens
+casts.py     A and B in the dtype of the computation, cast once a step
 biases.py    biases that train, those of B too
 select.py    which layers, and the rank and alpha of each
 """

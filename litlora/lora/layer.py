@@ -42,6 +42,8 @@ from litlora.settings import LoRAConfig
 class LoRALinear(nn.Module):
     """A linear layer and its low-rank update. The wrapped layer is frozen and keeps its dtype."""
 
+    cast: kernels.Cast | None = None  # see litlora/lora/casts.py
+
     def __init__(
         self,
         linear: nn.Linear | FrozenLinear,
@@ -311,7 +313,8 @@ def kernel_layer(linear: nn.Module) -> kernels.Layer | None:
         update = linear.update
         if linear.training and linear.dropout:
             update = replace(update, scale=update.scale / (1 - kernels.dropout_share(linear.dropout)))
-        return kernels.Layer(linear.frozen, None if trains_bias else linear.linear.bias, update)
+        bias = None if trains_bias else linear.linear.bias
+        return kernels.Layer(linear.frozen, bias, update, linear.cast)
     if type(linear) is FrozenLinear or (type(linear) is nn.Linear and not linear.weight.requires_grad):
         return kernels.Layer(frozen_weight(linear), None if trains_bias else linear.bias)
     return None

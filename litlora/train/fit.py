@@ -311,13 +311,38 @@ class Trainer:
         whichever micro-batch it is."""
         parallel, objective = self.parallel, self.objective
         indices = [index for micro in micro_batches for index in micro]
-        objective.begin_step(_Chosen(self.data.train, sorted(indices)), parallel)
-        weight = sum(objective.weight(self.data.train[index]) for index in indices)
-        if weight == 0:
-            raise DataError(
-                "no token is left to learn in a whole step, the one with training example "
-                f"{min(indices)}: every label is masked"
-            )
+        with objective.in_step():
+            objective.begin_step(_Chosen(self.data.train, sorted(indices)), parallel)
+            weight = sum(objective.weight(self.data.train[index]) for index in indices)
+            if weight == 0:
+                raise DataError(
+                    "no token is left to learn in a whole step, the one with training example "
+                    f"{min(indices)}: every label is masked"
+                )
+            sums = self._backward(micro_batches, weight)
+        if not self._gradients_checked:
+            _check_gradients(objective, self.early)
+            self._gradients_checked = True
+        parallel.average(objective.parameters())
+        if self.early is None:
+            norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
+        else:
+            norm = self.early.norm()
+        total = parallel.sum(sums["loss"])
+        values = self.parallel.read([norm, total, *sums.values()])
+        if self._late:
+            self._own_optimizer.found_inf = (~(norm + total).isfinite()).to(torch.float32)
+            self.optimizer.step()  # changes nothing where that is 1
+        elif self.early is None and all(math.isfinite(value) for value in values()[:2]):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(self.lengths[index] for index in indices)
+        return StepResult(values, weight, tokens, epoch, learning_rate)
+
+    def _backward(self, micro_batches: Step, weight: int) -> dict[str, Tensor]:
+        """The gradients of a step's micro-batches, divided by its weight; returns the sums of what they
+        measured."""
+        parallel, objective = self.parallel, self.objective
         sums, rounds = self._no_sums(parallel.device), math.ceil(len(micro_batches) / parallel.world_size)
         for turn in range(rounds):
             position = turn * parallel.world_size + parallel.rank
@@ -338,24 +363,7 @@ class Trainer:
             if not idle:
                 for name, value in {"loss": loss, **figures}.items():
                     sums[name] += value.detach()
-        if not self._gradients_checked:
-            _check_gradients(objective, self.early)
-            self._gradients_checked = True
-        parallel.average(objective.parameters())
-        if self.early is None:
-            norm = parallel.clip(objective.parameters(), self.config.max_grad_norm)
-        else:
-            norm = self.early.norm()
-        total = parallel.sum(sums["loss"])
-        values = self.parallel.read([norm, total, *sums.values()])
-        if self._late:
-            self._own_optimizer.found_inf = (~(norm + total).isfinite()).to(torch.float32)
-            self.optimizer.step()  # changes nothing where that is 1
-        elif self.early is None and all(math.isfinite(value) for value in values()[:2]):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        tokens = sum(self.lengths[index] for index in indices)
-        return StepResult(values, weight, tokens, epoch, learning_rate)
+        return sums
 
     def _no_sums(self, device: torch.device | None = None) -> dict[str, Tensor]:
         return {name: torch.zeros((), device=device) for name in ("loss", *self.objective.figures)}

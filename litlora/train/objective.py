@@ -28,6 +28,7 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.streamed import StreamedHead
 from litlora.kernels.buckets import bucketed
 from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
+from litlora.lora.casts import cast_ahead
 from litlora.model import LanguageModel
 from litlora.settings import TrainConfig
 from litlora.train.neftune import noisy
@@ -109,6 +110,10 @@ class Objective(nn.Module, ABC):
 
     def ready(self) -> None:
         """All examples are prepared: let go of what that alone needed."""
+
+    def in_step(self) -> AbstractContextManager:
+        """A context for all that is computed in a step, before its update: no weight changes in it."""
+        return cast_ahead(self.model, self.model.like.dtype)
 
     def begin_step(self, examples: Sequence[Any], parallel: Parallel) -> None:
         """Settle, without a gradient, what the loss needs to know of all examples of a step, such as

@@ -3,6 +3,7 @@
 import os
 import shutil
 from array import array
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -92,6 +93,41 @@ def test_steps_of_any_sizes_share_a_few_graphs(window):
         assert ours.keys() == theirs.keys() and len(ours) == 28
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_casts_of_a_step():
+    """A and B in fp32 in a model that computes in float64: their gradients are rounded once, to fp32."""
+    model = GPT(tiny_config()).double()
+    add_lora(model, LoRAConfig(rank=2, targets=["all-linear"]))
+    objective = SFT(model, TrainConfig(compile=True))
+    packs = [objective.batch(examples(*lengths), torch.device("cpu")) for lengths in ((9, 4), (30, 5), (70,))]
+    start = {name: p.detach().clone() for name, p in objective.trainable().items()}
+
+    def steps(context):
+        """Their gradients, each with weights that the one before has changed."""
+        found, trained = [], objective.trainable()
+        with torch.no_grad():
+            torch._foreach_copy_(list(trained.values()), [start[name] for name in trained])
+        for pack in packs:
+            with context():
+                found.append(gradients(objective, [pack]))
+            with torch.no_grad():
+                torch._foreach_sub_(list(trained.values()), [p.grad for p in trained.values()])
+        return found
+
+    expected = steps(nullcontext)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_blocks(model, backend="aot_eager")
+    got = steps(objective.in_step)
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.keys() == theirs.keys() and len(ours) == 28
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
