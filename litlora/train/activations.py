@@ -11,14 +11,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from litlora.model import LanguageModel
+from litlora.train.arena import Arena, Kept, aligned
+
+ROWS = 8192
+"""Tokens that the feed-forward half of a block computes at a time where activations are offloaded:
+enough for products at full speed."""
 
 
-def checkpoint_activations(model: LanguageModel, how: str) -> None:
+def checkpoint_activations(model: LanguageModel, how: str, rows: int | None = None) -> None:
     """Recompute parts of the forward in the backward instead of keeping their activations.
 
-    full: every block, from its input; selective: the feed-forward half of every block, which has
-    the widest activations and takes a part of the arithmetic; none: nothing. Random numbers
-    (dropout) are the same the second time.
+    full: every block, from its input, and with `rows` its feed-forward half for so many tokens at a
+    time, so that its wide activations exist for no more; selective: the feed-forward half of every
+    block, which has the widest activations and takes a part of the arithmetic; none: nothing. Random
+    numbers (dropout) are the same the second time.
     """
     for block in model.blocks:
         parts = [(block, how == "full"), (getattr(block, "mlp", None), how == "selective")]
@@ -26,6 +32,8 @@ def checkpoint_activations(model: LanguageModel, how: str) -> None:
             module.__dict__.pop("forward", None)
             if chosen:
                 module.forward = computed_again(module.forward)
+        if how == "full" and rows is not None and model.packs:
+            block.mlp.forward = in_chunks(block.mlp.forward, rows)
 
 
 def computed_again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -39,21 +47,47 @@ def computed_again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-@contextmanager
-def offloading(module: nn.Module) -> Iterator[None]:
-    """A context for the forward, in which activations move to pinned host memory until the backward
-    needs them; weights stay on the device.
+def in_chunks(forward: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+    """A forward (B, T, C) -> (B, T, C), which treats each token by itself, for so many tokens at a time;
+    each part is recomputed in the backward."""
+    part = computed_again(forward)
 
-    Copies run in the order of the device's stream, so the host does not wait for them. A part of
-    which every device holds a share (FSDP2) has other weights in each forward: those that it has
-    fetched when its turn comes.
+    def run(x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() <= rows:
+            return forward(x)
+        pieces = x.reshape(1, -1, x.size(-1)).split(rows, dim=1)
+        return torch.cat([part(piece) for piece in pieces], dim=1).view_as(x)
+
+    return run
+
+
+def block_inputs(model: LanguageModel, tokens: int) -> int:
+    """Bytes of an arena for the input of each block, of the last norm and of the output head."""
+    streams = getattr(model.config, "altup_num_inputs", None) or 1
+    width = model.config.hidden_size * streams * model.like.dtype.itemsize
+    return (len(model.blocks) + 2) * aligned(tokens * width)
+
+
+@contextmanager
+def offloading(module: nn.Module, arena: Arena | None = None) -> Iterator[None]:
+    """A context for the forward, in which activations move to pinned host memory until the backward
+    needs them: to the arena, as long as that has room. Weights stay on the device.
+
+    Other copies than the arena's run in the order of the device's stream, so the host does not wait
+    for them. A part of which every device holds a share (FSDP2) has other weights in each forward:
+    those that it has fetched when its turn comes.
     """
     weights, fetched = storages(module), set()
 
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    def pack(tensor: Tensor) -> Kept | tuple[torch.device, Tensor]:
         address = tensor.untyped_storage().data_ptr()
-        is_weight = address in weights or address in fetched
-        return tensor.device, tensor if is_weight else to_host(tensor)
+        if address in weights or address in fetched:
+            return tensor.device, tensor
+        kept = None if arena is None else arena.keep(tensor)
+        return (tensor.device, to_host(tensor)) if kept is None else kept
+
+    def unpack(packed: Kept | tuple[torch.device, Tensor]) -> Tensor:
+        return packed.fetched() if isinstance(packed, Kept) else packed[1].to(packed[0], non_blocking=True)
 
     hooks = []
     for part in module.modules():
@@ -61,7 +95,7 @@ def offloading(module: nn.Module) -> Iterator[None]:
             hooks.append(part.register_forward_pre_hook(lambda part, _: fetched.update(storages(part))))
             hooks.append(part.register_forward_hook(lambda *_: fetched.clear()))
     try:
-        with saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0], non_blocking=True)):
+        with saved_tensors_hooks(pack, unpack):
             yield
     finally:
         for hook in hooks:

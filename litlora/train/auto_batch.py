@@ -11,7 +11,7 @@ import numpy as np
 
 from litlora.errors import UserError, setting
 from litlora.settings import TrainConfig
-from litlora.train.activations import checkpoint_activations
+from litlora.train.activations import ROWS, checkpoint_activations
 from litlora.train.memory import DryRun, Trial, available_memory, expected_peak, generous_peak
 from litlora.train.objective import Objective
 from litlora.train.optim import state_bytes
@@ -42,7 +42,7 @@ def fit_to_memory(
     """
     objective.train()  # as in the run
     how = "none" if config.checkpoint_activations == "auto" else config.checkpoint_activations
-    checkpoint_activations(objective.model, how)
+    checkpoint_activations(objective.model, how, ROWS if config.offload_activations else None)
     # Offloaded activations take no memory of the device, so recomputing them would gain nothing.
     may_recompute = config.checkpoint_activations == "auto" and not config.offload_activations
     config = dataclasses.replace(config, checkpoint_activations=how)

@@ -60,6 +60,12 @@ def pack_tokens(config: TrainConfig) -> int | None:
     return (config.micro_batch_tokens or config.max_seq_length) if config.packing else None
 
 
+def most_tokens(lengths: Sequence[int], config: TrainConfig) -> int:
+    """Tokens that a micro-batch has at most, padding included."""
+    longest, pack = max(lengths), pack_tokens(config)
+    return config.micro_batch_size * longest if pack is None else max(longest, pack)
+
+
 def _steps(
     lengths: Sequence[int], config: TrainConfig, seed: int, num_ranks: int, longest_first: bool
 ) -> Sequence[Step]:

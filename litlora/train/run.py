@@ -31,7 +31,8 @@ from litlora.report.sinks import Sinks
 from litlora.settings import Finetune, dump
 from litlora.stop_tokens import taught_stops
 from litlora.storage.atomic import replacing_file
-from litlora.train.activations import offloading
+from litlora.train.activations import block_inputs, offloading
+from litlora.train.arena import Arena
 from litlora.train.auto_batch import fit_to_memory
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
@@ -42,6 +43,7 @@ from litlora.train.interrupts import Interrupts
 from litlora.train.learning_rate import settle_learning_rate
 from litlora.train.method import Method
 from litlora.train.parallel import Parallel
+from litlora.train.plan import most_tokens
 from litlora.train.precision import bf16_speedup, cast, check_frozen, count_rounded, decide, stored_dtype
 from litlora.train.prepare import Preparation
 from litlora.train.probe import read_probes
@@ -121,6 +123,8 @@ class Run:
         self.result = place.path / FINAL / WEIGHTS_FILE
         self.forget_earlier: Callable[[], None] | None = None
         """Removes what an earlier run left here; on rank 0, once the directory is claimed."""
+        self.arena: Arena | None = None
+        """Where block inputs are offloaded to."""
         check_device(settings.train, self.parallel.device)
 
     # ---- before training
@@ -171,7 +175,7 @@ class Run:
         self.settings = settle_learning_rate(self.settings, model.config.hidden_size, self.say)
         contexts = [lambda: precision.computing(device)]
         if self.settings.train.offload_activations:
-            contexts.append(lambda: offloading(model))
+            contexts.append(lambda: offloading(model, self.arena))
         self.objective = method.objective(model, self.settings.train, contexts)
         if rates := described_rates(self.objective.trainable(), self.settings.train):
             self.say(rates)
@@ -210,6 +214,9 @@ class Run:
             self.say,
             size_is_set=self.settings.train.micro_batch_tokens is not None,
         )
+        if config.offload_activations and config.checkpoint_activations == "full":
+            tokens = most_tokens(self.objective.lengths(self.data.train), config)
+            self.arena = Arena(block_inputs(self.model, tokens), self.parallel.device)
         if config.compiles:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
         # The configuration repeats this run: how its directory was found does not belong to it.
