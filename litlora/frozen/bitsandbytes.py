@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.frozen.native import nf4_of_bitsandbytes
+from litlora.frozen.native import four_bit_on, nf4_of_bitsandbytes
 from litlora.storage.blocks import LazyTensor, Memory, rows_at_a_time
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.untrusted import parse_json
@@ -196,6 +196,16 @@ class FourBit(Quantized):
     def stored(self) -> dict[str, Tensor]:
         scales = {"absmax": self.absmax} if isinstance(self.absmax, Tensor) else {}
         return {"packed": self.packed, **scales}
+
+    def write_to(self, W: Tensor) -> None:
+        rows, size = self.stored_rows, self.blocksize
+        once = self.dtype in (W.dtype, torch.float32)  # the kernel rounds to the dtype of W, and no other
+        dequantise = four_bit_on(self.device) if once else None
+        start, stop = (rows.start * self.columns, rows.stop * self.columns) if type(rows) is range else (1, 1)
+        if dequantise is None or start % size or stop % 2:
+            return super().write_to(W)
+        scales = self.absmax[start // size : -(-stop // size)].float().contiguous()
+        dequantise(self.packed[start // 2 : stop // 2].contiguous(), scales, W, self.table, size)
 
     def _largest(self) -> Tensor:
         return self.absmax[0 : len(self.absmax)].float()  # the largest entry of both tables is 1

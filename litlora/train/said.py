@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from litlora.frozen.bitsandbytes import FourBit
 from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import LINEAR, stored_weights
+from litlora.frozen.native import four_bit_on
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.lora.layer import lora_layers
 from litlora.prompts import lacking_tokens
 from litlora.report.console import duration
@@ -37,6 +40,8 @@ def what_trains(run: "Run", num_rounded: int) -> list[str]:
     if run.settings.train.freeze:
         say(f"frozen: {frozen_notice(run.model)}")
     lines += _quantised(run)
+    if notice := lacking_kernel(run.model, run.parallel.device):
+        say(f"note: {notice}")
     say(f"precision: {precision.name} ({precision.reason})")
     if num_rounded:
         trains_base = run.method.trains_base
@@ -93,6 +98,18 @@ def _quantised(run: "Run") -> list[str]:
     size = sum(weight.nbytes for weight in weights) / 2**20
     dense = sum(weight.shape.numel() * weight.dtype.itemsize for weight in weights) / 2**20
     return [f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}"]
+
+
+def lacking_kernel(model: nn.Module, device: torch.device) -> str | None:
+    """What would compute the values of this model's weights in 4 bits faster on a GPU, if it is missing."""
+    weights = stored_weights(model).values() if device.type == "cuda" else ()
+    has_some = any(isinstance(W, QuantizedWeight) and isinstance(W.matrix, FourBit) for W in weights)
+    if not has_some or four_bit_on(device) is not None:
+        return None
+    return (
+        "weights in 4 bits are computed by plain operations, slower than by bitsandbytes' kernel; "
+        "install it with: pip install 'litlora[bitsandbytes]'"
+    )
 
 
 def what_it_learns(run: "Run") -> str:

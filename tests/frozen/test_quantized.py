@@ -9,17 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config
 from families import save_folder
 from quantized import quantize_folder
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora.errors import CheckpointError, UserError
 from litlora.frozen.bitsandbytes import Quantized, find_quantized
 from litlora.frozen.linear import FrozenLinear, stored_weights
+from litlora.frozen.native import is_right_on
+from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
+from litlora.frozen.scratch import scratch
 from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora
-from litlora.train.activations import storages
+from litlora.model import GPT
+from litlora.train.activations import checkpoint_activations, storages
+from litlora.train.said import lacking_kernel
 
 FILES = Path(__file__).parent.parent / "bitsandbytes_files"
 
@@ -193,3 +200,86 @@ def test_a_layer_in_few_bits_cannot_be_trained_whole(folders):
     model = load(folders[0], dense=[]).model
     with pytest.raises(UserError, match="modules_to_save.*holds quantized weights"):
         add_lora(model, LoRAConfig(targets=["q_proj"], modules_to_save=["up_proj"]))
+
+
+def kernel_of_bitsandbytes(packed, scales, W, table, blocksize):
+    """The operation that a GPU has, by bitsandbytes' code for the CPU, which writes memory of its own."""
+    operation = torch.ops.bitsandbytes.dequantize_4bit
+    W.copy_(operation.default(packed, scales, blocksize, table, W.shape, W.dtype))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gpu_dequantises_by_one_operation_of_bitsandbytes(monkeypatch):
+    """The same bits; rows that do not begin with a block, or are rounded to two dtypes in turn, are
+    computed by the plain form."""
+    pytest.importorskip("bitsandbytes")
+    assert is_right_on(torch.device("cpu"), kernel_of_bitsandbytes)
+    arguments = [argument.name for argument in torch.ops.bitsandbytes.dequantize_4bit.out._schema.arguments]
+    assert arguments == ["A", "absmax", "blocksize", "quant_type", "shape", "dtype", "out"]
+    calls = []
+
+    def kernel(packed, scales, W, table, blocksize):
+        calls.append((table, W.dtype))
+        kernel_of_bitsandbytes(packed, scales, W, table, blocksize)
+
+    monkeypatch.setattr("litlora.frozen.bitsandbytes.four_bit_on", lambda device: kernel)
+    for matrix, values in matrices().values():
+        for dtype in (matrix.dtype, torch.float32, torch.bfloat16):
+            for first in (0, 1, 16):
+                part = dataclasses.replace(matrix, stored_rows=range(first, len(values)))
+                calls.clear()
+                part.write_to(W := torch.empty(part.shape, dtype=dtype))
+                assert torch.equal(W, values[first:].to(dtype)), (matrix.name, dtype, first)
+                if matrix.bits == 4:
+                    at_once = first != 1 and matrix.dtype in (dtype, torch.float32)
+                    assert calls == [(matrix.table, dtype)] * at_once
+
+
+def in_nf4(model):
+    for name, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            W = QUANTIZERS["nf4"].quantised(linear.weight, name, Path("x"))
+            model.set_submodule(name, FrozenLinear(QuantizedWeight(W)))
+    return model
+
+
+def test_a_gpu_without_the_kernel_is_told(monkeypatch):
+    model, gpu = GPT(tiny_config(num_hidden_layers=1)), torch.device("cuda")
+    monkeypatch.setattr("litlora.train.said.four_bit_on", lambda device: None)
+    assert lacking_kernel(model, gpu) is None
+    notice = lacking_kernel(in_nf4(model), gpu)
+    assert "'litlora[bitsandbytes]'" in notice and lacking_kernel(model, torch.device("cpu")) is None
+    monkeypatch.setattr("litlora.train.said.four_bit_on", lambda device: kernel_of_bitsandbytes)
+    assert lacking_kernel(model, gpu) is None
+
+
+class Allocated(TorchDispatchMode):
+    """The memory of all results of some size, each of which stays, so that none has another's place."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.found = least, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage().nbytes() >= self.least:
+                storage = one.untyped_storage()
+                self.found.setdefault(storage.data_ptr(), storage)
+        return result
+
+
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_all_layers_are_dequantised_into_one_buffer(how, monkeypatch):
+    """In the forward, where a block is computed again, and in the backward."""
+    monkeypatch.setattr("litlora.frozen.bitsandbytes.four_bit_on", lambda device: lambda *_: _[2].fill_(0.01))
+    model = in_nf4(GPT(tiny_config(hidden_size=64, intermediate_size=256, num_hidden_layers=3)))
+    add_lora(model, LoRAConfig(rank=2, targets=["all-linear"]))
+    checkpoint_activations(model, how)
+    scratch((1,), torch.float32, torch.device("cpu"))
+    largest = 64 * 256 * 4
+    with Allocated(largest) as allocated:
+        model(torch.arange(6)[None]).sum().backward()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    new = {address: storage.nbytes() for address, storage in allocated.found.items() if address not in own}
+    assert len(new) == 1, new
