@@ -11,6 +11,7 @@ from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import LINEAR, stored_weights
 from litlora.frozen.native import four_bit_on
 from litlora.frozen.quantized import QuantizedWeight
+from litlora.frozen.scaled import multiplies_in_fp8
 from litlora.lora.layer import lora_layers
 from litlora.prompts import lacking_tokens
 from litlora.report.console import duration
@@ -40,7 +41,7 @@ def what_trains(run: "Run", num_rounded: int) -> list[str]:
     if run.settings.train.freeze:
         say(f"frozen: {frozen_notice(run.model)}")
     lines += _quantised(run)
-    if notice := lacking_kernel(run.model, run.parallel.device):
+    if notice := products_notice(run.model, run.parallel.device):
         say(f"note: {notice}")
     say(f"precision: {precision.name} ({precision.reason})")
     if num_rounded:
@@ -100,16 +101,21 @@ def _quantised(run: "Run") -> list[str]:
     return [f"quantised: {len(weights)} layers to {how}: {size:,.1f} MiB instead of {dense:,.1f}"]
 
 
-def lacking_kernel(model: nn.Module, device: torch.device) -> str | None:
-    """What would compute the values of this model's weights in 4 bits faster on a GPU, if it is missing."""
+def products_notice(model: nn.Module, device: torch.device) -> str | None:
+    """What a GPU makes of this model's weights in few bits, if that is not what is expected."""
     weights = stored_weights(model).values() if device.type == "cuda" else ()
-    has_some = any(isinstance(W, QuantizedWeight) and isinstance(W.matrix, FourBit) for W in weights)
-    if not has_some or four_bit_on(device) is not None:
-        return None
-    return (
-        "weights in 4 bits are computed by plain operations, slower than by bitsandbytes' kernel; "
-        "install it with: pip install 'litlora[bitsandbytes]'"
-    )
+    matrices = [weight.matrix for weight in weights if isinstance(weight, QuantizedWeight)]
+    if any(multiplies_in_fp8(matrix, device) for matrix in matrices):
+        return (
+            "this GPU multiplies in fp8: where precision is bf16-true, each row that a weight in fp8 is "
+            "multiplied by is rounded to fp8, too"
+        )
+    if any(isinstance(matrix, FourBit) for matrix in matrices) and four_bit_on(device) is None:
+        return (
+            "weights in 4 bits are computed by plain operations, slower than by bitsandbytes' kernel; "
+            "install it with: pip install 'litlora[bitsandbytes]'"
+        )
+    return None
 
 
 def what_it_learns(run: "Run") -> str:

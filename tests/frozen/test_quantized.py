@@ -26,7 +26,7 @@ from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora
 from litlora.model import GPT
 from litlora.train.activations import checkpoint_activations, storages
-from litlora.train.said import lacking_kernel
+from litlora.train.said import products_notice
 
 FILES = Path(__file__).parent.parent / "bitsandbytes_files"
 
@@ -246,11 +246,11 @@ def in_nf4(model):
 def test_a_gpu_without_the_kernel_is_told(monkeypatch):
     model, gpu = GPT(tiny_config(num_hidden_layers=1)), torch.device("cuda")
     monkeypatch.setattr("litlora.train.said.four_bit_on", lambda device: None)
-    assert lacking_kernel(model, gpu) is None
-    notice = lacking_kernel(in_nf4(model), gpu)
-    assert "'litlora[bitsandbytes]'" in notice and lacking_kernel(model, torch.device("cpu")) is None
+    assert products_notice(model, gpu) is None
+    notice = products_notice(in_nf4(model), gpu)
+    assert "'litlora[bitsandbytes]'" in notice and products_notice(model, torch.device("cpu")) is None
     monkeypatch.setattr("litlora.train.said.four_bit_on", lambda device: kernel_of_bitsandbytes)
-    assert lacking_kernel(model, gpu) is None
+    assert products_notice(model, gpu) is None
 
 
 class Allocated(TorchDispatchMode):

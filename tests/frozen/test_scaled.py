@@ -1,0 +1,156 @@
+"""Products in fp8: as the plain twin computes them, within the bound of their roundings, and accepted by
+what torch asks of a GPU's tensors."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litlora.frozen import scaled
+from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.quantize import QUANTIZERS
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.lora import LoRAConfig, add_lora
+from litlora.model import GPT
+from litlora.train.said import products_notice
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Let the CPU, on which torch has the same operation, count as a GPU with fp8."""
+    monkeypatch.setattr(scaled, "has_units", lambda device: True)
+
+
+def stored(W):
+    return QUANTIZERS["fp8"].quantised(W, "w", Path("random"))
+
+
+def twin(x, entries, scales):
+    """x Wᵀ with the rows of x rounded to fp8, summed in fp32 and rounded to bf16 once."""
+    scale = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = (x.float() / scale).to(torch.float8_e4m3fn).float()
+    return ((rounded @ entries.float().t()) * scale * scales).to(torch.bfloat16)
+
+
+def uneven(*shape):
+    """Rows of very different sizes, one of zeros."""
+    x = torch.randn(shape) * torch.logspace(-4, 4, shape[0])[:, None]
+    x[shape[0] // 2] = 0
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("out", [48, 160])
+def test_products_are_those_of_the_twin_within_the_bound(out, units):
+    W = stored((torch.randn(out, 96) * torch.logspace(-2, 1, out)[:, None]).bfloat16())
+    weight, exact = QuantizedWeight(W), W.entries.double() * W.scales.double()[:, None]
+    x, dy = uneven(33, 96), uneven(33, out)
+    bias, total = torch.randn(out).bfloat16(), torch.randn(33, 96).bfloat16()
+    y, dx = weight.times(x.view(3, 11, 96)), weight.back(dy)
+    assert torch.equal(weight.times(x, bias), y.flatten(0, 1) + bias)
+    assert torch.equal(weight.back(dy, total.clone()), total + dx)
+    by_twin = twin(x, W.entries, W.scales), twin(dy.float() * W.scales, W.entries.t(), torch.ones(96))
+    cases = (y.flatten(0, 1), by_twin[0], x.double(), exact.t()), (dx, by_twin[1], dy.double(), exact)
+    for got, plain, left, right in cases:
+        assert got.dtype == torch.bfloat16 and got[16].abs().max() == 0
+        torch.testing.assert_close(got, plain, rtol=2**-7, atol=1e-30)  # one step of bf16
+        # What is rounded has the scales of W's rows in it, where they belong to the sum.
+        inside = left * W.scales.double() if got is dx else left
+        entries = W.entries.double() if got is dx else right
+        step = inside.abs().amax(1, keepdim=True) / 448 * 2**-10
+        bound = (inside.abs() * 2**-4 + step) @ entries.abs()
+        wanted = left @ right
+        assert ((got.double() - wanted).abs() <= bound * (1 + 2**-8) + wanted.abs() * 2**-8).all()
+        rows = wanted.norm(dim=1) > 0
+        assert ((got.double() - wanted).norm(dim=1)[rows] / wanted.norm(dim=1)[rows]).mean() < 0.04
+
+
+def test_where_fp8_does_not_serve_it_is_computed_by_its_values(units, monkeypatch):
+    def same_as_its_values(weight, x):
+        with torch.no_grad():
+            return torch.equal(weight.times(x), x @ weight.rows().to(x.dtype).t())
+
+    weight, x = QuantizedWeight(stored(torch.randn(32, 48).bfloat16())), torch.randn(5, 48)
+    assert not same_as_its_values(weight, x.bfloat16()) and same_as_its_values(weight, x)
+    with torch.inference_mode():
+        assert same_as_its_values(weight, x.bfloat16())
+    assert same_as_its_values(QuantizedWeight(stored(torch.randn(33, 48).bfloat16())), x.bfloat16())
+    assert same_as_its_values(
+        QuantizedWeight(QUANTIZERS["int8"].quantised(torch.randn(32, 48), "w", Path())), x
+    )
+    monkeypatch.undo()
+    assert same_as_its_values(weight, x.bfloat16())
+
+
+def on_a_gpu(value):
+    """A tensor like this one without values; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+
+class AsOnAGPU(TorchDispatchMode):
+    """Asks torch whether a GPU would take the tensors of each product: their order in memory, sizes and
+    scales."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._scaled_mm.default:
+            self.calls += 1
+            with FakeTensorMode():
+                operation(*map(on_a_gpu, args), **(kwargs or {}))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_torch_takes_the_tensors_of_a_gpu(units):
+    W, x = stored(torch.randn(64, 32).bfloat16()), torch.randn(2, 5, 32).bfloat16()
+    with AsOnAGPU() as mode:
+        y, dx = scaled.times(x, W), scaled.back(torch.randn(10, 64).bfloat16(), W)
+        scaled.times(x[:1, :1], W)
+    assert y.shape == (2, 5, 64) and dx.shape == (10, 32) and mode.calls == 3
+    with AsOnAGPU(), pytest.raises(RuntimeError, match="col_major"):
+        torch._scaled_mm(W.entries.view(32, 64), W.entries, torch.ones(1), torch.ones(1))
+
+
+def trained(model, steps=20):
+    """The last loss of some steps on one batch."""
+    ids = torch.randint(0, 400, (4, 24))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-2)
+    for _ in range(steps):
+        logits = model(ids[:, :-1]).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_a_step_learns_nearly_the_same(units):
+    """The loss of an adapter over some steps, beside the values of the same bits."""
+    losses = {}
+    for fp8 in (False, True):
+        torch.manual_seed(0)
+        model = GPT(tiny_config()).bfloat16()
+        for name, linear in list(model.named_modules()):
+            if type(linear) is torch.nn.Linear and name != "lm_head":
+                W = stored(linear.weight)
+                W = W if fp8 else dataclasses.replace(W, stored_rows=torch.arange(len(W.entries)))
+                model.set_submodule(name, FrozenLinear(QuantizedWeight(W)))
+        add_lora(model, LoRAConfig(rank=4, targets=["all-linear"]))
+        losses[fp8] = trained(model)
+    assert losses[True] != losses[False] and math.isclose(losses[True], losses[False], rel_tol=0.01), losses
+
+
+def test_a_run_says_so(monkeypatch, units):
+    model = GPT(tiny_config(num_hidden_layers=1))
+    linear = model.model.layers[0].self_attn.q_proj
+    model.model.layers[0].self_attn.q_proj = FrozenLinear(QuantizedWeight(stored(linear.weight)))
+    assert "rounded to fp8, too" in products_notice(model, torch.device("cuda"))
+    monkeypatch.undo()
+    assert products_notice(model, torch.device("cpu")) is None
