@@ -125,7 +125,7 @@ def _watched_steps(device: str, *, compiled: bool, unwatched: int = 4, watched: 
     from litlora.report.sinks import Sinks
     from litlora.settings import TrainConfig
     from litlora.train.checkpoints import EarlyCheckpoints
-    from litlora.train.compile import compile_blocks
+    from litlora.train.compile import compile_blocks, compile_head
     from litlora.train.fit import Data, Trainer
     from litlora.train.interrupts import Interrupts
     from litlora.train.objective import SFT
@@ -149,6 +149,7 @@ def _watched_steps(device: str, *, compiled: bool, unwatched: int = 4, watched: 
     objective = SFT(model.to(device), config)
     if compiled:
         compile_blocks(model)
+        compile_head(objective)
     checkpoints = EarlyCheckpoints(Path("nowhere"), lambda *_: None, keep=1, newest=None, prunes=False)
     trainer = Trainer(
         Parallel(device),

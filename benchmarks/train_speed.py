@@ -323,7 +323,7 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     from litlora.settings import LoRAConfig, TrainConfig
     from litlora.train.activations import checkpoint_activations
     from litlora.train.checkpoints import EarlyCheckpoints
-    from litlora.train.compile import compile_blocks
+    from litlora.train.compile import compile_blocks, compile_head
     from litlora.train.fit import Data, Trainer
     from litlora.train.interrupts import Interrupts
     from litlora.train.objective import SFT
@@ -344,14 +344,16 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
     fill(model, job)
     checkpoint_activations(model, job.checkpoint_activations)
+    train_config = TrainConfig(**train_settings(job))
+    objective = SFT(model, train_config)
     if job.hold == "compiled":
         compile_blocks(model, recomputed=job.checkpoint_activations == "full")
-    train_config = TrainConfig(**train_settings(job))
+        compile_head(objective)
     examples = [Example(array("i", ids), ((prompt, len(ids)),)) for ids, prompt in data["examples"]]
     with tempfile.TemporaryDirectory() as scratch:
         done = Trainer(
             Parallel(device),
-            SFT(model, train_config),
+            objective,
             Data(examples, [], SEED),
             train_config,
             EarlyCheckpoints(Path(scratch), lambda *_: None, keep=1),

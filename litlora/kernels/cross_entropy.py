@@ -5,6 +5,7 @@ That works since the gradient of a token's loss is softmax - onehot, times the o
 from whatever follows the loss: nothing need be kept or computed again.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,20 +47,72 @@ def plain_head_loss(
     return F.cross_entropy(logits.to(exact_dtype(logits)), targets, reduction=reduction)
 
 
-def head_loss(hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None) -> Tensor:
-    """As plain_head_loss, in chunks. The weight gets no gradient: it must be frozen."""
-    return _HeadLoss.apply(hidden, targets, weight, cap, True)
+class Seen(NamedTuple):
+    """What the tiles of the vocabulary so far give for n tokens, in fp32 or better. The target's logit is
+    kept apart from the others."""
+
+    top: Tensor
+    """(n, 1): the largest of the other logits."""
+    others: Tensor
+    """(n, 1): Σ exp(other logit - top)."""
+    picked: Tensor
+    """(n, 1): the target's logit."""
+    mean: Tensor
+    """(n, C): Σ exp(other logit - top) · its row of the weight."""
 
 
-def head_losses(hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None) -> Tensor:
+Tile = Callable[[Tensor, Tensor, Tensor, Seen, float | None, bool], Seen]
+"""As plain_tile."""
+
+
+def plain_tile(x: Tensor, part: Tensor, place: Tensor, seen: Seen, cap: float | None, needs_dx: bool) -> Seen:
+    """What is known after one more tile `part` (v, C) of the weight: x (n, C); place (n, 1), where each
+    target stands in it, if it does. Without `needs_dx` the mean stays."""
+    z = F.linear(x, part)
+    e = z.to(seen.top.dtype)
+    slope = None
+    if cap is not None:
+        e = torch.tanh(e / cap)
+        slope, e = 1 - e.square(), cap * e
+    is_target = torch.arange(len(part), device=x.device) == place  # (n, v)
+    picked = seen.picked + torch.where(is_target, e, 0.0).sum(dim=1, keepdim=True)
+    e = e.masked_fill(is_target, torch.finfo(e.dtype).min)
+    local_top = e.amax(dim=1, keepdim=True)
+    top = torch.maximum(seen.top, local_top)
+    shrink, local = torch.exp(seen.top - top), torch.exp(local_top - top)
+    shares = torch.exp(e - local_top)
+    others = seen.others * shrink + shares.sum(dim=1, keepdim=True) * local
+    if not needs_dx:
+        return Seen(top, others, picked, seen.mean)
+    weights = (shares if slope is None else shares * slope).to(x.dtype)
+    return Seen(top, others, picked, seen.mean * shrink + (weights @ part) * local)
+
+
+def head_loss(
+    hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None, tile: Tile | None = None
+) -> Tensor:
+    """As plain_head_loss, in chunks. The weight gets no gradient: it must be frozen. `tile` is plain_tile,
+    compiled; None: what is fast without a compiler."""
+    return _HeadLoss.apply(hidden, targets, weight, cap, tile, True)
+
+
+def head_losses(
+    hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None = None, tile: Tile | None = None
+) -> Tensor:
     """As head_loss, of each token: (N,)."""
-    return _HeadLoss.apply(hidden, targets, weight, cap, False)
+    return _HeadLoss.apply(hidden, targets, weight, cap, tile, False)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, targets: Tensor, weight: "Head", cap: float | None, summed: bool
+        ctx,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: "Head",
+        cap: float | None,
+        tile: Tile | None,
+        summed: bool,
     ) -> Tensor:
         N, V, exact = len(hidden), weight.shape[0], exact_dtype(hidden)
         limits = TILES.get(hidden.device.type, TILES["cuda"])
@@ -67,19 +120,18 @@ class _HeadLoss(torch.autograd.Function):
         blocks = max(1, -(-N // limits.rows))
         rows = max(1, -(-N // (32 * blocks))) * 32
         columns = -(-V // -(-V * rows // limits.elements))
-        # Buffers serve all tiles: mapping fresh memory for a tile costs a fifth of its
-        # multiplication.
-        logits = hidden.new_empty(rows * columns)
-        exacts = logits if logits.dtype == exact else hidden.new_empty(rows * columns, dtype=exact)
-        buffers = _Buffers(columns, logits, exacts)
+        tile = _Buffers(hidden, rows * columns).tile if tile is None else tile
         result = torch.zeros(() if summed else N, dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # All are padded at once: the compiler takes a block that is a part of a tensor, and one that is
+        # not, for two kinds.
+        inputs, all_labels = hidden.detach(), targets[:, None]
+        if spare := rows * blocks - N:
+            inputs, all_labels = (F.pad(part, (0, 0, 0, spare)) for part in (inputs, all_labels))
         for start in range(0, N, rows):
             n = min(rows, N - start)
-            x, labels = hidden[start : start + n], targets[start : start + n, None]
-            if n < rows:
-                x, labels = F.pad(x, (0, 0, 0, rows - n)), F.pad(labels, (0, 0, 0, rows - n))
-            losses, dx = _block_loss(x, labels, weight, cap, buffers, needs_dx=gradient is not None)
+            x, labels = inputs[start : start + rows], all_labels[start : start + rows]
+            losses, dx = _block_loss(x, labels, weight, cap, tile, columns, gradient is not None)
             if summed:
                 result += losses[:n].sum()
             else:
@@ -94,42 +146,26 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         upstream = upstream.to(gradient.dtype)
-        return gradient * (upstream[:, None] if upstream.dim() else upstream), None, None, None, None
+        return gradient * (upstream[:, None] if upstream.dim() else upstream), None, None, None, None, None
 
 
-class _Buffers(NamedTuple):
-    """Memory that all tiles of up to `columns` of the vocabulary share."""
+class _Buffers:
+    """Memory that serves all tiles: mapping fresh memory for a tile costs a fifth of its
+    multiplication."""
 
-    columns: int
-    logits: Tensor
-    exacts: Tensor
-    """The same logits in fp32 or better; the same memory if they are already."""
+    def __init__(self, like: Tensor, elements: int) -> None:
+        exact = exact_dtype(like)
+        self._logits = like.new_empty(elements)
+        # The same logits in fp32 or better; the same memory if they are already.
+        self._exacts = self._logits if like.dtype == exact else like.new_empty(elements, dtype=exact)
 
-    def tile(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """(rows, columns) of both."""
-        logits, exacts = (buffer[: rows * columns].view(rows, columns) for buffer in self[1:])
-        return logits, exacts
-
-
-def _block_loss(
-    x: Tensor, labels: Tensor, weight: "Head", cap: float | None, buffers: _Buffers, *, needs_dx: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses (n, 1) of x (n, C) and their gradients (n, C), both in fp32 or better; labels (n, 1).
-
-    The vocabulary passes in tiles, as keys do in flash attention, and the target's logit is kept
-    apart from the others. With d = log Σ exp(other logits) - target's logit, the loss is
-    log(1 + exp d), and its gradient sigmoid(d) · (others' mean row of the weight - target's row).
-    This stays exact where the target is all but certain.
-    """
-    n, (V, C), exact = len(x), weight.shape, buffers.exacts.dtype
-    lowest = torch.finfo(exact).min
-    top = x.new_full((n, 1), lowest, dtype=exact)
-    others, picked = torch.zeros_like(top), torch.zeros_like(top)
-    mean = x.new_zeros((n, C), dtype=exact)
-    for first in range(0, V, buffers.columns):
-        rows = slice(first, first + buffers.columns)
-        part = weight[rows] if isinstance(weight, Tensor) else weight.tile(rows, x.dtype)
-        z, e = buffers.tile(n, len(part))
+    def tile(
+        self, x: Tensor, part: Tensor, place: Tensor, seen: Seen, cap: float | None, needs_dx: bool
+    ) -> Seen:
+        """As plain_tile, in place."""
+        n, v = len(x), len(part)
+        z, e = (buffer[: n * v].view(n, v) for buffer in (self._logits, self._exacts))
+        top, others, picked, mean = seen
         torch.mm(x, part.t(), out=z)
         if e.dtype != z.dtype:
             e.copy_(z)
@@ -138,15 +174,14 @@ def _block_loss(
             e.div_(cap).tanh_()
             slope = 1 - e.square()
             e.mul_(cap)
-        place = labels - first
-        inside, place = (place >= 0) & (place < len(part)), place.clamp(0, len(part) - 1)
+        inside, place = (place >= 0) & (place < v), place.clamp(0, v - 1)
         here = e.gather(1, place)
         picked = torch.where(inside, here, picked)
-        e.scatter_(1, place, here.masked_fill(inside, lowest))
+        e.scatter_(1, place, here.masked_fill(inside, torch.finfo(e.dtype).min))
         local_top = e.amax(dim=1, keepdim=True)
         torch.softmax(e, dim=1, out=e)
         new_top = torch.maximum(top, local_top)
-        shrink, top = (top - new_top).exp_(), new_top
+        shrink = (top - new_top).exp_()
         # The most likely has the share 1 / Σ exp(e - local_top).
         local_sum = (local_top - new_top).exp_() / e.amax(dim=1, keepdim=True)
         others.mul_(shrink).add_(local_sum)
@@ -155,6 +190,35 @@ def _block_loss(
                 e.mul_(slope)
             shares = e if e.dtype == z.dtype else z.copy_(e)
             mean.mul_(shrink).addcmul_(torch.mm(shares, part), local_sum)
+        return Seen(new_top, others, picked, mean)
+
+
+def _block_loss(
+    x: Tensor,
+    labels: Tensor,
+    weight: "Head",
+    cap: float | None,
+    tile: Tile,
+    columns: int,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses (n, 1) of x (n, C) and their gradients (n, C), both in fp32 or better; labels (n, 1). A tile
+    has so many columns of logits.
+
+    The vocabulary passes in tiles, as keys do in flash attention, and the target's logit is kept
+    apart from the others. With d = log Σ exp(other logits) - target's logit, the loss is
+    log(1 + exp d), and its gradient sigmoid(d) · (others' mean row of the weight - target's row).
+    This stays exact where the target is all but certain.
+    """
+    n, (V, C), exact = len(x), weight.shape, exact_dtype(x)
+    top = x.new_full((n, 1), torch.finfo(exact).min, dtype=exact)
+    mean = x.new_zeros((n, C), dtype=exact)
+    seen = Seen(top, torch.zeros_like(top), torch.zeros_like(top), mean)
+    for first in range(0, V, columns):
+        rows = slice(first, first + columns)
+        part = weight[rows] if isinstance(weight, Tensor) else weight.tile(rows, x.dtype)
+        seen = tile(x, part, labels - first, seen, cap, needs_dx)
+    top, others, picked, mean = seen
     d = others.log() + top - picked
     losses = torch.logaddexp(d, torch.zeros_like(d))
     own = weight[labels[:, 0]] if isinstance(weight, Tensor) else weight.picked(labels[:, 0])

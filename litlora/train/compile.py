@@ -1,5 +1,5 @@
-"""torch.compile of a model's blocks: all of them share what was compiled for the first of their
-kind."""
+"""torch.compile of a model's blocks, all of which share what was compiled for the first of their kind,
+and of the loss at its output head."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +11,11 @@ from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.attention import packed_attention
 from litlora.kernels.attention_op import register
+from litlora.kernels.cross_entropy import plain_tile
 from litlora.model import GPT, LanguageModel
 from litlora.settings import AUTO, Finetune
 from litlora.train.activations import computed_again
+from litlora.train.objective import Objective
 
 
 def check_compiler(device: torch.device) -> None:
@@ -92,3 +94,9 @@ def compile_blocks(model: GPT, *, recomputed: bool = False, backend: str = "indu
         # cannot compile in one piece.
         forward = torch.compile(type(block).forward.__get__(block), dynamic=True, backend=backend)
         block.forward = computed_again(forward) if recomputed else forward
+
+
+def compile_head(objective: Objective, *, backend: str = "inductor") -> None:
+    """Compile the loss at a frozen output head: one function for each tile of the vocabulary, of any
+    size."""
+    objective.head_tile = torch.compile(plain_tile, dynamic=True, backend=backend)

@@ -27,7 +27,7 @@ from litlora.errors import UserError, setting
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.streamed import StreamedHead
 from litlora.kernels.buckets import bucketed
-from litlora.kernels.cross_entropy import chunk_rows, exact_dtype, head_loss, head_losses
+from litlora.kernels.cross_entropy import Tile, chunk_rows, exact_dtype, head_loss, head_losses
 from litlora.lora.casts import cast_ahead
 from litlora.model import LanguageModel
 from litlora.settings import TrainConfig
@@ -60,6 +60,8 @@ class Objective(nn.Module, ABC):
         self.model = model
         self.config = config or TrainConfig()
         self.contexts = contexts
+        self.head_tile: Tile | None = None
+        """Computes the loss at a frozen output head, a tile at a time, compiled; None: not compiled."""
         self.facts: dict[str, str] = {}
         """What the loss depends on besides settings, examples and the base, by the words of a refusal:
         a resumed run must find the same."""
@@ -154,7 +156,8 @@ class Objective(nn.Module, ABC):
         """-log p of each learned token in nats, in fp32 or better: (M,)."""
         hidden = self.hidden(batch)
         if (head := self._plain_head(hidden)) is not None:
-            return head_losses(hidden, batch.targets, head, self.model.config.final_logit_softcapping)
+            cap = self.model.config.final_logit_softcapping
+            return head_losses(hidden, batch.targets, head, cap, self.head_tile)
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         return torch.cat(_chunk_losses(hidden, batch.targets, self.model.logits, rows, "none"))
 
@@ -204,7 +207,8 @@ class SFT(Objective):
         """The sum in nats, in fp32 or better."""
         hidden = self.hidden(batch)
         if (head := self._plain_head(hidden)) is not None:
-            return head_loss(hidden, batch.targets, head, self.model.config.final_logit_softcapping), {}
+            cap = self.model.config.final_logit_softcapping
+            return head_loss(hidden, batch.targets, head, cap, self.head_tile), {}
         rows = chunk_rows(self.model.config.vocab_size, hidden.device)
         return summed_cross_entropy(hidden, batch.targets, self.model.logits, rows), {}
 

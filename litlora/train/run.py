@@ -36,7 +36,7 @@ from litlora.train.arena import Arena
 from litlora.train.auto_batch import fit_to_memory
 from litlora.train.checkpoints import EarlyCheckpoints
 from litlora.train.claim import claimed
-from litlora.train.compile import compile_blocks, settle_compile
+from litlora.train.compile import compile_blocks, compile_head, settle_compile
 from litlora.train.device_check import check_device
 from litlora.train.fit import Data, Trainer
 from litlora.train.interrupts import Interrupts
@@ -219,6 +219,7 @@ class Run:
             self.arena = Arena(block_inputs(self.model, tokens), self.parallel.device)
         if config.compiles:
             compile_blocks(self.model, recomputed=config.checkpoint_activations == "full")
+            compile_head(self.objective)
         # The configuration repeats this run: how its directory was found does not belong to it.
         resolved = dataclasses.replace(
             self.settings,

@@ -103,14 +103,17 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer():
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize(("count", "vocabulary"), [(1, 50), (37, 50), (100, 49), (0, 50), (5, 1)])
 @pytest.mark.parametrize("tiles", [(512, 2**20), (32, 7 * 32), (64, 50 * 32), (32, 1)])
-def test_head_loss_in_tiles(cap, count, vocabulary, tiles, monkeypatch):
+@pytest.mark.parametrize("tile", [None, cross_entropy.plain_tile], ids=["in place", "plain"])
+def test_head_loss_in_tiles(cap, count, vocabulary, tiles, tile, monkeypatch):
     monkeypatch.setitem(cross_entropy.TILES, "cpu", cross_entropy.Tiles(*tiles))
     torch.manual_seed(0)
     hidden = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
     weight, targets = 3 * torch.randn(vocabulary, 8, dtype=torch.float64), torch.randint(vocabulary, (count,))
     kernel, plain = cross_entropy.head_loss, cross_entropy.plain_head_loss
     same_value_and_gradients(
-        lambda: kernel(hidden, targets, weight, cap), lambda: plain(hidden, targets, weight, cap), [hidden]
+        lambda: kernel(hidden, targets, weight, cap, tile),
+        lambda: plain(hidden, targets, weight, cap),
+        [hidden],
     )
 
 
@@ -141,7 +144,8 @@ def test_head_loss_of_unlikely_targets_stays_finite():
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], torch.tensor([[2.0], [-2.0]]))
 
 
-def test_head_loss_of_a_target_that_is_all_but_certain_keeps_its_gradient():
+@pytest.mark.parametrize("tile", [None, cross_entropy.plain_tile], ids=["in place", "plain"])
+def test_head_loss_of_a_target_that_is_all_but_certain_keeps_its_gradient(tile):
     """In bf16, probabilities next to 1 would round to 1: a gradient of nothing, or of twice as
     much."""
     hidden = torch.tensor([[8.0, 0.5], [10.0, -0.5]], dtype=torch.bfloat16, requires_grad=True)
@@ -151,7 +155,7 @@ def test_head_loss_of_a_target_that_is_all_but_certain_keeps_its_gradient():
     )
     exact = hidden.detach().double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
-    loss = cross_entropy.head_loss(hidden, targets, weight)
+    loss = cross_entropy.head_loss(hidden, targets, weight, None, tile)
     assert loss.item() == pytest.approx(wanted.item(), rel=0.02) and 0 < loss.item() < 0.01
     gradient, (expected,) = torch.autograd.grad(loss, hidden)[0].double(), torch.autograd.grad(wanted, exact)
     assert ((gradient - expected).norm(dim=1) < 0.03 * expected.norm(dim=1)).all()
