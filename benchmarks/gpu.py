@@ -1,17 +1,22 @@
 """One NVIDIA GPU: what is claimed of it, measured by one command that keeps a deadline.
 
     python benchmarks/gpu.py --deadline 480 --out gpu.jsonl
-    python benchmarks/gpu.py --device cpu --models 75m --deadline 120
+    python benchmarks/gpu.py --device cpu --models tiny --steps 8 --deadline 300
 
 Each part prints a row of JSON when it ends, and adds it to --out; a part for which too little time is
 left is named in a row of its own. In this order: the machine; the rate of a matrix product and of a
 copy; gradients in bf16 and fp32 against float64; whether a training step waits for the device;
 training of each model, ours eager and compiled beside transformers + PEFT (`train_speed.py`,
-interleaved); decoding. Copy the rows to benchmarks/LOG.md.
+interleaved); the first model on a base in nf4, beside PEFT with bitsandbytes, and in fp8; how many
+tokens of context fit with a base in nf4, measured on two layers and extrapolated to all; the loss after
+--steps steps of a small model in bf16, nf4 and fp8 beside fp32; decoding. Copy the rows to
+benchmarks/LOG.md.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,10 +29,20 @@ from typing import Any
 import train_speed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-TRAINING = {"llama-3.1-8b": (4096, 4), "llama-3.2-1b": (4096, 8), "qwen2.5-0.5b": (4096, 8), "75m": (256, 2)}
+TRAINING = {
+    "llama-3.1-8b": (4096, 4),
+    "llama-3.2-1b": (4096, 8),
+    "qwen2.5-0.5b": (4096, 8),
+    "75m": (256, 2),
+    "tiny": (64, 2),
+}
 """Tokens of an example, and examples of a step, by model."""
 NEW_TOKENS = 128
-PARTS = ("machine", "ceiling", "right", "waits", "train", "decode")
+LAYERS, CONTEXTS, RANK = 2, (16, 32), 16
+"""Of the measured context: layers, and its lengths in examples."""
+USABLE = 0.95
+"""Share of a GPU's memory that a context may fill."""
+PARTS = ("machine", "ceiling", "right", "waits", "train", "quantised", "context", "loss", "decode")
 
 
 def main() -> None:
@@ -38,9 +53,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--models", nargs="+", choices=TRAINING, default=[*TRAINING][:3])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--steps", type=int, default=200, help="of the losses that are compared")
     parser.add_argument("--out", type=Path, help="a file that gets the rows, too")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    end = time.monotonic() + options.deadline
+    end, first = time.monotonic() + options.deadline, options.models[0]
+    if options.here:  # a part in a process of its own
+        print(json.dumps(context(first, options.device)))
+        return
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": lambda: machine(options.device),
         "ceiling": lambda: ceiling(options.device),
@@ -49,6 +69,12 @@ def main() -> None:
     }
     for model in options.models:
         parts[f"train {model}"] = lambda model=model: train(model, options.device, end)
+    small = "tiny" if first == "tiny" else "75m"
+    parts |= {
+        f"quantised {first}": lambda: quantised(first, options.device, end),
+        f"context {first}": lambda: context_apart(first, options.device, end),
+        f"loss {small}": lambda: losses(small, options.device, options.steps, end),
+    }
     for model in options.models:
         parts[f"decode {model}"] = lambda model=model: decode(model, options.device)
     for name, part in parts.items():
@@ -224,37 +250,131 @@ def right(device: str) -> dict[str, Any]:
 
 
 def train(model: str, device: str, end: float) -> dict[str, Any]:
-    """`train_speed.py`'s own lines, LoRA of rank 16 on all linear layers."""
+    """`train_speed.py`, LoRA of rank 16 on all linear layers: ours, compiled too, and PEFT."""
+    return speeds(model, device, end, *(["--compile"] if device == "cuda" else []))
+
+
+def quantised(model: str, device: str, end: float) -> dict[str, Any]:
+    """The same on a base in few bits. Of a base in fp8 the bar is ours in bf16, in the row of `train`."""
+    return speeds(model, device, end, "--rows", "--quantize", "nf4", "fp8", "--peer_quantize", "nf4")
+
+
+def speeds(model: str, device: str, end: float, *words: str) -> dict[str, Any]:
     length, examples = TRAINING[model]
-    words = [
-        sys.executable,
-        train_speed.__file__,
-        "--model",
-        model,
-        "--targets",
-        "all-linear",
-        "--rank",
-        "16",
-    ]
-    words += [
-        "--seq",
-        str(length),
-        "--lengths",
-        "full",
-        "--global_batch",
-        str(examples),
-        "--micro_batch",
-        "1",
-    ]
-    words += ["--steps", "8", "--last", "2", "--rounds", "1", "--device", device]
-    words += ["--compile"] if device == "cuda" else ["--precision", "32-true"]
-    try:
-        seconds = max(1.0, end - time.monotonic())
-        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as stopped:
-        said = stopped.stdout.decode() if stopped.stdout else ""
-        return {"stopped": "the deadline came", "rows": said.splitlines()}
-    return {"rows": done.stdout.splitlines(), "errors": done.stderr.splitlines()[-3:]}
+    sizes = ["--seq", str(length), "--lengths", "full", "--global_batch", str(examples), "--micro_batch", "1"]
+    return rows_of(["--model", model, *sizes, "--steps", "8", "--last", "2", *words], device, end)
+
+
+def losses(model: str, device: str, steps: int, end: float) -> dict[str, Any]:
+    """The mean loss of the last tenth of the steps, in fp32 and otherwise, and how much more it is."""
+    length, _ = TRAINING[model]
+    last = max(1, steps // 10)
+    words = ["--model", model, "--seq", str(length), "--steps", str(steps // last * last)]
+    words += ["--last", str(last), "--rows", "ours"]
+    exact = rows_of([*words, "--precision", "32-true"], device, end)
+    others = ["--quantize", "nf4", "fp8", *(["--compile"] if device == "cuda" else [])]
+    found = rows_of([*words, *others, "--precision", "bf16-true"], device, end)
+    loss = {row["row"]: row["loss"] for row in found["rows"] if "loss" in row}
+    (base,) = [row["loss"] for row in exact["rows"] if "loss" in row] or [None]
+    more = {name: value / base - 1 for name, value in loss.items()} if base else {}
+    beside = {name: found.get(name) or exact.get(name) for name in ("errors", "stopped")}
+    return {"fp32": base, "otherwise": loss, "more than fp32": more, **beside}
+
+
+def rows_of(words: list[str], device: str, end: float) -> dict[str, Any]:
+    """The rows of `train_speed.py`, as far as it comes until the deadline."""
+    adapter = ["--targets", "all-linear", "--rank", str(RANK), "--rounds", "1", "--device", device]
+    precision = [] if device == "cuda" or "--precision" in words else ["--precision", "32-true"]
+    said = output([train_speed.__file__, *words, *adapter, *precision, "--json"], end)
+    return {**said, "rows": [json.loads(line) for line in said["rows"]]}
+
+
+def output(words: list[str], end: float) -> dict[str, Any]:
+    """The lines that a program prints, and the last of its errors; at the deadline it is ended."""
+    seconds = max(1.0, end - time.monotonic())
+    with subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its children are ended with it
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=seconds)
+            return {"rows": said.splitlines(), "errors": errors.splitlines()[-3:]}
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            return {"stopped": "the deadline came", "rows": said.splitlines()}
+
+
+def context_apart(model: str, device: str, end: float) -> dict[str, Any]:
+    """`context` in a process of its own: its memory is its own, and it can be ended."""
+    words = [__file__, "--here", "--device", device, "--models", model]
+    said = output(words, end)
+    return json.loads(said["rows"][-1]) if said["rows"] else said
+
+
+def context(model: str, device: str) -> dict[str, Any]:
+    """Tokens of one example that fit into the memory of this device: a base in nf4, LoRA, block inputs
+    offloaded. Measured on two layers at two lengths, and extrapolated: the inputs of all layers are in the
+    host's memory, so more layers add no more than their weights."""
+    import torch
+
+    from litlora.config import ModelConfig, RopeScaling
+    from litlora.frozen.linear import stored_weights
+    from litlora.lora import LoRAConfig, add_lora
+    from litlora.settings import TrainConfig
+    from litlora.train.activations import ROWS, block_inputs, checkpoint_activations, offloading
+    from litlora.train.arena import Arena
+    from litlora.train.memory import DryRun, Trial
+    from litlora.train.objective import SFT
+
+    shape = dict(train_speed.SHAPES[model])
+    layers, scaling = shape["num_hidden_layers"], shape.pop("rope_scaling")
+    lengths = [count * TRAINING[model][0] for count in CONTEXTS]
+    rope = RopeScaling(**scaling) if scaling else None
+    config = ModelConfig(
+        **shape | {"num_hidden_layers": LAYERS}, max_position_embeddings=lengths[-1], rope_scaling=rope
+    )
+    precision = "bf16-true" if device == "cuda" else "32-true"
+    job = argparse.Namespace(precision=precision, quick=True, hold="nf4")
+    gpt = train_speed.quantised_on(torch.device(device), config, job)
+    add_lora(gpt, LoRAConfig(rank=RANK, targets=["all-linear"]))
+    checkpoint_activations(gpt, "full", ROWS)
+    arena = Arena(block_inputs(gpt, lengths[-1]), torch.device(device))
+    objective = SFT(gpt.to(device), TrainConfig(), [lambda: offloading(gpt, arena)]).train()
+    run, peaks = DryRun(objective, torch.device(device)), []
+    for length in (lengths[0], *lengths):  # the first warms up
+        batch = objective.batch([example_of(length, config.vocab_size)], torch.device(device))
+        run.begin()
+        peaks.append(run.peak(Trial(batch, [length], length - 1, packed=True)))
+    del peaks[0]
+    row = {"layers": LAYERS, "tokens": lengths, "peak beyond the weights": peaks}
+    if None in peaks:
+        return row | {"stopped": "out of memory"}
+    a_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
+    inside = sum(weight.nbytes for weight in stored_weights(gpt).values())
+    # Of an adapter: itself, its gradient and AdamW's two moments.
+    inside += 4 * sum(p.nbytes for p in gpt.parameters() if p.requires_grad)
+    weights = inside * layers // LAYERS + sum(p.nbytes for p in gpt.parameters() if not p.requires_grad)
+    row |= {"bytes a token": a_token, "weights of all layers": weights, "extrapolated": f"to {layers} layers"}
+    if device == "cuda" and a_token > 0:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        for_tokens = USABLE * memory - weights - (peaks[0] - a_token * lengths[0])
+        row["tokens that fit"] = fits = int(for_tokens / a_token)
+        row["host memory for them"] = fits * (layers + 2) * config.hidden_size * gpt.like.dtype.itemsize
+    return row
+
+
+def example_of(length: int, vocab_size: int) -> Any:
+    """One of so many random tokens, all learned but the first."""
+    import torch
+
+    from litlora.data.examples import Example
+
+    ids = torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    return Example(array("i", ids.tolist()), ((1, length),))
 
 
 def decode(model: str, device: str) -> dict[str, Any]:

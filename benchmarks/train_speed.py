@@ -14,7 +14,8 @@ row shows the medians of its runs; every run prints a line when it ends. All run
 (random, filled by name, on the device), the same adapter, examples, steps, learning rates, optimizer
 and precision; only the way they compute differs. PEFT divides the examples of a step into padded
 micro-batches in the order in which they come. --quantize and --stream add rows of ours, whose base is
-read from a file. --quick takes few short steps once, and weights that repeat every 2^20 values, for a
+read from a file, on a GPU quantised there; --peer_quantize adds one of PEFT on a base that bitsandbytes
+quantised. --quick takes few short steps once, and weights that repeat every 2^20 values, for a
 billion parameters on two cores. A token counts once and padding never. The time runs from the end of
 the warm-up steps to the end of the last step. --peer_python names another Python for the peer.
 """
@@ -49,6 +50,11 @@ LLAMA3 = {
     },
 }
 SHAPES = {  # with the names of a Hugging Face config.json
+    "tiny": {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+        "rope_theta": 10000.0, "rope_scaling": None,
+    },
     "75m": {
         "vocab_size": 50304, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
@@ -151,6 +157,8 @@ def fill(model: Any, job: argparse.Namespace) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():  # what bitsandbytes quantised
+                continue
             name = weight_name(name)
             generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
             if name.endswith("lora_A"):
@@ -315,6 +323,8 @@ def plan(job: argparse.Namespace) -> list[list[int]]:
 
 
 def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from litlora.config import ModelConfig, RopeScaling
     from litlora.data.examples import Example
     from litlora.lora import add_lora
@@ -339,6 +349,10 @@ def run_ours(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     )
     if job.hold in ("memory", "compiled"):
         model = build(lambda: GPT(config), job, device)
+    elif device.type == "cuda" and job.hold != "streamed":
+        model = quantised_on(device, config, job)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     else:
         model = held(config, job)
     add_lora(model, LoRAConfig(rank=job.rank, alpha=2.0 * job.rank, targets=TARGETS[job.targets]))
@@ -398,6 +412,41 @@ def held(config: Any, job: argparse.Namespace) -> Any:
     return GPT.from_tensors(config, tensors)
 
 
+def quantised_on(device: Any, config: Any, job: argparse.Namespace) -> Any:
+    """The model with the base quantised on the device, a layer at a time."""
+    import torch
+
+    from litlora.frozen.linear import FrozenLinear
+    from litlora.frozen.quantize import QUANTIZERS
+    from litlora.frozen.quantized import QuantizedWeight
+    from litlora.model import GPT
+
+    model = build(lambda: GPT(config), job, device)
+    fill(model, job)
+    for name, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            with torch.device(device):
+                W = QUANTIZERS[job.hold].quantised(linear.weight, name, Path(name))
+            model.set_submodule(name, FrozenLinear(QuantizedWeight(W)))
+    return model
+
+
+def quantise_peer(model: Any, job: argparse.Namespace, device: Any) -> None:
+    """Put bitsandbytes' layers in the place of the blocks' linear ones, as transformers does."""
+    import bitsandbytes
+    import torch
+
+    how = {"quant_type": "nf4", "compress_statistics": job.hold == "nf4-dq"}
+    for name, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            sizes = linear.in_features, linear.out_features
+            layer = bitsandbytes.nn.Linear4bit(*sizes, False, dtype_of(job), device="meta", **how)
+            weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
+            layer.weight = weight.to(device)
+            model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True
+
+
 def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
@@ -407,6 +456,12 @@ def run_peft(job: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     clock = Clock(job, device)
     config = LlamaConfig.from_dict({**SHAPES[job.model], **COMMON, "rms_norm_eps": 1e-6, "use_cache": False})
     model = build(lambda: LlamaForCausalLM(config), job, device)
+    if job.hold != "memory":
+        fill(model, job)
+        quantise_peer(model, job, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     lora = LoraConfig(
         r=job.rank,
         lora_alpha=2 * job.rank,
@@ -511,7 +566,7 @@ def arguments() -> argparse.Namespace:
         help="the final loss is the mean over this many last steps; must divide --steps",
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", nargs="+", choices=["ours", "peft"], default=["ours", "peft"])
+    parser.add_argument("--rows", nargs="*", choices=["ours", "peft"], default=["ours", "peft"])
     parser.add_argument(
         "--without",
         nargs="*",
@@ -524,7 +579,17 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         choices=["nf4", "nf4-dq", "int8", "fp8"],
         default=[],
-        help="one more row for each: ours with the base in few bits (CPU)",
+        help="one more row for each: ours with the base in few bits",
+    )
+    parser.add_argument(
+        "--peer_quantize",
+        nargs="+",
+        choices=["nf4", "nf4-dq"],
+        default=[],
+        help="one more row for each: PEFT with the base quantised by bitsandbytes",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print each run as a line of JSON: no table, no ceiling"
     )
     parser.add_argument("--stream", action="store_true", help="one more row: the base stays in its file")
     parser.add_argument("--compile", action="store_true", help="one more row: the blocks are compiled")
@@ -590,10 +655,11 @@ def main() -> None:
     whole = argparse.Namespace(**{**vars(job), "without": []})
     config = TrainConfig(**train_settings(whole))
     rows = {
-        "ceiling": ("ceiling", [], "memory"),
+        **({} if job.json else {"ceiling": ("ceiling", [], "memory")}),
         **{name: (name, [], "memory") for name in job.rows},
         **{f"ours without {n}": ("ours", [n], "memory") for n in job.without},
         **{f"ours {kind}": ("ours", [], kind) for kind in job.quantize},
+        **{f"peft {kind}": ("peft", [], kind) for kind in job.peer_quantize},
         **({"ours streamed": ("ours", [], "streamed")} if job.stream else {}),
         **({"ours compiled": ("ours", [], "compiled")} if job.compile else {}),
     }
@@ -608,8 +674,10 @@ def main() -> None:
             for name, (program, without, hold) in rows.items():
                 if (result := measure(program, without, hold, job, data)) is not None:
                     taken[name].append(result)
-                    print(progress(name, result), flush=True)
-    report(taken)
+                    line = json.dumps({"row": name, **result}) if job.json else progress(name, result)
+                    print(line, flush=True)
+    if not job.json:
+        report(taken)
 
 
 def progress(name: str, result: dict[str, Any]) -> str:

@@ -114,7 +114,9 @@ def _host_memory(nbytes: int, *, pinned: bool) -> Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8)
         if pinned:
             runtime, address = torch.cuda.cudart(), memory.data_ptr()
-            torch.cuda.check_error(runtime.cudaHostRegister(address, nbytes, 0))
+            status = runtime.cudaHostRegister(address, nbytes, 0)
+            if status != runtime.cudaError.success:
+                raise RuntimeError(f"it cannot be pinned: {status}")
             weakref.finalize(memory, runtime.cudaHostUnregister, address)
     except RuntimeError as error:
         raise UserError(
