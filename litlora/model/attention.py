@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.kernels.attention import attend, attend_apart, last_seen, packed_attention
-from litlora.kernels.rotary import halves, rotate
+from litlora.kernels.rotary import Rope, halves, rotate
 from litlora.lora import project
 from litlora.model.cache import CacheBatch
 from litlora.model.context import Context, Seen, pick
@@ -57,26 +57,40 @@ class Attention(nn.Module):
         gate = None
         if self.gated:  # each head's query, and then its gate
             q, gate = (part.flatten(2) for part in q.unflatten(-1, (-1, 2, self.head_dim)).unbind(3))
-        q = self._rotated(q, self.q_norm, context)  # (B, H, T, D)
+        q, *others = map(self._clipped, (q, *others))
+        q, k = self._queries_and_keys(q, others, context)  # (B, H, T, D), (B, G, T, D)
         if context.query_scale is not None and self.scales_queries:
             q = q * context.query_scale
-        seen = self._keys_and_values(others, context)
+        seen = self._keys_and_values(k, others, context)
         y = self._attended(q, seen, context)
         y = pick(y.transpose(1, 2).reshape(B, T, -1), context.positions)
         if gate is not None:
             y = y * pick(gate, context.positions).sigmoid()
         return project(y, self.o_proj)[0]
 
-    def _keys_and_values(self, projected: list[Tensor], context: Context) -> Seen:
-        """Of all tokens so far: this layer's own, made of what it projected (B, T, G·D), or those that
-        it shares."""
+    def _queries_and_keys(
+        self, q: Tensor, others: list[Tensor], context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of what was projected, (B, T, H·D): normalised and rotated, (B, H, T, D); no keys in a layer
+        that shares them."""
+        dtype, parts, norms = q.dtype, [q, *others[:1]], (self.q_norm, self.k_norm)
+        if self.norm_all_heads:
+            parts = [norm(x) for x, norm in zip(parts, norms, strict=False)]
+        of_heads = (None, None) if self.norm_all_heads or self.norm_rotated else norms
+        parts = [self._heads(x, norm) for x, norm in zip(parts, of_heads, strict=False)]
+        if context.rope is not None:
+            parts = self._rotated(parts, context.rope, dtype)
+        if self.norm_rotated and self.q_norm is not None:
+            parts = [norm(x) for x, norm in zip(parts, norms, strict=False)]
+        return parts[0], parts[1] if others else None
+
+    def _keys_and_values(self, k: Tensor | None, projected: list[Tensor], context: Context) -> Seen:
+        """Of all tokens so far: this layer's own, the keys k and values of what it projected
+        (B, T, G·D), or those that it shares."""
         kind = self.window is not None
         if self.shares_keys:
             return context.keys[kind]
-        k, v = projected[0], projected[-1]
-        k = self._rotated(k, self.k_norm, context)
-        v = self._clipped(v).unflatten(-1, (-1, self.head_dim))
-        v = (v if self.v_norm is None else self.v_norm(v)).transpose(1, 2)
+        v = self._heads(projected[-1], self.v_norm)
         seen = (k, v) if context.cache is None else context.cache.append(self.layer, k, v)
         if context.keys is not None:
             context.keys[kind] = seen
@@ -95,22 +109,23 @@ class Attention(nn.Module):
             k, v = last_seen(k, v, self.window, self.chunk)
         return attend(q, k, v, context.mask, **scores)
 
-    def _rotated(self, x: Tensor, norm: nn.Module | None, context: Context) -> Tensor:
-        """Queries or keys as they were projected, (B, T, H·D) -> (B, H, T, D), normalised and rotated."""
-        x = self._clipped(x)
-        dtype = x.dtype
-        if self.norm_all_heads:
-            x = norm(x)
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Queries, keys or values (B, T, H·D) -> (B, H, T, D), each head normalised."""
+        if norm is None and x.size(1) == 1:  # nothing to move
+            return x.reshape(x.size(0), -1, 1, self.head_dim)
         x = x.unflatten(-1, (-1, self.head_dim))
-        if norm is not None and not (self.norm_all_heads or self.norm_rotated):
-            x = norm(x)
-        x = x.transpose(1, 2)
-        if context.rope is not None:
-            if self.interleaved_dim is not None:
-                x = halves(x, self.interleaved_dim)
-            # Under autocast this gives fp32; attention needs one dtype.
-            x = rotate(x, *context.rope).to(dtype)
-        return norm(x) if self.norm_rotated and norm is not None else x
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _rotated(self, parts: list[Tensor], rope: Rope, dtype: torch.dtype) -> list[Tensor]:
+        """Queries (B, H, T, D), and the keys if the layer has them, rotated, in this dtype."""
+        if len(parts) == 2 and parts[0].size(2) == 1:
+            # One token: as many operations for both as for one, on little memory.
+            (both,) = self._rotated([torch.cat(parts, dim=1)], rope, dtype)
+            return both.split([part.size(1) for part in parts], dim=1)
+        if self.interleaved_dim is not None:
+            parts = [halves(x, self.interleaved_dim) for x in parts]
+        # Under autocast this gives fp32; attention needs one dtype.
+        return [rotate(x, *rope).to(dtype) for x in parts]
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)

@@ -24,7 +24,7 @@ from litlora.model.latent_attention import READ
 from litlora.ram import free_ram
 from litlora.serve.answer import Answer, Finish, Request, Token
 from litlora.serve.prefixes import Computed, Prefixes
-from litlora.serve.sampling import Sampling, log_probabilities, penalised, sample
+from litlora.serve.sampling import Sampling, are_finite, log_probabilities, penalised, sample
 from litlora.serve.text import AnswerText, add_each
 from litlora.tokenizer import Tokenizer
 
@@ -306,7 +306,7 @@ class Engine:
 
     def _take_tokens(self, sequences: list["_Sequence"], logits: list[Tensor]) -> None:
         """Choose the next token of each sequence, and tell its answer."""
-        finite = torch.stack([torch.isfinite(row).all() for row in logits]).tolist()
+        finite = torch.stack([are_finite(row) for row in logits]).tolist()
         chosen = []
         for sequence, row, is_finite in zip(sequences, logits, finite, strict=True):
             try:

@@ -92,7 +92,14 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
     if sampling.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+    # As torch.multinomial draws, number for number, without its checks, for which a device would wait.
+    waits = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waits).argmax()
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Whether all are finite, in one pass: of a NaN, both ends of the range are NaN."""
+    return torch.stack(logits.aminmax()).isfinite().all()
 
 
 def penalised(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
@@ -101,7 +108,9 @@ def penalised(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer:
         seen = _unique((*prompt, *answer), logits)
         values = logits[seen]
         factor = sampling.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(values > 0, values / factor, values * factor))
+        changed = torch.where(values > 0, values / factor, values * factor)
+        most = torch.finfo(logits.dtype).max  # of fp16 it is small, and nothing can be drawn beside infinity
+        logits = logits.index_copy(0, seen, changed.clamp(max=most))
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
         ids, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
         taken = sampling.presence_penalty + sampling.frequency_penalty * counts.to(logits.dtype)

@@ -26,7 +26,7 @@ from litlora.lora.live import BASE, Way
 from litlora.model import GPT
 from litlora.serve.answer import Request
 from litlora.serve.engine import Engine
-from litlora.serve.sampling import Sampling, penalised, sample
+from litlora.serve.sampling import Sampling, are_finite, penalised, sample
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "qwen3_moe", "qwen3_next", "phi3", "gpt_oss", "deepseek_v3"]
 FAMILIES += ["gemma4_text", "gemma3n_text", "llama4_text"]
@@ -406,6 +406,31 @@ def test_what_can_be_drawn_is_what_transformers_leaves(settings):
         counts[sample(penalised(logits, sampling, prompt[:2], prompt[2:]), sampling, generator)] += 1
     assert not counts[expected == 0].any()
     torch.testing.assert_close(counts / 3000, expected, atol=0.04, rtol=0)
+
+
+def test_draws_are_those_of_multinomial_and_leave_the_same_generator():
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    for temperature in (0.3, 1.0, 4.0) * 40:
+        logits = torch.randn(400)
+        chosen = sample(logits, Sampling(max_new_tokens=1, temperature=temperature), ours)
+        assert chosen == torch.multinomial((logits / temperature).softmax(-1), 1, generator=theirs)[0]
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_logit_that_is_not_finite_is_seen(dtype):
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 17, 399):
+            logits = torch.randn(400).to(dtype)
+            assert are_finite(logits)
+            logits[place] = value
+            assert not are_finite(logits)
+
+
+def test_a_penalty_beyond_the_range_of_the_dtype_still_lets_a_token_be_drawn():
+    sampling = Sampling(max_new_tokens=1, temperature=1.0, repetition_penalty=1e-9)
+    logits = penalised(torch.tensor([2.0, 3.0, -1.0]).half(), sampling, [1], [])
+    assert {int(sample(logits, sampling)) for _ in range(20)} == {1}
 
 
 def test_presence_and_frequency_count_the_answer_alone():
