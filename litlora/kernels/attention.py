@@ -55,14 +55,15 @@ def attend(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v: q (B, H, T, D), k (B, G, S, D) and v (B, G, S, E) -> (B, H, T, E).
 
-    mask (T, S) is True where a token sees. Without one and with T > 1, T = S and attention is
-    causal. With a softcap the scores are cap · tanh(scores / cap) (Gemma 2). With sinks (H,), and
-    then without a softcap, the softmax of each head has that score, too, of a value that is zero
+    mask (T, S), or (B, 1, 1, S) of one token, is True where a token sees. Without one and with
+    T > 1, T = S and attention is causal. With a softcap the scores are cap · tanh(scores / cap)
+    (Gemma 2). With sinks (H,), and then without a softcap, the softmax of each head has that score,
+    too, of a value that is zero
     (gpt-oss).
     """
+    if q.size(2) == 1 and softcap is None and not (mask is None and sinks is None):
+        return _of_one(q, k, v, mask, sinks, scale)
     if sinks is not None:
-        if q.size(2) == 1:
-            return _one_sinking(q, k, v, sinks, scale)
         return _sinking(q, k, v, mask, sinks, scale)
     if softcap is None:
         # To a compiler the comparison is a symbol; SDPA wants a bool.
@@ -81,13 +82,18 @@ def attend(
     return scores.softmax(dim=-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
 
 
-def _one_sinking(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> Tensor:
-    """`attend` with sinks of one token, which sees all keys: they are not copied."""
+def _of_one(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    """`attend` of one token, without a copy of the keys for each head."""
     B, H, _, D = q.shape
     scores = q.view(B, k.size(1), -1, D) @ k.transpose(2, 3) * scale  # (B, G, H / G, S)
-    sink = sinks.to(scores.dtype).view(1, k.size(1), -1, 1).expand(B, -1, -1, -1)
-    exact = torch.promote_types(v.dtype, torch.float32)
-    shares = torch.cat([scores, sink], dim=-1).softmax(dim=-1, dtype=exact)[..., :-1]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, k.size(1), -1, 1).expand(B, -1, -1, -1)
+        scores = torch.cat([scores, sink], dim=-1)
+    shares = scores.softmax(dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))[..., : k.size(2)]
     return (shares.to(v.dtype) @ v).view(B, H, 1, -1)
 
 

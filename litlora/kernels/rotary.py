@@ -59,9 +59,12 @@ class RotaryTable:
             cos, sin = (part.index_select(0, pack.shared.kept) for part in (cos, sin))
         return cos, sin
 
-    def rows_apart(self, places: list[int], like: Tensor) -> Rope:
-        """As rows, of B sequences that get a token each, at these positions: (B, 1, 1, dim)."""
-        if len({self._regime_of(place + 1) for place in places}) > 1:
+    def rows_apart(self, places: list[int] | Tensor, like: Tensor) -> Rope:
+        """As rows, of B sequences that get a token each, at these positions: (B, 1, 1, dim). For
+        positions (B,) on the device, the rows must have been computed."""
+        if isinstance(places, Tensor):
+            cos, sin = (part.index_select(0, places).to(like.dtype) for part in self._rows)
+        elif len({self._regime_of(place + 1) for place in places}) > 1:
             cos, sin = zip(*(self.rows(place, 1, like) for place in places), strict=True)
             cos, sin = torch.cat(cos), torch.cat(sin)
         else:

@@ -47,11 +47,16 @@ class Switchboard:
 
     def __init__(self) -> None:
         self.groups: list[Group] = []
+        self._last: tuple[list[Way], torch.device] | None = None
+        self._last_groups: list[Group] = []
 
     @contextmanager
     def set_to(self, ways: Sequence[Way], device: torch.device) -> Iterator[None]:
         """For the forwards inside the block: the way of each sequence of the batch."""
-        self.groups = _groups(ways, device)
+        if self._last != (asked := ([*ways], device)):
+            # Not for each token: the host would wait until the device has the numbers of the rows.
+            self._last, self._last_groups = asked, _groups(ways, device)
+        self.groups = self._last_groups
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ Shapes in this package: B batch, T tokens, C hidden_size, H heads, G key/value h
 vocabulary.
 """
 
-from litlora.model.cache import CacheBatch, KVCache
+from litlora.model.cache import CacheBatch, KVCache, StaticCache
 from litlora.model.gpt import GPT, shorten
 from litlora.model.router import Router
 from litlora.model.through_transformers import TransformersModel
@@ -16,6 +16,7 @@ __all__ = [
     "KVCache",
     "LanguageModel",
     "Router",
+    "StaticCache",
     "TransformersModel",
     "kind_of",
     "shorten",

@@ -7,7 +7,7 @@ from litlora.config import ModelConfig
 from litlora.kernels.attention import attend, attend_apart, last_seen, packed_attention
 from litlora.kernels.rotary import Rope, halves, rotate
 from litlora.lora import project
-from litlora.model.cache import CacheBatch
+from litlora.model.cache import CacheBatch, KVCache
 from litlora.model.context import Context, Seen, pick
 from litlora.model.norms import WeightlessRMSNorm, make_head_norm
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         if context.pack is not None:
             reach = {"window": self.window, "chunk": self.chunk}
             return self.packed_attention(q, k, v, context.pack, **reach, **scores)
-        if context.cache is not None and q.size(2) == 1:
+        if isinstance(context.cache, KVCache) and q.size(2) == 1:
             k, v = last_seen(k, v, self.window, self.chunk)
         return attend(q, k, v, context.mask, **scores)
 

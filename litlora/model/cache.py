@@ -116,6 +116,92 @@ class CacheBatch:
             cache.advance(count)
 
 
+class StaticCache:
+    """Keys and values of B sequences in memory that never moves, each of which gets one more token at a
+    time: B rows of S tokens, and on the device how many each holds. Nothing that a step computes with
+    it depends on a number that the host must know, so that a device can be given steps ahead, and a
+    compiled step recorded once (CUDA graphs). Not for linear attention."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        room: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.room = room
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """(B,): tokens held of each sequence; its next one gets this position."""
+        self._active = torch.zeros_like(self.lengths)
+        self._rows = torch.arange(batch_size, device=device) * room
+        self._places = torch.arange(room, device=device)
+        self._layers = []
+        for layer in range(config.num_hidden_layers):
+            heads, *dims = config.cached(layer)
+            shapes = [(batch_size, room, heads, dim) for dim in dims]
+            self._layers.append(tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+
+    def tensors(self) -> list[Tensor]:
+        """All whose memory stays."""
+        return [
+            self.lengths,
+            self._active,
+            self._rows,
+            self._places,
+            *(part for pair in self._layers for part in pair),
+        ]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, 1, D), one token a sequence; returns all rows whole, (B, G, S, D)."""
+        index = self._rows + self.lengths
+        for part, new in zip(self._layers[layer], (k, v), strict=True):
+            part.flatten(0, 1).index_copy_(0, index, new[:, :, 0])
+        keys, values = self._layers[layer]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def mask(self, window: int | None, chunk: int | None) -> Tensor:
+        """(B, 1, 1, S): what the next token of each sequence sees, itself included: all, those in the
+        window, or those of its chunk."""
+        last = self.lengths[:, None]
+        seen = self._places <= last
+        if window is not None:
+            seen = seen & (self._places > last - window)
+        if chunk is not None:
+            seen = seen & (self._places >= last // chunk * chunk)
+        return seen[:, None, None]
+
+    def advance(self, count: int) -> None:
+        """As `KVCache.advance`; the rows of no sequence stay."""
+        self.lengths += count * self._active
+
+    def take(self, row: int, cache: KVCache) -> None:
+        """Let a row hold what a cache does."""
+        self.lengths[row], self._active[row] = cache.length, 1
+        for pair, held in zip(self._layers, cache._layers, strict=True):
+            for part, tokens in zip(pair, held, strict=True):
+                if part.numel():  # a layer may share the keys of another one, or keep no values
+                    part[row, : cache.length] = tokens[0, :, : cache.length].transpose(0, 1)
+                    # What is not seen is multiplied by 0: it must not be an earlier sequence's NaN.
+                    part[row, cache.length :] = 0
+
+    def free(self, row: int) -> None:
+        """A row is no sequence's any more."""
+        self.lengths[row] = self._active[row] = 0
+
+    def give(self, row: int, cache: KVCache, length: int) -> None:
+        """Let a cache hold the first `length` tokens of a row, of which it has the beginning."""
+        first, layers = cache.length, self._layers
+        for layer, pair in enumerate(layers):
+            if length > first and pair[0].size(2):
+                cache.append(layer, *(part[row, first:length].transpose(0, 1)[None] for part in pair))
+        cache.length = max(first, length)
+
+
+Cache = KVCache | CacheBatch | StaticCache
+
+
 def _held(part: Tensor, length: int, room: int) -> Tensor:
     """The first `length` tokens of keys or values, with room for so many in all."""
     grown = part.new_empty(*part.shape[:2], room, part.size(3))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from litlora.kernels.attention import Pack
 from litlora.kernels.rotary import Rope
-from litlora.model.cache import CacheBatch, KVCache
+from litlora.model.cache import Cache
 
 Seen = tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]
 """Keys and values of the tokens so far, (B, G, S, D) each; of sequences apart, those of each."""
@@ -18,8 +18,8 @@ class Context(NamedTuple):
     rope: Rope | None = None
     """The rotation of each token's queries and keys, if the layer has one."""
     mask: Tensor | None = None
-    """(T, S): what each token sees; None if attention knows by itself."""
-    cache: KVCache | CacheBatch | None = None
+    """(T, S), or (B, 1, 1, S) of a `StaticCache`: what each token sees; None if attention knows by itself."""
+    cache: Cache | None = None
     """The tokens before these, if any."""
     pack: Pack | None = None
     """How the B · T tokens divide into sequences; None: each of the B rows is one."""

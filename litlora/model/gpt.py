@@ -24,7 +24,7 @@ from litlora.kernels.rotary import Rope, RotaryTable
 from litlora.lora import LoRAEmbedding
 from litlora.model.altup import WithStreams
 from litlora.model.block import Block
-from litlora.model.cache import CacheBatch, KVCache
+from litlora.model.cache import Cache, CacheBatch, KVCache, StaticCache
 from litlora.model.context import Context
 from litlora.model.norms import make_norm
 from litlora.model.per_layer import WithLayerInputs
@@ -53,15 +53,21 @@ class Decoder(WithLayerInputs, WithStreams):
             rope: RotaryTable(*rope, config.max_position_embeddings) for rope in self._ropes if rope
         }
 
+    @property
+    def tables(self) -> list[RotaryTable]:
+        """The tables of its rotations, which grow with the longest sequence."""
+        return list(self._tables.values())
+
     def forward(
         self,
         input_ids: Tensor,
-        cache: KVCache | CacheBatch | None = None,
+        cache: Cache | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
         shared: Shared | None = None,
     ) -> Tensor:
-        """With a `CacheBatch`, input_ids (B, 1) are the next tokens of B sequences of any lengths.
+        """With a `CacheBatch` or a `StaticCache`, input_ids (B, 1) are the next tokens of B sequences of
+        any lengths.
 
         With `lengths`, input_ids (1, N) is a pack of sequences of these lengths, each of which
         sees itself alone; with `shared`, input_ids (1, N') are the tokens of these sequences that
@@ -71,13 +77,15 @@ class Decoder(WithLayerInputs, WithStreams):
         (1, M, C).
         """
         T = input_ids.size(1)
-        apart = cache.lengths if isinstance(cache, CacheBatch) else None
+        apart = cache.lengths if isinstance(cache, CacheBatch | StaticCache) else None
         start = cache.length if isinstance(cache, KVCache) else 0
         pack = Pack(lengths, shared, input_ids.device) if lengths is not None else None
         places = Places(start, T, pack, apart)
         x = self._embed(input_ids, places)
         masks = {}
-        if pack is None and apart is None:
+        if isinstance(cache, StaticCache):
+            masks = {reach: cache.mask(*reach) for reach in set(self._reaches)}
+        elif pack is None and apart is None:
             masks = {
                 (window, chunk): causal_mask(T, start, window, x.device, chunk)
                 for window, chunk in set(self._reaches)
@@ -138,11 +146,13 @@ class Places(NamedTuple):
     """and how many tokens a row has;"""
     pack: Pack | None
     """or those of a pack;"""
-    apart: list[int] | None
+    apart: list[int] | Tensor | None
     """or of B rows of one token, each with a position of its own."""
 
     def numbers(self, device: torch.device) -> Tensor:
         """(T,), or (B, 1) of rows apart."""
+        if isinstance(self.apart, Tensor):
+            return self.apart[:, None]
         if self.apart is not None:
             return torch.tensor(self.apart, device=device)[:, None]
         if self.pack is None:
@@ -186,7 +196,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        cache: KVCache | CacheBatch | None = None,
+        cache: Cache | None = None,
         lengths: list[int] | None = None,
         positions: Tensor | None = None,
         shared: Shared | None = None,
@@ -207,6 +217,14 @@ class GPT(nn.Module):
         """An empty cache for one sequence of at most so many tokens."""
         like = self.like
         return KVCache(self.config, 1, max_length, dtype=like.dtype, device=like.device)
+
+    def new_static_cache(self, batch_size: int, room: int) -> StaticCache:
+        """One for so many sequences of at most so many tokens. Not of a model with linear attention, or
+        whose rotations depend on the length of a sequence."""
+        like = self.like
+        for rope in self.model.tables:
+            rope.rows(room - 1, 1, like)  # computed now: a compiled step looks them up
+        return StaticCache(self.config, batch_size, room, dtype=like.dtype, device=like.device)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
             apart = isinstance(context.cache, CacheBatch)
             kept = [one for one, _ in seen] if apart else seen[0]
             if x.size(1) == 1:
-                y = self._of_one(q, turned, kept)
+                y = self._of_one(q, turned, kept, context.mask)
                 return project(y.transpose(1, 2).flatten(2), self.o_proj)[0]
             latent, shared = kept.split([self.rank, self.rotary_dim], dim=-1)
         y = self._attended(torch.cat([q, turned], dim=-1), latent, shared, context)
@@ -92,7 +92,7 @@ class LatentAttention(nn.Module):
             y = self.packed_attention(q, k, v, context.pack, scale=self.scale)
         return y[..., : self.value_dim]
 
-    def _of_one(self, q: Tensor, turned: Tensor, kept: Tensor | list[Tensor]) -> Tensor:
+    def _of_one(self, q: Tensor, turned: Tensor, kept: Tensor | list[Tensor], mask: Tensor | None) -> Tensor:
         """One token that sees all that is kept (B, 1, S, R + P), or of sequences apart (1, 1, S, R + P)
         each: q (B, H, 1, N) and its rotated part (B, H, 1, P) -> (B, H, 1, E). It goes into the space of
         the latents and comes back: making keys and values of them would take S times as much."""
@@ -102,5 +102,5 @@ class LatentAttention(nn.Module):
         if isinstance(kept, list):
             y = attend_apart(inside, [(one, one[..., : self.rank]) for one in kept], scale=self.scale)
         else:
-            y = attend(inside, kept, kept[..., : self.rank], None, scale=self.scale)
+            y = attend(inside, kept, kept[..., : self.rank], mask, scale=self.scale)
         return y @ values.transpose(1, 2)

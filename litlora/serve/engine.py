@@ -9,8 +9,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +22,10 @@ from litlora.model import GPT, CacheBatch, LanguageModel
 from litlora.model.latent_attention import READ
 from litlora.ram import free_ram
 from litlora.serve.answer import Answer, Finish, Request, Token
-from litlora.serve.prefixes import Computed, Prefixes
-from litlora.serve.sampling import Sampling, are_finite, log_probabilities, penalised, sample
+from litlora.serve.job import Job, not_finite
+from litlora.serve.prefixes import Prefixes
+from litlora.serve.sampling import Sampling, are_finite
+from litlora.serve.steps import Drawn, Steps, why_no_rows
 from litlora.serve.text import AnswerText, add_each
 from litlora.tokenizer import Tokenizer
 
@@ -46,11 +47,17 @@ class Engine:
         max_batch: int = 16,
         cache_tokens: int | None = None,
         owns_model: bool = False,
+        ahead: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         """At most `max_batch` sequences are computed together; all caches hold `cache_tokens` at most,
         by default as many as fit a quarter of the free memory. Without a tokenizer, there is
         `generate` alone. With `owns_model`, the model is laid out for generation, and can no longer be
-        trained or stored."""
+        trained or stored.
+
+        `ahead`, by default on a CUDA device: sequences have rows of `Steps` where their model can, which
+        take as much memory again. `compiled`, and so ahead: a step is compiled; raises UserError for a
+        model that has no rows."""
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         if owns_model and isinstance(model, GPT):
             pack_linears(model, leave=READ)
@@ -60,12 +67,20 @@ class Engine:
         self._computing = threading.Lock()
         self._entering = threading.Lock()
         """Held, for a moment, by whoever changes or reads through `_waiting`, or the adapters' names."""
-        self._waiting: deque[_Sequence] = deque()
-        self._active: list[_Sequence] = []
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
         self._prefixes = Prefixes(self.cache_tokens)
         self._board, self._numbers = Switchboard(), itertools.count()
         self._adapters: dict[str, _Loaded] = {}
         self._leaving: list[_Loaded] = []
+        self._steps: Steps | None = None
+        self._drawn: Drawn | None = None
+        """What the device has drawn, and the host has not read yet."""
+        hindrance = why_no_rows(model.config)
+        if compiled and hindrance:
+            raise UserError(f"a token's step cannot be compiled: {hindrance}")
+        if (ahead or compiled or (ahead is None and self.device.type == "cuda")) and not hindrance:
+            self._steps = Steps(model, max_tokens=self.cache_tokens, compiled=compiled)
 
     @property
     def context(self) -> int:
@@ -160,7 +175,7 @@ class Engine:
             way = request.way
             if way.adapter is not None:
                 way = Way(self._loaded(way.adapter).key, way.strength)
-            self._waiting.append(_Sequence(answer, way, [*request.prompt], length, generator, text))
+            self._waiting.append(Job(answer, way, [*request.prompt], length, generator, text))
         self.work.set()
         return answer
 
@@ -220,20 +235,73 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        self._sweep()
         try:
-            self._admit()
-            ready = [sequence for sequence in self._active if len(sequence.pending) == 1]
-            done = [*self._prompts(bool(ready))]
-            for batch in self._together(ready):
-                done += zip(batch, self._next_logits(batch), strict=True)
-            if done:
-                self._take_tokens(*map(list, zip(*done, strict=True)))
+            self._sweep()
+            drawn, self._drawn = self._drawn, None
+            if drawn is not None:
+                if self._goes_on(drawn):
+                    self._drawn = self._draw_next(drawn.tokens)
+                self._tell_known(drawn)
+            if self._drawn is None:
+                self._start_step()
         except Exception as error:  # such as a lack of memory: nobody's answer can go on
+            self._drawn = None
+            if self._steps is not None:
+                self._steps.drop()
             for sequence in [*self._active]:
                 self._end(sequence, None, error)
         self._let_go()
 
+    def _start_step(self) -> None:
+        """Compute a token of each, or more of prompts, from what the host knows."""
+        self._admit()
+        ready = [job for job in self._active if len(job.pending) == 1]
+        done = [*self._prompts(bool(ready))]
+        batches = self._together(ready)
+        if self._steps is not None and batches:
+            if len(batches) == 1 and self._steps.seat(ready):
+                done += self._step_of_rows(ready)
+                batches = []
+            else:
+                self._steps.clear()
+        for batch in batches:
+            done += zip(batch, self._next_logits(batch), strict=True)
+        if done:
+            self._take_tokens(*map(list, zip(*done, strict=True)))
+
+    def _step_of_rows(self, ready: list[Job]) -> list[tuple[Job, Tensor]]:
+        """The logits after one more token of those that have rows; none if the device draws on."""
+        if all(job.is_free for job in ready):
+            self._drawn = self._draw_next(self._steps.first_ids())
+            return []
+        logits = self._row_logits(self._steps.first_ids())
+        return [(job, row) for job, row in zip(self._steps.seats, logits, strict=True) if job is not None]
+
+    def _row_logits(self, ids: Tensor) -> Tensor:
+        """(B, V) after one more token (B,) of each row."""
+        with self._board.set_to(self._steps.ways, self.device):
+            logits = self._steps.logits(ids)
+        for job in self._steps.seats:
+            if job is not None:
+                job.computed += 1
+        return logits
+
+    def _draw_next(self, ids: Tensor) -> Drawn:
+        return Drawn.of(self._steps.seats, self._row_logits(ids))
+
+    def _goes_on(self, drawn: Drawn) -> bool:
+        """Whether the next step can be given before what was drawn is known: for the same sequences,
+        none of which is at its end."""
+        if self._steps.is_full or (self._waiting and len(self._active) < self.max_batch):
+            return False
+        jobs = drawn.jobs
+        return {*jobs} == {*self._active} and all(len(job.ids) + 1 < job.length for job in jobs)
+
+    def _tell_known(self, drawn: Drawn) -> None:
+        known = [(job, token) for job, token in drawn.known() if job in self._active]
+        self._tell([(job, not_finite() if token is None else Token(token, "")) for job, token in known])
+
+    @torch.inference_mode()
     def _sweep(self) -> None:
         for sequence in [one for one in self._active if one.answer.is_cancelled]:
             self._end(sequence, "cancelled")
@@ -251,6 +319,8 @@ class Engine:
             promised = sum(one.length for one in self._active)
             if self._active and promised + sequence.length > self.cache_tokens:
                 return
+            if self._steps is not None:
+                self._steps.settle()
             running = [one.computed_part for one in self._active]
             self._active.append(self._waiting.popleft())
             if self._reuses:
@@ -267,7 +337,7 @@ class Engine:
         """Whether the beginning of one sequence can be another's."""
         return isinstance(self.model, GPT) and self.model.shares_tokens
 
-    def _prompts(self, others_run: bool) -> Iterator[tuple["_Sequence", Tensor]]:
+    def _prompts(self, others_run: bool) -> Iterator[tuple[Job, Tensor]]:
         """Go on with prompts: PREFILL tokens if other answers run, else all. Yields the logits (V,)
         after each that is done."""
         room = PREFILL if others_run else None
@@ -282,7 +352,7 @@ class Engine:
             if room is not None and room <= 0:
                 return
 
-    def _together(self, ready: list["_Sequence"]) -> list[list["_Sequence"]]:
+    def _together(self, ready: list[Job]) -> list[list[Job]]:
         """Those whose next tokens are computed in one go. An expert gets the tokens of several
         sequences in an order of its own, and a weight that is read is one for all: adapters of these
         go one by one."""
@@ -293,7 +363,7 @@ class Engine:
         ways = dict.fromkeys(sequence.way for sequence in ready)
         return [[sequence for sequence in ready if sequence.way == way] for way in ways]
 
-    def _next_logits(self, batch: list["_Sequence"]) -> Tensor:
+    def _next_logits(self, batch: list[Job]) -> Tensor:
         """The logits (B, V) after one more token of each."""
         ids = torch.tensor([sequence.pending for sequence in batch], device=self.device)
         caches = [sequence.cache for sequence in batch]
@@ -304,17 +374,19 @@ class Engine:
             sequence.computed += 1
         return logits
 
-    def _take_tokens(self, sequences: list["_Sequence"], logits: list[Tensor]) -> None:
+    def _take_tokens(self, sequences: list[Job], logits: list[Tensor]) -> None:
         """Choose the next token of each sequence, and tell its answer."""
         finite = torch.stack([are_finite(row) for row in logits]).tolist()
+        rows = zip(sequences, logits, finite, strict=True)
+        self._tell([(job, _chosen(job, row, is_finite)) for job, row, is_finite in rows])
+
+    def _tell(self, tokens: list[tuple[Job, Token | Exception]]) -> None:
+        """Tell answers their next tokens, or why there is none."""
         chosen = []
-        for sequence, row, is_finite in zip(sequences, logits, finite, strict=True):
-            try:
-                token = sequence.choose(row, is_finite)
-            except Exception as error:  # of this answer's own settings: the others go on
-                self._end(sequence, None, error)
-                continue
-            if token.id in sequence.answer.request.stop_ids:
+        for sequence, token in tokens:
+            if isinstance(token, Exception):
+                self._end(sequence, None, token)
+            elif token.id in sequence.answer.request.stop_ids:
                 self._end(sequence, "stop")
             else:
                 sequence.ids.append(token.id)
@@ -328,7 +400,9 @@ class Engine:
             elif len(sequence.ids) >= sequence.length:
                 self._end(sequence, "length")
 
-    def _end(self, sequence: "_Sequence", finish: Finish | None, error: Exception | None = None) -> None:
+    def _end(self, sequence: Job, finish: Finish | None, error: Exception | None = None) -> None:
+        if self._steps is not None:
+            self._steps.leave(sequence, is_lost=error is not None)
         self._active.remove(sequence)
         if error is None and self._reuses:
             self._prefixes.keep(sequence.computed_part)
@@ -347,59 +421,9 @@ class _Loaded:
     """Whether all sequences of a forward must go through it."""
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """A request that waits or runs."""
-
-    answer: Answer
-    way: Way
-    ids: list[int]
-    """Of the prompt, and of the answer so far."""
-    length: int
-    """Most ids that there may be."""
-    generator: torch.Generator
-    text: AnswerText | None
-    cache: Any = None
-    computed: int = 0
-    """How many ids the cache holds."""
-    num_prompt: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_prompt = len(self.ids)
-
-    @property
-    def pending(self) -> list[int]:
-        """The ids that have to be computed."""
-        return self.ids[self.computed :]
-
-    @property
-    def computed_part(self) -> Computed:
-        return Computed(self.way, self.ids[: self.computed], self.cache)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether a stop text has come, or the answer is all that it may be."""
-        shape = self.answer.request.shape
-        if shape is not None and shape.is_complete:
-            return True
-        return self.text is not None and self.text.stopped
-
-    def choose(self, logits: Tensor, is_finite: bool) -> Token:
-        """The next token, from logits (V,), without its text. Raises UserError if there can be none."""
-        if not is_finite:
-            what = "its weights or configuration are broken, or its dtype is too narrow"
-            raise UserError(f"the model's logits are not finite: {what}")
-        request = self.answer.request
-        shape, sampling = request.shape, request.sampling
-        allowed = logits if shape is None else shape.masked(logits)
-        if sampling.is_plain:
-            chosen = int(allowed.argmax())
-        else:
-            prompt, answer = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
-            chosen = int(sample(penalised(allowed, sampling, prompt, answer), sampling, self.generator))
-        if shape is not None and chosen not in request.stop_ids:
-            shape.add(chosen)
-        if sampling.logprobs is None:
-            return Token(chosen, "")
-        own, top = log_probabilities(logits, chosen, sampling.logprobs)
-        return Token(chosen, "", own, tuple(top))
+def _chosen(job: Job, logits: Tensor, is_finite: bool) -> Token | Exception:
+    """The next token of an answer, or why it has none."""
+    try:
+        return job.choose(logits, is_finite)
+    except Exception as error:  # of this answer's own settings: the others go on
+        return error

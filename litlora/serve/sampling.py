@@ -56,8 +56,12 @@ class Sampling:
     @property
     def is_plain(self) -> bool:
         """Whether a token depends on the logits alone, and is the likeliest."""
-        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return self.temperature == 0 and not any(penalties) and self.logprobs is None
+        return self.temperature == 0 and not self.has_penalties and self.logprobs is None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token depends on those before it."""
+        return any((self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A random generator to draw tokens from, in the state that `seed` gives it."""

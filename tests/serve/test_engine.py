@@ -49,6 +49,12 @@ MORE = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["in step", "ahead"])
+def ahead(request):
+    """Whether tokens are drawn before the last ones are known, as on a CUDA device."""
+    return request.param
+
+
 @pytest.fixture
 def model():
     return GPT(tiny_config()).eval()
@@ -94,11 +100,11 @@ def test_greedy_equals_a_forward_over_everything_each_time(model):
         for name in FAMILIES
     ],
 )
-def test_a_batch_gives_what_each_request_gives_alone(family):
+def test_a_batch_gives_what_each_request_gives_alone(family, ahead):
     facts = {**example_config(family).to_dict(), **MORE.get(family, {})}
     model = GPT(ModelConfig.from_dict({**facts, "vocab_size": 400, "max_position_embeddings": 128})).eval()
     asked = [(prompt, Way(None)) for prompt in prompts(6)]
-    engine = Engine(model, max_batch=3)
+    engine = Engine(model, max_batch=3, ahead=ahead)
     answers = together(engine, asked, count=12)
     assert answers == [alone(model, prompt, 12 + n) for n, (prompt, _) in enumerate(asked)]
     assert not engine.num_running and not engine.num_waiting
@@ -108,11 +114,11 @@ KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"variant": "dora"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_path, kind):
+def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_path, kind, ahead):
     targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
     base = make_checkpoint("base")
     loaded = load(base)
-    engine = Engine(loaded.model)
+    engine = Engine(loaded.model, ahead=ahead)
     merged = {None: load(base).model}
     for seed, name in enumerate("ab"):
         settings = LoRAConfig(rank=4, targets=targets, **KINDS[kind])
@@ -192,8 +198,8 @@ def test_an_adapter_that_cannot_be_switched_is_refused(base, tmp_path):
     assert engine.adapters == []
 
 
-def test_the_next_turn_computes_what_is_new_alone(model):
-    engine, seen = Engine(model), []
+def test_the_next_turn_computes_what_is_new_alone(model, ahead):
+    engine, seen = Engine(model, ahead=ahead), []
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.size(1)))
     first = prompts(1)[0] * 3
     said = list(engine.generate(first, Sampling(max_new_tokens=10)))
@@ -224,8 +230,8 @@ def test_a_long_prompt_lets_others_go_on():
     assert [token.id for token in second] == alone(model, long, 4)
 
 
-def test_what_is_cancelled_makes_room(model):
-    engine = Engine(model, max_batch=2)
+def test_what_is_cancelled_makes_room(model, ahead):
+    engine = Engine(model, max_batch=2, ahead=ahead)
     answers = [
         engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=60), text=False))
         for prompt in prompts(3)
@@ -241,8 +247,8 @@ def test_what_is_cancelled_makes_room(model):
     assert len(list(answers[1])) == 60
 
 
-def test_caches_stay_within_their_room(model):
-    engine = Engine(model, max_batch=8, cache_tokens=60)
+def test_caches_stay_within_their_room(model, ahead):
+    engine = Engine(model, max_batch=8, cache_tokens=60, ahead=ahead)
     asked = [(prompt, Way(None)) for prompt in prompts(6, longest=12)]
     most = []
     model.model.layers[0].register_forward_hook(lambda *_: most.append(engine.num_running))
