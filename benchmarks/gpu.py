@@ -378,8 +378,9 @@ def example_of(length: int, vocab_size: int) -> Any:
 
 
 def decode(model: str, device: str) -> dict[str, Any]:
-    """Greedy decoding of one sequence: tokens/s, and the share of the copy's bandwidth at which the
-    weights are read."""
+    """Greedy decoding of one sequence, waiting for each token, ahead of it, and by a compiled step:
+    tokens/s, the share of the copy's bandwidth at which the weights are read, and how many of the tokens
+    come before the first that is another one than in step."""
     import torch
 
     from litlora.config import ModelConfig, RopeScaling
@@ -397,17 +398,35 @@ def decode(model: str, device: str) -> dict[str, Any]:
     train_speed.fill(gpt, job)
     prompt = list(range(1, 65))
 
-    def seconds(count: int) -> float:
-        engine = Engine(gpt, owns_model=True)  # a new one has computed no beginning of the prompt yet
-        return timed(lambda: list(engine.generate(prompt, Sampling(max_new_tokens=count))), device, rounds=1)
+    def speed(**how: bool) -> tuple[float, list[int]]:
+        engine = Engine(gpt, owns_model=True, **how)
 
-    speed = (NEW_TOKENS - 1) / (seconds(NEW_TOKENS) - seconds(1))
+        def answer(count: int) -> list[int]:
+            return [*engine.generate(prompt, Sampling(max_new_tokens=count))]
+
+        def seconds(count: int) -> float:  # after the first round, the prompt is not computed again
+            return timed(lambda: answer(count), device, rounds=1)
+
+        return (NEW_TOKENS - 1) / (seconds(NEW_TOKENS) - seconds(1)), answer(NEW_TOKENS)
+
+    found = {"in step": speed(ahead=False), "ahead": speed(ahead=True)}
+    if device == "cuda":
+        found["compiled"] = speed(compiled=True)
     embedding = 0 if config.tie_word_embeddings else gpt.model.embed_tokens.weight.nbytes
     read = sum(parameter.nbytes for parameter in gpt.parameters()) - embedding
+    rate = ceiling(device)["bandwidth"] / 2
     return {
-        "tokens per second": speed,
-        "share of bandwidth": read * speed / (ceiling(device)["bandwidth"] / 2),
+        "tokens per second": {how: speed for how, (speed, _) in found.items()},
+        "share of bandwidth": {how: read * speed / rate for how, (speed, _) in found.items()},
+        "tokens before another than in step": {
+            how: alike(ids, found["in step"][1]) for how, (_, ids) in found.items()
+        },
     }
+
+
+def alike(ids: list[int], others: list[int]) -> int:
+    """How many tokens two answers begin with alike."""
+    return next((n for n, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other), len(ids))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def test_each_record_gets_its_answer_in_its_place(asked, forked, tmp_path):
         expected.append({**prompt.record, **found})
     assert lines(out) == expected
     assert "exists; name another" in forked.refuses(*words, "--out_path", out, cwd=tmp_path)
+    refused = forked.refuses(*words, "--compile", "true", "--out_path", tmp_path / "o.jsonl", cwd=tmp_path)
+    assert "--compile true: only a CUDA device" in refused
 
 
 def test_what_was_stopped_goes_on_and_gives_the_same(asked, forked, tmp_path):

@@ -12,6 +12,7 @@ from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
 from litlora.prompts import PromptStyle, lacking_tokens
 from litlora.serve.engine import Engine
+from litlora.serve.steps import why_no_rows
 from litlora.settings.inference import Inference
 from litlora.streaming import gib, streams
 
@@ -34,11 +35,13 @@ class Opening:
     """As of `choose_style`."""
     max_batch: int = 16
     cache_tokens: int | None = None
+    compile: bool = False
+    """Compile the step that computes a token."""
 
     @classmethod
     def of(cls, settings: Inference, **changes: Any) -> "Opening":
         """As a command's settings say, with changes."""
-        names = {name: getattr(settings, name) for name in ("quantize", "prompt_style")}
+        names = {name: getattr(settings, name) for name in ("quantize", "prompt_style", "compile")}
         names |= {"device": pick_device(settings.accelerator), "stream": settings.stream_base}
         return cls(**{**names, **changes})
 
@@ -93,6 +96,8 @@ class Opened:
 def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
     """Load a chain. With `live`, its outermost adapter can be switched on and off, by the name of its
     directory; else all are merged. Raises CheckpointError for one that can only be merged."""
+    if opening.compile and (hindrance := _no_compile(chain, opening.device)):
+        raise UserError(f"{setting('compile')} true: {hindrance}; leave it out")
     few_bits = opening.quantize not in (None, "none")
     stream = streams(False if few_bits else opening.stream, chain, opening.device)
     live = live and isinstance(chain.top, Adapter)
@@ -109,6 +114,7 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
         max_batch=opening.max_batch,
         cache_tokens=opening.cache_tokens,
         owns_model=True,
+        compiled=opening.compile,
     )
     opened = Opened(engine, style, reason, short_name(below.directories[-1]), below, loaded)
     if live:
@@ -118,6 +124,13 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
         engine.add_adapter(opened.default, chain.top)
     opened.notices = _notices(opened, opening)
     return opened
+
+
+def _no_compile(chain: Chain, device: torch.device) -> str | None:
+    """Why the step that computes a token cannot be compiled; None if it can."""
+    if device.type != "cuda":
+        return f"only a CUDA device repeats a recorded step, and this device is {device.type}"
+    return why_no_rows(chain.config)
 
 
 def _notices(opened: Opened, opening: Opening) -> list[str]:

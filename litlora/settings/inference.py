@@ -29,6 +29,9 @@ class Inference(SamplingSettings):
     memory."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; auto takes the fastest available."""
+    compile: bool = False
+    """On a CUDA device: compile the step that computes a token, and let the device repeat it as it was
+    recorded (CUDA graphs). The first answer waits for it, and so does each larger batch."""
     base_checkpoint_dir: str | None = None
     """An adapter's base, when it is no longer where the adapter says."""
     allow_base_mismatch: bool = False

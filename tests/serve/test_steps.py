@@ -157,3 +157,12 @@ def test_a_step_is_one_graph():
     for rows in (1, 2, 4, 8):
         assert torch.equal(take_steps(model, rows, step_of(model))[1], take_steps(model, rows, compiled)[1])
     assert len(graphs) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_a_compiled_step_gives_the_same_answers():
+    """By the compiler itself, in batches of several sizes; only a CUDA device repeats what it recorded."""
+    model = GPT(tiny_config(num_hidden_layers=1)).eval()
+    choices = [{"temperature": float(number == 1), "seed": number} for number in range(3)]
+    assert answers(Engine(model, compiled=True), choices) == answers(Engine(model), choices)
