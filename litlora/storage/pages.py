@@ -65,8 +65,10 @@ def read(tensor: Tensor) -> None:
     first use would take page by page. Does nothing for one that is in memory."""
     first, last = _span(tensor)
     first, last = first // mmap.PAGESIZE * mmap.PAGESIZE, -(-last // mmap.PAGESIZE) * mmap.PAGESIZE
-    _advise(first, last, mmap.MADV_WILLNEED)
-    _advise(first, last, _POPULATE_READ)
+    # Not after MADV_WILLNEED: it leaves the file in the page cache in pieces of a page, each of which is
+    # then entered into the page table and taken out by itself.
+    if not _advise(first, last, _POPULATE_READ):
+        _advise(first, last, mmap.MADV_WILLNEED)
 
 
 def release(tensor: Tensor) -> None:
@@ -92,10 +94,11 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.itemsize
 
 
-def _advise(first: int, last: int, advice: int) -> None:
-    # A kernel that does not know the advice refuses it, and reads when the memory is used.
-    if first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+def _advise(first: int, last: int, advice: int) -> bool:
+    """Whether the kernel took it. One that does not know the advice reads when the memory is used."""
+    if first >= last:
+        return True
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice) == 0
 
 
 def _file_mappings() -> list[tuple[int, int]]:
