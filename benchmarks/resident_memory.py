@@ -1,19 +1,23 @@
 """The memory of each process of a run on a CPU, sampled while it runs.
 
     python benchmarks/resident_memory.py DIR --devices 1 2 4 [OPTION OF finetune/lora.py ...]
+    python benchmarks/resident_memory.py DIR --load nf4 nf4-dq int8 fp8
 
 DIR gets a base of random weights in fp32, of 520 MiB in 8 blocks, and an adapter on all its linear
 layers. Of each run, with fsdp where there are several devices, it prints the most
 that a process held at once: in memory of its own, and in pages of files, which all processes of a
-machine share.
+machine share. With --load it trains nothing: it loads the base, in bf16, with its blocks in few bits,
+and prints what that added to a process, and what it took meanwhile.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,7 +41,7 @@ STEPS += (
 STEPS += ("--train.checkpoint_activations", "full", "--precision", "32-true", "--accelerator", "cpu")
 
 
-def make_base(directory: Path) -> None:
+def make_base(directory: Path, dtype: str = "float32") -> None:
     import torch
 
     from litlora.checkpoint import write_full
@@ -46,7 +50,7 @@ def make_base(directory: Path) -> None:
 
     torch.manual_seed(0)
     config = ModelConfig(**SHAPE, max_position_embeddings=1024, tie_word_embeddings=True)
-    model = GPT(config)
+    model = GPT(config).to(getattr(torch, dtype))
     write_full(directory, dict(model.named_parameters()), config, sidecars_from=[QUICKSTART])
 
 
@@ -107,11 +111,73 @@ def peaks(words: list[object]) -> dict[int, list[int]]:
     return most
 
 
+def load_once(base: Path, kind: str) -> None:
+    """Print what loading the base in `kind` takes, in KiB, as JSON; for a process of its own."""
+    from litlora.frozen.linear import stored_weights
+    from litlora.load import load
+
+    load(QUICKSTART, quantize=kind)  # what is imported, and kept, once
+    before, most, ended = held(os.getpid()), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            most[0] = max(most[0], sum(held(os.getpid())))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loaded = load(base, quantize=kind)
+    ended.set()
+    watcher.join()
+    after, weights = held(os.getpid()), stored_weights(loaded.model).values()
+    print(
+        json.dumps(
+            {
+                "own": after[0] - before[0],
+                "files": after[1] - before[1],
+                "peak": most[0] - sum(before),
+                "tensors": sum(weight.nbytes for weight in weights) // 1024,
+                "bf16": sum(weight.shape.numel() for weight in weights) * 2 // 1024,
+            }
+        )
+    )
+
+
+def report_loading(base: Path, kinds: list[str]) -> None:
+    print("| blocks in | tensors, MiB | own memory | of bf16's | own and pages of files | peak |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for kind in kinds:
+        words = [sys.executable, __file__, str(base), "--load_once", kind]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        done = subprocess.run(words, stdout=subprocess.PIPE, env=environment, check=True)
+        found = json.loads(done.stdout)
+        mib = {name: f"{size / 1024:.1f}" for name, size in found.items()}
+        print(
+            f"| {kind} | {mib['tensors']} | {mib['own']} | {found['own'] / found['bf16']:.3f} "
+            f"| {(found['own'] + found['files']) / 1024:.1f} | {mib['peak']} |",
+            flush=True,
+        )
+
+
 def main() -> None:
+    from litlora.frozen.quantize import QUANTIZERS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--load", nargs="+", choices=QUANTIZERS, help="load the base in these kinds, and train nothing"
+    )
+    parser.add_argument("--load_once", help=argparse.SUPPRESS)
     settings, options = parser.parse_known_args()
+    if settings.load_once:
+        load_once(settings.directory, settings.load_once)
+        return
+    if settings.load:
+        base = settings.directory / "base-bf16"
+        if not base.exists():
+            make_base(base, "bfloat16")
+        report_loading(base, settings.load)
+        return
     base, adapter = settings.directory / "base", settings.directory / "adapter"
     if not base.exists():
         make_base(base)

@@ -61,6 +61,7 @@ def quantised(
     def done(values: Tensor, matrix: Quantized) -> None:
         if matrix.name in mapped:
             pages.done_with(values)
+            pages.release()  # each at once, not some of them together: loading is to take little memory
         if expected is not None:
             expected.add(matrix.name, matrix)
 
