@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import EightBit, Quantized
+from litlora.frozen.quantize import Float8, eight_bits_below
 from litlora.frozen.scratch import scratch
 
 FEW = 8
@@ -25,15 +26,25 @@ def product(x: Tensor, matrix: Quantized) -> Tensor | None:
 
     The scale of a row of W multiplies the sum instead of each value: W itself is never rounded.
     """
-    if not (torch.is_inference_mode_enabled() and isinstance(matrix, EightBit)):
+    scales = _scales(matrix) if torch.is_inference_mode_enabled() else None
+    if scales is None:
         return None
-    rows = x.reshape(-1, x.size(-1))
-    whole = matrix.stored_rows == range(len(matrix.entries))
+    rows, entries = x.reshape(-1, x.size(-1)), matrix.entries
+    whole = matrix.stored_rows == range(len(entries))
     if not whole or x.device.type != "cpu" or x.dtype != matrix.dtype or not 0 < len(rows) <= FEW:
         return None
-    fast = x.dtype == torch.bfloat16 and matrix.columns % COLUMNS == 0
-    sums = (_in_bf16 if fast else _in_tiles)(rows, matrix.entries)
-    return (sums * (matrix.largest / 127)).to(x.dtype).view(*x.shape[:-1], -1)
+    is_int8 = entries.dtype == torch.int8
+    fast = is_int8 and x.dtype == torch.bfloat16 and matrix.columns % COLUMNS == 0
+    sums = (_in_bf16 if fast else _in_tiles)(rows, entries)
+    return (sums * scales).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _scales(matrix: Quantized) -> Tensor | None:
+    """What the sum over a row's entries is multiplied by, (out,); None for weights that are not in 8 bits
+    with a scale for each row."""
+    if isinstance(matrix, EightBit):
+        return matrix.largest / 127
+    return matrix.scales * 256 if type(matrix) is Float8 else None
 
 
 def _in_bf16(x: Tensor, entries: Tensor) -> Tensor:
@@ -43,11 +54,14 @@ def _in_bf16(x: Tensor, entries: Tensor) -> Tensor:
 
 
 def _in_tiles(x: Tensor, entries: Tensor) -> Tensor:
-    """x (n, in) entriesᵀ in fp32."""
+    """x (n, in) entriesᵀ in fp32; of entries in fp8 times 2^-8."""
     step = max(1, TILE_BYTES // (entries.size(1) * torch.float32.itemsize))
     sums, x = x.new_empty(len(x), len(entries), dtype=torch.float32), x.float()
     for first in range(0, len(entries), step):
         part = entries[first : first + step]
-        values = scratch(part.shape, torch.float32, x.device).copy_(part)
+        if part.dtype == torch.int8:
+            values = scratch(part.shape, torch.float32, x.device).copy_(part)
+        else:
+            values = eight_bits_below(part, scratch(part.shape, torch.int16, x.device))
         torch.mm(x, values.t(), out=sums[:, first : first + len(part)])
     return sums

@@ -124,19 +124,21 @@ class Float8(Quantized):
         return self.scales * torch.finfo(self.entries.dtype).max
 
     def _dequantised(self, first: int, last: int) -> Tensor:
-        return _eight_bits_below(self.entries[first:last]).mul_(self.scales[first:last, None] * 256)
+        return eight_bits_below(self.entries[first:last]).mul_(self.scales[first:last, None] * 256)
 
 
 def float8_values(entries: Tensor) -> Tensor:
     """Finite entries in float8_e4m3fn as fp32."""
-    return _eight_bits_below(entries).mul_(256)
+    return eight_bits_below(entries).mul_(256)
 
 
-def _eight_bits_below(entries: Tensor) -> Tensor:
-    """Finite entries in float8_e4m3fn times 2^-8, as fp32."""
+def eight_bits_below(entries: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Finite entries in float8_e4m3fn times 2^-8, as fp32; `memory`, int16 and as large, is overwritten."""
     # Moved into the places of fp16's exponent and fraction, the bits mean 2^-8 of their value;
     # torch's own conversion takes several times as long.
-    bits = (entries.view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000)
+    entries = entries.view(torch.int8)
+    bits = entries.to(torch.int16) if memory is None else memory.copy_(entries)
+    bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
     return bits.view(torch.float16).float()
 
 
