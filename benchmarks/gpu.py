@@ -5,7 +5,8 @@
 
 Each part prints a row of JSON when it ends, and adds it to --out; a part for which too little time is
 left is named in a row of its own. In this order: the machine; the rate of a matrix product and of a
-copy; gradients in bf16 and fp32 against float64; whether a training step waits for the device;
+copy; gradients in bf16 and fp32 against float64; whether a training step waits for the device; a layer
+of experts, at once and one by one;
 training of each model, ours eager and compiled beside transformers + PEFT (`train_speed.py`,
 interleaved); the first model on a base in nf4, beside PEFT with bitsandbytes, and in fp8; how many
 tokens of context fit with a base in nf4, measured on two layers and extrapolated to all; the loss after
@@ -42,7 +43,7 @@ LAYERS, CONTEXTS, RANK = 2, (16, 32), 16
 """Of the measured context: layers, and its lengths in examples."""
 USABLE = 0.95
 """Share of a GPU's memory that a context may fill."""
-PARTS = ("machine", "ceiling", "right", "waits", "train", "quantised", "context", "loss", "decode")
+PARTS = ("machine", "ceiling", "right", "waits", "experts", "train", "quantised", "context", "loss", "decode")
 
 
 def main() -> None:
@@ -66,6 +67,7 @@ def main() -> None:
         "ceiling": lambda: ceiling(options.device),
         "right": lambda: right(options.device),
         "waits": lambda: waits(options.device),
+        "experts": lambda: experts(options.device),
     }
     for model in options.models:
         parts[f"train {model}"] = lambda model=model: train(model, options.device, end)
@@ -247,6 +249,44 @@ def right(device: str) -> dict[str, Any]:
         )
         for dtype in (torch.float32, torch.bfloat16)
     }
+
+
+def experts(device: str) -> dict[str, Any]:
+    """A layer of experts with LoRA, forward and backward: seconds at once and one by one, and how far its
+    outputs and the gradient of its input at once are from those one by one. On a GPU the sizes of
+    Qwen3-30B-A3B, in bf16."""
+    import torch
+
+    from litlora.config import ModelConfig
+    from litlora.lora import LoRAConfig, add_lora
+    from litlora.model.experts import MixtureOfExperts
+
+    cuda, torch_dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
+    width, size, count, tokens = (2048, 768, 128, 4096) if cuda else (64, 32, 16, 128)
+    sizes = {"hidden_size": width, "moe_intermediate_size": size, "num_experts": count}
+    facts = {**train_speed.COMMON, **train_speed.SHAPES["tiny"], **sizes}
+    facts |= {"num_experts_per_tok": 8, "norm_topk_prob": True}
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(ModelConfig(**facts)).to(torch_dtype)
+    add_lora(layer, LoRAConfig(rank=RANK, targets="experts"))
+    for name, parameter in layer.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.01)
+    layer.to(device).experts.lay_together()
+    x = torch.randn(1, tokens, width, device=device, dtype=torch_dtype, requires_grad=True)
+    found, seconds = {}, {}
+
+    def step() -> None:
+        x.grad = None
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        found[layer.experts.at_once] = torch.cat([y.detach(), x.grad]).double()
+
+    for at_once in (True, False):
+        layer.experts.at_once = at_once
+        seconds["at once" if at_once else "one by one"] = timed(step, device, rounds=5)
+    apart = (found[True] - found[False]).norm() / found[False].norm()
+    return {"experts": count, "tokens": tokens, **seconds, "relative distance": apart.item()}
 
 
 def train(model: str, device: str, end: float) -> dict[str, Any]:

@@ -25,17 +25,18 @@ def rows(*words, out):
 
 def test_without_time_each_part_is_named_and_left_out(tmp_path):
     found = rows("--deadline", "0", out=tmp_path / "rows")
-    assert len(found) == 9 and all("left out" in row for row in found.values())
+    assert len(found) == 10 and all("left out" in row for row in found.values())
 
 
 @pytest.mark.slow
 def test_every_row_has_its_figures(tmp_path):
     """But `waits` and `train`, which take minutes."""
-    parts = ["machine", "ceiling", "right", "quantised", "context", "loss", "decode"]
+    parts = ["machine", "ceiling", "right", "experts", "quantised", "context", "loss", "decode"]
     found = rows("--steps", "4", "--deadline", "800", "--parts", *parts, out=tmp_path / "rows")
     assert list(found) == parts and not any(row.get("stopped") for row in found.values())
     assert found["ceiling"]["flops"] > 0 and found["decode"]["tokens per second"] > 0
     assert found["right"]["torch.float32"] < 1e-5
+    assert found["experts"]["relative distance"] < 1e-6 and found["experts"]["at once"] > 0
     speeds = {row["row"]: row for row in found["quantised"]["rows"]}
     assert list(speeds) == ["ours nf4", "ours fp8", "peft nf4"], found["quantised"]
     assert all(row["tokens_per_second"] > 0 and row["peak"] > 0 for row in speeds.values())
