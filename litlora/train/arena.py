@@ -1,7 +1,7 @@
 """Host memory for what the forward keeps for the backward, in one piece that serves every step.
 
-Pinned memory from torch's allocator is rounded up to a power of two, tensor by tensor: for long
-contexts that is twice of what there is. This is exactly as large as it is asked to be.
+Pinned memory from torch's allocator is rounded up to a power of two, tensor by tensor: for a long
+context, up to twice what it needs. An arena has exactly the size that it is asked for.
 """
 
 import weakref
@@ -18,14 +18,14 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Keeps tensors one behind the other, and begins anew when none of them is kept any more.
+    """Keeps tensors next to each other, and starts from its beginning once none of them is kept.
 
     On a GPU, copies have a stream of their own. The backward asks for what was kept last first; while
     it computes with that, what was kept before is already on its way.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        """Raises UserError if the machine has not so much memory."""
+        """Raises UserError if the machine does not have the memory."""
         self._memory = _host_memory(nbytes, pinned=device.type == "cuda")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device, self._end, self._count = device, 0, 0
