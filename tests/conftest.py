@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def random_adapter(directory: Path, base_dir: Path, settings: LoRAConfig, *, see
     beside = Beside(prompt_style=STYLES["alpaca"])
     write_adapter(directory, adapter, chain.config, sidecars_from=chain.sources, beside=beside)
     return directory
+
+
+def resident(file: Path) -> int:
+    """Bytes of a file that are mapped and in this process's memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART, random_adapter
+from conftest import QUICKSTART, random_adapter, resident
 from families import save_folder
 
 from litlora.checkpoint import resolve
@@ -29,17 +29,6 @@ IDS = torch.arange(24).view(1, 24) * 7 % 90
 
 def stored(directory: Path) -> bytes:
     return (directory / "final/lit_model.pth").read_bytes()
-
-
-def resident(file: Path) -> int:
-    """Bytes of a file that are mapped and in this process's memory."""
-    total, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            ours = line.endswith(str(file))
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
 
 
 def gradients(model, how: str, *, dropout: float = 0.0, targets="all-linear") -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litlora.frozen import scaled
+from litlora.frozen import fp8_units
 from litlora.frozen.bitsandbytes import Quantized
 from litlora.frozen.few_rows import product
 from litlora.frozen.scratch import scratch
@@ -71,14 +71,14 @@ class QuantizedWeight(nn.Module, FrozenWeight):
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         matrix = self.matrix
         y = product(x, matrix)
-        y = scaled.times(x, matrix) if y is None else y
+        y = fp8_units.times(x, matrix) if y is None else y
         if y is not None:
             return y if bias is None else y + bias
         with torch.no_grad():  # the values are gone before a backward could read them
             return F.linear(x, self.values(x.dtype), bias)
 
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        if (dx := scaled.back(dy, self.matrix)) is not None:
+        if (dx := fp8_units.back(dy, self.matrix)) is not None:
             return dx if into is None else into.add_(dx)
         W = self.values(dy.dtype)
         return dy @ W if into is None else into.addmm_(dy, W)

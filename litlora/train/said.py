@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from litlora.frozen.bitsandbytes import FourBit
+from litlora.frozen.fp8_units import multiplies_in_fp8
 from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import LINEAR, stored_weights
 from litlora.frozen.native import four_bit_on
 from litlora.frozen.quantized import QuantizedWeight
-from litlora.frozen.scaled import multiplies_in_fp8
 from litlora.lora.layer import lora_layers
 from litlora.prompts import lacking_tokens
 from litlora.report.console import duration

@@ -11,7 +11,7 @@ from conftest import tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litlora.frozen import scaled
+from litlora.frozen import fp8_units
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
@@ -23,7 +23,7 @@ from litlora.train.said import products_notice
 @pytest.fixture
 def units(monkeypatch):
     """Let the CPU, on which torch has the same operation, count as a GPU with fp8."""
-    monkeypatch.setattr(scaled, "has_units", lambda device: True)
+    monkeypatch.setattr(fp8_units, "has_units", lambda device: True)
 
 
 def stored(W):
@@ -74,7 +74,7 @@ def test_where_fp8_does_not_serve_it_is_computed_by_its_values(units, monkeypatc
         with torch.no_grad():
             return torch.equal(weight.times(x), x @ weight.rows().to(x.dtype).t())
 
-    weight, x = QuantizedWeight(stored(torch.randn(32, 48).bfloat16())), torch.randn(5, 48)
+    weight, x = QuantizedWeight(stored(torch.randn(32, 48).bfloat16())), torch.randn(9, 48)
     assert not same_as_its_values(weight, x.bfloat16()) and same_as_its_values(weight, x)
     with torch.inference_mode():
         assert same_as_its_values(weight, x.bfloat16())
@@ -110,8 +110,8 @@ class AsOnAGPU(TorchDispatchMode):
 def test_torch_takes_the_tensors_of_a_gpu(units):
     W, x = stored(torch.randn(64, 32).bfloat16()), torch.randn(2, 5, 32).bfloat16()
     with AsOnAGPU() as mode:
-        y, dx = scaled.times(x, W), scaled.back(torch.randn(10, 64).bfloat16(), W)
-        scaled.times(x[:1, :1], W)
+        y, dx = fp8_units.times(x, W), fp8_units.back(torch.randn(10, 64).bfloat16(), W)
+        fp8_units.times(x[:1, :1], W)
     assert y.shape == (2, 5, 64) and dx.shape == (10, 32) and mode.calls == 3
     with AsOnAGPU(), pytest.raises(RuntimeError, match="col_major"):
         torch._scaled_mm(W.entries.view(32, 64), W.entries, torch.ones(1), torch.ones(1))
