@@ -159,14 +159,10 @@ def report_loading(base: Path, kinds: list[str]) -> None:
 
 
 def main() -> None:
-    from litlora.frozen.quantize import QUANTIZERS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument(
-        "--load", nargs="+", choices=QUANTIZERS, help="load the base in these kinds, and train nothing"
-    )
+    parser.add_argument("--load", nargs="+", help="load the base in these kinds, and train nothing")
     parser.add_argument("--load_once", help=argparse.SUPPRESS)
     settings, options = parser.parse_known_args()
     if settings.load_once:

@@ -56,12 +56,11 @@ def quantised(
     Raises UserError for a layer that cannot be quantised, or is stored in few bits already.
     """
     names = [name for name in block_linears(config) if name not in kept]
-    pages, mapped, result = Pages(), {name for name in names if plan[name].is_stored}, dict(plan)
+    pages, read, result = Pages(), {name: plan[name].sources() for name in names}, dict(plan)
 
     def done(values: Tensor, matrix: Quantized) -> None:
-        if matrix.name in mapped:
-            pages.done_with(values)
-            pages.release()  # each at once, not some of them together: loading is to take little memory
+        pages.done_with(*read[matrix.name])
+        pages.release()  # each at once, not some of them together: loading is to take little memory
         if expected is not None:
             expected.add(matrix.name, matrix)
 
