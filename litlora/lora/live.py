@@ -87,14 +87,14 @@ class LiveUpdate:
     bias: Tensor | None
     """(out,): what the adapter's bias is beyond the layer's."""
 
-    def add_to(self, y: Tensor, x: Tensor, linear: nn.Linear | FrozenLinear, strength: float) -> None:
-        """Add it to y (..., out), a linear layer's outputs of x (..., in), times the strength."""
+    def add_to(self, y: Tensor, x: Tensor, own_bias: Tensor | None, strength: float) -> None:
+        """Add it to y (n, out), the layer's outputs of x (n, in), times the strength."""
         if self.A is not None:
-            z = F.linear(x, self.A)  # (..., r)
+            z = F.linear(x, self.A)  # (n, r)
             if self.gain is None:
-                y.view(-1, y.size(-1)).addmm_(z.view(-1, z.size(-1)), self.Bt, alpha=strength * self.scale)
+                y.addmm_(z, self.Bt, alpha=strength * self.scale)
             else:
-                product = y if linear.bias is None else y - linear.bias
+                product = y if own_bias is None else y - own_bias
                 changed = (self.gain - 1) * product + self.gain * self.scale * (z @ self.Bt)
                 y.add_(changed.to(y.dtype), alpha=strength)
         if self.bias is not None:
@@ -131,18 +131,20 @@ class SwitchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""
-        linear = self.linear
-        y = linear(x)
+        y = self.linear(x)
         for adapter, strength, rows in self.board.groups:
             if (update := self.updates.get(adapter)) is None:
                 continue
             if rows is None:
-                update.add_to(y, x, linear, strength)
+                self._add(update, y, x, strength)
             else:
                 part = y.index_select(0, rows)
-                update.add_to(part, x.index_select(0, rows), linear, strength)
+                self._add(update, part, x.index_select(0, rows), strength)
                 y.index_copy_(0, rows, part)
         return y
+
+    def _add(self, update: LiveUpdate, y: Tensor, x: Tensor, strength: float) -> None:
+        update.add_to(y.view(-1, y.size(-1)), x.reshape(-1, x.size(-1)), self.linear.bias, strength)
 
 
 def live_updates(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> dict[str, LiveUpdate]:
