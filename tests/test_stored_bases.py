@@ -34,9 +34,25 @@ def fp8(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": entries, "weight_scale_inv": scale}, (entries.float() * scale).bfloat16()
 
 
+def fbgemm_fp8(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A scale for each row, and the bound of the activations that some folders hold as well."""
+    scale = W.float().abs().amax(1, keepdim=True) / 448
+    entries = (W.float() / scale).to(torch.float8_e4m3fn)
+    parts = {"weight": entries, "weight_scale": scale, "input_scale_ub": torch.tensor([1200.0])}
+    return parts, (entries.float() * scale).bfloat16()
+
+
 HOW = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}),
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "fbgemm_fp8": (
+        fbgemm_fp8,
+        {
+            "quant_method": "fbgemm_fp8",
+            "activation_scale_ub": 1200.0,
+            "modules_to_not_convert": ["lm_head", "o_proj"],
+        },
+    ),
 }
 
 
@@ -44,10 +60,11 @@ def store(directory: Path, how: str) -> None:
     """Store the linear layers of a folder's blocks in few bits; `plain` beside it holds the values."""
     shutil.copytree(directory, directory.with_name("plain"))
     make, settings = HOW[how]
+    kept = tuple(f"{module}.weight" for module in settings.get("modules_to_not_convert", ()))
     stored: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for name, tensor in load_file(directory / "model.safetensors").items():
-        if tensor.ndim == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+        if tensor.ndim == 2 and ".layers." in name and not name.endswith(("mlp.gate.weight", *kept)):
             parts, values[name] = make(tensor)
             module = name.removesuffix("weight")
             stored |= {module + end: part.contiguous() for end, part in parts.items()}
@@ -65,7 +82,10 @@ def store(directory: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [("llama", "gptq"), ("phi3", "gptq"), ("qwen3-moe", "fp8"), ("phi3", "fp8"), ("deepseek-v3", "fp8")],
+    [
+        *[("llama", "gptq"), ("phi3", "gptq"), ("qwen3-moe", "fp8"), ("phi3", "fp8"), ("deepseek-v3", "fp8")],
+        ("llama", "fbgemm_fp8"),
+    ],
 )
 def test_gradients_and_fingerprint_are_those_of_the_values(family, how, tmp_path, tokenizer_dir):
     save_folder(family, tmp_path / "stored", vocab_size=400)
@@ -75,7 +95,7 @@ def test_gradients_and_fingerprint_are_those_of_the_values(family, how, tmp_path
     ours, plain = open_checkpoint(tmp_path / "stored"), open_checkpoint(tmp_path / "plain")
     assert ours.fingerprint == plain.fingerprint and ours.tensors.keys() == plain.tensors.keys()
     few = [name for name, tensor in ours.tensors.items() if isinstance(tensor, Quantized)]
-    assert len(few) >= 7 * ours.config.num_hidden_layers
+    assert len(few) >= (6 if how == "fbgemm_fp8" else 7) * ours.config.num_hidden_layers
     found = {}
     for name in ("stored", "plain"):
         torch.manual_seed(1)
@@ -124,4 +144,4 @@ def test_every_command_takes_a_stored_base(how, tmp_path, tokenizer_dir, alpaca_
     assert len(answers) == 1
     succeeds("scripts/export_peft.py", "--lora_path", run / "final", "--out_dir", tmp_path / "peft")
     said = json.loads(succeeds("scripts/inspect_checkpoint.py", tmp_path / "stored", "--json").stdout)
-    assert {"gptq": "gptq 4 bits", "fp8": "fp8"}[how] in said["dtypes"]
+    assert ("gptq 4 bits" if how == "gptq" else "fp8") in said["dtypes"]
