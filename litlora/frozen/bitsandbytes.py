@@ -131,10 +131,14 @@ class Quantized(LazyTensor):
     def write_to(self, W: Tensor) -> None:
         """Write all values to W (out, in), of any dtype, without a check."""
         step, row = rows_at_a_time(self.shape, torch.float32.itemsize), 0
-        for values in self._parts(self.stored_rows, step):
+        for values in self.parts(step):
             # Rounded to the dtype of the matrix, and then to that of W.
             W[row : row + len(values)] = values if W.dtype == self.dtype else values.to(self.dtype)
             row += len(values)
+
+    def parts(self, step: int) -> Iterator[Tensor]:
+        """The values before they are rounded, in fp32, at most `step` rows at a time; without a check."""
+        return self._parts(self.stored_rows, step)
 
     def _parts(self, stored_rows: range | Tensor, step: int) -> Iterator[Tensor]:
         """These stored rows in order, in fp32, at most `step` at a time."""

@@ -1,4 +1,4 @@
-"""Products of few rows with a weight in 8 bits, which read it as it is stored.
+"""Products of few rows with a weight in 4 or 8 bits, which read it as it is stored.
 
 A token that is decoded multiplies by every weight once: values that are written to memory and read
 again take three to ten times as long as the bytes that they come from.
@@ -7,7 +7,7 @@ again take three to ten times as long as the bytes that they come from.
 import torch
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import EightBit, Quantized
+from litlora.frozen.bitsandbytes import EightBit, FourBit, Quantized
 from litlora.frozen.quantize import Float8, eight_bits_below
 from litlora.frozen.scratch import scratch
 
@@ -24,27 +24,25 @@ def product(x: Tensor, matrix: Quantized) -> Tensor | None:
     """x Wᵀ (..., out) for x (..., in), of the dtype of x, where nothing learns; None where computing
     with W's values is as quick, or where these were rounded to fewer bits than x has.
 
-    The scale of a row of W multiplies the sum instead of each value: W itself is never rounded.
+    W itself is never rounded.
     """
-    scales = _scales(matrix) if torch.is_inference_mode_enabled() else None
-    if scales is None:
+    # Not of the subclasses, which have other scales.
+    if not (torch.is_inference_mode_enabled() and type(matrix) in (EightBit, FourBit, Float8)):
         return None
-    rows, entries = x.reshape(-1, x.size(-1)), matrix.entries
-    whole = matrix.stored_rows == range(len(entries))
-    if not whole or x.device.type != "cpu" or x.dtype != matrix.dtype or not 0 < len(rows) <= FEW:
+    rows = x.reshape(-1, x.size(-1))
+    if x.device.type != "cpu" or x.dtype != matrix.dtype or not 0 < len(rows) <= FEW:
         return None
-    is_int8 = entries.dtype == torch.int8
-    fast = is_int8 and x.dtype == torch.bfloat16 and matrix.columns % COLUMNS == 0
-    sums = (_in_bf16 if fast else _in_tiles)(rows, entries)
-    return (sums * scales).to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _scales(matrix: Quantized) -> Tensor | None:
-    """What the sum over a row's entries is multiplied by, (out,); None for weights that are not in 8 bits
-    with a scale for each row."""
-    if isinstance(matrix, EightBit):
-        return matrix.largest / 127
-    return matrix.scales * 256 if type(matrix) is Float8 else None
+    if isinstance(matrix, FourBit):
+        sums = _in_values(rows, matrix)
+    elif matrix.stored_rows == range(len(matrix.entries)):
+        is_int8 = isinstance(matrix, EightBit)
+        fast = is_int8 and x.dtype == torch.bfloat16 and matrix.columns % COLUMNS == 0
+        # A scale multiplies the sum instead of each value.
+        scales = matrix.largest / 127 if is_int8 else matrix.scales * 256
+        sums = (_in_bf16 if fast else _in_tiles)(rows, matrix.entries) * scales
+    else:
+        return None
+    return sums.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _in_bf16(x: Tensor, entries: Tensor) -> Tensor:
@@ -64,4 +62,14 @@ def _in_tiles(x: Tensor, entries: Tensor) -> Tensor:
         else:
             values = eight_bits_below(part, scratch(part.shape, torch.int16, x.device))
         torch.mm(x, values.t(), out=sums[:, first : first + len(part)])
+    return sums
+
+
+def _in_values(x: Tensor, matrix: Quantized) -> Tensor:
+    """x (n, in) Wᵀ in fp32, whose values exist for some rows of W at a time."""
+    step = max(1, TILE_BYTES // (matrix.columns * torch.float32.itemsize))
+    sums, x, row = x.new_empty(len(x), len(matrix.stored_rows), dtype=torch.float32), x.float(), 0
+    for values in matrix.parts(step):
+        torch.mm(x, values.t(), out=sums[:, row : row + len(values)])
+        row += len(values)
     return sums

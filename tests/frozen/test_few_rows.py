@@ -1,4 +1,4 @@
-"""Products of few rows with a weight in 8 bits are as exact as those with its values."""
+"""Products of few rows with a weight in 4 or 8 bits are as exact as those with its values."""
 
 from pathlib import Path
 
@@ -12,18 +12,19 @@ from litlora.frozen.quantized import QuantizedWeight
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [96, 33], ids=["the kernel's columns", "odd columns"])
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_products_of_few_rows_are_those_of_the_stored_values(dtype, columns, rows, kind):
-    matrix = QUANTIZERS[kind].quantised(torch.randn(7001, columns).to(dtype), "w", Path("random"))
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_products_of_few_rows_are_those_of_the_stored_values(kind, dtype, columns, rows):
+    W = torch.randn(7001, columns).to(dtype)
+    matrix = QUANTIZERS[kind].quantised(W, "w", Path("random"))
+    values = QUANTIZERS[kind].quantised(W.float(), "w", Path("random")).rows().double()  # not rounded
     weight, x = QuantizedWeight(matrix), torch.randn(1, rows, columns).to(dtype)
     bias = torch.randn(7001).to(dtype)
-    scales = matrix.largest.double() / 127 if kind == "int8" else matrix.scales.double()
-    exact = x.double() @ (matrix.entries.double() * scales[:, None]).t() + bias.double()
+    exact = x.double() @ values.t() + bias.double()
     with torch.inference_mode():
         got, alone = weight.times(x, bias), weight.times(x[:, :1], bias)
     assert got.dtype == dtype and got.shape == exact.shape
     rounded = weight.times(x, bias)  # with a backward, by its values
-    assert not torch.equal(got, rounded)
+    assert dtype == torch.float32 or not torch.equal(got, rounded)
     error, before = ((part.double() - exact).norm() / exact.norm() for part in (got, rounded))
     assert error < 1.5 * before + 1e-7
     if (

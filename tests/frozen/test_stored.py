@@ -70,22 +70,6 @@ def test_the_values_are_those_of_the_tool(case):
     assert torch.equal(weight.rows(), values)
 
 
-def test_rows_of_fbgemm_have_a_scale_each():
-    """As transformers names them in a folder of this method, which it writes on a GPU alone."""
-    torch.manual_seed(0)
-    W = torch.randn(40, 48)
-    scale = W.abs().amax(dim=1, keepdim=True) / 448
-    entries, norm = (W / scale).to(torch.float8_e4m3fn), torch.randn(48, dtype=torch.bfloat16)
-    parts = {"weight": entries, "weight_scale": scale, "input_scale_ub": torch.tensor([1200.0])}
-    stored = {**{f"layer.{name}": part for name, part in parts.items()}, "norm.weight": norm}
-    how = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
-    found = read(stored, Storage.parse(how))
-    assert found.keys() == {"layer.weight", "norm.weight"} and torch.equal(found["norm.weight"], norm)
-    values = entries.float() * scale
-    assert torch.equal(found["layer.weight"].tensor(), values.bfloat16())
-    assert ((values - W).abs() <= W.abs() * 2**-4 + scale * 2**-10).all()
-
-
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_the_values_of_ggmls_blocks_are_those_of_the_gguf_package(kind):
     values = load_file(FILES / f"gguf-{kind}-expected.safetensors")["layer"]
