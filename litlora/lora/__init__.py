@@ -13,6 +13,8 @@ starts.py    the values of A and B before the first step; eva.py: those by the d
 adapter.py   the updates of all layers, with their settings and the base they are for
 rows.py      rows of added tokens
 casts.py     A and B in the dtype of the computation, cast once a step
+grouped.py   a layer of all experts as one
+live.py      adapters that are switched on and off, each for its own sequences
 biases.py    biases that train, those of B too
 select.py    which layers, and the rank and alpha of each
 """
