@@ -175,6 +175,7 @@ def test_nothing_waits_for_how_many_rows_an_expert_has(monkeypatch):
             experts(mode.from_tensor(x))
 
 
+@pytest.mark.slow
 def test_compiled_experts_are_one_graph():
     layer, x = adapted(dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
     layer.experts.lay_together()

@@ -66,6 +66,7 @@ def test_layers_that_differ_have_figures(name):
     assert figures.weights == weights and 0 < figures.recomputed < figures.activations
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_enough(forked, tmp_path):
     words = ("--memory", QUICKSTART / "model_config.yaml", "--seq", "16")
     said = forked.succeeds("scripts/list_models.py", *words, cwd=tmp_path).splitlines()

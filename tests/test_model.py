@@ -141,6 +141,7 @@ def test_sequences_added_to_fill_a_bucket_stay_within_the_context(length):
     torch.testing.assert_close(got[:, :length], model.model(ids[:, :length]), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_first_rotary_tables_of_two_threads_are_right():
     """In a process of its own: the first cosine that torch computes in a process is what matters."""
     program = """

@@ -27,7 +27,7 @@ from litlora.storage.untrusted import read_json, read_yaml
 from litlora.tokenizer import Tokenizer
 
 quick = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -180,7 +180,7 @@ def test_any_bytes_in_any_file(tmp_path, data):
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["archive", "old"])
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=150)
 @given(st.data())
 def test_a_torch_file_with_bytes_changed(tmp_path, old, data):
     sound = tmp_path / "sound.bin"

@@ -164,6 +164,7 @@ def test_adapters_of_different_bases_are_not_added_up(tmp_path, make_checkpoint)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_answers_for_its_chain_only_if_it_is_that_chain(tmp_path, make_checkpoint):
     first = write_adapter(tmp_path / "first", make_checkpoint("base", dtype=torch.bfloat16))
     chain = open_checkpoint(first).fingerprint

@@ -181,7 +181,13 @@ def test_a_sentencepiece_answer_gets_no_space_of_its_own(place):
     assert "".join(tokenizer.token(index) for index in example.ids[start:stop]) == "yes</s>"
 
 
-@pytest.mark.parametrize("style", ["alpaca", "plain", "chatml", "llama 2", "tight", "thoughtful"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        *("alpaca", "chatml", "thoughtful"),
+        *(pytest.param(style, marks=pytest.mark.slow) for style in ("plain", "llama 2", "tight")),
+    ],
+)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_chat_asks_with_the_ids_after_which_the_answers_were_learned(kind, style, place, base):
     tokenizer, template = place(kind, style if style in TEMPLATES else None)
@@ -702,6 +708,7 @@ def talks_of(*questions: str) -> list[Conversation]:
 TOO_LONG = "has 1,1.*, which is too long for the tokenizer: split the record, or remove it"
 
 
+@pytest.mark.slow
 def test_a_record_that_is_too_long_for_the_tokenizer_is_named_and_left_out(swelling):
     talks, skipped = talks_of("one", "y" * 1_100_000, "z" * 1_100_000, "two"), Skipped()
     found = tokenize(talks, swelling, STYLES["plain"], 100, skipped)

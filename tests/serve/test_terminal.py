@@ -228,6 +228,7 @@ def test_ctrl_c_drops_the_line_and_ctrl_d_ends(echo):
     assert echo.status() == 0
 
 
+@pytest.mark.slow
 def test_the_model_gets_a_paste_as_one_question(start):
     loaded, question = load(QUICKSTART), "What is\nthe capital of France?"
     sampling = Sampling(max_new_tokens=6, temperature=0)

@@ -105,6 +105,7 @@ def test_a_run_for_which_memory_is_too_short_leaves_nothing_behind(base, alpaca_
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_activations_are_computed_again_where_memory_would_not_hold_them(
     base, alpaca_file, tmp_path, capsys, monkeypatch
 ):

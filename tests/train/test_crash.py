@@ -343,6 +343,7 @@ def test_a_directory_that_goes_away_in_mid_run_is_said_and_what_there_is_is_save
     assert (out / "hyperparameters.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_whose_directory_went_away_can_be_resumed(run, tmp_path):
     expected, out = run("lora", tmp_path / "expected"), tmp_path / "out"
 

@@ -91,6 +91,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, expected, numb
     assert (out / "final/lit_model.pth").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_loses_nothing(tmp_path):
     out = tmp_path / "out"
     terminal, side = pty.openpty()

@@ -197,7 +197,7 @@ def test_targets_without_weights_are_refused(ratios, message):
         pytest.param({"optimizer": "adafactor", "learning_rate": 0.03}, marks=pytest.mark.slow),
         {"optimizer": "lion"},
         pytest.param({"optimizer": "lion_8bit"}, marks=pytest.mark.slow),
-        {"loraplus_lr_ratio": 4.0, "schedule": "wsd"},
+        pytest.param({"loraplus_lr_ratio": 4.0, "schedule": "wsd"}, marks=pytest.mark.slow),
         pytest.param(
             {"learning_rate_ratios": {"layers.0": 0.5, "lora_B": 4.0, "embed_tokens": 0.1}},
             marks=pytest.mark.slow,

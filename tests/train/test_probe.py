@@ -55,6 +55,7 @@ def test_a_run_with_probes_learns_the_same_and_shows_what_they_saw(run, tmp_path
     assert [row[2] for row in table["rows"]] == [sample.answer for sample in after.samples]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_what_was_said_before_training(run, tmp_path, probing, capsys):
     diary = Diary()
     with extra_sinks(diary):

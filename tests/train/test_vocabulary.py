@@ -220,6 +220,7 @@ def test_adapters_of_the_same_tokens_are_combined(
     assert torch.allclose(logits(load(tmp_path / "merged").model, asked), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_other_tokens_are_not_combined(model_folder, run, tmp_path, forked):
     base, known = model_folder(5, True)
     words = ("--checkpoint_dir", base, *STEPS, "--prompt_style", "alpaca")
