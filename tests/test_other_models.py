@@ -9,6 +9,7 @@ from conftest import random_adapter, succeeds, tune
 from other_models import SETTINGS, make_folder
 from safetensors.torch import load_file
 
+from litlora.adapters.describe import describe, table
 from litlora.data.examples import Example
 from litlora.errors import CheckpointError
 from litlora.load import load
@@ -193,6 +194,11 @@ def test_what_cannot_run_is_named(changes, says, tmp_path, tokenizer_dir):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=says):
         load(folder)
+
+
+def test_a_description_names_its_sizes(tmp_path, tokenizer_dir):
+    folder = make_folder(tmp_path / "opt", "opt", tokenizer_dir)
+    assert "model    opt: 2 layers, hidden 32, vocabulary 400, context 128" in table(describe(folder))
 
 
 def test_a_folder_that_transformers_cannot_compute_is_one_line(tmp_path, tokenizer_dir):

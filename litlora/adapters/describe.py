@@ -32,6 +32,8 @@ from litlora.tokenizer import find_sidecars
 Description = dict[str, Any]
 """Plain values, which JSON can hold; "problems" lists, in words, what is missing or wrong."""
 _ALONE = "only what its own files tell is shown"
+SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
+"""Of a model, as its configuration calls them."""
 
 
 def describe(
@@ -62,6 +64,7 @@ def describe(
         "fingerprint": found.fingerprint,
         "family": _family(chain.base if chain else found),
         "model": config.to_dict() if config else None,
+        "sizes": {name: getattr(config, name) for name in SIZES} if config else None,
         "prompt_style": (directory / STYLE_FILE).is_file(),
         "tokenizer": bool(files & {"tokenizer.json", "tokenizer.model"}),
     }
@@ -277,11 +280,11 @@ def table(d: Description) -> list[str]:
     )
     if d.get("fingerprint"):
         lines.append(f"         fingerprint {d['fingerprint']}")
-    if model := d.get("model"):
+    if sizes := d.get("sizes"):
         lines.append(
-            f"model    {d['family'] or 'no Hugging Face family'}: {model['num_hidden_layers']} layers, "
-            f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']:,}, "
-            f"context {model['max_position_embeddings']:,}"
+            f"model    {d['family'] or 'no Hugging Face family'}: {sizes['num_hidden_layers']} layers, "
+            f"hidden {sizes['hidden_size']}, vocabulary {sizes['vocab_size']:,}, "
+            f"context {sizes['max_position_embeddings']:,}"
         )
     if merged := d.get("merged_from"):
         changed = "" if merged["unchanged_since"] else ", and changed since then"
