@@ -110,7 +110,7 @@ def _steps_line(d: Description) -> str:
         return f"{line}; {micro_batches}, padding {d['padding_share']:.1%}"
     if "packed_share" in d:
         return (
-            f"{line}; {micro_batches}, packed without padding, "
+            f"{line}; {micro_batches}, without padding, "
             f"filled to {d['packed_share']:.1%} of {d['packed_tokens']:,} tokens"
         )
     return f"{line}; the size of micro-batches is found when training starts"
