@@ -261,19 +261,20 @@ def experts(device: str) -> dict[str, Any]:
     from litlora.lora import LoRAConfig, add_lora
     from litlora.model.experts import MixtureOfExperts
 
-    cuda, torch_dtype = device == "cuda", torch.bfloat16 if device == "cuda" else torch.float32
+    cuda = device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
     width, size, count, tokens = (2048, 768, 128, 4096) if cuda else (64, 32, 16, 128)
     sizes = {"hidden_size": width, "moe_intermediate_size": size, "num_experts": count}
     facts = {**train_speed.COMMON, **train_speed.SHAPES["tiny"], **sizes}
     facts |= {"num_experts_per_tok": 8, "norm_topk_prob": True}
     torch.manual_seed(0)
-    layer = MixtureOfExperts(ModelConfig(**facts)).to(torch_dtype)
+    layer = MixtureOfExperts(ModelConfig(**facts)).to(dtype)
     add_lora(layer, LoRAConfig(rank=RANK, targets="experts"))
     for name, parameter in layer.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.01)
     layer.to(device).experts.lay_together()
-    x = torch.randn(1, tokens, width, device=device, dtype=torch_dtype, requires_grad=True)
+    x = torch.randn(1, tokens, width, device=device, dtype=dtype, requires_grad=True)
     found, seconds = {}, {}
 
     def step() -> None:

@@ -39,6 +39,8 @@ STEPS += (
     "plain",
 )
 STEPS += ("--train.checkpoint_activations", "full", "--precision", "32-true", "--accelerator", "cpu")
+KINDS = ("nf4", "nf4-dq", "int8", "fp8")
+"""What --load takes."""
 
 
 def make_base(directory: Path, dtype: str = "float32") -> None:
@@ -162,7 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--load", nargs="+", help="load the base in these kinds, and train nothing")
+    parser.add_argument(
+        "--load", nargs="+", choices=KINDS, help="load the base in these kinds, and train nothing"
+    )
     parser.add_argument("--load_once", help=argparse.SUPPRESS)
     settings, options = parser.parse_known_args()
     if settings.load_once:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.lora import LoRAConfig, add_lora, merge_lora
+from litlora.model import experts as experts_module
 from litlora.model.experts import MixtureOfExperts
 
 NUM_EXPERTS = 6
@@ -184,6 +186,17 @@ def test_compiled_experts_are_one_graph():
     got = learned(layer, x)
     for name, value in expected.items():
         assert far(got[name], value) < 0.02, name
+
+
+def test_a_model_that_moves_to_a_gpu_computes_them_at_once(monkeypatch):
+    """The device stands in for one: the weights stay where they are."""
+    layer = adapted()
+    assert not layer.to(torch.float32).experts.at_once
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(experts_module, "frozen_weight", lambda linear: gpu)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("the host read counts"))
+    assert layer.to(torch.float32).experts.at_once
+    layer(torch.randn(2, 9, 16))
 
 
 def test_weights_laid_together_are_the_same_weights():

@@ -229,12 +229,12 @@ def drawn(total: int, val_fraction: float, seed: int, usable: Sequence[int] | No
     `usable` are the numbers of those that give an example, any of them more than once. Where all, or
     none, of them would be held out, others are: drawn from the usable alone.
     """
-    import numpy as np
-
     num_val = min(total - 1, max(1, round(total * val_fraction))) if val_fraction else 0
     numbers = sorted(random.Random(seed).sample(range(total), num_val))
     if usable is None or not (numbers and len(usable)):
         return numbers
+    import numpy as np
+
     is_held_out = np.isin(usable, numbers)
     if is_held_out.any() and not is_held_out.all():
         return numbers

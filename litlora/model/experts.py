@@ -72,6 +72,10 @@ class WithExperts(nn.Module):
         return self.post_feedforward_layernorm_1(fed) + self.post_feedforward_layernorm_2(y).view_as(fed)
 
 
+LAYERS = ("gate_proj", "up_proj", "down_proj")
+"""Of an expert, in the order in which they compute; a plain one has no gate."""
+
+
 class Experts(nn.ModuleList):
     """The experts of a layer: MLPs of one size. On a GPU their weights lie beside each other, so that
     all are computed at once."""
@@ -87,7 +91,7 @@ class Experts(nn.ModuleList):
         """Put the weights of each layer of all experts beside each other, those in few bits excepted,
         and compute them at once from now on."""
         self.at_once = True
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in LAYERS:
             weights = [plain_weight(getattr(expert, name)) for expert in self]
             if any(weight is None for weight in weights):
                 self._together.pop(name, None)
@@ -120,9 +124,8 @@ class Experts(nn.ModuleList):
         is_mixed = torch.is_autocast_enabled(rows.device.type)
         if not self.at_once or is_mixed or first.act_fn is not None or len(rows) < len(self):
             return None
-        names = [*(["gate_proj"] if first.gate_proj is not None else []), "up_proj", "down_proj"]
         layers = []
-        for name in names:
+        for name in (name for name in LAYERS if getattr(first, name) is not None):
             linears = [getattr(expert, name) for expert in self]
             layer = grouped(linears, self._together.get(name), rows.dtype)
             if layer is None:
