@@ -21,7 +21,7 @@ from litlora.config import CONFIG_FILE, ModelConfig
 from litlora.errors import BaseMismatchError, CheckpointError, setting
 from litlora.formats.full import FullModel
 from litlora.formats.litlora import adapter_entry, full_entry
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.quantize import QuantizedBase
 from litlora.lora import Adapter, BaseReference
 from litlora.lora.adapter import names_of

@@ -13,7 +13,7 @@ from litlora.adapters.quantised import as_trained, block_linears, quantised
 from litlora.checkpoint import Chain, resolve
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
 from litlora.frozen.streamed import Stream
 from litlora.lora import Adapter, attach_lora

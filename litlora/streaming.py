@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from litlora.adapters.quantised import block_linears
 from litlora.checkpoint import Chain
 from litlora.errors import UserError, setting
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import FrozenLinear, stored_weights
 from litlora.frozen.streamed import TILE_BYTES, Stream, StreamedEmbedding, StreamedHead, stream_linears
 from litlora.lora import Adapter

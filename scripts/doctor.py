@@ -52,6 +52,8 @@ SECONDS = 0.5
 def main(settings: Doctor) -> None:
     import torch
 
+    from litlora.kernels.cpu import why_none
+
     found = {
         "litlora": litlora.__version__,
         "python": platform.python_version(),
@@ -59,6 +61,7 @@ def main(settings: Doctor) -> None:
         "packages": {name: _version((name,)) for name in NEEDED},
         "cpu": _cpu(),
         "free memory": _gib(free_ram()),
+        "compiled code": why_none() or "built",
         "devices": [_device(name, settings) for name in _devices()],
         "extras": {extra: _version(names) for extra, names in EXTRAS.items()},
         "triton": importlib.util.find_spec("triton") is not None,

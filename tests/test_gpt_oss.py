@@ -11,7 +11,7 @@ from families import save_folder
 from safetensors.torch import load_file, save_file
 
 from litlora.checkpoint import open_checkpoint
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import stored_weights
 from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from litlora.checkpoint import open_checkpoint
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.load import load

@@ -18,7 +18,7 @@ from litlora.errors import BaseMismatchError, CheckpointError
 from litlora.formats import Outline
 from litlora.formats.full import FullModel
 from litlora.formats.lora_files import read_lora
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.dense import DenseUpdate
 from litlora.model import shorten

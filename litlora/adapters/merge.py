@@ -13,7 +13,7 @@ from torch import Tensor
 from litlora.adapters.quantised import as_trained
 from litlora.checkpoint import Chain
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.lora import Adapter, Update
 from litlora.lora.adapter import names_of
 from litlora.lora.update import fitting

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from litlora.checkpoint import Chain
 from litlora.errors import UserError, setting
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.quantize import Expected, Quantizer, ToQuantize
 from litlora.lora import Adapter
 from litlora.model import kind_of

@@ -13,7 +13,7 @@ from litlora.formats.families import HF_CONFIG_FILE, load_config, write_config
 from litlora.formats.folder import notice
 from litlora.formats.parts import Parts
 from litlora.frozen import stored
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.model import kind_of
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.fingerprint import fingerprint

@@ -21,7 +21,7 @@ from litlora.errors import CheckpointError
 from litlora.formats.families import FAMILIES, read_config
 from litlora.formats.full import FullModel
 from litlora.formats.layout import layout
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.ggml import BLOCK_FORMATS, GGML
 
 MODEL_TYPES = {

@@ -37,7 +37,7 @@ from litlora.formats.parts import Parts, divide
 from litlora.formats.through_transformers import adapt_config as adapt_through
 from litlora.formats.through_transformers import file_tensors, read_tensors
 from litlora.formats.through_transformers import load_config as load_through
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.stored import find_stored
 from litlora.model import shorten
 from litlora.prompts import STYLE_FILE

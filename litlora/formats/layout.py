@@ -26,7 +26,7 @@ from torch import Tensor
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
 from litlora.formats.tensor_rules import FusedExperts, Row, TensorRule
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.transformers_config import Architecture, TransformersConfig
 
 LAYER = "model.layers.{}."

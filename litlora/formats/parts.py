@@ -18,7 +18,7 @@ from litlora.errors import CheckpointError
 from litlora.formats.families import HF_CONFIG_FILE, multimodal_of
 from litlora.formats.families.multimodal import Multimodal, Spelling
 from litlora.formats.folder import PARTS_FILE
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.storage.tensors import open_tensors, read_metadata, write_safetensors
 from litlora.storage.untrusted import has_file, read_json_object
 

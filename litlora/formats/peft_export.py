@@ -32,7 +32,7 @@ from litlora.formats.layout import layout as layout_of
 from litlora.formats.parts import Parts
 from litlora.formats.peft_config import EXPERTS
 from litlora.formats.peft_keys import PREFIX
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.lora import Adapter
 from litlora.lora.rows import TokenRows
 from litlora.lora.variants import MAGNITUDE, variant_named

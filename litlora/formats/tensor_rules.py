@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 
 
 class TensorRule(ABC):

@@ -1,75 +1,72 @@
-"""Products of few rows with a weight in 4 or 8 bits, which read it as it is stored.
+"""Products of few rows with a weight, which read it as it is stored.
 
-A token that is decoded multiplies by every weight once: values that are written to memory and read
-again take three to ten times as long as the bytes that they come from.
+A token that is decoded multiplies by every weight once: what counts is how few bytes are read, and
+that all threads read them. Compiled code does so (litlora/kernels/cpu.py); without a compiler, weights in
+few bits are computed in pieces that stay in the processor's cache.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import EightBit, FourBit, Quantized
-from litlora.frozen.quantize import Float8, eight_bits_below
-from litlora.frozen.scratch import scratch
+from litlora.frozen.dense import Dense
+from litlora.frozen.few_bits import Quantized
+from litlora.kernels import cpu
 
-FEW = 8
-"""Rows for which this pays. torch's kernel computes each by itself, and values that were computed
-once serve all."""
+FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Of plain weights, by cpu.c's names."""
 TILE_BYTES = 2 << 20
-"""Values that exist at a time: few enough to stay in the processor's cache."""
-COLUMNS = 32
-"""torch's kernel reads beyond the end of a row that is not a multiple of so many bytes."""
+"""Values that exist at a time, without compiled code."""
 
 
-def product(x: Tensor, matrix: Quantized) -> Tensor | None:
+def product(x: Tensor, matrix: Quantized, compiled: cpu.Compiled | None) -> Tensor | None:
     """x Wᵀ (..., out) for x (..., in), of the dtype of x, where nothing learns; None where computing
     with W's values is as quick, or where these were rounded to fewer bits than x has.
 
-    W itself is never rounded.
+    W itself is never rounded. `compiled` is what reads the matrix, if anything does.
     """
-    # Not of the subclasses, which have other scales.
-    if not (torch.is_inference_mode_enabled() and type(matrix) in (EightBit, FourBit, Float8)):
+    if x.dtype != matrix.dtype or not cpu.suits(x):
         return None
-    rows = x.reshape(-1, x.size(-1))
-    if x.device.type != "cpu" or x.dtype != matrix.dtype or not 0 < len(rows) <= FEW:
-        return None
-    if isinstance(matrix, FourBit):
-        sums = _in_values(rows, matrix)
-    elif matrix.stored_rows == range(len(matrix.entries)):
-        is_int8 = isinstance(matrix, EightBit)
-        fast = is_int8 and x.dtype == torch.bfloat16 and matrix.columns % COLUMNS == 0
-        # A scale multiplies the sum instead of each value.
-        scales = matrix.largest / 127 if is_int8 else matrix.scales * 256
-        sums = (_in_bf16 if fast else _in_tiles)(rows, matrix.entries) * scales
-    else:
-        return None
+    if compiled is not None:
+        return compiled.times(x).to(x.dtype)
+    sums = _in_pieces(x.reshape(-1, x.size(-1)).float(), matrix)
     return sums.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _in_bf16(x: Tensor, entries: Tensor) -> Tensor:
-    """x (n, in) entriesᵀ in bf16, by torch's kernel, which sums in fp32."""
-    # Without its scales: they would be rounded to bf16.
-    return torch._weight_int8pack_mm(x.contiguous(), entries, x.new_ones(len(entries)))
-
-
-def _in_tiles(x: Tensor, entries: Tensor) -> Tensor:
-    """x (n, in) entriesᵀ in fp32; of entries in fp8 times 2^-8."""
-    step = max(1, TILE_BYTES // (entries.size(1) * torch.float32.itemsize))
-    sums, x = x.new_empty(len(x), len(entries), dtype=torch.float32), x.float()
-    for first in range(0, len(entries), step):
-        part = entries[first : first + step]
-        if part.dtype == torch.int8:
-            values = scratch(part.shape, torch.float32, x.device).copy_(part)
-        else:
-            values = eight_bits_below(part, scratch(part.shape, torch.int16, x.device))
-        torch.mm(x, values.t(), out=sums[:, first : first + len(part)])
-    return sums
-
-
-def _in_values(x: Tensor, matrix: Quantized) -> Tensor:
+def _in_pieces(x: Tensor, matrix: Quantized) -> Tensor:
     """x (n, in) Wᵀ in fp32, whose values exist for some rows of W at a time."""
     step = max(1, TILE_BYTES // (matrix.columns * torch.float32.itemsize))
-    sums, x, row = x.new_empty(len(x), len(matrix.stored_rows), dtype=torch.float32), x.float(), 0
+    sums, row = x.new_empty(len(x), len(matrix.stored_rows)), 0
     for values in matrix.parts(step):
         torch.mm(x, values.t(), out=sums[:, row : row + len(values)])
         row += len(values)
     return sums
+
+
+class FewRows(Dense):
+    """A plain weight that is read by all threads: torch reads it by one, in fp32."""
+
+    def __init__(self, weight: Tensor, compiled: cpu.Compiled) -> None:
+        super().__init__(weight)
+        self._compiled = compiled
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != self.dtype or not cpu.suits(x):
+            return F.linear(x, self.weight, bias)
+        y = self._compiled.times(x)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def few_rows(weight: Tensor) -> FewRows | None:
+    """A plain weight (out, in) with the code that reads it; None where there is none."""
+    if weight.ndim != 2 or weight.dtype not in FORMATS or not weight.is_contiguous():
+        return None
+    rows, columns = weight.shape
+    layout = cpu.Layout(
+        format=FORMATS[weight.dtype],
+        columns=columns,
+        entries=weight.detach(),
+        row_bytes=columns * weight.element_size(),
+    )
+    found = cpu.compiled(layout, range(rows))
+    return None if found is None else FewRows(weight.detach(), found)

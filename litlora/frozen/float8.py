@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litlora.frozen.quantize import Float8, float8_values
 from litlora.frozen.stored_tensors import StoredTensors, floating
+from litlora.kernels.cpu import BY_ROW, STEP, Layout, power_of_two
 from litlora.storage.dtypes import dtype_name
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -30,6 +31,22 @@ class BlockFloat8(Float8):
 
     tool = "fp8"
     block: tuple[int, int]
+
+    def layout(self) -> Layout | None:
+        rows, columns = self.block
+        shift = BY_ROW if columns >= self.columns else power_of_two(columns)
+        if shift is None or 2**shift < STEP:
+            return None
+        return Layout(
+            format="e4m3" if self.entries.dtype == torch.float8_e4m3fn else "e5m2",
+            columns=self.columns,
+            entries=self.entries,
+            row_bytes=self.columns,
+            scales=self.scales.float().contiguous(),
+            shift=shift,
+            rows_per_scale=rows,
+            scales_per_row=self.scales.size(1),
+        )
 
     def _largest(self) -> Tensor:
         largest = self.scales.abs() * torch.finfo(self.entries.dtype).max

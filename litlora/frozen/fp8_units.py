@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.quantize import Float8
 from litlora.frozen.scratch import scratch
 

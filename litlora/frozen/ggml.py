@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
+from litlora.kernels.cpu import Layout
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class GGML(Quantized):
 
     def stored(self) -> dict[str, Tensor]:
         return {"packed": self.packed}
+
+    def layout(self) -> Layout:
+        sizes = {"columns": self.columns, "row_bytes": self.packed.size(1)}
+        return Layout(format=self.format.name.lower(), entries=self.packed, **sizes)
 
     def _largest(self) -> Tensor:
         # 6 bits of a scale times 5 of an entry, or 8 times 6: finite if the scales are.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import ToQuantize
 from litlora.frozen.quantized import QuantizedWeight

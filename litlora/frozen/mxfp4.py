@@ -15,9 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.methods import Storage
 from litlora.frozen.stored_tensors import StoredTensors
+from litlora.kernels.cpu import Layout
 
 FP4 = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 """A sign bit, two exponent bits and one mantissa bit."""
@@ -62,6 +63,10 @@ class MXFP4(Quantized):
 
     def stored(self) -> dict[str, Tensor]:
         return {"packed": self.packed, "exponents": self.exponents}
+
+    def layout(self) -> Layout:
+        parts = {"entries": self.packed, "scale_bytes": self.exponents, "table": torch.tensor(FP4)}
+        return Layout(format="mxfp4", columns=self.columns, **parts)
 
     def _largest(self) -> Tensor:
         return _powers(self.exponents.flatten()) * max(FP4)

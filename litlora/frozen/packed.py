@@ -1,4 +1,5 @@
-"""A frozen weight in the layout of the CPU's matrix units.
+"""Plain weights laid out for products of few rows: in the layout of the CPU's matrix units, or read by
+compiled code.
 
 A single row x reads all of W once, so the product takes as long as reading W. In bf16, oneDNN
 converts a plain W to its own layout in every product, and reads it at half the speed of the memory
@@ -8,6 +9,7 @@ or less. Converted once, it reads at full speed, for one row or many.
 import torch
 from torch import Tensor, nn
 
+from litlora.frozen.few_rows import few_rows
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.weight import FrozenWeight
 
@@ -58,5 +60,8 @@ def pack_linears(model: nn.Module, *, leave: str) -> None:
     since their weights are read. It can no longer be trained or
     stored. A head that shares the embedding's weight gets one of its own."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is nn.Linear and not name.endswith(leave) and gains(module.weight):
-            model.set_submodule(name, FrozenLinear(Packed(module.weight), module.bias))
+        if type(module) is not nn.Linear or name.endswith(leave):
+            continue
+        storage = Packed(module.weight) if gains(module.weight) else few_rows(module.weight)
+        if storage is not None:
+            model.set_submodule(name, FrozenLinear(storage, module.bias))

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from litlora.errors import BaseMismatchError, setting
-from litlora.frozen.bitsandbytes import TABLES, EightBit, FourBit, NestedScales, Quantized
+from litlora.frozen.bitsandbytes import TABLES, EightBit, FourBit, NestedScales
+from litlora.frozen.few_bits import Quantized
+from litlora.kernels.cpu import Layout
 from litlora.storage.blocks import one_thread
 from litlora.storage.fingerprint import fingerprint
 
@@ -119,6 +121,10 @@ class Float8(Quantized):
 
     def stored(self) -> dict[str, Tensor]:
         return {"entries": self.entries.view(torch.uint8), "scales": self.scales}
+
+    def layout(self) -> Layout | None:
+        sizes = {"columns": self.columns, "row_bytes": self.columns}
+        return Layout(format="e4m3", entries=self.entries, scales=self.scales, **sizes)
 
     def _largest(self) -> Tensor:
         return self.scales * torch.finfo(self.entries.dtype).max

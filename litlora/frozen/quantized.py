@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.frozen import fp8_units
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.few_rows import product
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
+from litlora.kernels import cpu
 
 ALIGNMENT = 16
 """Of the tensors among the bytes of a weight."""
@@ -50,6 +52,7 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
         self._matrix = _each(self._matrix, moved)
         self.stored_bytes = nn.Parameter(torch.cat(parts), requires_grad=False)
+        self.__dict__.pop("compiled", None)
 
     @property
     def shape(self) -> torch.Size:
@@ -70,7 +73,7 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         matrix = self.matrix
-        y = product(x, matrix)
+        y = product(x, matrix, self.compiled)
         y = fp8_units.times(x, matrix) if y is None else y
         if y is not None:
             return y if bias is None else y + bias
@@ -89,14 +92,24 @@ class QuantizedWeight(nn.Module, FrozenWeight):
     def values(self, dtype: torch.dtype) -> Tensor:
         """W in this dtype, valid until this thread asks for another one."""
         W = scratch(self.shape, dtype, self.device)
-        self.matrix.write_to(W)
+        compiled = self.compiled if self.device.type == "cpu" else None
+        if compiled is None or not compiled.write_to(W, self.dtype):
+            self.matrix.write_to(W)
         return W
+
+    @cached_property
+    def compiled(self) -> cpu.Compiled | None:
+        """The code that reads it as it is stored, on a CPU; None where there is none."""
+        if self.stored_bytes is not None:  # which FSDP gathers in other memory for each use
+            return None
+        return cpu.compiled(self._matrix.layout(), self._matrix.stored_rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         # A change of dtype would round the scales: only the device follows.
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
         if self.stored_bytes is None and device != self.device:
             self._matrix = _each(self._matrix, lambda part: part.to(device))
+            self.__dict__.pop("compiled", None)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from litlora.frozen.awq import find_awq
-from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.frozen.bitsandbytes import find_quantized
 from litlora.frozen.compressed import find_compressed
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.float8 import find_float8, is_float8
 from litlora.frozen.gptq import find_gptq
 from litlora.frozen.methods import Storage

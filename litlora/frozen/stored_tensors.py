@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import DTYPES, Quantized
+from litlora.frozen.bitsandbytes import DTYPES
+from litlora.frozen.few_bits import Quantized
 from litlora.storage.dtypes import dtype_name
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.kernels import cpu
 from litlora.kernels.buckets import bucket
 from litlora.kernels.cross_entropy import exact_dtype
 from litlora.kernels.flex_attention import flex_packed_attention
@@ -61,6 +62,9 @@ def attend(
     too, of a value that is zero
     (gpt-oss).
     """
+    one = mask is None and softcap is None and q.size(2) == 1
+    if one and (y := cpu.attend_one(q, k, v, sinks, scale)) is not None:
+        return y
     if q.size(2) == 1 and softcap is None and not (mask is None and sinks is None):
         return _of_one(q, k, v, mask, sinks, scale)
     if sinks is not None:

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.kernels import cpu
+
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension, in fp32 or better, rounded once to
@@ -25,6 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         and not torch.compiler.is_compiling()
     ):
         return _RMSNorm.apply(x, weight, eps)
+    if (y := cpu.rms_norm(x, weight, eps)) is not None:
+        return y
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # computes in fp32 by itself
     return plain_rms_norm(x, weight, eps)

@@ -8,6 +8,7 @@ the model's `SwitchedLinear` layers follow it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from litlora.errors import CheckpointError
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
+from litlora.kernels.cpu import CompiledUpdate, compiled_update, suits
 from litlora.lora.adapter import Adapter
 from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
@@ -87,9 +89,16 @@ class LiveUpdate:
     bias: Tensor | None
     """(out,): what the adapter's bias is beyond the layer's."""
 
+    @cached_property
+    def compiled(self) -> CompiledUpdate | None:
+        """The code that adds it to few rows, without a gain; None where there is none."""
+        return None if self.A is None or self.gain is not None else compiled_update(self.A, self.Bt)
+
     def add_to(self, y: Tensor, x: Tensor, own_bias: Tensor | None, strength: float) -> None:
         """Add it to y (n, out), the layer's outputs of x (n, in), times the strength."""
-        if self.A is not None:
+        if self.compiled is not None and suits(x) and x.dtype == y.dtype == self.A.dtype:
+            self.compiled.add_to(y, x.contiguous(), strength * self.scale)
+        elif self.A is not None:
             z = F.linear(x, self.A)  # (n, r)
             if self.gain is None:
                 y.addmm_(z, self.Bt, alpha=strength * self.scale)

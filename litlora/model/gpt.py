@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.config import ModelConfig
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.later import LateWeight
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import ToQuantize

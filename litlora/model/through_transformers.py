@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import LINEAR
 from litlora.lora import Adapter, LoRAEmbedding
 from litlora.model.gpt import hold, shorten, skipping_init

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from litlora.checkpoint import open_checkpoint
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.frozen.bitsandbytes import find_quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.load import load
 from litlora.storage.fingerprint import fingerprint
 

@@ -1,43 +1,128 @@
-"""Products of few rows with a weight in 4 or 8 bits are as exact as those with its values."""
+"""Products of few rows are as exact as those with the stored values, with a compiler and without."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from litlora.frozen.awq import AWQ
+from litlora.frozen.few_rows import few_rows
+from litlora.frozen.float8 import BlockFloat8
+from litlora.frozen.ggml import BLOCK_FORMATS, GGML
+from litlora.frozen.mxfp4 import MXFP4
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
+from litlora.kernels import cpu
+
+ROWS, COLUMNS = 200, 512
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("columns", [96, 33], ids=["the kernel's columns", "odd columns"])
-@pytest.mark.parametrize("rows", [1, 8])
+def block_float8(dtype, facts):
+    entries = torch.randn(ROWS, COLUMNS).to(dtype)
+    return BlockFloat8(*facts, entries, torch.rand(2, 4) + 0.1, (128, 128))
+
+
+def ggml(name, facts):
+    """Random entries, with scales that are finite."""
+    form = BLOCK_FORMATS[name]
+    blocks = torch.randint(0, 256, (ROWS * COLUMNS // form.values, form.num_bytes), dtype=torch.uint8)
+    for place in form.scales:
+        blocks[:, place : place + 2] = torch.randn(len(blocks), 1).half().view(torch.uint8)
+    return GGML(*facts, blocks.view(ROWS, -1), form)
+
+
+def mxfp4(facts):
+    packed = torch.randint(0, 256, (ROWS, COLUMNS // 2), dtype=torch.uint8)
+    exponents = torch.randint(118, 130, (ROWS, COLUMNS // 32), dtype=torch.uint8)
+    exponents[0] = torch.arange(16)  # powers that are subnormal, or nearly
+    return MXFP4(*facts, packed, exponents)
+
+
+MADE = {
+    **{kind: QUANTIZERS[kind].quantised for kind in QUANTIZERS},
+    "fp8 in blocks": lambda W, name, file: block_float8(torch.float8_e4m3fn, facts(W)),
+    "e5m2 in blocks": lambda W, name, file: block_float8(torch.float8_e5m2, facts(W)),
+    "mxfp4": lambda W, name, file: mxfp4(facts(W)),
+    **{kind: lambda W, name, file, kind=kind: ggml(kind, facts(W)) for kind in BLOCK_FORMATS},
+}
+
+
+def facts(W):
+    return "w", Path("random"), W.dtype, W.size(1), range(len(W))
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_compiled_code_gives_the_stored_values_and_products_as_exact(kind):
+    matrix = MADE[kind](torch.randn(ROWS, COLUMNS), "w", Path("random"))
+    some = torch.randperm(ROWS)[:40]
+    for own in (matrix, matrix.take(torch.arange(8, 120)), matrix.take(some)):
+        if own.layout() is None or (found := cpu.compiled(own.layout(), own.stored_rows)) is None:
+            assert cpu.why_none()
+            pytest.skip(cpu.why_none())
+        exact = own.rows()
+        for dtype, rounded in ((torch.float32, exact), (torch.bfloat16, exact.bfloat16())):
+            W = torch.empty(exact.shape, dtype=dtype)
+            assert found.write_to(W, torch.float32) and torch.equal(W, rounded)
+        W = torch.empty(exact.shape)
+        assert found.write_to(W, torch.bfloat16) and torch.equal(W, exact.bfloat16().float())
+        assert not found.write_to(W.half(), torch.float32)  # which it does not know
+        x = torch.randn(cpu.MOST_ROWS, COLUMNS)
+        y, expected = found.times(x), x.double() @ exact.double().t()
+        assert (y - expected).norm() / expected.norm() < 3e-7
+        for n in (1, 3):  # a sequence of a batch gets what it gets alone
+            assert torch.equal(found.times(x[:n]), y[:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [96, 33], ids=["columns that suit", "odd columns"])
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_products_of_few_rows_are_those_of_the_stored_values(kind, dtype, columns, rows):
-    W = torch.randn(7001, columns).to(dtype)
+def test_products_of_few_rows_are_those_of_the_stored_values(kind, dtype, columns, monkeypatch):
+    W, rows = torch.randn(7001, columns).to(dtype), cpu.MOST_ROWS
     matrix = QUANTIZERS[kind].quantised(W, "w", Path("random"))
     values = QUANTIZERS[kind].quantised(W.float(), "w", Path("random")).rows().double()  # not rounded
     weight, x = QuantizedWeight(matrix), torch.randn(1, rows, columns).to(dtype)
     bias = torch.randn(7001).to(dtype)
     exact = x.double() @ values.t() + bias.double()
-    with torch.inference_mode():
-        got, alone = weight.times(x, bias), weight.times(x[:, :1], bias)
-    assert got.dtype == dtype and got.shape == exact.shape
     rounded = weight.times(x, bias)  # with a backward, by its values
-    assert dtype == torch.float32 or not torch.equal(got, rounded)
-    error, before = ((part.double() - exact).norm() / exact.norm() for part in (got, rounded))
-    assert error < 1.5 * before + 1e-7
-    if (
-        kind == "int8" and dtype == torch.bfloat16 and columns == 96
-    ):  # torch's kernel computes each row by itself
-        assert torch.equal(got[:, :1], alone)
+    assert (weight.compiled is None) == (columns == 33 or cpu.library() is None)
+    for _ in range(2):
+        with torch.inference_mode():
+            got = weight.times(x, bias)
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert dtype == torch.float32 or not torch.equal(got, rounded)
+        error, before = ((part.double() - exact).norm() / exact.norm() for part in (got, rounded))
+        assert error < 1.5 * before + 3e-7
+        monkeypatch.setattr(cpu, "library", lambda: None)
+        weight = QuantizedWeight(replace(matrix))
 
 
-def test_rows_that_learn_and_rows_of_other_layers_go_by_the_values():
+def test_what_learns_and_what_is_stored_otherwise_goes_by_the_values():
     matrix = QUANTIZERS["int8"].quantised(torch.randn(64, 96), "w", Path("random"))
-    with torch.inference_mode():
-        some = QuantizedWeight(matrix.take(torch.tensor([3, 5])))
-        x = torch.randn(1, 96)
-        assert torch.equal(some.times(x), torch.nn.functional.linear(x, matrix.rows()[[3, 5]]))
     weight, x = QuantizedWeight(matrix), torch.randn(2, 96)
-    assert torch.equal(weight.times(x), torch.nn.functional.linear(x, matrix.rows()))
+    assert torch.equal(weight.times(x), F.linear(x, matrix.rows()))
+    packed = torch.randint(-(2**31), 2**31 - 1, (96, 8), dtype=torch.int32)
+    awq = AWQ(*facts(torch.empty(64, 96)), packed, torch.rand(64, 3), torch.zeros(64, 3), 32, 4)
+    with torch.inference_mode():
+        got, expected = QuantizedWeight(awq).times(x), x.double() @ awq.rows().double().t()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_plain_weight_is_read_by_compiled_code(dtype):
+    W, bias = torch.randn(130, 96).to(dtype), torch.randn(130).to(dtype)
+    if (weight := few_rows(W)) is None:
+        pytest.skip(cpu.why_none())
+    x = torch.randn(1, 3, 96).to(dtype)
+    for own in (bias, None):
+        exact = F.linear(x.double(), W.double(), None if own is None else own.double())
+        with torch.inference_mode():
+            got, many = weight.times(x, own), weight.times(x.expand(9, 3, 96), own)
+            assert torch.equal(weight.times(x[:, 1:2], own), got[:, 1:2])
+        assert got.dtype == dtype and got.is_contiguous()
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(many, F.linear(x.expand(9, 3, 96), W, own))  # as before
+    assert torch.equal(weight.times(x), F.linear(x, W))  # where autograd may follow
+    assert few_rows(torch.randn(4, 33)) is None and few_rows(torch.randn(64, 32).t()) is None

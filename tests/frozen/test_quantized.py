@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora.errors import CheckpointError, UserError
-from litlora.frozen.bitsandbytes import Quantized, find_quantized
+from litlora.frozen.bitsandbytes import find_quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import FrozenLinear, stored_weights
 from litlora.frozen.native import is_right_on
 from litlora.frozen.quantize import QUANTIZERS

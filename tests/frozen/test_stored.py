@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.frozen.bitsandbytes import Quantized
+from litlora.frozen.few_bits import Quantized
 from litlora.frozen.ggml import BLOCK_FORMATS, GGML
 from litlora.frozen.methods import Storage
 from litlora.frozen.quantized import QuantizedWeight

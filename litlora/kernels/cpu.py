@@ -1,0 +1,339 @@
+"""Compiled code for the CPU (cpu.c), built by the machine's C compiler when it is first needed and kept
+in the user's cache: products of a few rows with weights as they are stored, and their values.
+
+Where there is no compiler, torch computes the same in several steps, and slower.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+PARALLEL = "-fopenmp"
+"""torch's own OpenMP runtime is in memory already, and serves both."""
+COMPILERS = ("cc", "gcc", "clang")
+STEP = 32
+"""Columns of a weight must be a multiple of it."""
+MOST_ROWS = 8
+"""Of x in one product."""
+MOST_RANK = 128
+"""Of an update."""
+MOST_HEADS = 64
+"""That share keys."""
+MOST_QUERIES = 16384
+"""Numbers of the queries that share keys."""
+SMALL = 1 << 16
+"""A weight of fewer values is computed by one thread."""
+TIMEOUT = 300
+"""Seconds for the compiler."""
+BY_ROW = 63
+"""The shift of a scale that all columns of a row share."""
+
+
+class Weight(ctypes.Structure):
+    """A stored matrix, as cpu.c reads it."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("entries", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("outer_table", ctypes.c_void_p),
+        ("scale_bytes", ctypes.c_void_p),
+        ("shift", ctypes.c_int64),
+        ("outer_shift", ctypes.c_int64),
+        ("rows_per_scale", ctypes.c_int64),
+        ("scales_per_row", ctypes.c_int64),
+        ("offset", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a matrix (out, in) is stored, in the terms of cpu.c. All tensors are contiguous and on the CPU."""
+
+    format: str
+    """Its name in cpu.c."""
+    columns: int
+    entries: Tensor
+    row_bytes: int = 0
+    """Of the entries; formats whose blocks run on from row to row do without."""
+    scales: Tensor | None = None
+    """fp32."""
+    table: Tensor | None = None
+    """(16,) in fp32: what an entry of 4 bits means."""
+    scale_bytes: Tensor | None = None
+    """Scales of 8 bits: exponents, or entries of `outer_table`, (256,) in fp32."""
+    outer_table: Tensor | None = None
+    shift: int = BY_ROW
+    """2^shift values share a scale."""
+    outer_shift: int = 0
+    """2^outer_shift scales share a scale."""
+    rows_per_scale: int = 1
+    scales_per_row: int = 1
+    offset: float = 0.0
+    """Added to scales that have scales."""
+
+
+class Compiled:
+    """A stored matrix and the code that reads it."""
+
+    def __init__(self, library: ctypes.CDLL, layout: Layout, stored_rows: range | Tensor) -> None:
+        """W is made up of `stored_rows`, by their numbers, in order."""
+        order = stored_rows.to(torch.int64).contiguous() if isinstance(stored_rows, Tensor) else None
+        self._kept = layout, order  # the memory that is pointed to
+        self._library, self._number = library, library.format_number(layout.format.encode())
+        assert self._number >= 0, layout.format
+        tensors = {
+            name: None if (tensor := getattr(layout, name)) is None else tensor.data_ptr()
+            for name in ("entries", "scales", "table", "outer_table", "scale_bytes")
+        }
+        numbers = ("columns", "row_bytes", "shift", "outer_shift", "rows_per_scale", "scales_per_row")
+        self._weight = Weight(
+            rows=len(stored_rows),
+            first=0 if order is not None else stored_rows.start,
+            order=None if order is None else order.data_ptr(),
+            offset=layout.offset,
+            **tensors,
+            **{name: getattr(layout, name) for name in numbers},
+        )
+        self._pointer = ctypes.byref(self._weight)
+        self._is_small = len(stored_rows) * layout.columns < SMALL
+
+    def times(self, x: Tensor) -> Tensor:
+        """x Wᵀ (..., out) in fp32 for x (..., in), at most MOST_ROWS rows; W's values are not rounded."""
+        x = x.float().contiguous()
+        y = torch.empty((*x.shape[:-1], self._weight.rows))
+        self._library.products(
+            self._number,
+            self._pointer,
+            x.data_ptr(),
+            x.numel() // x.size(-1),
+            y.data_ptr(),
+            self._threads(),
+        )
+        return y
+
+    def write_to(self, W: Tensor, dtype: torch.dtype) -> bool:
+        """Write the values to W (out, in), rounded to `dtype` and then to W's own; False where it cannot."""
+        known = (torch.float32, torch.bfloat16)
+        if W.dtype not in known or dtype not in known or not W.is_contiguous():
+            return False
+        rounded, is_bf16 = dtype == torch.bfloat16, W.dtype == torch.bfloat16
+        self._library.values(self._number, self._pointer, rounded, W.data_ptr(), is_bf16, self._threads())
+        return True
+
+    def _threads(self) -> int:
+        return 1 if self._is_small else torch.get_num_threads()
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("A", "Bt")),
+        *((name, ctypes.c_int64) for name in ("in", "rank", "out")),
+        ("is_bf16", ctypes.c_int),
+    ]
+
+
+class CompiledUpdate:
+    """The factors of a low-rank update, and the code that adds it to outputs."""
+
+    def __init__(self, library: ctypes.CDLL, A: Tensor, Bt: Tensor) -> None:
+        self._kept, self._library = (A, Bt), library
+        sizes = A.size(1), A.size(0), Bt.size(1)
+        self._update = _Update(A.data_ptr(), Bt.data_ptr(), *sizes, A.dtype == torch.bfloat16)
+        self._pointer = ctypes.byref(self._update)
+
+    def add_to(self, y: Tensor, x: Tensor, scale: float) -> None:
+        """Add s · (x Aᵀ) Bt to y (n, out) for x (n, in), both contiguous and of the dtype of A: sums are
+        in fp32, and y is rounded once."""
+        self._library.update(self._pointer, x.data_ptr(), y.data_ptr(), len(x), scale)
+
+
+def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
+    """Of A (r, in) and Bt (r, out), contiguous; None where there is no code for them."""
+    fits = A.size(1) % 8 == 0 and Bt.size(1) % 8 == 0 and 0 < len(A) <= MOST_RANK
+    if not fits or A.device.type != "cpu" or A.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return None if (found := library()) is None else CompiledUpdate(found, A, Bt)
+
+
+def suits(x: Tensor) -> bool:
+    """Whether x (..., in) is few rows on the CPU, and nothing learns from what is computed with it."""
+    return 0 < x.numel() <= MOST_ROWS * x.size(-1) and _is_plain(x)
+
+
+def _is_plain(x: Tensor) -> bool:
+    # Subclasses of a tensor have no memory.
+    if x.device.type != "cpu" or type(x) is not Tensor or not torch.is_inference_mode_enabled():
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """x / √(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once; None where this does
+    not suit, or is no faster."""
+    size, known = x.size(-1), (torch.float32, torch.bfloat16)
+    if not 0 < x.numel() <= SMALL or size % 8 or x.dtype not in known or weight.dtype not in known:
+        return None
+    if not (_is_plain(x) and x.is_contiguous() and weight.is_contiguous()) or (found := library()) is None:
+        return None
+    y, are_bf16 = torch.empty_like(x), (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16)
+    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    found.rms_norm(*pointers, x.numel() // size, size, eps, *are_bf16)
+    return y
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "sinks", "y")),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "tokens", "key_size", "value_size")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "key_group", "key_stride")),
+        *((name, ctypes.c_int64) for name in ("value_group", "value_stride")),
+        ("scale", ctypes.c_float),
+        ("is_bf16", ctypes.c_int),
+    ]
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float) -> Tensor | None:
+    """softmax(scale · q kᵀ) v of one token, (1, H, 1, E): q (1, H, 1, D), k (1, G, S, D), v (1, G, S, E), and
+    of each head a score of a value that is zero, (H,), if there are `sinks`; in fp32, rounded once.
+    None where this does not suit."""
+    (B, H, T, D), (_, G, S, E) = q.shape, v.shape
+    if B != 1 or T != 1 or not S or D % 8 or E % 8 or not _is_plain(q):
+        return None
+    if q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+        return None
+    most = max(D, E) * (H // G) <= MOST_QUERIES and H // G <= MOST_HEADS
+    if not most or not q.stride(3) == k.stride(3) == v.stride(3) == 1 or (found := library()) is None:
+        return None
+    y = torch.empty((1, H, 1, E), dtype=q.dtype)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    places = (
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        y.data_ptr(),
+    )
+    strides = q.stride(1), *k.stride()[1:3], *v.stride()[1:3]
+    one = _Attention(*places, H, G, S, D, E, *strides, scale, q.dtype == torch.bfloat16)
+    found.attend(ctypes.byref(one), 1 if k.numel() < SMALL else torch.get_num_threads())
+    return y
+
+
+def compiled(layout: Layout | None, stored_rows: range | Tensor) -> Compiled | None:
+    """None where there is no compiler, or no code for it."""
+    if layout is None or layout.columns % STEP or not layout.columns or not len(stored_rows):
+        return None
+    if isinstance(stored_rows, range) and stored_rows.step != 1:
+        return None
+    tensors = [value for value in vars(layout).values() if isinstance(value, Tensor)]
+    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+        return None
+    return None if (found := library()) is None else Compiled(found, layout, stored_rows)
+
+
+def power_of_two(number: int) -> int | None:
+    """Its exponent; None for any other number."""
+    return number.bit_length() - 1 if number > 0 and not number & (number - 1) else None
+
+
+# ---- building it
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where no compiler makes it: `why_none` says why."""
+    try:
+        built = _load()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    built.format_number.argtypes, built.format_number.restype = [ctypes.c_char_p], number
+    built.products.argtypes = [number, pointer, pointer, number, pointer, number]
+    built.values.argtypes = [number, pointer, number, pointer, number, number]
+    built.update.argtypes = [pointer] * 3 + [number, ctypes.c_float]
+    built.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] + [number] * 2
+    built.attend.argtypes = [pointer, number]
+    for function in (built.products, built.values, built.update, built.rms_norm, built.attend):
+        function.restype = None
+    return built
+
+
+def why_none() -> str | None:
+    """Why there is no compiled code, in a line; None if there is."""
+    if library() is not None:
+        return None
+    if (compiler := _compiler()) is None:
+        return f"no C compiler was found ({', '.join(COMPILERS)}, or $CC)"
+    return f"{shlex.join(compiler)} could not build {SOURCE.name}, or its result could not be loaded"
+
+
+def _compiler() -> list[str] | None:
+    if own := os.environ.get("CC"):
+        return shlex.split(own)
+    return next(([name] for name in COMPILERS if shutil.which(name)), None)
+
+
+def _load() -> ctypes.CDLL:
+    """Built now if the cache has nothing for this code, compiler and processor. Raises OSError or
+    SubprocessError."""
+    if (compiler := _compiler()) is None:
+        raise OSError("no compiler")
+    facts = (SOURCE.read_bytes(), compiler, FLAGS, platform.machine(), _processor())
+    name = f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.so"
+    try:
+        place = _place()
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (file := place / name).is_file():
+            return ctypes.CDLL(str(file))
+        folder = tempfile.mkdtemp(prefix=f".{name}.", dir=place)
+    except (OSError, RuntimeError):  # no home, or none that can be written
+        place, folder = None, tempfile.mkdtemp(prefix="litlora-")
+    new = Path(folder) / name
+    try:
+        _compile(compiler, new)
+        # Once in memory, a library needs its file no more.
+        return ctypes.CDLL(str(new if place is None else new.replace(file)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "litlora/kernels"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    return next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+
+
+def _compile(compiler: Sequence[str], to: Path) -> None:
+    """With threads, or without where the compiler knows none."""
+    for more in ((PARALLEL,), ()):
+        command = [*compiler, *FLAGS, *more, "-o", str(to), str(SOURCE)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
+        if done.returncode == 0:
+            return
+    raise subprocess.SubprocessError(done.stderr.decode(errors="replace"))

@@ -1,0 +1,121 @@
+"""Compiled code for the CPU: what it computes beside float64, and how it is built."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO
+
+from litlora.kernels import cpu
+from litlora.kernels.attention import attend
+from litlora.kernels.norm import rms_norm
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu.why_none()))
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def off(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_token_are_as_exact_as_their_dtype(dtype):
+    most = 6e-7 if dtype == torch.float32 else 3e-3
+    with torch.inference_mode():
+        for size in (8, 64, 520):
+            x, weight = torch.randn(3, size).to(dtype), torch.randn(size)
+            for own in (weight.to(dtype), weight):
+                exact = F.rms_norm(x.double(), (size,), own.double(), 1e-6)
+                assert cpu.rms_norm(x, own, 1e-6) is not None
+                assert off(rms_norm(x, own, 1e-6), exact) < most
+        assert cpu.rms_norm(torch.randn(3, 12), torch.randn(12), 1e-6) is None
+        for rank in (1, 8, cpu.MOST_RANK):
+            A, Bt = torch.randn(rank, 72).to(dtype), torch.randn(rank, 40).to(dtype)
+            x, y = torch.randn(3, 72).to(dtype), torch.randn(3, 40).to(dtype)
+            exact = y.double() - 0.5 * (x.double() @ A.double().t()) @ Bt.double()
+            cpu.compiled_update(A, Bt).add_to(y, x, -0.5)
+            assert off(y, exact) < most
+    assert cpu.compiled_update(torch.randn(cpu.MOST_RANK + 1, 8), torch.randn(cpu.MOST_RANK + 1, 8)) is None
+    assert cpu.compiled_update(torch.randn(2, 12), torch.randn(2, 8)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(8, 4, 100, 64, 64), (4, 4, 1, 8, 16), (16, 1, 65, 576, 512), (6, 2, 129, 40, 24)], ids=str
+)
+def test_attention_of_one_token_is_as_exact_as_its_dtype(dtype, sizes):
+    H, G, S, D, E = sizes
+    q = torch.randn(1, H, 1, D).to(dtype) * 3
+    k, v = (torch.randn(1, G, S + 50, size).to(dtype)[:, :, 3 : S + 3] for size in (D, E))
+    with torch.inference_mode():
+        for sinks in (None, torch.randn(H).to(dtype)):
+            scores = (q.double().view(G, -1, D) @ k[0].double().transpose(1, 2) * D**-0.5).view(H, S)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None]], dim=1)
+            shares = scores.softmax(dim=-1)[:, :S].view(G, -1, S)
+            exact = (shares @ v[0].double()).view(1, H, 1, E)
+            found = attend(q, k, v, None, scale=D**-0.5, sinks=sinks)
+            assert cpu.attend_one(q, k, v, sinks, D**-0.5) is not None and found.dtype == dtype
+            assert off(found, exact) < (1e-6 if dtype == torch.float32 else 4e-3)
+            q[0, 1, 0, 0] = torch.nan  # stays visible
+            bad = attend(q, k, v, None, scale=D**-0.5, sinks=sinks).isnan().all(-1)[0, :, 0]
+            assert bad.tolist() == [head == 1 for head in range(H)]
+            q[0, 1, 0, 0] = 1
+
+
+def test_what_learns_and_what_does_not_suit_stays_with_torch():
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
+    assert cpu.rms_norm(x, weight, 1e-6) is None and cpu.attend_one(q, k, k, None, 0.25) is None
+    with torch.inference_mode():
+        assert cpu.suits(x) and not cpu.suits(torch.randn(9, 64))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not cpu.suits(x) and cpu.rms_norm(x, weight, 1e-6) is None
+        assert cpu.attend_one(q, k, k.half(), None, 0.25) is None
+        assert cpu.attend_one(q, k[..., ::2], k, None, 0.25) is None
+        assert cpu.attend_one(q.expand(2, 4, 1, 16), k, k, None, 0.25) is None
+
+
+def test_it_is_built_once_for_a_processor_and_its_compiler(tmp_path, monkeypatch):
+    build, made = cpu.library.__wrapped__, tmp_path / "litlora/kernels"  # anew, each time
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-O0"))
+    assert build() is not None
+    [file] = made.iterdir()
+    before = file.stat().st_mtime_ns
+    assert build() is not None and [file] == [*made.iterdir()] and file.stat().st_mtime_ns == before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file / "below"))  # where nothing can be written
+    assert build() is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "FLAGS", ("--no-such-flag",))
+    assert build() is None and [file] == [*made.iterdir()]
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(cpu, "library", build)
+    assert build() is None
+    assert cpu.why_none() == "no-such-compiler could not build cpu.c, or its result could not be loaded"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert cpu.why_none() == "no C compiler was found (cc, gcc, clang, or $CC)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-march=x86-64", "-mno-fma", "-O1"])
+def test_code_for_other_processors_gives_the_same_values(flags, tmp_path):
+    # Those without AVX2 go by plain C.
+    program = f"""
+import sys
+sys.path[:0] = ["tests", "tests/frozen", "tests/kernels"]
+from litlora.kernels import cpu
+cpu.FLAGS = (*cpu.FLAGS, {flags!r})
+assert cpu.library() is not None
+import pytest
+sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "tests/frozen/test_few_rows.py",
+                      "tests/kernels/test_cpu.py", "-k", "not built and not other_processors"]))
+"""
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
