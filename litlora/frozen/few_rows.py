@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litlora.frozen.dense import Dense
 from litlora.frozen.few_bits import Quantized
+from litlora.frozen.scratch import scratch
 from litlora.kernels import cpu
 
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -25,7 +26,7 @@ def product(x: Tensor, matrix: Quantized, compiled: cpu.Compiled | None) -> Tens
 
     W itself is never rounded. `compiled` is what reads the matrix, if anything does.
     """
-    if x.dtype != matrix.dtype or not cpu.suits(x):
+    if x.dtype != matrix.dtype or not (cpu.is_few(x) and cpu.is_plain(x)):
         return None
     if compiled is not None:
         return compiled.times(x).to(x.dtype)
@@ -44,17 +45,23 @@ def _in_pieces(x: Tensor, matrix: Quantized) -> Tensor:
 
 
 class FewRows(Dense):
-    """A plain weight that is read by all threads: torch reads it by one, in fp32."""
+    """A plain weight that all threads read: torch reads it by one, in fp32. In 16 bits more rows are
+    multiplied in fp32, on a processor that has no products of 16 bits."""
 
     def __init__(self, weight: Tensor, compiled: cpu.Compiled) -> None:
         super().__init__(weight)
         self._compiled = compiled
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.dtype != self.dtype or not cpu.suits(x):
+        if x.dtype != self.dtype or not cpu.is_plain(x):
             return F.linear(x, self.weight, bias)
-        y = self._compiled.times(x)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        if cpu.is_few(x):
+            y = self._compiled.times(x)
+            return (y if bias is None else y.add_(bias)).to(x.dtype)
+        W = scratch(self.shape, torch.float32, self.device)
+        if x.dtype == torch.float32 or not self._compiled.write_to(W, torch.float32):
+            return F.linear(x, self.weight, bias)
+        return F.linear(x.float(), W, None if bias is None else bias.float()).to(x.dtype)
 
 
 def few_rows(weight: Tensor) -> FewRows | None:

@@ -175,12 +175,13 @@ def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
     return None if (found := library()) is None else CompiledUpdate(found, A, Bt)
 
 
-def suits(x: Tensor) -> bool:
-    """Whether x (..., in) is few rows on the CPU, and nothing learns from what is computed with it."""
-    return 0 < x.numel() <= MOST_ROWS * x.size(-1) and _is_plain(x)
+def is_few(x: Tensor) -> bool:
+    """Whether x (..., in) is few rows."""
+    return 0 < x.numel() <= MOST_ROWS * x.size(-1)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
+    """Whether it is on the CPU, and nothing learns from what is computed with it."""
     # Subclasses of a tensor have no memory.
     if x.device.type != "cpu" or type(x) is not Tensor or not torch.is_inference_mode_enabled():
         return False
@@ -193,7 +194,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     size, known = x.size(-1), (torch.float32, torch.bfloat16)
     if not 0 < x.numel() <= SMALL or size % 8 or x.dtype not in known or weight.dtype not in known:
         return None
-    if not (_is_plain(x) and x.is_contiguous() and weight.is_contiguous()) or (found := library()) is None:
+    if not (is_plain(x) and x.is_contiguous() and weight.is_contiguous()) or (found := library()) is None:
         return None
     y, are_bf16 = torch.empty_like(x), (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16)
     pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
@@ -217,7 +218,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: flo
     of each head a score of a value that is zero, (H,), if there are `sinks`; in fp32, rounded once.
     None where this does not suit."""
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape
-    if B != 1 or T != 1 or not S or D % 8 or E % 8 or not _is_plain(q):
+    if B != 1 or T != 1 or not S or D % 8 or E % 8 or not is_plain(q):
         return None
     if q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         return None

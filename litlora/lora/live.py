@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from litlora.errors import CheckpointError
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
-from litlora.kernels.cpu import CompiledUpdate, compiled_update, suits
+from litlora.kernels.cpu import CompiledUpdate, compiled_update, is_few, is_plain
 from litlora.lora.adapter import Adapter
 from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
@@ -96,7 +96,8 @@ class LiveUpdate:
 
     def add_to(self, y: Tensor, x: Tensor, own_bias: Tensor | None, strength: float) -> None:
         """Add it to y (n, out), the layer's outputs of x (n, in), times the strength."""
-        if self.compiled is not None and suits(x) and x.dtype == y.dtype == self.A.dtype:
+        fits = is_few(x) and is_plain(x) and self.compiled is not None
+        if fits and x.dtype == y.dtype == self.A.dtype:
             self.compiled.add_to(y, x.contiguous(), strength * self.scale)
         elif self.A is not None:
             z = F.linear(x, self.A)  # (n, r)

@@ -70,9 +70,9 @@ def test_what_learns_and_what_does_not_suit_stays_with_torch():
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
     assert cpu.rms_norm(x, weight, 1e-6) is None and cpu.attend_one(q, k, k, None, 0.25) is None
     with torch.inference_mode():
-        assert cpu.suits(x) and not cpu.suits(torch.randn(9, 64))
+        assert cpu.is_plain(x) and cpu.is_few(x) and not cpu.is_few(torch.randn(9, 64))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not cpu.suits(x) and cpu.rms_norm(x, weight, 1e-6) is None
+            assert not cpu.is_plain(x) and cpu.rms_norm(x, weight, 1e-6) is None
         assert cpu.attend_one(q, k, k.half(), None, 0.25) is None
         assert cpu.attend_one(q, k[..., ::2], k, None, 0.25) is None
         assert cpu.attend_one(q.expand(2, 4, 1, 16), k, k, None, 0.25) is None
