@@ -50,16 +50,16 @@ class FewRows(Dense):
 
     def __init__(self, weight: Tensor, compiled: cpu.Compiled) -> None:
         super().__init__(weight)
-        self._compiled = compiled
+        self.compiled = compiled
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.dtype != self.dtype or not cpu.is_plain(x):
             return F.linear(x, self.weight, bias)
         if cpu.is_few(x):
-            y = self._compiled.times(x)
+            y = self.compiled.times(x)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
         W = scratch(self.shape, torch.float32, self.device)
-        if x.dtype == torch.float32 or not self._compiled.write_to(W, torch.float32):
+        if x.dtype == torch.float32 or not self.compiled.write_to(W, torch.float32):
             return F.linear(x, self.weight, bias)
         return F.linear(x.float(), W, None if bias is None else bias.float()).to(x.dtype)
 

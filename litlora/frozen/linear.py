@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from litlora.frozen.dense import Dense
 from litlora.frozen.weight import FrozenWeight
+from litlora.kernels import cpu
 from litlora.kernels.lora import times
 
 
@@ -14,6 +15,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.storage = storage
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._part: cpu.Part | None = None
 
     @property
     def out_features(self) -> int:
@@ -27,6 +29,16 @@ class FrozenLinear(nn.Module):
     def weight(self) -> Tensor:
         """The exact values of W, (out, in), read anew each time."""
         return self.storage.rows()
+
+    @property
+    def part(self) -> cpu.Part | None:
+        """The layer for compiled code; None where there is none."""
+        compiled = self.storage.compiled
+        if compiled is None:
+            return None
+        if self._part is None or self._part.weight is not compiled:
+            self._part = cpu.Part(compiled, self.storage.dtype, self.bias)
+        return self._part
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None and self.bias.requires_grad:  # `times` gives it no gradient

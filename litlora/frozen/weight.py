@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from litlora.kernels import cpu
+
 
 class FrozenWeight(ABC):
     """W (out, in). Whatever trains an adapter reads W through these methods and in no other way.
@@ -14,6 +16,9 @@ class FrozenWeight(ABC):
     `nn.Module` with buffers as well, so that they follow the model to its device and into its
     `state_dict`.
     """
+
+    compiled: "cpu.Compiled | None" = None
+    """The code that reads it as it is stored, on a CPU; None where there is none."""
 
     differentiable = False
     """Whether autograd can follow `times` to x by itself, and cheaply. Otherwise it uses `back`."""

@@ -52,6 +52,16 @@ struct update {
     int is_bf16;
 };
 
+/* A linear layer: its weight, and perhaps a bias (rows) and an update; it writes y (n, rows). */
+struct part {
+    const struct weight *weight;
+    const struct update *update;
+    const float *bias;
+    float *y;
+    float scale;
+    int number;
+};
+
 /* A token's queries (heads, key_size), keys and values (groups, tokens, size) and result (heads, value_size), all
    in fp32 or bf16; `sinks` (heads) in fp32, or none. Strides are in numbers, of a group and of a token. */
 struct attention {
@@ -573,29 +583,56 @@ static inline __attribute__((always_inline)) void put(void *array, int64_t place
         memcpy((float *)array + place, &v, sizeof v);
 }
 
+/* y (n, out) += scale · (x Aᵀ) Bt, for x (n, in). */
 static inline __attribute__((always_inline)) void update_rows(
-    const struct update *u, const void *x, void *y, int n, float scale, int is_bf16)
+    const struct update *u, const float *x, float *y, int n, float scale, int is_bf16)
 {
     for (int row = 0; row < n; row++) {
         float z[MOST_RANK];
         for (int64_t k = 0; k < u->rank; k++)
-            z[k] = scale * dot(x, row * u->in, is_bf16, u->A, k * u->in, is_bf16, u->in);
+            z[k] = scale * dot(x, row * u->in, 0, u->A, k * u->in, is_bf16, u->in);
         for (int64_t i = 0; i < u->out; i += 8) {
-            f32x8 sum = eight(y, row * u->out + i, is_bf16);
+            f32x8 sum = load(y + row * u->out + i);
             for (int64_t k = 0; k < u->rank; k++)
                 sum = multiply_add((f32x8){0} + z[k], eight(u->Bt, k * u->out + i, is_bf16), sum);
-            put(y, row * u->out + i, sum, is_bf16);
+            memcpy(y + row * u->out + i, &sum, sizeof sum);
         }
     }
 }
 
-/* y (n, out) += scale · (x Aᵀ) Bt, for x (n, in), in fp32 or bf16. */
-void update(const struct update *u, const void *x, void *y, int n, float scale)
+/* Layers of one input x (n, columns): each writes its y (n, rows). Their rows are shared out together. */
+static void project_parts(const struct part *parts, int count, const float *x, int n, int threads)
 {
-    if (u->is_bf16)
-        update_rows(u, x, y, n, scale, 1);
-    else
-        update_rows(u, x, y, n, scale, 0);
+    int64_t total = 0, pieces = threads > 1 ? threads * PIECES : 1;
+    for (int i = 0; i < count; i++)
+        total += parts[i].weight->rows;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t first = total * piece / pieces, last = total * (piece + 1) / pieces, start = 0;
+        for (int i = 0; i < count; i++) {
+            const struct part *p = parts + i;
+            int64_t rows = p->weight->rows, from = first - start, to = last - start;
+            from = from < 0 ? 0 : from, to = to > rows ? rows : to;
+            if (from < to)
+                rows_of[p->number](p->weight, from, to, x, n, p->y);
+            start += rows;
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        const struct part *p = parts + i;
+        int64_t rows = p->weight->rows;
+        for (int64_t k = 0; p->bias && k < n * rows; k++)
+            p->y[k] += p->bias[k % rows];
+        if (p->update && p->update->is_bf16)
+            update_rows(p->update, x, p->y, n, p->scale, 1);
+        else if (p->update)
+            update_rows(p->update, x, p->y, n, p->scale, 0);
+    }
+}
+
+void project(const struct part *parts, int count, const float *x, int n, int threads)
+{
+    project_parts(parts, count, x, n, threads);
 }
 
 /* ---- what lies between the products of a token */
@@ -708,4 +745,25 @@ void attend(const struct attention *a, int threads)
             one_group(a, g, 1);
         else
             one_group(a, g, 0);
+}
+
+static inline f32x8 silu(f32x8 x)
+{
+    const f32x8 zero = {0};
+    f32x8 magnitude = (f32x8)((u32x8)x & 0x7fffffff);
+    f32x8 e = exponential(-magnitude), share = 1 / (1 + e);
+    i32x8 is_negative = x < zero;
+    return x * (f32x8)(((i32x8)(share * e) & is_negative) | ((i32x8)share & ~is_negative));
+}
+
+/* down(silu(gate(x)) · up(x)): parts are gate, up and down; the outputs of gate become the input of down. */
+void gated_mlp(const struct part *parts, const float *x, int n, int threads)
+{
+    project_parts(parts, 2, x, n, threads);
+    float *inner = parts[0].y;
+    for (int64_t i = 0; i < n * parts[0].weight->rows; i += 8) {
+        f32x8 v = silu(load(inner + i)) * load(parts[1].y + i);
+        memcpy(inner + i, &v, sizeof v);
+    }
+    project_parts(parts + 2, 1, inner, n, threads);
 }

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,30 +100,31 @@ class Compiled:
         """W is made up of `stored_rows`, by their numbers, in order."""
         order = stored_rows.to(torch.int64).contiguous() if isinstance(stored_rows, Tensor) else None
         self._kept = layout, order  # the memory that is pointed to
-        self._library, self._number = library, library.format_number(layout.format.encode())
-        assert self._number >= 0, layout.format
+        self.rows, self.columns = len(stored_rows), layout.columns
+        self._library, self.number = library, library.format_number(layout.format.encode())
+        assert self.number >= 0, layout.format
         tensors = {
             name: None if (tensor := getattr(layout, name)) is None else tensor.data_ptr()
             for name in ("entries", "scales", "table", "outer_table", "scale_bytes")
         }
         numbers = ("columns", "row_bytes", "shift", "outer_shift", "rows_per_scale", "scales_per_row")
-        self._weight = Weight(
-            rows=len(stored_rows),
+        self.struct = Weight(
+            rows=self.rows,
             first=0 if order is not None else stored_rows.start,
             order=None if order is None else order.data_ptr(),
             offset=layout.offset,
             **tensors,
             **{name: getattr(layout, name) for name in numbers},
         )
-        self._pointer = ctypes.byref(self._weight)
-        self._is_small = len(stored_rows) * layout.columns < SMALL
+        self._pointer = ctypes.byref(self.struct)
+        self._is_small = self.rows * self.columns < SMALL
 
     def times(self, x: Tensor) -> Tensor:
         """x Wᵀ (..., out) in fp32 for x (..., in), at most MOST_ROWS rows; W's values are not rounded."""
         x = x.float().contiguous()
-        y = torch.empty((*x.shape[:-1], self._weight.rows))
+        y = torch.empty((*x.shape[:-1], self.rows))
         self._library.products(
-            self._number,
+            self.number,
             self._pointer,
             x.data_ptr(),
             x.numel() // x.size(-1),
@@ -137,7 +139,7 @@ class Compiled:
         if W.dtype not in known or dtype not in known or not W.is_contiguous():
             return False
         rounded, is_bf16 = dtype == torch.bfloat16, W.dtype == torch.bfloat16
-        self._library.values(self._number, self._pointer, rounded, W.data_ptr(), is_bf16, self._threads())
+        self._library.values(self.number, self._pointer, rounded, W.data_ptr(), is_bf16, self._threads())
         return True
 
     def _threads(self) -> int:
@@ -153,18 +155,12 @@ class _Update(ctypes.Structure):
 
 
 class CompiledUpdate:
-    """The factors of a low-rank update, and the code that adds it to outputs."""
+    """The factors of a low-rank update, as cpu.c reads them."""
 
-    def __init__(self, library: ctypes.CDLL, A: Tensor, Bt: Tensor) -> None:
-        self._kept, self._library = (A, Bt), library
+    def __init__(self, A: Tensor, Bt: Tensor) -> None:
+        self._kept = A, Bt
         sizes = A.size(1), A.size(0), Bt.size(1)
-        self._update = _Update(A.data_ptr(), Bt.data_ptr(), *sizes, A.dtype == torch.bfloat16)
-        self._pointer = ctypes.byref(self._update)
-
-    def add_to(self, y: Tensor, x: Tensor, scale: float) -> None:
-        """Add s · (x Aᵀ) Bt to y (n, out) for x (n, in), both contiguous and of the dtype of A: sums are
-        in fp32, and y is rounded once."""
-        self._library.update(self._pointer, x.data_ptr(), y.data_ptr(), len(x), scale)
+        self.struct = _Update(A.data_ptr(), Bt.data_ptr(), *sizes, A.dtype == torch.bfloat16)
 
 
 def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
@@ -172,7 +168,96 @@ def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
     fits = A.size(1) % 8 == 0 and Bt.size(1) % 8 == 0 and 0 < len(A) <= MOST_RANK
     if not fits or A.device.type != "cpu" or A.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return None if (found := library()) is None else CompiledUpdate(found, A, Bt)
+    return None if library() is None else CompiledUpdate(A, Bt)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "update", "bias", "y")),
+        ("scale", ctypes.c_float),
+        ("number", ctypes.c_int),
+    ]
+
+
+class Part:
+    """A linear layer for few rows: y = W x + b + s · B A x, with sums in fp32 that are rounded once."""
+
+    def __init__(
+        self,
+        weight: Compiled,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        update: CompiledUpdate | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """For x in `dtype`; `scale` is that of the update."""
+        self.weight, self.dtype, self.rows, self.columns = weight, dtype, weight.rows, weight.columns
+        self.bias, self._own = bias, None if bias is None else bias.detach().float().contiguous()
+        self.facts = {
+            "weight": ctypes.addressof(weight.struct),
+            "update": None if update is None else ctypes.addressof(update.struct),
+            "bias": None if bias is None else self._own.data_ptr(),
+            "scale": scale,
+            "number": weight.number,
+        }
+        self._update = update
+        self._updated: dict[tuple[CompiledUpdate, float], Part] = {}
+        self._arrays: dict[tuple[Part, ...], Any] = {}
+
+    def with_update(self, update: CompiledUpdate, scale: float) -> "Part":
+        """The layer with s · B A."""
+        if (update, scale) not in self._updated:
+            self._updated[update, scale] = Part(self.weight, self.dtype, self.bias, update, scale)
+        return self._updated[update, scale]
+
+    def array(self, parts: "tuple[Part, ...]") -> Any:
+        """What cpu.c gets of layers of which this is the first."""
+        if parts not in self._arrays:
+            structs = (_Part(**part.facts) for part in parts)
+            self._arrays[parts] = (_Part * len(parts))(*structs)
+        return self._arrays[parts]
+
+
+def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
+    """Each layer applied to x (..., in), few rows: a tuple of (..., out), of its dtype; None where
+    this does not suit."""
+    if not _all_fit(x, parts):
+        return None
+    n = x.numel() // x.size(-1)
+    y, array = torch.empty(n * sum(part.rows for part in parts)), parts[0].array(parts)
+    place = y.data_ptr()
+    for part, one in zip(parts, array, strict=True):
+        one.y, place = place, place + 4 * n * part.rows
+    whole = x.float().contiguous()
+    library().project(array, len(parts), whole.data_ptr(), n, _threads(parts))
+    if len(parts) == 1:
+        return (y.to(x.dtype).view(*x.shape[:-1], -1),)
+    outputs = y.to(x.dtype).split([n * part.rows for part in parts])
+    return tuple(one.view(*x.shape[:-1], -1) for one in outputs)
+
+
+def gated_mlp(x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
+    """down(silu(gate(x)) · up(x)) for x (..., in), few rows, of gate, up and down; None where
+    this does not suit."""
+    if not _all_fit(x, parts[:2]) or parts[0].rows % 8:
+        return None
+    n, inner = x.numel() // x.size(-1), parts[0].rows
+    between, y = torch.empty(2 * n * inner), torch.empty((*x.shape[:-1], parts[2].rows))
+    array, place = parts[0].array(parts), between.data_ptr()
+    array[0].y, array[1].y, array[2].y = place, place + 4 * n * inner, y.data_ptr()
+    whole = x.float().contiguous()
+    library().gated_mlp(array, whole.data_ptr(), n, _threads(parts))
+    return y.to(x.dtype)
+
+
+def _all_fit(x: Tensor, parts: tuple[Part, ...]) -> bool:
+    fits = is_few(x) and is_plain(x)
+    return fits and all(part.dtype == x.dtype and part.columns == x.size(-1) for part in parts)
+
+
+def _threads(parts: tuple[Part, ...]) -> int:
+    is_small = sum(part.rows * part.columns for part in parts) < SMALL
+    return 1 if is_small else torch.get_num_threads()
 
 
 def is_few(x: Tensor) -> bool:
@@ -271,11 +356,12 @@ def library() -> ctypes.CDLL | None:
     built.format_number.argtypes, built.format_number.restype = [ctypes.c_char_p], number
     built.products.argtypes = [number, pointer, pointer, number, pointer, number]
     built.values.argtypes = [number, pointer, number, pointer, number, number]
-    built.update.argtypes = [pointer] * 3 + [number, ctypes.c_float]
+    built.project.argtypes = [pointer, number, pointer, number, number]
+    built.gated_mlp.argtypes = [pointer, pointer, number, number]
     built.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] + [number] * 2
     built.attend.argtypes = [pointer, number]
-    for function in (built.products, built.values, built.update, built.rms_norm, built.attend):
-        function.restype = None
+    for name in ("products", "values", "project", "gated_mlp", "rms_norm", "attend"):
+        getattr(built, name).restype = None
     return built
 
 

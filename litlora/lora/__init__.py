@@ -6,6 +6,7 @@ unmerge_lora(model)          puts back every W, bit for bit
 unwrap_lora(model)           plain layers again, with plain names: merged if merged, else the base's
 
 layer.py     LoRALinear, LoRAEmbedding, and the functions above
+together.py  layers of one input, in one function
 update.py    one layer's update, and the formula
 dense.py     updates of other tools that are not s · B A
 variants.py  what A and B mean, and what belongs to them
@@ -26,15 +27,14 @@ from litlora.lora.layer import (
     adapter_of,
     add_lora,
     attach_lora,
-    gated_mlp,
     lora_updates,
     merge_lora,
-    project,
     unmerge_lora,
     unwrap_lora,
 )
 from litlora.lora.select import select_layers
 from litlora.lora.starts import start_lora
+from litlora.lora.together import gated_mlp, project
 from litlora.lora.update import Update
 from litlora.lora.variants import VARIANTS, Variant
 from litlora.settings import LoRAConfig

@@ -166,10 +166,10 @@ class LoRALinear(nn.Module):
         if not self.variant.is_plain:
             return self.variant.forward(self, x)
         if not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
-            return _with_bias(kernels.project_one(x, kernel_layer(self)), self)
-        keep = _dropout_mask(x, (self,))
-        compute = kernels.project if _fused(x) else kernels.plain_project
-        return _with_bias(compute(x, [kernel_layer(self)], keep)[0], self)
+            return with_bias(kernels.project_one(x, kernel_layer(self)), self)
+        keep = dropout_mask(x, (self,))
+        compute = kernels.project if fused(x) else kernels.plain_project
+        return with_bias(compute(x, [kernel_layer(self)], keep)[0], self)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -244,46 +244,10 @@ class LoRAEmbedding(LoRALinear):
         return nn.Embedding.from_pretrained(weight).train(self.linear.training)
 
 
-def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Several linear layers of one input x (..., in): a tuple of (..., out). Frozen ones go through
-    one fused function.
-
-    In training, their updates share one dropout mask of x, and hooks of the modules do not run.
-    """
-    layers = _fusable(x, linears, sharing=linears)
-    if layers is None:
-        return tuple(linear(x) for linear in linears)
-    outputs = kernels.project(x, layers, _dropout_mask(x, linears))
-    return tuple(_with_bias(y, linear) for y, linear in zip(outputs, linears, strict=True))
-
-
-def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
-    """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
-    frozen."""
-    layers = _fusable(x, (gate, up, down), sharing=(gate, up))
-    if layers is None or any(trained_bias(linear) is not None for linear in (gate, up, down)):
-        g, u = project(x, gate, up)
-        return project(kernels.ACTIVATIONS[activation](g) * u, down)[0]
-    keep = _dropout_mask(x, (gate, up))
-    keep_inner = _dropout_mask(x.new_empty(*x.shape[:-1], down.in_features), (down,))
-    return kernels.gated_mlp(x, *layers, activation, keep, keep_inner)
-
-
-def _fused(x: Tensor) -> bool:
+def fused(x: Tensor) -> bool:
     """Whether to use the fused functions: they serve the backward, and autocast does not reach
     into them."""
     return torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-
-
-def _fusable(
-    x: Tensor, linears: Sequence[nn.Module], *, sharing: Sequence[nn.Module]
-) -> list[kernels.Layer] | None:
-    """The layers, if one fused function can compute them all; those in `sharing` share a dropout
-    mask."""
-    if not _fused(x) or len({linear.dropout for linear in sharing if type(linear) is LoRALinear}) > 1:
-        return None
-    layers = [kernel_layer(linear) for linear in linears]
-    return None if None in layers else layers
 
 
 def trained_bias(linear: nn.Module) -> Tensor | None:
@@ -295,7 +259,7 @@ def trained_bias(linear: nn.Module) -> Tensor | None:
     return own if own is not None and own.requires_grad else None
 
 
-def _with_bias(y: Tensor, linear: nn.Module) -> Tensor:
+def with_bias(y: Tensor, linear: nn.Module) -> Tensor:
     """The output of the kernels, with the bias that they did not add."""
     bias = trained_bias(linear)
     return y if bias is None else y + bias.to(y.dtype)
@@ -330,7 +294,7 @@ def _linear(weight: Tensor, bias: nn.Parameter | None, *, training: bool) -> nn.
     return linear.train(training)
 
 
-def _dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
+def dropout_mask(x: Tensor, linears: Sequence[nn.Module]) -> Tensor | None:
     """The mask that the updates of these layers share in training."""
     shares = [
         linear.dropout

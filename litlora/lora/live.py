@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from litlora.errors import CheckpointError
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
-from litlora.kernels.cpu import CompiledUpdate, compiled_update, is_few, is_plain
+from litlora.kernels.cpu import CompiledUpdate, Part, compiled_update, is_few, project
 from litlora.lora.adapter import Adapter
 from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
@@ -91,15 +91,13 @@ class LiveUpdate:
 
     @cached_property
     def compiled(self) -> CompiledUpdate | None:
-        """The code that adds it to few rows, without a gain; None where there is none."""
-        return None if self.A is None or self.gain is not None else compiled_update(self.A, self.Bt)
+        """Its factors for compiled code; None where it is more than them, or there is none."""
+        plain = self.A is not None and self.gain is None and self.bias is None
+        return compiled_update(self.A, self.Bt) if plain else None
 
     def add_to(self, y: Tensor, x: Tensor, own_bias: Tensor | None, strength: float) -> None:
         """Add it to y (n, out), the layer's outputs of x (n, in), times the strength."""
-        fits = is_few(x) and is_plain(x) and self.compiled is not None
-        if fits and x.dtype == y.dtype == self.A.dtype:
-            self.compiled.add_to(y, x.contiguous(), strength * self.scale)
-        elif self.A is not None:
+        if self.A is not None:
             z = F.linear(x, self.A)  # (n, r)
             if self.gain is None:
                 y.addmm_(z, self.Bt, alpha=strength * self.scale)
@@ -139,8 +137,22 @@ class SwitchedLinear(nn.Module):
                 W = update.in_weight(W, strength)
         return W
 
+    @property
+    def part(self) -> Part | None:
+        """The layer for compiled code, if all sequences of the forward go one way; else None."""
+        part = getattr(self.linear, "part", None)
+        groups = [group for group in self.board.groups if group.adapter in self.updates]
+        if part is None or not groups:
+            return part
+        first, update = groups[0], self.updates[groups[0].adapter]
+        if len(groups) > 1 or first.rows is not None or update.compiled is None:
+            return None
+        return part.with_update(update.compiled, first.strength * update.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""
+        if is_few(x) and (part := self.part) is not None and (found := project(x, (part,))):
+            return found[0]
         y = self.linear(x)
         for adapter, strength, rows in self.board.groups:
             if (update := self.updates.get(adapter)) is None:

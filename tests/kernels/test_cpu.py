@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO
 
+from litlora.frozen.few_rows import few_rows
 from litlora.kernels import cpu
 from litlora.kernels.attention import attend
 from litlora.kernels.norm import rms_norm
@@ -31,14 +32,53 @@ def test_parts_of_a_token_are_as_exact_as_their_dtype(dtype):
                 assert cpu.rms_norm(x, own, 1e-6) is not None
                 assert off(rms_norm(x, own, 1e-6), exact) < most
         assert cpu.rms_norm(torch.randn(3, 12), torch.randn(12), 1e-6) is None
-        for rank in (1, 8, cpu.MOST_RANK):
-            A, Bt = torch.randn(rank, 72).to(dtype), torch.randn(rank, 40).to(dtype)
-            x, y = torch.randn(3, 72).to(dtype), torch.randn(3, 40).to(dtype)
-            exact = y.double() - 0.5 * (x.double() @ A.double().t()) @ Bt.double()
-            cpu.compiled_update(A, Bt).add_to(y, x, -0.5)
-            assert off(y, exact) < most
     assert cpu.compiled_update(torch.randn(cpu.MOST_RANK + 1, 8), torch.randn(cpu.MOST_RANK + 1, 8)) is None
     assert cpu.compiled_update(torch.randn(2, 12), torch.randn(2, 8)) is None
+
+
+def layer(sizes, dtype, rank=None, bias=True):
+    """(the layer for compiled code, what it computes in float64)."""
+    columns, rows = sizes
+    W, b = torch.randn(rows, columns).to(dtype) * columns**-0.5, torch.randn(rows).to(dtype) if bias else None
+    weight = few_rows(W)
+    part, exact = cpu.Part(weight.compiled, dtype, b), W.double()
+    if rank:
+        A, Bt = torch.randn(rank, columns).to(dtype), torch.randn(rank, rows).to(dtype) / columns
+        part = part.with_update(update := cpu.compiled_update(A, Bt), -0.5)
+        assert cpu.Part(weight.compiled, dtype).with_update(update, 1.0) is not part
+        exact = exact - 0.5 * Bt.double().t() @ A.double()
+    return part, lambda x: F.linear(x.double(), exact, None if b is None else b.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [(1,), (2, 3)], ids=str)
+def test_layers_of_one_input_are_as_exact_as_their_dtype(dtype, rows):
+    most = 1e-6 if dtype == torch.float32 else 3e-3
+    layers = [
+        layer((96, 1000), dtype, rank=8),
+        layer((96, 40), dtype, bias=False),
+        layer((96, 24), dtype, rank=cpu.MOST_RANK, bias=False),
+    ]
+    parts, exact = zip(*layers, strict=True)
+    x, down = torch.randn(*rows, 96).to(dtype), layer((1024, 96), dtype, rank=1)
+    gate, up = layer((96, 1024), dtype, rank=3), layer((96, 1024), dtype)
+    with torch.inference_mode():
+        for _ in range(2):
+            for chosen in (parts, parts[1:2]):
+                found = cpu.project(x, chosen)
+                for y, own in zip(found, exact if chosen is parts else exact[1:2], strict=True):
+                    assert y.dtype == dtype and off(y, own(x)) < most
+            x = x.flip(-1)
+        y = cpu.gated_mlp(x, (gate[0], up[0], down[0]))
+        assert off(y, down[1](F.silu(gate[1](x)) * up[1](x))) < most
+        alone = x.reshape(-1, 96)[:1]  # a sequence of a batch gets what it gets alone
+        assert torch.equal(cpu.gated_mlp(alone, (gate[0], up[0], down[0])), y.reshape(-1, 96)[:1])
+        found, one = cpu.project(x, parts), cpu.project(alone, parts)
+        assert all(torch.equal(a.flatten(0, -2)[:1], b) for a, b in zip(found, one, strict=True))
+        assert cpu.project(x.double(), parts) is None and cpu.project(x.expand(9, *x.shape), parts) is None
+        x[..., 0] = torch.nan
+        assert cpu.gated_mlp(x, (gate[0], up[0], down[0])).isnan().all()
+    assert cpu.project(x, parts) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,8 @@ from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.load import build, load
 from litlora.lora import LoRAConfig, LoRALinear, adapter_of, add_lora, merge_lora, unmerge_lora
-from litlora.lora.layer import lora_layers, project
+from litlora.lora.layer import lora_layers
+from litlora.lora.together import project
 from litlora.model import GPT
 from litlora.settings import ExportPEFT, FinetuneLoRA
 
