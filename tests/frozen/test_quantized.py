@@ -3,6 +3,7 @@ values in 16."""
 
 import dataclasses
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import tiny_config
 from families import save_folder
 from quantized import quantize_folder
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora.errors import CheckpointError, UserError
@@ -284,3 +286,14 @@ def test_all_layers_are_dequantised_into_one_buffer(how, monkeypatch):
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     new = {address: storage.nbytes() for address, storage in allocated.found.items() if address not in own}
     assert len(new) == 1, new
+
+
+def test_on_a_gpu_a_buffer_goes_after_its_use():
+    """A GPU's allocator gives it to whichever thread asks next: nothing here keeps one."""
+    with FakeTensorMode():
+        for strides in (None, (1, 4)):
+            W = scratch((4, 8), torch.bfloat16, torch.device("cuda"), strides)
+            assert W.shape == (4, 8) and W.device.type == "cuda" and W.stride() == (strides or (8, 1))
+            kept = weakref.ref(W)
+            del W
+            assert kept() is None
