@@ -48,6 +48,13 @@ class BlockFloat8(Float8):
             scales_per_row=self.scales.size(1),
         )
 
+    @property
+    def scales_rows(self) -> bool:
+        return self.block[1] >= self.columns
+
+    def row_scales(self) -> Tensor:
+        return self.scales.expand(-1, self.block[0]).flatten()[: len(self.entries)].contiguous()
+
     def _largest(self) -> Tensor:
         largest = self.scales.abs() * torch.finfo(self.entries.dtype).max
         # Piece by piece: the entries may be mapped.

@@ -6,6 +6,7 @@ itself, or 2^-10 of its row's scale. Source: Micikevicius et al. 2022, arXiv:220
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,32 +31,42 @@ def has_units(device: torch.device) -> bool:
 
 
 def multiplies_in_fp8(matrix: Quantized, device: torch.device) -> bool:
-    """Whether the products of a weight are computed in fp8 on this device, where it trains in bf16."""
+    """Whether the products of a weight are computed in fp8 on this device, where it trains in bf16: one in
+    float8_e4m3fn with a scale for each row, or one for all, whoever stored it."""
     if not isinstance(matrix, Float8) or not has_units(device):
         return False
-    whole = matrix.stored_rows == range(len(matrix.entries))
-    return whole and not any(size % MULTIPLE for size in matrix.shape)
+    fits = matrix.entries.dtype == FP8 and not any(size % MULTIPLE for size in matrix.shape)
+    return fits and matrix.scales_rows and type(matrix.stored_rows) is range
 
 
-def times(x: Tensor, matrix: Quantized) -> Tensor | None:
+def times(x: Tensor, matrix: Quantized, made: dict[str, Any]) -> Tensor | None:
     """x Wᵀ (..., out) for x (..., in) in bf16; None where the values of W serve. Answers are generated
-    with those."""
+    with those. `made` keeps x in fp8, for other weights that it is multiplied by."""
     if not _serves(x, matrix):
         return None
-    entries, scale = in_fp8(x.reshape(-1, x.size(-1)))
-    y = _scaled_mm(entries, matrix.entries.t(), scale, matrix.scales.unsqueeze(0))
-    return y.view(*x.shape[:-1], -1)
+    if "fp8" not in made:
+        made["fp8"] = in_fp8(x.reshape(-1, x.size(-1)))
+    entries, scale = made["fp8"]
+    W, scales = _rows_of(matrix)
+    return _scaled_mm(entries, W.t(), scale, scales.unsqueeze(0)).view(*x.shape[:-1], -1)
 
 
 def back(dy: Tensor, matrix: Quantized) -> Tensor | None:
     """dy W (N, in) for dy (N, out) in bf16; None where the values of W serve."""
     if not _serves(dy, matrix):
         return None
+    W, scales = _rows_of(matrix)
     # The scales of W's rows belong to the sum: they multiply dy, before it is rounded.
-    entries, scale = in_fp8(dy.float() * matrix.scales)
+    entries, scale = in_fp8(dy.float() * scales)
     # The units read both factors along the sum.
-    turned = scratch(matrix.shape[::-1], FP8, dy.device).copy_(matrix.entries.t())
+    turned = scratch(matrix.shape[::-1], FP8, dy.device).copy_(W.t())
     return _scaled_mm(entries, turned.t(), scale, scale.new_ones(1, matrix.columns))
+
+
+def _rows_of(matrix: Float8) -> tuple[Tensor, Tensor]:
+    """Entries (out, in) and scales (out,) of the rows that make up the matrix."""
+    rows = slice(matrix.stored_rows.start, matrix.stored_rows.stop)
+    return matrix.entries[rows], matrix.row_scales()[rows]
 
 
 def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +74,7 @@ def in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
     # The smallest normal number keeps a row of zeros from dividing by 0.
     scale = (largest / torch.finfo(FP8).max).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).to(FP8), scale
+    return (x / scale).to(FP8, memory_format=torch.contiguous_format), scale
 
 
 def _serves(x: Tensor, matrix: Quantized) -> bool:

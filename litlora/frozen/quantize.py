@@ -126,6 +126,15 @@ class Float8(Quantized):
         sizes = {"columns": self.columns, "row_bytes": self.columns}
         return Layout(format="e4m3", entries=self.entries, scales=self.scales, **sizes)
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether all entries of a row share a scale."""
+        return True
+
+    def row_scales(self) -> Tensor:
+        """That of each stored row, if it `scales_rows`: (out,), contiguous, in fp32."""
+        return self.scales
+
     def _largest(self) -> Tensor:
         return self.scales * torch.finfo(self.entries.dtype).max
 

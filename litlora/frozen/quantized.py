@@ -72,9 +72,12 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         return self._matrix.nbytes if self.stored_bytes is None else self.stored_bytes.nbytes
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.times_shared(x, bias, {})
+
+    def times_shared(self, x: Tensor, bias: Tensor | None, made: dict[str, Any]) -> Tensor:
         matrix = self.matrix
         y = product(x, matrix, self.compiled)
-        y = fp8_units.times(x, matrix) if y is None else y
+        y = fp8_units.times(x, matrix, made) if y is None else y
         if y is not None:
             return y if bias is None else y + bias
         with torch.no_grad():  # the values are gone before a backward could read them

@@ -1,6 +1,7 @@
 """The frozen weight of a linear layer, whatever it is stored in."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class FrozenWeight(ABC):
     @abstractmethod
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + b for x (..., in): a new tensor (..., out), contiguous, of the dtype of x."""
+
+    def times_shared(self, x: Tensor, bias: Tensor | None, made: dict[str, Any]) -> Tensor:
+        """As `times`, for one of several weights that x is multiplied by: `made`, empty at first, keeps
+        for the others what was computed of x alone. It belongs to this x."""
+        return self.times(x, bias)
 
     @abstractmethod
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ MLP also keeps the outputs of gate and up, and computes their product again.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +224,8 @@ class _GatedMLP(torch.autograd.Function):
 def _forward(x: Tensor, layers: Sequence[Layer], keep: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """Outputs (N, out) of each layer for x (N, in), and z = A x of all updates side by side,
     (N, Σ r); None without updates."""
-    outputs = [layer.weight.times(x, layer.bias) for layer in layers]
+    made: dict[str, Any] = {}
+    outputs = [layer.weight.times_shared(x, layer.bias, made) for layer in layers]
     adapted = _adapted(layers)
     if not adapted:
         return outputs, None
