@@ -15,8 +15,11 @@ from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.lora import LoRAConfig, add_lora, merge_lora
+from litlora.model import GPT
 from litlora.model import experts as experts_module
 from litlora.model.experts import MixtureOfExperts
+from litlora.serve.engine import Engine
+from litlora.serve.sampling import Sampling
 
 NUM_EXPERTS = 6
 
@@ -163,7 +166,7 @@ def test_experts_at_once_learn_what_they_learn_one_by_one(settings, monkeypatch)
 
 def test_nothing_waits_for_how_many_rows_an_expert_has(monkeypatch):
     """With tensors that have no values: there is nothing to read, and no address."""
-    monkeypatch.setattr(stack, "lie_in", lambda *_: True)
+    monkeypatch.setattr(stack.Beside, "holds", lambda *_: True)
     experts, x = adapted(dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in experts.modules():
@@ -188,6 +191,33 @@ def test_compiled_experts_are_one_graph():
         assert far(got[name], value) < 0.02, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["copied", "replaced", "merged", "moved"])
+def test_compiled_experts_see_that_a_weight_is_another_one(change):
+    """Whatever it is that changes, before they were compiled or since."""
+    layer, x = adapted(dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
+    layer.experts.lay_together()
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(x)
+        up = layer.experts[3].up_proj
+        if change == "copied":
+            layer = copy.deepcopy(layer)
+            compiled, up = torch.compile(layer, backend="aot_eager"), layer.experts[3].up_proj
+            up.linear.weight.data.mul_(4)
+        elif change == "replaced":
+            up.linear.weight = nn.Parameter(up.linear.weight * 4, requires_grad=False)
+        elif change == "merged":
+            merge_lora(layer)
+            up.linear.weight.data.mul_(4)
+        else:
+            layer.to(torch.float32).to(torch.bfloat16).experts.lay_together()
+            up.linear.weight.data.mul_(4)
+        after = compiled(x)
+        layer.experts.at_once = False
+        assert far(after, layer(x)) < 0.02 < far(after, before)
+
+
 def test_a_model_that_moves_to_a_gpu_computes_them_at_once(monkeypatch):
     """The device stands in for one: the weights stay where they are."""
     layer = adapted()
@@ -197,6 +227,28 @@ def test_a_model_that_moves_to_a_gpu_computes_them_at_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("the host read counts"))
     assert layer.to(torch.float32).experts.at_once
     layer(torch.randn(2, 9, 16))
+    # What trains stays where it is.
+    trained = [expert.up_proj.linear.weight.requires_grad_() for expert in layer.experts]
+    places = [weight.data_ptr() for weight in trained]
+    again = copy.deepcopy(layer).to(torch.float64)
+    alone = [expert.up_proj.linear.weight for expert in again.experts]
+    assert len({weight.untyped_storage().data_ptr() for weight in alone}) == len(alone)
+    assert [weight.data_ptr() for weight in trained] == places
+
+
+def test_an_engine_reads_prompts_with_all_experts_at_once(monkeypatch):
+    """Of a model whose weights nobody had frozen."""
+    model = GPT(tiny_config(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16)).eval()
+    prompt, sampling = [*range(1, 20)], Sampling(max_new_tokens=4)
+    expected = [*Engine(copy.deepcopy(model), owns_model=True).generate(prompt, sampling)]
+    counts, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: counts.append(self.shape) or tolist(self))
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(experts_module, "frozen_weight", lambda linear: gpu)
+    monkeypatch.setattr("litlora.serve.engine.pack_linears", lambda *_, **__: None)  # on the CPU alone
+    assert [*Engine(model.to("cpu"), owns_model=True).generate(prompt, sampling)] == expected
+    # Of the tokens after the prompt only: each picks fewer experts than there are.
+    assert counts.count((6,)) == model.config.num_hidden_layers * 3
 
 
 def test_weights_laid_together_are_the_same_weights():

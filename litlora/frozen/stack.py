@@ -13,10 +13,23 @@ from litlora.kernels.grouped import grouped_back, grouped_linear
 
 
 class Beside:
-    """Weights that lie beside each other in memory: (E, out, in)."""
+    """Weights that were put beside each other in memory: (E, out, in)."""
 
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Lets the weights, all of one shape, be parts of one tensor."""
+        self._weights, self._values = list(weights), torch.stack([weight.data for weight in weights])
+        for weight, part in zip(weights, self._values, strict=True):
+            weight.data = part
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are still the weights, with the values that lie here: a copy of the model, or a
+        merge, has others."""
+        if any(weight is not own for weight, own in zip(weights, self._weights, strict=True)):
+            return False
+        if torch.compiler.is_compiling():  # which guards that they stay, and knows no address
+            return True
+        step, start = self._values.stride(0) * self._values.element_size(), self._values.data_ptr()
+        return all(weight.data_ptr() == start + place * step for place, weight in enumerate(weights))
 
     def times(self, x: Tensor, ends: Tensor) -> Tensor:
         """x_i W_eᵀ: as `grouped_linear`."""
@@ -42,23 +55,14 @@ class Dequantised:
         return _Times.apply(x, ends, self)
 
 
-def stacked(weights: Sequence[FrozenWeight], together: Tensor | None) -> Beside | Dequantised | None:
-    """The weights as one; None if they cannot be. `together` (E, out, in) is where they were once put
-    beside each other."""
+def stacked(weights: Sequence[FrozenWeight], together: Beside | None) -> Beside | Dequantised | None:
+    """The weights as one; None if they cannot be. `together` is where they were once put beside each
+    other."""
     if all(isinstance(weight, QuantizedWeight) for weight in weights):
         return Dequantised(weights) if len({weight.shape for weight in weights}) == 1 else None
     if together is None or not all(isinstance(weight, Dense) for weight in weights):
         return None
-    # A copy of the model, or of a layer, has weights of its own.
-    if not torch.compiler.is_compiling() and not lie_in(together, [weight.weight for weight in weights]):
-        return None
-    return Beside(together)
-
-
-def lie_in(together: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether these are the very parts of a tensor (E, out, in)."""
-    step, start = together.stride(0) * together.element_size(), together.data_ptr()
-    return all(weight.data_ptr() == start + place * step for place, weight in enumerate(weights))
+    return together if together.holds([weight.weight for weight in weights]) else None
 
 
 class _Times(torch.autograd.Function):

@@ -28,8 +28,8 @@ def grouped_back(dy: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_update(x: Tensor, A: Tensor, B: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """s · B_e A_e x_i for x (N, in), A (E, r, in) and B (E, out, r), in the dtype of x: (N, out)."""
+    """s · B_e A_e x_i for x (N, in), A (E, r, in) and B (E, out, r), all of one dtype: (N, out)."""
     unaligned = -A.size(1) % (ALIGNMENT // x.element_size())
     if unaligned:  # rows and columns of zeros change nothing
         A, B = F.pad(A, (0, 0, 0, unaligned)), F.pad(B, (0, unaligned))
-    return grouped_linear(grouped_linear(x, (A * scale).to(x.dtype), ends), B.to(x.dtype), ends)
+    return grouped_linear(grouped_linear(x, A, ends) * scale, B, ends)

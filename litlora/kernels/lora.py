@@ -290,6 +290,17 @@ def _factors(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _CastAhead.apply(update.A, cast.A), _CastAhead.apply(update.B, cast.Bt.t())
 
 
+def stacked_factors(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (E, r, in) and B (E, out, r) of layers whose updates have one rank, in this dtype,
+    differentiable."""
+    casts, updates = [layer.in_dtype(dtype) for layer in layers], [layer.update for layer in layers]
+    all_A, all_B = [update.A for update in updates], [update.B for update in updates]
+    if None in casts:
+        return torch.stack(all_A).to(dtype), torch.stack(all_B).to(dtype)
+    A, B = torch.stack([cast.A for cast in casts]), torch.stack([cast.Bt.t() for cast in casts])
+    return _StackedAhead.apply(A, *all_A), _StackedAhead.apply(B, *all_B)
+
+
 class _CastAhead(torch.autograd.Function):
     """`tensor.to(dtype)` where its result is there already."""
 
@@ -301,6 +312,19 @@ class _CastAhead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
         return upstream.to(ctx.dtype), None
+
+
+class _StackedAhead(torch.autograd.Function):
+    """`torch.stack(tensors).to(dtype)` where its result is there already."""
+
+    @staticmethod
+    def forward(ctx, cast: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.dtype = tensors[0].dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *upstream.to(ctx.dtype).unbind()
 
 
 def _joined_A(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:

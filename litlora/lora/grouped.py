@@ -1,26 +1,25 @@
 """A linear layer of many experts, which differ in their weights alone, as one: each has rows of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from litlora.frozen.stack import Beside, Dequantised, stacked
 from litlora.kernels.grouped import fits, grouped_update
-from litlora.kernels.lora import dropout_mask
+from litlora.kernels.lora import dropout_mask, stacked_factors
 from litlora.lora.layer import kernel_layer, trained_bias
 
 
-@dataclass(frozen=True)
-class GroupedLinear:
+class GroupedLinear(NamedTuple):
     """x_i W_eᵀ + b_e + s · B_e A_e x_i, where row i belongs to expert e."""
 
     weights: Beside | Dequantised
     bias: Tensor | None
     """(E, out)."""
     A: Tensor | None
-    """(E, r, in); None: no updates."""
+    """(E, r, in), in the dtype of x; None: no updates."""
     B: Tensor | None
     """(E, out, r)."""
     scale: float
@@ -39,7 +38,7 @@ class GroupedLinear:
 
 
 def grouped(
-    linears: Sequence[nn.Module], together: Tensor | None, dtype: torch.dtype
+    linears: Sequence[nn.Module], together: Beside | None, dtype: torch.dtype
 ) -> GroupedLinear | None:
     """The layers as one, for inputs of this dtype; `together` as of `stacked`. None if they cannot be
     computed so: they train, or their updates are not plain LoRA, differ in size, or are not in all."""
@@ -59,9 +58,7 @@ def grouped(
     dropout = linears[0].dropout if linears[0].training else 0.0
     if None in updates or len({(update.rank, update.scale) for update in updates}) > 1:
         return None
-    A = torch.stack([update.A for update in updates])
-    B = torch.stack([update.B for update in updates])
-    return GroupedLinear(weights, bias, A, B, updates[0].scale, dropout)
+    return GroupedLinear(weights, bias, *stacked_factors(layers, dtype), updates[0].scale, dropout)
 
 
 def unwrapped(linear: nn.Module) -> nn.Module:
@@ -69,9 +66,10 @@ def unwrapped(linear: nn.Module) -> nn.Module:
     return getattr(linear, "linear", linear)
 
 
-def plain_weight(linear: nn.Module | None) -> nn.Parameter | None:
-    """The weight of a linear layer that has or may have an adapter; None if it is in few bits, or divided
-    among devices (a DTensor, which has a mesh)."""
+def frozen_parameter(linear: nn.Module | None) -> nn.Parameter | None:
+    """The weight of a linear layer that has or may have an adapter; None if it trains, is in few bits, or
+    is divided among devices (a DTensor, which has a mesh)."""
     linear = unwrapped(linear)
-    is_whole = type(linear) is nn.Linear and not hasattr(linear.weight.data, "device_mesh")
-    return linear.weight if is_whole else None
+    if type(linear) is not nn.Linear or hasattr(linear.weight.data, "device_mesh"):
+        return None
+    return None if linear.weight.requires_grad else linear.weight

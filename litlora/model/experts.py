@@ -1,15 +1,15 @@
 """Mixtures of experts: MLPs of which a router picks some for each token."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.frozen.linear import frozen_weight
-from litlora.frozen.stack import lie_in
-from litlora.lora.grouped import GroupedLinear, grouped, plain_weight, unwrapped
+from litlora.frozen.stack import Beside
+from litlora.lora.grouped import GroupedLinear, frozen_parameter, grouped, unwrapped
 from litlora.model.mlp import MLP
 from litlora.model.norms import make_norm
 from litlora.model.router import ExpertRouter, Router, ScaledRouter
@@ -84,27 +84,35 @@ class Experts(nn.ModuleList):
         super().__init__(experts)
         self.at_once = False
         """Whether all are computed in grouped products, where these can be: otherwise one by one."""
-        self._together: dict[str, Tensor] = {}
-        """Of each of their layers, by its name: the weights of all, (E, out, in)."""
+        self._together: dict[str, Beside] = {}
+        """Of each of their layers, by its name: the weights of all."""
 
     def lay_together(self) -> None:
-        """Put the weights of each layer of all experts beside each other, those in few bits excepted,
-        and compute them at once from now on."""
+        """Put the frozen weights of each layer of all experts beside each other, those in few bits
+        excepted, and compute them at once from now on."""
         self.at_once = True
         for name in LAYERS:
-            weights = [plain_weight(getattr(expert, name)) for expert in self]
+            weights = [frozen_parameter(getattr(expert, name)) for expert in self]
             if any(weight is None for weight in weights):
                 self._together.pop(name, None)
-            elif name not in self._together or not lie_in(self._together[name], weights):
-                self._together[name] = torch.stack([weight.data for weight in weights])
-                for weight, part in zip(weights, self._together[name], strict=True):
-                    weight.data = part
+            elif name not in self._together or not self._together[name].holds(weights):
+                self._together[name] = Beside(weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
         super()._apply(fn, recurse)
         if frozen_weight(unwrapped(self[0].up_proj)).device.type == "cuda":
             self.lay_together()
+        else:
+            self.at_once, self._together = False, {}
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_together": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.at_once:  # the weights of a copy lie apart
+            self.lay_together()
 
     def outputs(self, rows: Tensor, counts: Tensor, experts: Tensor) -> Tensor:
         """What each expert gives of its rows: rows (N, C), sorted by expert, counts (E,) of them and
@@ -114,8 +122,8 @@ class Experts(nn.ModuleList):
         if layers is None:
             return self._one_by_one(rows, counts)
         ends = counts.cumsum(0, dtype=torch.int32)
-        *entrances, last = (partial(layer, ends=ends, experts=experts) for layer in layers)
-        return last(self[0].inner(*(enter(rows) for enter in entrances)))
+        inner = self[0].inner(*(layer(rows, ends, experts) for layer in layers[:-1]))
+        return layers[-1](inner, ends, experts)
 
     def _grouped(self, rows: Tensor) -> list[GroupedLinear] | None:
         """The layers of all experts as one each; None if they are to be computed one by one: few rows

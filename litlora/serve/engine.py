@@ -61,6 +61,8 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         if owns_model and isinstance(model, GPT):
             pack_linears(model, leave=READ)
+            # A move to where they are lays experts together on a GPU, if nothing of them trains.
+            model.requires_grad_(False).to(self.device)
         self.cache_tokens = cache_tokens or self._default_cache()
         self.work = threading.Event()
         """Set while there may be something to compute: what a thread that computes all waits for."""

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_config
+from test_experts import adapted as adapted_experts
+from test_experts import learned
 from test_fit import examples, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,6 +77,19 @@ def test_each_factor_is_cast_once():
     # gradient of x is asked for), and 7 and 7 want B.
     assert before["casts to bf16"] - after["casts to bf16"] == 2 * (4 + 3 + 7 + 7), counts
     assert after["others"] < before["others"], counts
+
+
+@pytest.mark.parametrize("rank", [8, 2])
+def test_experts_at_once_take_them_too(rank):
+    layer, x = adapted_experts(rank, dtype=torch.bfloat16), torch.randn(2, 9, 16).bfloat16()
+    layer.experts.lay_together()
+    found = []
+    for context in (nullcontext(), cast_ahead(layer, torch.bfloat16)):
+        with context, Casts() as mode:
+            found.append((learned(layer, x), mode.counts["casts to bf16"]))
+    (before, casts), (after, rest) = found
+    assert casts - rest == 6, "A and B of three layers"
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_what_has_the_dtype_is_not_cast():
