@@ -40,8 +40,11 @@ def gradients(objective, batches):
 def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler here")
-    model = GPT(tiny_config(num_hidden_layers=1)).double()
-    add_lora(model, LoRAConfig(rank=2), torch.float64)
+    # torch 2.11 cannot compile its own attention over padded rows in float64.
+    is_exact = packed or torch.__version__ >= "2.12"
+    dtype, apart = (torch.float64, 1e-10) if is_exact else (torch.float32, 1e-5)
+    model = GPT(tiny_config(num_hidden_layers=1)).to(dtype)
+    add_lora(model, LoRAConfig(rank=2), dtype)
     objective = SFT(model, TrainConfig(packing=packed)).train()
     sizes = ((9, 4), (14, 5, 11), (3, 8, 2, 2))
     batches = [objective.batch(examples(*lengths), torch.device("cpu")) for lengths in sizes]
@@ -60,7 +63,7 @@ def test_a_compiled_model_learns_the_same_under_the_same_names(packed, how):
     assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == names
     assert got.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=apart)
 
 
 @pytest.mark.slow

@@ -77,6 +77,8 @@ def trainer(parallel, model, data, tmp_path, **config):
 @pytest.mark.slow
 def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch):
     """Forward, backward, clipping, AdamW and what is logged, over attention as a GPU has it."""
+    if torch.__version__ < "2.13":
+        pytest.skip("this torch has no flash attention over packs with grouped queries")
     monkeypatch.setattr(attention, "choose", lambda case: "varlen")
     model, data = GPT.without_weights(tiny_config(num_hidden_layers=1)).bfloat16(), examples(6)
     add_lora(model, LoRAConfig(targets=["all-linear"]))
