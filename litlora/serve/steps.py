@@ -153,7 +153,7 @@ class Drawn:
         read = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
         read.copy_(both, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(both.device))
         return cls([*seats], tokens, read, arrived)
 
     @property

@@ -101,6 +101,8 @@ class Kept:
             self._ahead = self._arena.copied(self._place)
 
     def __del__(self) -> None:
+        if self._ahead is not None:  # a backward that broke off: nobody has waited for this copy
+            self._arena.wait()
         self._arena.gone()
 
 

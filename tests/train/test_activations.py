@@ -143,6 +143,22 @@ def test_a_run_that_offloads_writes_the_same(base, alpaca_file, tmp_path, monkey
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_a_copy_that_nobody_asked_for_is_waited_for():
+    """Of a backward that broke off: its memory must not serve others before the copy has ended."""
+
+    class Counted(Arena):
+        waits = 0
+
+        def wait(self):
+            self.waits += 1
+
+    arena = Counted(1024, torch.device("cpu"))
+    first, last = arena.keep(torch.ones(8)), arena.keep(torch.zeros(8))
+    assert torch.equal(last.fetched(), torch.zeros(8)) and arena.waits == 1
+    del last, first
+    assert arena.waits == 2 and arena.room == 1024
+
+
 def test_an_arena_beyond_the_machine_is_one_line():
     with pytest.raises(UserError, match="^offload_activations: .* GiB .* lower micro_batch_tokens") as raised:
         Arena(2**60, torch.device("cpu"))
