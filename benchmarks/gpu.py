@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --deadline 480 --out gpu.jsonl
     python benchmarks/gpu.py --device cpu --models tiny --steps 8 --deadline 300
 
-Each part prints a row of JSON when it ends, and adds it to --out; a part for which too little time is
-left is named in a row of its own. In this order: the machine; the rate of a matrix product and of a
-copy; gradients in bf16 and fp32 against float64; whether a training step waits for the device; a layer
-of experts, at once and one by one;
+Each part prints a row of JSON when it ends, and adds it to --out; one that the deadline breaks off, that
+fails or for which no time is left is named in a row of its own. In this order: the machine; the rate of a
+matrix product and of a copy; gradients in bf16 and fp32 against float64; whether a training step waits for
+the device; a layer of experts, at once and one by one;
 training of each model, ours eager and compiled beside transformers + PEFT (`train_speed.py`,
 interleaved); the first model on a base in nf4, beside PEFT with bitsandbytes, and in fp8; how many
 tokens of context fit with a base in nf4, measured on two layers and extrapolated to all; the loss after
@@ -41,6 +41,8 @@ TRAINING = {
 NEW_TOKENS = 128
 LAYERS, CONTEXTS, RANK = 2, (16, 32), 16
 """Of the measured context: layers, and its lengths in examples."""
+GRACE = 2.0
+"""Seconds after the deadline in which the rows of an ended program are read."""
 USABLE = 0.95
 """Share of a GPU's memory that a context may fill."""
 PARTS = ("machine", "ceiling", "right", "waits", "experts", "train", "quantised", "context", "loss", "decode")
@@ -83,12 +85,36 @@ def main() -> None:
         if name.split()[0] not in options.parts:
             continue
         started = time.monotonic()
-        row = part() if started < end else {"left out": "no time was left"}
+        row = in_time(part, end) if started < end else {"left out": "no time was left"}
         line = json.dumps({"part": name, **row, "seconds": round(time.monotonic() - started, 1)})
         print(line, flush=True)
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+class Stopped(BaseException):
+    """The deadline came. Not an Exception, which what is measured may catch."""
+
+
+def in_time(part: Callable[[], dict[str, Any]], end: float) -> dict[str, Any]:
+    """The row of a part, or why there is none: the deadline, at which it is broken off, or an error, which
+    is that part's alone."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGALRM, stop)
+    # A part that is a program ends it by itself just before, and has what it printed.
+    signal.setitimer(signal.ITIMER_REAL, max(0.0, end - time.monotonic()) + GRACE)
+    try:
+        return part()
+    except Stopped:
+        return {"stopped": "the deadline came"}
+    except Exception as error:
+        return {"failed": type(error).__name__, "errors": str(error).splitlines()[:3]}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -26,6 +27,15 @@ def rows(*words, out):
 def test_without_time_each_part_is_named_and_left_out(tmp_path):
     found = rows("--deadline", "0", out=tmp_path / "rows")
     assert len(found) == 10 and all("left out" in row for row in found.values())
+
+
+@pytest.mark.slow
+def test_the_deadline_breaks_a_part_off(tmp_path):
+    """One in the process of all, which compiles for longer than that."""
+    started = time.monotonic()
+    found = rows("--deadline", "12", "--parts", "machine", "waits", "decode", out=tmp_path / "rows")
+    assert "stopped" in found["waits"] and "left out" in found["decode"] and "torch" in found["machine"]
+    assert found["waits"]["seconds"] < 30 and time.monotonic() - started < 60
 
 
 @pytest.mark.slow
