@@ -143,6 +143,12 @@ def test_answers_are_the_same(make_checkpoint):
         assert torch.equal(*logits)
     found = [list(Engine(model).generate([1, 2, 3], Sampling(max_new_tokens=20))) for model in models]
     assert found[0] == found[1] and len(found[0]) == 20
+    engines = [Engine(model, owns_model=True) for model in models]
+    found = [list(engine.generate([1, 2, 3], Sampling(max_new_tokens=20))) for engine in engines]
+    assert found[0] == found[1]
+    with torch.inference_mode():
+        for ids in (IDS, IDS[:, :1]):
+            assert torch.equal(*(model(ids) for model in models))
 
 
 def test_what_an_adapter_puts_in_the_place_of_weights_stays(make_checkpoint, tmp_path):

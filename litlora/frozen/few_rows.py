@@ -53,14 +53,22 @@ class FewRows(Dense):
         self.compiled = compiled
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.dtype != self.dtype or not cpu.is_plain(x):
-            return F.linear(x, self.weight, bias)
-        if cpu.is_few(x):
+        y = self.product(x, bias)
+        return F.linear(x, self.weight, bias) if y is None else y
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """x Wᵀ + b by compiled code, for x in the dtype of W or a larger one; None where torch's is as
+        quick, or something learns."""
+        if torch.promote_types(x.dtype, self.dtype) != x.dtype or not cpu.is_plain(x):
+            return None
+        if cpu.is_few(x) and x.dtype != torch.float64:
             y = self.compiled.times(x)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
+        if torch.float32 in (x.dtype, self.dtype) or not x.numel() or gains(self.weight):
+            return None
         W = scratch(self.shape, torch.float32, self.device)
-        if x.dtype == torch.float32 or not self.compiled.write_to(W, torch.float32):
-            return F.linear(x, self.weight, bias)
+        if x.dtype != self.dtype or not self.compiled.write_to(W, torch.float32):
+            return None
         return F.linear(x.float(), W, None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -77,3 +85,15 @@ def few_rows(weight: Tensor) -> FewRows | None:
     )
     found = cpu.compiled(layout, range(rows))
     return None if found is None else FewRows(weight.detach(), found)
+
+
+def gains(weight: Tensor) -> bool:
+    """Whether products with few rows are faster packed, on this machine: in the dtypes of 16 bits
+    for which oneDNN has kernels here. Elsewhere torch's own read a plain weight at full speed."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return weight.dtype in supported and supported[weight.dtype]()

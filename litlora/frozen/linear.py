@@ -37,7 +37,8 @@ class FrozenLinear(nn.Module):
         if compiled is None:
             return None
         if self._part is None or self._part.weight is not compiled:
-            self._part = cpu.Part(compiled, self.storage.dtype, self.bias)
+            self._part = cpu.Part(compiled, self.storage.compiled_for, self.bias)
+            self._part.around = self.storage.around
         return self._part
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ or less. Converted once, it reads at full speed, for one row or many.
 import torch
 from torch import Tensor, nn
 
-from litlora.frozen.few_rows import few_rows
+from litlora.frozen.few_rows import few_rows, gains
 from litlora.frozen.linear import FrozenLinear
+from litlora.frozen.streamed import Mapped
 from litlora.frozen.weight import FrozenWeight
 
 
@@ -43,23 +44,13 @@ class Packed(FrozenWeight):
         return self._packed.to_dense()[rows]
 
 
-def gains(weight: Tensor) -> bool:
-    """Whether products with few rows are faster packed, on this machine: in the dtypes of 16 bits
-    for which oneDNN has kernels here. Elsewhere torch's own read a plain weight at full speed."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return weight.dtype in supported and supported[weight.dtype]()
-
-
 def pack_linears(model: nn.Module, *, leave: str) -> None:
     """Pack the plain linear layers of a model that gain by it, but those whose names end with `leave`,
     since their weights are read. It can no longer be trained or
     stored. A head that shares the embedding's weight gets one of its own."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, FrozenLinear) and isinstance(module.storage, Mapped):
+            module.storage.packed = not gains(module.storage.rows(slice(0, 1)))
         if type(module) is not nn.Linear or name.endswith(leave):
             continue
         storage = Packed(module.weight) if gains(module.weight) else few_rows(module.weight)

@@ -7,15 +7,18 @@ for every use, into memory that all share.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litlora.frozen.few_rows import FewRows, few_rows
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
+from litlora.kernels.cpu import Compiled
 from litlora.storage.pages import ReadAhead, mapped, read, release
 
 TILE_BYTES = 32 << 20
@@ -83,10 +86,18 @@ class Stream:
             self.pages.read(following[number], lambda: wanted in (self._here, self._next))
 
 
-class _Mapped(FrozenWeight):
+class Mapped(FrozenWeight):
     """W in a mapped file."""
 
     _W: Tensor
+    packed = False
+    """Whether few rows go by compiled code, as those of a weight in memory do that is laid out for
+    generation."""
+
+    @property
+    def compiled_for(self) -> tuple[torch.dtype, ...]:
+        # In a wider dtype its values are exact.
+        return (self.dtype, torch.float32)
 
     @property
     def shape(self) -> torch.Size:
@@ -103,8 +114,14 @@ class _Mapped(FrozenWeight):
     def rows(self, rows: slice = slice(None)) -> Tensor:
         return self._W[rows]
 
+    def _product(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b, of some rows of W."""
+        plain = few_rows(W) if self.packed else None
+        y = None if plain is None else plain.product(x, bias)
+        return F.linear(x, values(W, x.dtype), bias) if y is None else y
 
-class StreamedWeight(_Mapped):
+
+class StreamedWeight(Mapped):
     """W of a linear layer in a block."""
 
     def __init__(self, stream: Stream, block: int, W: Tensor) -> None:
@@ -112,10 +129,24 @@ class StreamedWeight(_Mapped):
         self._stream, self._block, self._W = stream, block, W
         self._number = stream.add(block, W)
 
+    @property
+    def compiled(self) -> Compiled | None:
+        plain = self._plain if self.packed else None
+        return None if plain is None else plain.compiled
+
+    @property
+    def around(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        begin = partial(self._stream.begin, self._block, learns=False)
+        return begin, partial(self._stream.end, self._block, self._number, back=False)
+
+    @cached_property
+    def _plain(self) -> FewRows | None:
+        return few_rows(self._W)
+
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self._stream.begin(self._block, learns=x.requires_grad)
         with torch.no_grad():  # W is gone before a backward could read it
-            y = F.linear(x, values(self._W, x.dtype), bias)
+            y = self._product(x, self._W, bias)
         self._stream.end(self._block, self._number, back=False)
         return y
 
@@ -127,7 +158,7 @@ class StreamedWeight(_Mapped):
         return dx
 
 
-class StreamedHead(_Mapped):
+class StreamedHead(Mapped):
     """W of an output head, of which some rows are in memory at a time."""
 
     def __init__(self, stream: Stream, W: Tensor) -> None:
@@ -142,7 +173,8 @@ class StreamedHead(_Mapped):
         with torch.no_grad():
             for first in range(0, len(self._W), self._step):
                 rows = slice(first, first + self._step)
-                parts.append(F.linear(x, self.tile(rows, x.dtype), None if bias is None else bias[rows]))
+                own = None if bias is None else bias[rows]
+                parts.append(self._product(x, self._moved_to(rows), own))
         return torch.cat(parts, dim=-1)
 
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
@@ -152,13 +184,16 @@ class StreamedHead(_Mapped):
         return dx
 
     def tile(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """These rows in this dtype, valid until this thread asks for others. The rows before them
-        are dropped, and as many behind them read ahead."""
+        """These rows in this dtype, valid until this thread asks for others."""
+        return values(self._moved_to(rows), dtype)
+
+    def _moved_to(self, rows: slice) -> Tensor:
+        """These rows. Those before them are dropped, and as many behind them read ahead."""
         first, count = rows.start, rows.stop - rows.start
         if count < len(self._W):
             self._pages.release(self._W[max(0, first - count) : first] if first else self._W[-count:])
             self._pages.read(self._W[rows.stop : rows.stop + count], lambda: True)
-        return values(self._W[rows], dtype)
+        return self._W[rows]
 
     def picked(self, ids: Tensor) -> Tensor:
         """The rows of these numbers, exact, in memory of their own."""

@@ -1,6 +1,7 @@
 """The frozen weight of a linear layer, whatever it is stored in."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class FrozenWeight(ABC):
     compiled: "cpu.Compiled | None" = None
     """The code that reads it as it is stored, on a CPU; None where there is none."""
 
+    around: "tuple[Callable[[], None], Callable[[], None]] | None" = None
+    """What that code must call before and after it reads the weight."""
+
     differentiable = False
     """Whether autograd can follow `times` to x by itself, and cheaply. Otherwise it uses `back`."""
 
@@ -33,6 +37,11 @@ class FrozenWeight(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype of the exact values."""
+
+    @property
+    def compiled_for(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of x for which `compiled` computes what `times` does."""
+        return (self.dtype,)
 
     @property
     @abstractmethod

@@ -12,7 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -185,13 +186,15 @@ class Part:
     def __init__(
         self,
         weight: Compiled,
-        dtype: torch.dtype,
+        dtypes: tuple[torch.dtype, ...],
         bias: Tensor | None = None,
         update: CompiledUpdate | None = None,
         scale: float = 1.0,
     ) -> None:
-        """For x in `dtype`; `scale` is that of the update."""
-        self.weight, self.dtype, self.rows, self.columns = weight, dtype, weight.rows, weight.columns
+        """For x in one of `dtypes`; `scale` is that of the update."""
+        self.weight, self.dtypes, self.rows, self.columns = weight, dtypes, weight.rows, weight.columns
+        self.around: tuple[Callable[[], None], Callable[[], None]] | None = None
+        """What is to be called before and after each use."""
         self.bias, self._own = bias, None if bias is None else bias.detach().float().contiguous()
         self.facts = {
             "weight": ctypes.addressof(weight.struct),
@@ -207,7 +210,8 @@ class Part:
     def with_update(self, update: CompiledUpdate, scale: float) -> "Part":
         """The layer with s · B A."""
         if (update, scale) not in self._updated:
-            self._updated[update, scale] = Part(self.weight, self.dtype, self.bias, update, scale)
+            part = Part(self.weight, self.dtypes, self.bias, update, scale)
+            self._updated[update, scale], part.around = part, self.around
         return self._updated[update, scale]
 
     def array(self, parts: "tuple[Part, ...]") -> Any:
@@ -229,7 +233,8 @@ def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
     for part, one in zip(parts, array, strict=True):
         one.y, place = place, place + 4 * n * part.rows
     whole = x.float().contiguous()
-    library().project(array, len(parts), whole.data_ptr(), n, _threads(parts))
+    with _in_use(parts):
+        library().project(array, len(parts), whole.data_ptr(), n, _threads(parts))
     if len(parts) == 1:
         return (y.to(x.dtype).view(*x.shape[:-1], -1),)
     outputs = y.to(x.dtype).split([n * part.rows for part in parts])
@@ -246,13 +251,24 @@ def gated_mlp(x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
     array, place = parts[0].array(parts), between.data_ptr()
     array[0].y, array[1].y, array[2].y = place, place + 4 * n * inner, y.data_ptr()
     whole = x.float().contiguous()
-    library().gated_mlp(array, whole.data_ptr(), n, _threads(parts))
+    with _in_use(parts):
+        library().gated_mlp(array, whole.data_ptr(), n, _threads(parts))
     return y.to(x.dtype)
 
 
 def _all_fit(x: Tensor, parts: tuple[Part, ...]) -> bool:
     fits = is_few(x) and is_plain(x)
-    return fits and all(part.dtype == x.dtype and part.columns == x.size(-1) for part in parts)
+    return fits and all(x.dtype in part.dtypes and part.columns == x.size(-1) for part in parts)
+
+
+@contextmanager
+def _in_use(parts: tuple[Part, ...]) -> Iterator[None]:
+    around = [part.around for part in parts if part.around is not None]
+    for begin, _ in around:
+        begin()
+    yield
+    for _, end in around:
+        end()
 
 
 def _threads(parts: tuple[Part, ...]) -> int:

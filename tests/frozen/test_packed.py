@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from litlora.frozen.few_rows import gains
 from litlora.frozen.linear import FrozenLinear
-from litlora.frozen.packed import Packed, gains, pack_linears
+from litlora.frozen.packed import Packed, pack_linears
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

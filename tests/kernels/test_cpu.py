@@ -41,11 +41,11 @@ def layer(sizes, dtype, rank=None, bias=True):
     columns, rows = sizes
     W, b = torch.randn(rows, columns).to(dtype) * columns**-0.5, torch.randn(rows).to(dtype) if bias else None
     weight = few_rows(W)
-    part, exact = cpu.Part(weight.compiled, dtype, b), W.double()
+    part, exact = cpu.Part(weight.compiled, (dtype,), b), W.double()
     if rank:
         A, Bt = torch.randn(rank, columns).to(dtype), torch.randn(rank, rows).to(dtype) / columns
         part = part.with_update(update := cpu.compiled_update(A, Bt), -0.5)
-        assert cpu.Part(weight.compiled, dtype).with_update(update, 1.0) is not part
+        assert cpu.Part(weight.compiled, (dtype,)).with_update(update, 1.0) is not part
         exact = exact - 0.5 * Bt.double().t() @ A.double()
     return part, lambda x: F.linear(x.double(), exact, None if b is None else b.double())
 
