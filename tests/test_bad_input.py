@@ -281,8 +281,9 @@ def test_a_file_that_holds_no_mapping_is_named(read, text, tmp_path):
     file.write_text(text)
     with pytest.raises(CheckpointError, match=rf"^{file}: (must hold a|cannot be read as)"):
         read(file)
-    file.write_text('{"a": 1}')
-    assert read(file) == {"a": 1}
+    file.write_text('{"a": 1, "b": {"c": 2}}')
+    read(file)["b"]["c"] = 3  # what a caller does to its values does not reach the next one
+    assert read(file) == {"a": 1, "b": {"c": 2}}
     with pytest.raises(CheckpointError, match="nowhere: no such file; a model needs it$"):
         read(tmp_path / "nowhere", "a model needs it")
 

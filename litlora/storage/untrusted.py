@@ -5,7 +5,9 @@ how much is read, how deep it is nested, and which numbers and text it holds. Fi
 checked in `litlora/storage/torch_check.py`.
 """
 
+import copy
 import errno
+import functools
 import json
 import re
 import stat
@@ -21,6 +23,8 @@ MAX_JSON_BYTES = 16 * 2**20
 """The index of a model of 100,000 tensors has 10 MB."""
 MAX_YAML_BYTES = 256 * 2**10
 """A model_config.yaml has a few thousand; pyyaml reads about 50 KB a second."""
+KNOWN_YAML = 16 * 2**10
+"""Characters that a YAML text may have at most to be remembered with its values."""
 MAX_DEPTH = 32
 """Levels of nested values."""
 MAX_NUMBER = 10**300
@@ -101,7 +105,7 @@ def read_yaml(path: Path) -> Any:
     raises."""
     text = read_text(path, MAX_YAML_BYTES)
     try:
-        return _plain(yaml.load(text, _PlainLoader))
+        return copy.deepcopy(_known_yaml(text)) if len(text) <= KNOWN_YAML else _parse_yaml(text)
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: cannot be read as YAML: {reason}") from None
@@ -128,6 +132,15 @@ class _PlainLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.level -= 1
         return node
+
+
+def _parse_yaml(text: str) -> Any:
+    return _plain(yaml.load(text, _PlainLoader))
+
+
+_known_yaml = functools.lru_cache(maxsize=64)(_parse_yaml)
+"""A command reads the same few files several times, to find out what a directory is, to open it and
+to compare it, and pyyaml is slow."""
 
 
 def _plain(value: Any) -> Any:
