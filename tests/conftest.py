@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 # Tests run side by side: a thread each, or they wait for each other's. Before anything imports torch,
 # which reads it once.
@@ -52,7 +53,8 @@ TEXT = [
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    # torch.manual_seed writes down, for each kind of device that may be used later, where it was called.
+    torch.default_generator.manual_seed(0)
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -252,11 +254,12 @@ def command(
 ) -> subprocess.CompletedProcess:
     """Run `python FOLDER/NAME.py ...` of this repository as a user does.
 
-    Where nothing else is asked for, in a fork of a process that has imported everything: as a process
-    of its own, it would import torch for a second or two.
+    Where it can be, in a fork of a process that has imported everything: as a process of its own, it
+    would import torch for a second or two.
     """
-    if not input and not environment and "--devices" not in words:
-        done = server().run(*words, cwd=cwd, seconds=int(timeout), memory=2**34)
+    if "PYTHONPATH" not in environment and "--devices" not in words:
+        limits = {"seconds": int(timeout), "memory": 2**34}
+        done = server().run(*words, cwd=cwd, input=input, environment=environment, **limits)
         return subprocess.CompletedProcess(words, done["status"], done["stdout"], done["stderr"])
     script, *arguments = map(str, words)
     return subprocess.run(
@@ -301,10 +304,10 @@ class Forked:
         )
         assert self._process.stdout.readline() == '"ready"\n'
 
-    def run(self, *words: object, cwd: Path, **limits: int) -> dict:
-        """{"status", "stdout", "stderr"} of a command; `limits` are `seconds` and `memory`, where the
-        usual ones are not enough."""
-        asked = {"words": list(map(str, words)), "cwd": str(cwd), **limits}
+    def run(self, *words: object, cwd: Path, **more: Any) -> dict:
+        """{"status", "stdout", "stderr"} of a command; `more` are `input`, `environment`, and the
+        limits `seconds` and `memory`, where the usual ones are not enough."""
+        asked = {"words": list(map(str, words)), "cwd": str(cwd), **more}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

@@ -3,9 +3,10 @@ everything forks for each.
 
     python tests/forked.py [MODULE ...]
 
-It imports IMPORTS, or the modules of litlora that are named, and makes the PARSERS only without any.
+It imports IMPORTS, or the modules of litlora that are named, and makes the PARSERS.
 One JSON value a line, both ways: {"words": [script, ...], "cwd": ...} is answered by {"status",
-"stdout", "stderr"}. A command gets no more than `memory` bytes beyond what the imports take, and
+"stdout", "stderr"}; "input" is what the command reads, "environment" what its variables are besides
+those of this process. A command gets no more than `memory` bytes beyond what the imports take, and
 `seconds` of computing, by default MEMORY and SECONDS: what needs more is killed, and fails its test.
 """
 
@@ -18,6 +19,7 @@ import runpy
 import sys
 import tempfile
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
@@ -41,9 +43,10 @@ PARSERS += [(name, True) for name in ("FinetuneLoRA", "FinetuneFull", "FinetuneD
 """Those that every fork has at hand: making one takes longer than most refusals."""
 
 
-def child(asked: dict, out: int, err: int) -> None:
+def child(asked: dict, into: int, out: int, err: int) -> None:
     """Run one command and exit as it does."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(asked.get("environment", {}))
+    os.dup2(into, 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
@@ -71,19 +74,22 @@ def main() -> None:
     for name in sys.argv[1:] or IMPORTS:
         importlib.import_module(f"litlora.{name}")
     cli, settings = sys.modules["litlora.cli"], sys.modules["litlora.settings"]
-    base = str(REPO / settings.QUICKSTART)
-    for command, names_source in () if sys.argv[1:] else PARSERS:
-        cli.make_parser(getattr(settings, command), base, names_source)
+    for base in (settings.QUICKSTART, str(REPO / settings.QUICKSTART)):  # as from here, and from elsewhere
+        for command, names_source in PARSERS:
+            cli.make_parser(getattr(settings, command), base, names_source)
     # A collection in a fork would touch, and so copy, all that was imported.
     gc.collect()
     gc.freeze()
     print('"ready"', flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with ExitStack() as files:
+            into, out, err = (files.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+            into.write(asked.get("input", "").encode())
+            into.seek(0)
             process = os.fork()
             if process == 0:
-                child(asked, out.fileno(), err.fileno())
+                child(asked, into.fileno(), out.fileno(), err.fileno())
             _, status = os.waitpid(process, 0)
             texts = []
             for file in (out, err):
