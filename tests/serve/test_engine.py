@@ -100,14 +100,15 @@ def test_greedy_equals_a_forward_over_everything_each_time(model):
         for name in FAMILIES
     ],
 )
-def test_a_batch_gives_what_each_request_gives_alone(family, ahead):
+def test_a_batch_gives_what_each_request_gives_alone(family):
     facts = {**example_config(family).to_dict(), **MORE.get(family, {})}
     model = GPT(ModelConfig.from_dict({**facts, "vocab_size": 400, "max_position_embeddings": 128})).eval()
     asked = [(prompt, Way(None)) for prompt in prompts(6)]
-    engine = Engine(model, max_batch=3, ahead=ahead)
-    answers = together(engine, asked, count=12)
-    assert answers == [alone(model, prompt, 12 + n) for n, (prompt, _) in enumerate(asked)]
-    assert not engine.num_running and not engine.num_waiting
+    expected = [alone(model, prompt, 12 + n) for n, (prompt, _) in enumerate(asked)]
+    for ahead in (False, True):
+        engine = Engine(model, max_batch=3, ahead=ahead)
+        assert together(engine, asked, count=12) == expected, ahead
+        assert not engine.num_running and not engine.num_waiting
 
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"variant": "dora"}}
