@@ -94,7 +94,8 @@ def opened_live(chain: "Chain", opening: "Opening") -> "Opened":
         return open_model(chain, opening, live=True)
     except CheckpointError as error:
         opened = open_model(chain, opening, live=False)
-        opened.notices.append(f"{error}; it is merged in memory, and its base is not served")
+        how = "merged in memory" if opened.loaded.quantized is None else "part of the model"
+        opened.notices.append(f"{error}; it is {how}, and its base is not served")
         return opened
 
 

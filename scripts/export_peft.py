@@ -63,7 +63,7 @@ def main(settings: ExportPEFT) -> None:
     from litlora.tokenizer import find_sidecars
 
     (chain,) = inputs.chains(allow_base_mismatch=settings.allow_base_mismatch)
-    _check_single(chain)
+    _check_base(chain)
     if settings.format == "mlx":
         _check_for_mlx(chain)
     check_finite(chain.top.tensors, chain.top.file)
@@ -212,8 +212,14 @@ def _write_mlx(
     say(f"next: mlx_lm.generate --model {config['model']} --adapter-path {out_dir}")
 
 
-def _check_single(chain: "Chain") -> None:
-    """Raise CheckpointError unless the adapter's base is a full model."""
+def _check_base(chain: "Chain") -> None:
+    """Raise CheckpointError unless the adapter's base is a full model, as it is or quantised."""
+    if chain.top.has_own_base:
+        raise CheckpointError(
+            f"{chain.top.file}: was started by LoftQ in several iterations, which took a part out of its "
+            "base before that was quantised, and no other program has a base of these bits; merge it with "
+            "scripts/merge_lora.py"
+        )
     if len(chain.adapters) > 1:
         inner = chain.adapters[-2].directory
         raise CheckpointError(

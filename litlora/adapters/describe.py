@@ -109,6 +109,8 @@ def _base(adapter: Adapter, chain: Chain | None) -> Description:
     if quantized is not None:
         how = {"name": quantized.quantizer.name, **quantized.quantizer.settings()}
         described["quantized"] = {**how, "fingerprint": quantized.fingerprint}
+        if quantized.taken_out:
+            described["quantized"]["taken_out_of"] = sorted(quantized.taken_out)
     if chain is None:
         return {
             "path": adapter.base.absolute_path,
@@ -299,7 +301,9 @@ def table(d: Description) -> list[str]:
         lines.append(f"base     {base['path'] or 'not named'}: {_verdict(base)}")
         if bits := base.get("quantized"):
             name, found = bits["name"], bits["fingerprint"]
-            lines.append(f"         quantised to {name} in training (fingerprint {found})")
+            less = bits.get("taken_out_of", ())
+            part = f", after a part was taken out of {len(less)} layers" if less else ""
+            lines.append(f"         quantised to {name} in training (fingerprint {found}){part}")
     if len(d.get("chain", [])) > 2:
         lines.append(f"chain    {' -> '.join(d['chain'])}")
     if layers := d.get("layers"):

@@ -2,15 +2,17 @@
 one is to be trained on (QLoRA)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from litlora.checkpoint import Chain
-from litlora.errors import UserError, setting
+from litlora.errors import CheckpointError, UserError, setting
 from litlora.frozen.few_bits import Quantized
+from litlora.frozen.low_rank import LowRank
 from litlora.frozen.quantize import Expected, Quantizer, ToQuantize
 from litlora.lora import Adapter
 from litlora.model import kind_of
@@ -38,7 +40,16 @@ def as_trained(plan: "Plan", config: Architecture, adapter: Adapter, chain: Chai
     if not chain.allow_base_mismatch:
         what = f"{adapter.file}: its base, quantised, does not have the bits that it was trained on"
         expected = Expected(quantized.fingerprint, len(block_linears(config)), what)
-    return quantised(plan, config, quantized.quantizer, chain.base.file, expected=expected)
+    taken_out = quantized.taken_out
+    for layer, product in taken_out.items():
+        tensor = plan.get(f"{layer}.weight")
+        if tensor is None or tensor.shape != product.shape:
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise CheckpointError(
+                f"{adapter.file}: takes {tuple(product.shape)} out of {layer}, and the base has {shape} there"
+            )
+    file = chain.base.file
+    return quantised(plan, config, quantized.quantizer, file, expected=expected, taken_out=taken_out)
 
 
 def quantised(
@@ -49,9 +60,11 @@ def quantised(
     *,
     kept: Collection[str] = (),
     expected: Expected | None = None,
+    taken_out: Mapping[str, LowRank] = MappingProxyType({}),
 ) -> "Plan":
     """The plan with the linear layers of the blocks quantised, each when it is first used, but not
-    those whose names are in `kept`. `file` is what an error about their values names.
+    those whose names are in `kept`. `file` is what an error about their values names, `taken_out` what
+    is subtracted from some layers first, by the layer's name.
 
     Raises UserError for a layer that cannot be quantised, or is stored in few bits already.
     """
@@ -76,6 +89,7 @@ def quantised(
             raise UserError(f"{asked}: {name} {problem}; int8 and fp8 have no blocks")
         rows, columns = tensor.shape
         facts = (name, file, tensor.dtype, columns, range(rows))
-        start = ToQuantize(*facts, tensor.tensor, quantizer, done)
+        less = taken_out.get(name.removesuffix(".weight"))
+        start = ToQuantize(*facts, tensor.tensor, quantizer, done, less)
         result[name] = dataclasses.replace(tensor, start=start, links=())
     return result

@@ -11,10 +11,13 @@
 
 "merged" stands in merged models only, "experts" where `FullModel.apart` is true, "tokens" in adapters
 that add some. An adapter whose base was quantised for the training has format 2, and in its base
-"quantized": {"quantizer": {settings}, "fingerprint"}. Versions that know format 1 alone refuse it: they
-would use the base in 16 bits.
+"quantized": {"quantizer": {settings}, "fingerprint"}. If LoftQ started it in more than one iteration,
+"model" has LAYER.loftq_A (r, in) and LAYER.loftq_B (out, r) in bf16 as well: what was quantised is
+W - B A, as `LowRank` computes it. Versions that know format 1 alone refuse format 2: they would use the
+base in 16 bits.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,15 @@ from litlora.formats import WEIGHTS_FILE
 from litlora.formats.full import DTYPES, FullModel
 from litlora.formats.parts import kept_parts
 from litlora.frozen.quantize import QuantizedBase, Quantizer
-from litlora.lora.adapter import Adapter, BaseReference, parse_settings, parse_tensors
+from litlora.lora.adapter import (
+    TAKEN_A,
+    TAKEN_B,
+    Adapter,
+    BaseReference,
+    parse_settings,
+    parse_taken_out,
+    parse_tensors,
+)
 from litlora.lora.rows import LEAF, TokenRows
 from litlora.storage.dtypes import dtype_name
 from litlora.storage.tensors import open_torch
@@ -105,15 +116,19 @@ def _adapter(file: Path, tensors: dict[str, Tensor], described: dict[str, Any]) 
             "float16 or float64"
         )
     try:
-        rows, rest = _rows(described.get("tokens"), tensors)
+        taken_out, rest = parse_taken_out(tensors)
+        rows, rest = _rows(described.get("tokens"), rest)
         updates, whole = parse_tensors(rest, config)
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
-    reference = BaseReference(
-        base["path"], base["absolute_path"], base["fingerprint"], _quantized(file, described)
-    )
-    if config.init == "loftq" and reference.quantized is None:
+    quantized = _quantized(file, described)
+    if config.loftq_iterations and quantized is None:
         raise CheckpointError(f"{file}: was started by LoftQ, and its base.quantized is missing")
+    if bool(taken_out) != (config.loftq_iterations > 1):
+        what = "holds" if taken_out else "lacks"
+        raise CheckpointError(f"{file}: its init is {config.init}, and it {what} {TAKEN_A} and {TAKEN_B}")
+    quantized = quantized and dataclasses.replace(quantized, taken_out=taken_out)
+    reference = BaseReference(base["path"], base["absolute_path"], base["fingerprint"], quantized)
     taught = described.get("taught")
     facts = taught if isinstance(taught, dict) else None  # the first versions stored none
     return Adapter(config, updates, whole, reference, file, lora, facts, rows)

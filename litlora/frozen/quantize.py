@@ -17,7 +17,7 @@ of W.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from litlora.errors import BaseMismatchError, setting
 from litlora.frozen.bitsandbytes import TABLES, EightBit, FourBit, NestedScales
 from litlora.frozen.few_bits import Quantized
+from litlora.frozen.low_rank import LowRank
 from litlora.kernels.cpu import Layout
 from litlora.storage.blocks import one_thread
 from litlora.storage.fingerprint import fingerprint
@@ -79,9 +80,11 @@ class Quantizer:
         size = " x ".join(map(str, shape))
         return f"is {size}, {shape.numel()} values, and a block has {self.blocksize}"
 
-    def quantised(self, W: Tensor, name: str, file: Path) -> Quantized:
-        """W (out, in) in few bits; `name` and `file` say where it comes from."""
-        return _QUANTISE[self.kind](self, W.detach(), (name, file, W.dtype, W.size(1), range(W.size(0))))
+    def quantised(self, W: Tensor, name: str, file: Path, taken_out: LowRank | None = None) -> Quantized:
+        """W (out, in), less what is taken out of it, in few bits; `name` and `file` say where it comes
+        from."""
+        facts = (name, file, W.dtype, W.size(1), range(W.size(0)))
+        return _QUANTISE[self.kind](self, _Values(W.detach(), taken_out), facts)
 
 
 QUANTIZERS = {
@@ -100,6 +103,9 @@ class QuantizedBase:
     quantizer: Quantizer
     fingerprint: str | None
     """Of the entries: see `fingerprint_of`. None until all of them are there."""
+    taken_out: Mapping[str, LowRank] = field(default_factory=dict, compare=False)
+    """What was taken out of some weights before they were quantised, by the layer's name: LoftQ in more
+    than one iteration. The fingerprint tells whether two are equal."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +172,14 @@ class ToQuantize(Quantized):
     quantizer: Quantizer
     done: Callable[[Tensor, Quantized], None] = lambda values, matrix: None
     """Told once of both."""
+    taken_out: LowRank | None = None
+    """What is subtracted from the values first."""
 
     @cached_property
     def matrix(self) -> Quantized:
         """What it is quantised to."""
         W = self.source()
-        matrix = self.quantizer.quantised(W, self.name, self.file)
+        matrix = self.quantizer.quantised(W, self.name, self.file, self.taken_out)
         self.done(W, matrix)
         return matrix
 
@@ -243,14 +251,40 @@ def _pieces(shape: torch.Size, multiple: int = 1) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
-def _four_bit(quantizer: Quantizer, W: Tensor, facts: _Facts) -> FourBit:
-    flat, size = W.reshape(-1), quantizer.blocksize
-    packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-len(flat) // size))
+class _Values:
+    """Those of a weight W (out, in) less what is taken out of it, in fp32, a piece at a time."""
+
+    def __init__(self, W: Tensor, taken_out: LowRank | None) -> None:
+        self._W, self._taken_out, self.shape = W, taken_out, W.shape
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        return self._W.reshape(-1)
+
+    def rows(self, rows: slice) -> Tensor:
+        if self._taken_out is None:
+            return self._W[rows].float()
+        values = self._W[rows].to(torch.float32, copy=True)
+        self._taken_out.take_out(values, rows)
+        return values
+
+    def flat(self, piece: slice) -> Tensor:
+        """A stretch of all values, row by row."""
+        if self._taken_out is None:
+            return self._flat[piece].float()
+        columns = self.shape[1]
+        first, last = piece.start // columns, -(-piece.stop // columns)
+        start = first * columns
+        return self.rows(slice(first, last)).reshape(-1)[piece.start - start : piece.stop - start]
+
+
+def _four_bit(quantizer: Quantizer, W: _Values, facts: _Facts) -> FourBit:
+    count, size = W.shape.numel(), quantizer.blocksize
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-count // size))
     table = torch.tensor(TABLES[quantizer.kind])
-    for piece in _pieces(flat.shape, multiple=size * 2):
-        values = flat[piece].float()
-        entries, scales = _nearest(values, table, size)
+    for piece in _pieces(torch.Size((count,)), multiple=size * 2):
+        entries, scales = _nearest(W.flat(piece), table, size)
         if len(entries) % 2:  # the byte after the end stands for 0
             entries = torch.cat([entries, torch.bucketize(torch.zeros(1), _middles(table)).to(torch.uint8)])
         first = piece.start // 2
@@ -304,21 +338,21 @@ def dynamic_table() -> Tensor:
     return torch.tensor(sorted(values))
 
 
-def _eight_bit(quantizer: Quantizer, W: Tensor, facts: _Facts) -> EightBit:
-    entries, largest = torch.empty(W.shape, dtype=torch.int8), torch.empty(W.size(0))
+def _eight_bit(quantizer: Quantizer, W: _Values, facts: _Facts) -> EightBit:
+    entries, largest = torch.empty(W.shape, dtype=torch.int8), torch.empty(W.shape[0])
     for rows in _pieces(W.shape):
-        values = W[rows].float()
+        values = W.rows(rows)
         largest[rows] = scale = values.abs().amax(1)
         factor = torch.where(scale > 0, 127.0 / scale, torch.zeros_like(scale))
         entries[rows] = (values * factor[:, None]).round_()
     return EightBit(*facts, entries, largest)
 
 
-def _float8(quantizer: Quantizer, W: Tensor, facts: _Facts) -> Float8:
-    entries, scales = torch.empty(W.shape, dtype=torch.float8_e4m3fn), torch.empty(W.size(0))
+def _float8(quantizer: Quantizer, W: _Values, facts: _Facts) -> Float8:
+    entries, scales = torch.empty(W.shape, dtype=torch.float8_e4m3fn), torch.empty(W.shape[0])
     most = torch.finfo(entries.dtype).max
     for rows in _pieces(W.shape):
-        values = W[rows].float()
+        values = W.rows(rows)
         # The smallest normal number keeps a row of zeros, or of subnormal ones, from dividing by 0.
         scales[rows] = scale = (values.abs().amax(1) / most).clamp_(min=torch.finfo(torch.float32).tiny)
         entries[rows] = (values / scale[:, None]).clamp_(-most, most).to(entries.dtype)

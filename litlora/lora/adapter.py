@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from litlora.errors import CheckpointError, UserError
+from litlora.frozen.low_rank import LowRank
 from litlora.frozen.quantize import QuantizedBase
 from litlora.lora.rows import TokenRows
 from litlora.lora.select import layer_rank, layer_scale
@@ -66,7 +67,15 @@ class Adapter:
     def needs_quantised(self) -> bool:
         """Whether it makes up for what quantising its base lost (LoftQ), so that it fits the base in
         these few bits and no other."""
-        return self.config.init == "loftq"
+        return self.config.loftq_iterations > 0
+
+    @property
+    def has_own_base(self) -> bool:
+        """Whether a part was taken out of its base before that was quantised, so that the base in these
+        bits is no model without it."""
+        return (
+            self.base is not None and self.base.quantized is not None and bool(self.base.quantized.taken_out)
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,6 +93,7 @@ class Adapter:
         made = self.rows.tensors if self.rows else {}
         named |= {name: tensor for name, tensor in self.whole.items() if name not in made}
         named |= self.rows.named() if self.rows else {}
+        named |= named_factors(self.base.quantized.taken_out) if self.has_own_base else {}
         return {name: named[name] for name in self.order} if self.order else named
 
     @cached_property
@@ -171,6 +181,35 @@ def _update(layer: str, found: Mapping[str, Tensor], config: LoRAConfig) -> Upda
     if problem := variant.problem(update):
         raise CheckpointError(f"{layer}: {problem}")
     return update
+
+
+TAKEN_A, TAKEN_B = "loftq_A", "loftq_B"
+"""What a file calls the factors of what was taken out of a layer's weight before it was quantised."""
+
+
+def named_factors(taken_out: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The factors of what was taken out of some layers, by the names that a file has for them."""
+    return {
+        f"{layer}.{leaf}": factor
+        for layer, product in taken_out.items()
+        for leaf, factor in ((TAKEN_A, product.A), (TAKEN_B, product.B))
+    }
+
+
+def parse_taken_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """(what was taken out of some layers, the other tensors) of a file's. Raises ValueError for half a
+    pair, and for factors that make no product."""
+    names = {name: None for name in tensors if name.rpartition(".")[2] in (TAKEN_A, TAKEN_B)}
+    found: dict[str, LowRank] = {}
+    for layer in dict.fromkeys(name.rpartition(".")[0] for name in names):  # in the order of the file
+        A, B = (tensors.get(f"{layer}.{leaf}") for leaf in (TAKEN_A, TAKEN_B))
+        if A is None or B is None:
+            raise ValueError(f"{layer} has {TAKEN_A} or {TAKEN_B} alone")
+        try:
+            found[layer] = LowRank(A, B)
+        except ValueError as error:
+            raise ValueError(f"what was taken out of {layer}: {error}") from None
+    return found, {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def names_of(layers: Iterable[str]) -> set[str]:

@@ -84,6 +84,7 @@ class Opened:
 
     def _check_bits(self, adapter: Adapter) -> None:
         """Raises CheckpointError for an adapter that was trained on other values of the base."""
+        _check_switchable(adapter)
         trained = adapter.base.quantized if adapter.base else None
         held = self.loaded.quantized
         if trained is None or (held is not None and held.quantizer.name == trained.quantizer.name):
@@ -102,6 +103,8 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
     few_bits = opening.quantize not in (None, "none")
     stream = streams(False if few_bits else opening.stream, chain, opening.device)
     live = live and isinstance(chain.top, Adapter)
+    if live:
+        _check_switchable(chain.top)
     loaded = load_chain(
         chain, device=opening.device, quantize=opening.quantize, live=live or None, stream=stream
     )
@@ -125,6 +128,15 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
         engine.add_adapter(opened.default, chain.top)
     opened.notices = _notices(opened, opening)
     return opened
+
+
+def _check_switchable(adapter: Adapter) -> None:
+    """Raises CheckpointError for an adapter whose base answers with this adapter alone."""
+    if adapter.has_own_base:
+        raise CheckpointError(
+            f"{adapter.file}: was started by LoftQ in several iterations, which took a part out of its base: "
+            "without the adapter that base is no model, and no other adapter fits it; open it alone"
+        )
 
 
 def _no_compile(chain: Chain, device: torch.device) -> str | None:

@@ -235,9 +235,9 @@ class FinetuneLoRA(Finetune):
             "start of its own; leave one of the two out",
         )
         check(
-            self.lora.init != "loftq" or self.quantize is not None,
-            f"{setting('init')} loftq makes up for what {setting('quantize')} loses, which is not set; "
-            "set it, or choose another start",
+            not self.lora.loftq_iterations or self.quantize is not None,
+            f"{setting('init')} {self.lora.init} makes up for what {setting('quantize')} loses, which is not "
+            "set; set it, or choose another start",
         )
         check(
             self.strategy != "fsdp" or self.lora.init != "eva",

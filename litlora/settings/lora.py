@@ -8,9 +8,11 @@ from litlora.errors import UserError, setting
 from litlora.settings.checks import check, check_alpha, check_finite, check_positive, check_value
 from litlora.settings.targets import ByTarget, layer_numbers
 
-STARTS = "kaiming, gaussian, pissa, pissa_niter_N, olora, loftq, eva"
+STARTS = "kaiming, gaussian, pissa, pissa_niter_N, olora, loftq, loftq_iter_N, eva"
 BIASES = ("none", "lora_only", "all")
-_START = re.compile(r"kaiming|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq|eva")
+_START = re.compile(
+    r"kaiming|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq|loftq_iter_(?P<loftq>[1-9][0-9]{0,2})|eva"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class LoRAConfig:
     init: str = field(default="kaiming", metadata={"stored": "unless default"})
     """How A and B start (docs/starts.md), by PEFT's names: kaiming and gaussian (A random, B zero),
     pissa (the largest singular values of W), pissa_niter_N (the same, found fast by N iterations),
-    olora (W = Q R), loftq (what --quantize loses of W), eva (A, and the ranks, by the training
-    data)."""
+    olora (W = Q R), loftq (what --quantize loses of W), loftq_iter_N (the same, where N iterations
+    lose less), eva (A, and the ranks, by the training data)."""
     eva_rho: float = field(default=2.0, metadata={"stored": "unless default"})
     """With init eva: a layer's rank can become at most this many times as high; 1 keeps all ranks."""
     bias: str = field(default="none", metadata={"stored": "unless default"})
@@ -99,7 +101,14 @@ class LoRAConfig:
     def started(self) -> "LoRAConfig":
         """The settings of an adapter that has started: how it did means nothing for its tensors, but
         for loftq, which fits no other base than the quantised one."""
-        return self if self.init in ("kaiming", "loftq") else replace(self, init="kaiming", eva_rho=2.0)
+        is_kept = self.init == "kaiming" or self.loftq_iterations > 0
+        return self if is_kept else replace(self, init="kaiming", eva_rho=2.0)
+
+    @property
+    def loftq_iterations(self) -> int:
+        """How many iterations of LoftQ the adapter starts with; 0: it starts otherwise."""
+        found = _START.fullmatch(self.init)["loftq"]
+        return int(found) if found else int(self.init == "loftq")
 
     @cached_property
     def ranks(self) -> ByTarget:

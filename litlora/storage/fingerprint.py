@@ -43,7 +43,7 @@ def _bytes(tensor: Tensor | LazyTensor, start: int, stop: int) -> bytes:
         first = start // row
         tensor = tensor[first : -(-stop // row)]
         start, stop = start - first * row, stop - first * row
-    return tensor.reshape(-1).view(torch.uint8)[start:stop].numpy().tobytes()
+    return tensor.reshape(-1).view(torch.uint8)[start:stop].cpu().numpy().tobytes()
 
 
 def check_finite(tensors: Mapping[str, Tensor | LazyTensor], file: Path) -> None:

@@ -393,7 +393,7 @@ class Run:
     ) -> None:
         state = None
         if training is not None:
-            begun = start_state(self.model, self.settings)
+            begun = start_state(self)
             state = {**training, **begun, "facts": self.facts, "metrics": self.metrics.text}
         sources = [*self.added.sources, *self.loaded.chain.sources]
         beside = Beside(self.style, self.hyperparameters, state, self.stops)

@@ -1,6 +1,7 @@
 """How the adapter of a run starts: its values before the first step, or, of a resumed run, those that
 it had then."""
 
+import dataclasses
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -10,14 +11,28 @@ from torch import Tensor
 
 from litlora.adapters.merge import plan_merge
 from litlora.errors import CheckpointError, UserError, setting
+from litlora.frozen.linear import stored_weights
+from litlora.frozen.low_rank import LowRank
+from litlora.frozen.quantize import fingerprint_of
 from litlora.load import Loaded
 from litlora.lora import LoRALinear
+from litlora.lora.adapter import named_factors, parse_taken_out
 from litlora.lora.eva import Inputs, start_eva
 from litlora.lora.layer import lora_layers
-from litlora.lora.starts import KEPT, check_start, family, restart, start_lora, start_tensors
+from litlora.lora.starts import (
+    KEPT,
+    Unquantised,
+    check_start,
+    family,
+    requantise,
+    restart,
+    start_lora,
+    start_tensors,
+)
 from litlora.model import LanguageModel
 from litlora.paths import STATE_FILE
 from litlora.settings import FinetuneLoRA, LoRAConfig
+from litlora.storage.pages import mapped, release
 from litlora.storage.tensors import open_torch
 from litlora.train.objective import Objective
 from litlora.train.parallel import Parallel
@@ -42,8 +57,9 @@ def start_adapter(run: "Run") -> None:
     for name, layer in layers.items():
         check_start(config.init, name, layer)
     _check_places(config, layers)
+    original = _original(run.loaded) if config.loftq_iterations else None
     if run.place.start is not None:
-        _resume(model, config, run.place.start)
+        run.loaded = _holding(run.loaded, _resume(model, config, run.place.start, original))
         return
     if family(config.init) in KEPT or config.init == "eva":
         run.say(f"start: {config.init}, {len(layers)} layers: computing A and B, once")
@@ -52,15 +68,18 @@ def start_adapter(run: "Run") -> None:
         _take_over(model, run.parallel)
         run.say(f"start: {_ranks_line(layers, lora_layers(model))}")
     else:
-        start_lora(
+        taken_out = start_lora(
             model,
             config,
-            original=_original(run.loaded) if config.init == "loftq" else None,
+            original=original,
             # What is still to be divided is not converted yet.
             computes_in=run.precision.dtype if run.parallel.is_sharded else None,
         )
         if run.parallel.world_size > 1 and (kept := start_tensors(model)):
-            restart(model, config, run.parallel.broadcast(kept))
+            taken_out, kept = run.parallel.broadcast((taken_out, kept))
+            requantise(model, taken_out, config, original)
+            restart(model, config, kept)
+        run.loaded = _holding(run.loaded, taken_out)
 
 
 def check_resumed_start(settings: Any, directory: Path, stored: dict[str, Any]) -> None:
@@ -77,15 +96,31 @@ def check_resumed_start(settings: Any, directory: Path, stored: dict[str, Any]) 
         )
 
 
-def start_state(model: LanguageModel, settings: Any) -> dict[str, Any]:
+def start_state(run: "Run") -> dict[str, Any]:
     """What an early checkpoint stores of the start, for `start_adapter`; nothing, where the settings
     tell all."""
-    tensors = start_tensors(model)
-    return {"start": {"init": settings.lora.init, "tensors": tensors}} if tensors else {}
+    tensors, quantized = start_tensors(run.model), run.loaded.quantized
+    tensors |= named_factors(quantized.taken_out) if quantized else {}
+    return {"start": {"init": run.settings.lora.init, "tensors": tensors}} if tensors else {}
 
 
-def _resume(model: LanguageModel, config: LoRAConfig, directory: Path) -> None:
-    """The start that the run in this step directory had. What trained since then is not restored."""
+def _holding(loaded: Loaded, taken_out: dict[str, LowRank]) -> Loaded:
+    """What was loaded, with the quantised weights that the start made."""
+    if not taken_out:
+        return loaded
+    quantized = dataclasses.replace(loaded.quantized, taken_out=taken_out)
+    if quantized.fingerprint is not None:
+        weights = stored_weights(loaded.model).values()
+        matrices = {weight.matrix.name: weight.matrix for weight in weights}
+        quantized = dataclasses.replace(quantized, fingerprint=fingerprint_of(matrices))
+    return dataclasses.replace(loaded, quantized=quantized)
+
+
+def _resume(
+    model: LanguageModel, config: LoRAConfig, directory: Path, original: Unquantised | None
+) -> dict[str, LowRank]:
+    """The start that the run in this step directory had, and what it took out of weights. What trained
+    since then is not restored."""
     file = directory / STATE_FILE
     content = open_torch(file)
     content = content if isinstance(content, dict) else {}
@@ -97,17 +132,21 @@ def _resume(model: LanguageModel, config: LoRAConfig, directory: Path) -> None:
             f"{setting('resume')} {directory}: {setting('init')} is {config.init}, and was "
             f"{str(kept or 'another')[:40]}; it cannot be resumed, not even with {setting('resume_force')}"
         )
+    taken_out: dict[str, LowRank] = {}
     try:
         if config.init == "eva":
             _set_ranks(model, content.get("weights"))
         elif kept is not None:
             if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
                 raise ValueError("it is not made of tensors")
+            taken_out, tensors = parse_taken_out(tensors)
+            requantise(model, taken_out, config, original)
             restart(model, config, tensors)
     except ValueError as error:
         raise CheckpointError(
             f"{file}: broken: its start: {error}; resume from another step directory"
         ) from None
+    return taken_out
 
 
 def _set_ranks(model: LanguageModel, weights: Any) -> None:
@@ -139,10 +178,18 @@ def _check_places(config: LoRAConfig, layers: dict[str, LoRALinear]) -> None:
             )
 
 
-def _original(loaded: Loaded) -> Any:
-    """Gives a layer's weight as it is before it is quantised."""
+def _original(loaded: Loaded) -> Unquantised:
+    """The weights that were quantised, as they were before."""
     plan, _ = plan_merge(loaded.chain)
-    return lambda name: plan[f"{name}.weight"].tensor()
+    read: list[Tensor] = []
+
+    def weight(name: str) -> Tensor:
+        for tensor in mapped(read):  # of the layer before
+            release(tensor)
+        read[:] = plan[f"{name}.weight"].sources()
+        return plan[f"{name}.weight"].tensor()
+
+    return Unquantised(weight, loaded.quantized.quantizer)
 
 
 def _inputs(objective: Objective, examples: Any, seed: int) -> Inputs:

@@ -11,6 +11,7 @@ from torch import nn
 
 from litlora.adapters.quantised import block_linears
 from litlora.errors import UserError
+from litlora.frozen.low_rank import LowRank
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels.lora import Layer, plain_project, project
@@ -18,7 +19,15 @@ from litlora.load import load
 from litlora.lora import LoRAConfig, adapter_of, add_lora, lora_updates, merge_lora
 from litlora.lora.eva import Inputs, start_eva
 from litlora.lora.layer import lora_layers
-from litlora.lora.starts import loftq, pissa, restart, start_lora, start_tensors
+from litlora.lora.starts import (
+    Unquantised,
+    loftq,
+    pissa,
+    requantise,
+    restart,
+    start_lora,
+    start_tensors,
+)
 from litlora.model import GPT
 
 IDS = torch.arange(48).view(4, 12) * 7 % 300
@@ -187,8 +196,8 @@ def quantised(model: GPT, name: str = "nf4") -> GPT:
     return model
 
 
-def weight_of(model: GPT):
-    return lambda name: model.get_submodule(name).weight.detach()
+def of(model: GPT, name: str = "nf4") -> Unquantised:
+    return Unquantised(lambda layer: model.get_submodule(layer).weight.detach(), QUANTIZERS[name])
 
 
 class Here(torch.Tensor):
@@ -218,6 +227,91 @@ def test_loftq_finds_what_peft_finds():
     torch.testing.assert_close(B, L, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_further_iterations_are_those_of_the_definition():
+    """Each in plain numpy: what is taken out of W, bitsandbytes' nf4 of what is left, and its loss."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    base, scale = gpt(), 1.5
+    model, config = quantised(base), LoRAConfig(init="loftq_iter_3", **SETTINGS)
+    add_lora(model, config, start=False)
+    torch.manual_seed(3)
+    taken_out = start_lora(model, config, original=of(base))
+    torch.manual_seed(3)
+    assert taken_out.keys() == lora_layers(model).keys()
+    for name, layer in lora_layers(model).items():
+        W = base.get_submodule(name).weight.detach()
+        left = W
+        for _ in range(3):
+            packed, state = bnb.quantize_4bit(left, quant_type="nf4", blocksize=64)
+            lost = W - bnb.dequantize_4bit(packed, state)
+            U, S, V = torch.svd_lowrank(lost, 8, niter=8)
+            A, B = (S / scale).sqrt()[:4, None] * V.T[:4], U[:, :4] * (S / scale).sqrt()[:4]
+            rounded = [(factor * scale**0.5).bfloat16() for factor in (A, B)]
+            values = W.numpy().copy()
+            for a, b in zip(rounded[0].float().numpy(), rounded[1].T.float().numpy(), strict=True):
+                values -= b[:, None] * a
+            used, left = left, torch.from_numpy(values)
+        matrix, product = layer.frozen.matrix, taken_out[name]
+        assert torch.equal(matrix.packed, packed.flatten()) and torch.equal(matrix.absmax, state.absmax)
+        assert torch.equal(layer.lora_A, A) and torch.equal(layer.lora_B, B)
+        exact = W.double() - product.B.double() @ product.A.double()
+        torch.testing.assert_close(used.double(), exact, atol=1e-7, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_iterations_lose_as_little_as_those_of_peft(monkeypatch):
+    """From the second iteration on, a difference in the last bits becomes another Q that is as near."""
+    bnb = pytest.importorskip("bitsandbytes")
+    utils = pytest.importorskip("peft.utils.loftq_utils")
+
+    class OnTheCPU:
+        def __init__(self, W, **_):
+            self.data, self.quant_state = bnb.functional.quantize_4bit(W, quant_type="nf4", blocksize=64)
+
+        def to(self, device):
+            return self
+
+    monkeypatch.setattr(bnb.nn, "Params4bit", OnTheCPU)
+    base, found = gpt(), []
+    for init in ("loftq", "loftq_iter_2", "loftq_iter_5"):
+        model, config = quantised(base), LoRAConfig(rank=8, alpha=8, init=init, targets=TARGETS)
+        add_lora(model, config, start=False)
+        start_lora(model, config, original=of(base))
+        ours, theirs = [], []
+        for name, layer in lora_layers(model).items():
+            W = base.get_submodule(name).weight.detach()
+            Q, R, L = utils.loftq_init(W.as_subclass(Here), 4, 8, max(1, config.loftq_iterations))
+            ours.append((W - layer.weight).norm())
+            theirs.append((W - Q - L @ R).norm())
+        found.append(torch.stack(ours).norm().item())
+        assert found[-1] == pytest.approx(torch.stack(theirs).norm().item(), rel=0.01)
+    assert max(found[1:]) < 0.97 * found[0]
+
+
+def test_what_was_taken_out_is_that_of_a_resumed_start():
+    base = gpt()
+    config = LoRAConfig(init="loftq_iter_2", targets=["q_proj", "o_proj"])
+    models = [quantised(base, "int8"), quantised(base, "int8")]
+    for model in models:
+        add_lora(model, config, start=False)
+    taken_out = start_lora(models[0], config, original=of(base, "int8"))
+    requantise(models[1], taken_out, config, of(base, "int8"))
+    restart(models[1], config, start_tensors(models[0]))
+    assert {name.rpartition(".")[2] for name in taken_out} == {"q_proj"}, "o_proj is not quantised"
+    for name, layer in lora_layers(models[0]).items():
+        assert torch.equal(lora_layers(models[1])[name].weight, layer.weight)
+    name = next(iter(taken_out))
+    wide = LowRank(torch.zeros(1, 32).bfloat16(), torch.zeros(3, 1).bfloat16())
+    for odd, error in (
+        ({}, f"does not hold what was taken out of {name}"),
+        (taken_out | {"lm_head": wide}, "holds what was taken out of lm_head"),
+        (taken_out | {name: wide}, r"what was taken out of .* is \(3, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            requantise(models[1], odd, config, of(base, "int8"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_loss_falls_as_with_loftq_in_peft():
@@ -233,7 +327,7 @@ def test_the_loss_falls_as_with_loftq_in_peft():
             module.get_base_layer().weight.data = values
     ours, config = quantised(base), LoRAConfig(rank=4, alpha=4, init="loftq", targets=TARGETS)
     add_lora(ours, config, start=False)
-    start_lora(ours, config, original=weight_of(base))
+    start_lora(ours, config, original=of(base))
     wanted, found = losses(theirs, 50), losses(ours, 50)
     assert wanted[0] - wanted[-1] > 0.3
     assert max(abs(one - other) for one, other in zip(wanted, found, strict=True)) < 1e-4
@@ -248,7 +342,7 @@ def test_loftq_starts_nearer_to_the_base_whatever_the_scale(variant):
         model = quantised(base)
         config = LoRAConfig(rank=8, alpha=alpha, init="loftq", targets=TARGETS, variant=variant)
         add_lora(model, config, start=False)
-        start_lora(model, config, original=weight_of(base))
+        start_lora(model, config, original=of(base))
         for name, layer in lora_layers(model).items():
             W = base.get_submodule(name).weight
             before = (W - plain.get_submodule(name).weight).norm()
@@ -261,7 +355,7 @@ def test_loftq_leaves_alone_what_is_not_quantised():
     base = gpt()
     model, config = quantised(base), LoRAConfig(init="loftq", targets=["q_proj", "o_proj"])
     add_lora(model, config, start=False)
-    start_lora(model, config, original=weight_of(base))
+    start_lora(model, config, original=of(base))
     layers = lora_layers(model)
     assert not layers["model.layers.0.self_attn.o_proj"].lora_B.any()
     assert layers["model.layers.0.self_attn.q_proj"].lora_B.any()

@@ -267,11 +267,12 @@ def test_a_divided_run_resumes_on_another_number_of_devices(method, base, alpaca
         ("lora", ("--lora.init", "pissa")),
         ("lora", ("--lora.init", "olora", "--quantize", "int8")),
         ("lora", ("--lora.init", "loftq", "--quantize", "nf4")),
+        ("lora", ("--lora.init", "loftq_iter_2", "--quantize", "nf4")),
         ("lora", ("--lora.variant", "dora", "--train.checkpoint_activations", "full")),
         ("full", ("--train.freeze", "[embed_tokens,layers.0,layers.1.mlp.up_proj]")),
         ("distill", ("--distill.top_k", 8)),
     ],
-    ids=["pissa", "olora", "loftq", "dora", "freeze", "distill"],
+    ids=["pissa", "olora", "loftq", "loftq twice", "dora", "freeze", "distill"],
 )
 def test_what_a_divided_base_takes_ends_as_on_one_device(method, words, base, alpaca_file, tmp_path):
     teacher = ()

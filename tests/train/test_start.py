@@ -1,7 +1,9 @@
 """Runs whose adapters start by the weights or the data: early checkpoints resume to the bit, and what
 is saved fits the base as it is."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,15 +12,17 @@ from conftest import JSON, REPO, tune
 from litlora.checkpoint import open_checkpoint, resolve
 from litlora.errors import CheckpointError, UserError
 from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantize import QUANTIZERS
 from litlora.load import load
 from litlora.lora import LoRAConfig
+from litlora.serve.opening import Opening, open_model
 from litlora.settings import FinetuneLoRA
 
 IDS = torch.arange(20)[None] * 7 % 300
 EXACT = {"precision": "32-true", "train": {"save_interval": 3}}
 SLOW = pytest.mark.slow
 ORDINARY = {"pissa_niter_4": "lora", "olora": "dora", "eva": "lora", "gaussian": "lora"}
-LOFTQ = ["--precision", "32-true", "--quantize", "nf4", "--lora.init", "loftq", "--lora.alpha", "3"]
+LOFTQ = ["--precision", "32-true", "--quantize", "nf4", "--lora.alpha", "3"]
 
 
 def stored(directory) -> dict:
@@ -108,13 +112,14 @@ def test_pissa_on_quantised_values_is_a_plain_adapter_of_these(base, run, tmp_pa
 
 
 @SLOW
+@pytest.mark.parametrize("init", ["loftq", "loftq_iter_3"])
 def test_loftq_is_trained_resumed_and_merged_on_the_bits_that_it_makes_up_for(
-    base, run, tmp_path, forked, alpaca_file
+    init, base, run, tmp_path, forked, alpaca_file
 ):
-    whole, early, rank = tmp_path / "whole", tmp_path / "early", ["--lora.rank", 8]
-    run("lora", whole, *LOFTQ, *rank, "--train.max_steps", 4)
-    run("lora", early, *LOFTQ, *rank, "--train.max_steps", 4, stop_after=2)
-    run("lora", early, *LOFTQ, *rank, "--train.max_steps", 4, "--resume", "auto")
+    whole, early, words = tmp_path / "whole", tmp_path / "early", ["--lora.rank", 8, "--lora.init", init]
+    run("lora", whole, *LOFTQ, *words, "--train.max_steps", 4)
+    run("lora", early, *LOFTQ, *words, "--train.max_steps", 4, stop_after=2)
+    run("lora", early, *LOFTQ, *words, "--train.max_steps", 4, "--resume", "auto")
     final = whole / "final"
     one, other = stored(final)["model"], stored(early / "final")["model"]
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -136,9 +141,70 @@ def test_loftq_is_trained_resumed_and_merged_on_the_bits_that_it_makes_up_for(
     torch.testing.assert_close(logits(tmp_path / "large"), merged, atol=1e-5, rtol=1e-4)
     export = ["scripts/export_peft.py", "--lora_path", final, "--out_dir", tmp_path / "out"]
     assert "was started by LoftQ" in forked.refuses(*export, "--format", "mlx", cwd=tmp_path)
-    assert "started by LoftQ: use it on the base in nf4" in forked.succeeds(*export, cwd=tmp_path)
+    if init == "loftq":
+        assert "started by LoftQ: use it on the base in nf4" in forked.succeeds(*export, cwd=tmp_path)
+    else:
+        assert "started by LoftQ in several iterations" in forked.refuses(*export, cwd=tmp_path)
     said = forked.succeeds("scripts/inspect_checkpoint.py", final, cwd=tmp_path)
     assert "loftq" in said.lower()
+
+
+def test_the_base_of_several_iterations_is_found_again_to_the_bit(base, run, tmp_path):
+    run("lora", tmp_path / "run", *LOFTQ, "--lora.init", "loftq_iter_2", "--train.max_steps", 1)
+    final = tmp_path / "run/final"
+    content, chain = stored(final), resolve(final)
+    taken_out = chain.top.base.quantized.taken_out
+    loaded, plain = load(final, live=None), load(base, quantize="nf4")
+    W = dict(load(base).model.named_parameters())
+    for name, weight in stored_weights(loaded.model).items():
+        layer = name.removesuffix(".weight").removesuffix(".linear")
+        wanted = QUANTIZERS["nf4"].quantised(W[f"{layer}.weight"], name, base, taken_out[layer])
+        assert torch.equal(weight.matrix.packed, wanted.packed)
+        assert torch.equal(weight.matrix.absmax, wanted.absmax)
+    told = content["litlora"]["base"]["quantized"]["fingerprint"]
+    assert told == loaded.quantized.fingerprint != plain.quantized.fingerprint
+    opening = Opening(torch.device("cpu"))
+    with torch.no_grad():
+        found = open_model(chain, opening, live=False).loaded.model(IDS)
+    torch.testing.assert_close(found, logits(final), atol=1e-5, rtol=1e-4)
+    with pytest.raises(CheckpointError, match="without the adapter that base is no model"):
+        open_model(chain, opening, live=True)
+    held = open_model(resolve(base), dataclasses.replace(opening, quantize="nf4"), live=True)
+    with pytest.raises(CheckpointError, match="no other adapter fits it; open it alone"):
+        held.add_adapter("one", final)
+
+
+@SLOW
+def test_a_file_whose_base_cannot_be_found_again_is_refused(base, run, tmp_path):
+    run("lora", tmp_path / "run", *LOFTQ, "--lora.init", "loftq_iter_2", "--train.max_steps", 1)
+    file, name = tmp_path / "run/final/lit_model.pth", "model.layers.0.mlp.up_proj.loftq_"
+
+    def without(content, *leaves):
+        content["model"] = {n: t for n, t in content["model"].items() if not n.endswith(leaves)}
+
+    for change, error in (
+        (lambda c: c["model"][f"{name}A"].mul_(2), "does not have the bits that it was trained on"),
+        (lambda c: without(c, "loftq_A"), "has loftq_A or loftq_B alone"),
+        (
+            lambda c: without(c, "loftq_A", "loftq_B"),
+            "init is loftq_iter_2, and it lacks loftq_A and loftq_B",
+        ),
+        (lambda c: c["litlora"]["lora"].update(init="loftq"), "init is loftq, and it holds loftq_A"),
+        (lambda c: c["model"].update({f"{name}B": torch.ones(64, 8)}), "must be in torch.bfloat16"),
+        (lambda c: c["model"][f"{name}A"].fill_(torch.nan), "taken out of .*: it holds values .* not finite"),
+        (
+            lambda c: c["model"].update({f"{name}B": torch.ones(3, 8).bfloat16()}),
+            r"takes \(3, 32\) out of model.layers.0.mlp.up_proj, and the base has \(64, 32\) there",
+        ),
+    ):
+        content = torch.load(file, weights_only=True)
+        change(content)
+        broken = tmp_path / "run/broken"
+        shutil.copytree(file.parent, broken, dirs_exist_ok=True)
+        torch.save(content, broken / "lit_model.pth")
+        for live in (None, False):
+            with pytest.raises(CheckpointError, match=error):
+                load(broken, live=live)
 
 
 def test_loftq_needs_a_quantised_base(forked, tmp_path):
@@ -156,7 +222,7 @@ def test_eva_sees_no_single_experts_and_no_output_head(make_checkpoint, alpaca_f
 
 
 @SLOW
-@pytest.mark.parametrize("init", ["pissa", "loftq", "eva"])
+@pytest.mark.parametrize("init", ["pissa", "loftq", "loftq_iter_2", "eva"])
 def test_preference_tuning_resumes_with_its_reference(init, base, tmp_path):
     """The reference is the model at its start, which a resumed run must find again."""
     import importlib.util
@@ -178,7 +244,7 @@ def test_preference_tuning_resumes_with_its_reference(init, base, tmp_path):
                 prompt_style="plain",
                 accelerator="cpu",
                 precision="32-true",
-                quantize="nf4" if init == "loftq" else None,
+                quantize="nf4" if init.startswith("loftq") else None,
                 lora=LoRAConfig(rank=4, init=init),
                 train=TrainConfig(max_steps=4, save_interval=2, global_batch_size=4, max_seq_length=64),
                 **settings,
