@@ -175,12 +175,14 @@ def test_chat_and_merging_use_the_values_that_were_trained_on(trained, base):
         assert (original - merged.model(IDS)).abs().max() > 1e-3
 
 
-def test_dora_is_normalised_by_the_values_that_it_was_trained_on(base, run, tmp_path):
+def test_dora_is_normalised_by_the_values_that_it_was_trained_on(base, run, tmp_path, says):
     run("lora", tmp_path / "run", *WORDS, "--quantize", "int8", "--lora.variant", "dora")
     live, merged = load(tmp_path / "run/final", live=None), load(tmp_path / "run/final")
     assert len(stored_weights(live.model)) == 14
     with torch.inference_mode():
         torch.testing.assert_close(live.model(IDS), merged.model(IDS), atol=1e-5, rtol=0)
+    merge = "scripts/merge_lora.py", "--lora_path", tmp_path / "run/final", "--out_dir", tmp_path / "merged"
+    assert "verified on" in says(*merge)
 
 
 def test_the_user_may_ask_for_other_bits(trained, base, tmp_path):

@@ -197,7 +197,7 @@ def live_model(
 
     Weights that are not mapped from a file (below the last link of a chain, put in another's place,
     or stored in a few bits) may be most of the model: those of linear layers and embeddings have no
-    memory of their own.
+    memory of their own, but where a variant such as DoRA reads them itself.
     """
     if unmerged is not None and unmerged.is_untied_by(config):
         model, computed = live_model({**plan, **unmerged.ends()}, config)
@@ -213,9 +213,10 @@ def live_model(
         if live:
             links[layer] = tensor.links[-1]
         part = tensor.before if live or not tensor.links else tensor.exact
+        is_read = live and not all(variant_named(one.value.variant).is_plain for one in tensor.links[-1])
         if _is_mapped(tensor, live):
             tensors[name] = tensor.start
-        elif kinds.packs and isinstance(kind, (nn.Linear, nn.Embedding)) and leaf == "weight":
+        elif kinds.packs and isinstance(kind, (nn.Linear, nn.Embedding)) and leaf == "weight" and not is_read:
             tensors[name], parts[name] = torch.empty(1, dtype=tensor.own).expand(tensor.shape), part
         else:
             tensors[name] = torch.cat([part(rows) for rows in tensor.row_slices()])
