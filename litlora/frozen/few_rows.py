@@ -76,6 +76,8 @@ def few_rows(weight: Tensor) -> FewRows | None:
     """A plain weight (out, in) with the code that reads it; None where there is none."""
     if weight.ndim != 2 or weight.dtype not in FORMATS or not weight.is_contiguous():
         return None
+    if not cpu.has_threads():
+        return None
     rows, columns = weight.shape
     layout = cpu.Layout(
         format=FORMATS[weight.dtype],

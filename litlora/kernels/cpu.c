@@ -535,6 +535,15 @@ int format_number(const char *name)
     return -1;
 }
 
+int has_threads(void)
+{
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void products(int number, const struct weight *w, const float *x, int n, float *y, int threads)
 {
     int64_t pieces = threads > 1 ? threads * PIECES : 1;

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC")
-PARALLEL = "-fopenmp"
-"""torch's own OpenMP runtime is in memory already, and serves both."""
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
+"""Further flags: the first that the compiler takes. torch's own OpenMP runtime is in memory already, and
+serves both."""
 COMPILERS = ("cc", "gcc", "clang")
 STEP = 32
 """Columns of a weight must be a multiple of it."""
@@ -353,6 +354,11 @@ def compiled(layout: Layout | None, stored_rows: range | Tensor) -> Compiled | N
     return None if (found := library()) is None else Compiled(found, layout, stored_rows)
 
 
+def has_threads() -> bool:
+    """Whether there is compiled code that uses as many threads as torch does."""
+    return (found := library()) is not None and (found.has_threads() or torch.get_num_threads() == 1)
+
+
 def power_of_two(number: int) -> int | None:
     """Its exponent; None for any other number."""
     return number.bit_length() - 1 if number > 0 and not number & (number - 1) else None
@@ -369,6 +375,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
+    built.has_threads.argtypes = []
     built.format_number.argtypes, built.format_number.restype = [ctypes.c_char_p], number
     built.products.argtypes = [number, pointer, pointer, number, pointer, number]
     built.values.argtypes = [number, pointer, number, pointer, number, number]
@@ -401,7 +408,7 @@ def _load() -> ctypes.CDLL:
     SubprocessError."""
     if (compiler := _compiler()) is None:
         raise OSError("no compiler")
-    facts = (SOURCE.read_bytes(), compiler, FLAGS, platform.machine(), _processor())
+    facts = (SOURCE.read_bytes(), compiler, FLAGS, TRIED, platform.machine(), _processor())
     name = f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.so"
     try:
         place = _place()
@@ -433,10 +440,16 @@ def _processor() -> str:
 
 
 def _compile(compiler: Sequence[str], to: Path) -> None:
-    """With threads, or without where the compiler knows none."""
-    for more in ((PARALLEL,), ()):
+    """Raises SubprocessError."""
+    errors = []
+    for more in TRIED:
         command = [*compiler, *FLAGS, *more, "-o", str(to), str(SOURCE)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
-        if done.returncode == 0:
-            return
-    raise subprocess.SubprocessError(done.stderr.decode(errors="replace"))
+        try:
+            if done.returncode == 0:
+                ctypes.CDLL(str(to))  # clang links without an OpenMP runtime that is not there
+                return
+        except OSError as error:
+            errors.append(str(error))
+        errors.append(done.stderr.decode(errors="replace"))
+    raise subprocess.SubprocessError("\n".join(errors))
