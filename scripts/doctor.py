@@ -52,7 +52,7 @@ SECONDS = 0.5
 def main(settings: Doctor) -> None:
     import torch
 
-    from litlora.kernels.cpu import why_none
+    from litlora.kernels.cpu_build import why_none
 
     found = {
         "litlora": litlora.__version__,

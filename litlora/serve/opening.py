@@ -8,7 +8,7 @@ import torch
 
 from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
-from litlora.kernels import cpu
+from litlora.kernels.cpu_build import why_none
 from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
 from litlora.prompts import PromptStyle, lacking_tokens
@@ -153,7 +153,7 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
         notices.append(f"the tokenizer cuts {', '.join(lacking)} into pieces")
     if loaded.quantized is not None:
         notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
-    if opening.device.type == "cpu" and (why := cpu.why_none()):
+    if opening.device.type == "cpu" and (why := why_none()):
         notices.append(f"{why}, so a token takes two or three times as long: a compiler mends that")
     if (streamed := loaded.stream) is not None:
         size = streamed.nbytes + streamed.head_bytes

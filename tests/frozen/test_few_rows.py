@@ -15,6 +15,7 @@ from litlora.frozen.mxfp4 import MXFP4
 from litlora.frozen.quantize import QUANTIZERS
 from litlora.frozen.quantized import QuantizedWeight
 from litlora.kernels import cpu
+from litlora.kernels.cpu_build import why_none
 
 ROWS, COLUMNS = 200, 512
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -60,8 +61,8 @@ def test_compiled_code_gives_the_stored_values_and_products_as_exact(kind):
     some = torch.randperm(ROWS)[:40]
     for own in (matrix, matrix.take(torch.arange(8, 120)), matrix.take(some)):
         if own.layout() is None or (found := cpu.compiled(own.layout(), own.stored_rows)) is None:
-            assert cpu.why_none()
-            pytest.skip(cpu.why_none())
+            assert why_none()
+            pytest.skip(why_none())
         exact = own.rows()
         for dtype, rounded in ((torch.float32, exact), (torch.bfloat16, exact.bfloat16())):
             W = torch.empty(exact.shape, dtype=dtype)
@@ -114,7 +115,7 @@ def test_what_learns_and_what_is_stored_otherwise_goes_by_the_values():
 def test_a_plain_weight_is_read_by_compiled_code(dtype):
     W, bias = torch.randn(130, 96).to(dtype), torch.randn(130).to(dtype)
     if (weight := few_rows(W)) is None:
-        pytest.skip(cpu.why_none())
+        pytest.skip(why_none())
     x = torch.randn(1, 3, 96).to(dtype)
     for own in (bias, None):
         exact = F.linear(x.double(), W.double(), None if own is None else own.double())

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from conftest import REPO
 
 from litlora.frozen.few_rows import few_rows
-from litlora.kernels import cpu
+from litlora.kernels import cpu, cpu_build
 from litlora.kernels.attention import attend
 from litlora.kernels.norm import rms_norm
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu.why_none()))
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu_build.why_none()))
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -119,9 +119,9 @@ def test_what_learns_and_what_does_not_suit_stays_with_torch():
 
 
 def test_it_is_built_once_for_a_processor_and_its_compiler(tmp_path, monkeypatch):
-    build, made = cpu.library.__wrapped__, tmp_path / "litlora/kernels"  # anew, each time
+    build, made = cpu_build.library.__wrapped__, tmp_path / "litlora/kernels"  # anew, each time
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-O0"))
+    monkeypatch.setattr(cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O0"))
     assert build() is not None
     [file] = made.iterdir()
     before = file.stat().st_mtime_ns
@@ -129,15 +129,18 @@ def test_it_is_built_once_for_a_processor_and_its_compiler(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(file / "below"))  # where nothing can be written
     assert build() is not None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "FLAGS", ("--no-such-flag",))
+    monkeypatch.setattr(cpu_build, "FLAGS", ("--no-such-flag",))
     assert build() is None and [file] == [*made.iterdir()]
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(cpu, "library", build)
+    monkeypatch.setattr(cpu_build, "library", build)
     assert build() is None
-    assert cpu.why_none() == "no-such-compiler could not build cpu.c, or its result could not be loaded"
+    assert (
+        cpu_build.why_none()
+        == "the C compiler no-such-compiler could not build cpu.c, or its result could not be loaded"
+    )
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", "")
-    assert cpu.why_none() == "no C compiler was found (cc, gcc, clang, or $CC)"
+    assert cpu_build.why_none() == "no C compiler was found (cc, gcc, clang, or $CC)"
 
 
 @pytest.mark.slow
@@ -147,14 +150,15 @@ def test_code_for_other_processors_gives_the_same_values(flags, tmp_path):
     program = f"""
 import sys
 sys.path[:0] = ["tests", "tests/frozen", "tests/kernels"]
-from litlora.kernels import cpu
-cpu.TRIED = ({flags!r},)
+from litlora.kernels import cpu, cpu_build
+cpu_build.TRIED = ({flags!r},)
 assert cpu.library() is not None
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "tests/frozen/test_few_rows.py",
                       "tests/kernels/test_cpu.py", "-k", "not built and not other_processors"]))
 """
     environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
+    environment["OMP_NUM_THREADS"] = "1"  # without threads of its own, plain weights would stay with torch
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=REPO, env=environment, capture_output=True, text=True
     )
