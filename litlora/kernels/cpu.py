@@ -269,10 +269,10 @@ def is_few(x: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether it is on the CPU, and nothing learns from what is computed with it."""
-    # Subclasses of a tensor have no memory.
-    if x.device.type != "cpu" or type(x) is not Tensor or not torch.is_inference_mode_enabled():
+    # A compiler cannot follow what is asked below. Subclasses of a tensor have no memory.
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    return torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:

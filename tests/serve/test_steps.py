@@ -155,7 +155,9 @@ def test_a_step_is_one_graph():
 
     compiled = torch.compile(step_of(model), backend=count, fullgraph=True)
     for rows in (1, 2, 4, 8):
-        assert torch.equal(take_steps(model, rows, step_of(model))[1], take_steps(model, rows, compiled)[1])
+        # Eagerly, norms go by code of our own, which sums in another order.
+        plain, found = (take_steps(model, rows, step)[1] for step in (step_of(model), compiled))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
     assert len(graphs) <= 2
 
 
