@@ -34,7 +34,7 @@ class FrozenLinear(nn.Module):
     def part(self) -> cpu.Part | None:
         """The layer for compiled code; None where there is none."""
         compiled = self.storage.compiled
-        if compiled is None:
+        if compiled is None or (self.bias is not None and self.bias.requires_grad):
             return None
         if self._part is None or self._part.weight is not compiled:
             self._part = cpu.Part(compiled, self.storage.compiled_for, self.bias)

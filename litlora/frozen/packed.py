@@ -46,8 +46,8 @@ class Packed(FrozenWeight):
 
 def pack_linears(model: nn.Module, *, leave: str) -> None:
     """Pack the plain linear layers of a model that gain by it, but those whose names end with `leave`,
-    since their weights are read. It can no longer be trained or
-    stored. A head that shares the embedding's weight gets one of its own."""
+    since their weights are read. It can no longer be trained or stored. A head that shares the embedding's
+    weight gets one of its own where it is packed."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FrozenLinear) and isinstance(module.storage, Mapped):
             module.storage.packed = not gains(module.storage.rows(slice(0, 1)))

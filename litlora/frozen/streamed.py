@@ -114,12 +114,6 @@ class Mapped(FrozenWeight):
     def rows(self, rows: slice = slice(None)) -> Tensor:
         return self._W[rows]
 
-    def _product(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + b, of some rows of W."""
-        plain = few_rows(W) if self.packed else None
-        y = None if plain is None else plain.product(x, bias)
-        return F.linear(x, values(W, x.dtype), bias) if y is None else y
-
 
 class StreamedWeight(Mapped):
     """W of a linear layer in a block."""
@@ -131,22 +125,25 @@ class StreamedWeight(Mapped):
 
     @property
     def compiled(self) -> Compiled | None:
-        plain = self._plain if self.packed else None
-        return None if plain is None else plain.compiled
+        return None if self._plain is None else self._plain.compiled
 
     @property
     def around(self) -> tuple[Callable[[], None], Callable[[], None]]:
         begin = partial(self._stream.begin, self._block, learns=False)
         return begin, partial(self._stream.end, self._block, self._number, back=False)
 
-    @cached_property
+    @property
     def _plain(self) -> FewRows | None:
+        return self._few_rows if self.packed else None
+
+    @cached_property
+    def _few_rows(self) -> FewRows | None:
         return few_rows(self._W)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         self._stream.begin(self._block, learns=x.requires_grad)
         with torch.no_grad():  # W is gone before a backward could read it
-            y = self._product(x, self._W, bias)
+            y = _product(x, self._W, bias, self._plain)
         self._stream.end(self._block, self._number, back=False)
         return y
 
@@ -174,7 +171,8 @@ class StreamedHead(Mapped):
             for first in range(0, len(self._W), self._step):
                 rows = slice(first, first + self._step)
                 own = None if bias is None else bias[rows]
-                parts.append(self._product(x, self._moved_to(rows), own))
+                W = self._moved_to(rows)
+                parts.append(_product(x, W, own, few_rows(W) if self.packed else None))
         return torch.cat(parts, dim=-1)
 
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
@@ -224,6 +222,12 @@ class StreamedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.storage.picked(ids.flatten()).view(*ids.shape, -1).to(self.dtype)
+
+
+def _product(x: Tensor, W: Tensor, bias: Tensor | None, plain: FewRows | None) -> Tensor:
+    """x Wᵀ + b of a mapped W, by compiled code if there is some."""
+    y = None if plain is None else plain.product(x, bias)
+    return F.linear(x, values(W, x.dtype), bias) if y is None else y
 
 
 def stream_linears(stream: Stream, blocks: Sequence[nn.Module]) -> None:

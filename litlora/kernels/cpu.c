@@ -52,18 +52,17 @@ struct update {
     int is_bf16;
 };
 
-/* A linear layer: its weight, and perhaps a bias (rows) and an update; it writes y (n, rows). */
+/* A linear layer: its weight, and perhaps a bias (rows) and an update. */
 struct part {
     const struct weight *weight;
     const struct update *update;
     const float *bias;
-    float *y;
     float scale;
     int number;
 };
 
-/* A token's queries (heads, key_size), keys and values (groups, tokens, size) and result (heads, value_size), all
-   in fp32 or bf16; `sinks` (heads) in fp32, or none. Strides are in numbers, of a group and of a token. */
+/* A token's queries (heads, key_size), keys and values (groups, tokens, size) and result (heads, value_size),
+   all in fp32 or bf16; `sinks` (heads) in fp32, or none. Strides of a group and of a token, in numbers. */
 struct attention {
     const void *q, *k, *v;
     const float *sinks;
@@ -74,8 +73,10 @@ struct attention {
     int is_bf16;
 };
 
-typedef void (*some_rows)(const struct weight *, int64_t first, int64_t last, const float *x, int n, float *y);
-typedef void (*some_values)(const struct weight *, int64_t first, int64_t last, int rounded, void *to, int is_bf16);
+typedef void (*some_rows)(
+    const struct weight *, int64_t first, int64_t last, const float *x, int n, float *y);
+typedef void (*some_values)(
+    const struct weight *, int64_t first, int64_t last, int rounded, void *to, int is_bf16);
 
 /* ---- numbers */
 
@@ -102,7 +103,6 @@ static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 sum)
 #endif
 }
 
-/* Finite halves. */
 static inline f32x8 from_f16(u16x8 bits)
 {
 #ifdef X86
@@ -110,7 +110,8 @@ static inline f32x8 from_f16(u16x8 bits)
 #else
     u32x8 wide = __builtin_convertvector(bits, u32x8);
     f32x8 magnitude = (f32x8)((wide & 0x7fff) << 13) * 0x1p112f;
-    return (f32x8)((u32x8)magnitude | (wide & 0x8000) << 16);
+    u32x8 special = (u32x8)((wide & 0x7c00) == 0x7c00) & 0x7f800000; /* infinity and NaN */
+    return (f32x8)((u32x8)magnitude | special | (wide & 0x8000) << 16);
 #endif
 }
 
@@ -162,11 +163,11 @@ static inline f32x8 from_i8(const uint8_t *from)
 #endif
 }
 
-/* Rounded to the nearest, ties to even; the values are finite. */
+/* Rounded to the nearest, ties to even. */
 static inline u32x8 bf16_bits(f32x8 v)
 {
-    u32x8 bits = (u32x8)v;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    u32x8 bits = (u32x8)v, is_nan = (u32x8)(v != v); /* whose bits would run over */
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
 }
 
 /* ---- formats: each makes the 32 values of a row that begin at a column */
@@ -224,20 +225,23 @@ static inline void e5m2(const struct weight *w, int64_t row, int64_t column, f32
         v[k] = from_f16(__builtin_convertvector(load_u8(entries + 8 * k), u16x8) << 8) * scale;
 }
 
-/* The table's values of 32 entries of 4 bits, of which a byte has its first in the upper half or the lower. */
+/* The table's values of 32 entries of 4 bits, the first of a byte in its upper half or its lower. */
 static inline void look_up(const uint8_t *entries, const float *table, int upper_first, f32x8 v[4])
 {
 #ifdef X86
     /* Byte by byte of an fp32 number: a shuffle looks up one byte for all 32 entries. */
-    __m256i a = _mm256_loadu_si256((const __m256i *)table), b = _mm256_loadu_si256((const __m256i *)table + 1);
+    __m256i a = _mm256_loadu_si256((const __m256i *)table);
+    __m256i b = _mm256_loadu_si256((const __m256i *)table + 1);
     const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
                                             0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m256i together = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     a = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(a, gather), together);
     b = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(b, gather), together);
     __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
-    __m256i byte0 = _mm256_permute2x128_si256(low, low, 0x00), byte1 = _mm256_permute2x128_si256(high, high, 0x00);
-    __m256i byte2 = _mm256_permute2x128_si256(low, low, 0x11), byte3 = _mm256_permute2x128_si256(high, high, 0x11);
+    __m256i byte0 = _mm256_permute2x128_si256(low, low, 0x00);
+    __m256i byte1 = _mm256_permute2x128_si256(high, high, 0x00);
+    __m256i byte2 = _mm256_permute2x128_si256(low, low, 0x11);
+    __m256i byte3 = _mm256_permute2x128_si256(high, high, 0x11);
 
     const __m128i fifteen = _mm_set1_epi8(15);
     __m128i bytes = _mm_loadu_si128((const __m128i *)entries);
@@ -252,8 +256,10 @@ static inline void look_up(const uint8_t *entries, const float *table, int upper
     /* Entries 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, and so on. */
     __m256i q0 = _mm256_unpacklo_epi16(low01, low23), q1 = _mm256_unpackhi_epi16(low01, low23);
     __m256i q2 = _mm256_unpacklo_epi16(high01, high23), q3 = _mm256_unpackhi_epi16(high01, high23);
-    v[0] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x20), v[1] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x20);
-    v[2] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x31), v[3] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x31);
+    v[0] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x20);
+    v[1] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x20);
+    v[2] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x31);
+    v[3] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x31);
 #else
     float values[STEP];
     for (int i = 0; i < STEP / 2; i++) {
@@ -295,7 +301,8 @@ static inline void mxfp4(const struct weight *w, int64_t row, int64_t column, f3
 
 /* ---- ggml's blocks of 32 */
 
-static inline const uint8_t *block_of(const struct weight *w, int64_t row, int64_t column, int values, int bytes)
+static inline const uint8_t *block_of(
+    const struct weight *w, int64_t row, int64_t column, int values, int bytes)
 {
     return w->entries + row * w->row_bytes + column / values * bytes;
 }
@@ -450,8 +457,10 @@ static inline __attribute__((always_inline)) void multiply(
             f32x8 a = {0}, b = {0}, c = {0}, d = {0}, v[4];
             for (int64_t column = 0; column < w->columns; column += STEP) {
                 values_at(w, stored, column, v);
-                a = multiply_add(v[0], load(x + column), a), b = multiply_add(v[1], load(x + column + 8), b);
-                c = multiply_add(v[2], load(x + column + 16), c), d = multiply_add(v[3], load(x + column + 24), d);
+                a = multiply_add(v[0], load(x + column), a);
+                b = multiply_add(v[1], load(x + column + 8), b);
+                c = multiply_add(v[2], load(x + column + 16), c);
+                d = multiply_add(v[3], load(x + column + 24), d);
             }
             sums[0][0] = a, sums[0][1] = b, sums[0][2] = c, sums[0][3] = d;
         }
@@ -500,19 +509,22 @@ static inline __attribute__((always_inline)) void write(
     }
 }
 
-#define FORMAT(name)                                                                                              \
-    static void name##_rows(const struct weight *w, int64_t first, int64_t last, const float *x, int n, float *y) \
-    {                                                                                                             \
-        multiply(name, w, first, last, x, n, y);                                                                  \
-    }                                                                                                             \
-    static void name##_values(const struct weight *w, int64_t first, int64_t last, int rounded, void *to, int b)  \
-    {                                                                                                             \
-        write(name, w, first, last, rounded, to, b);                                                              \
+#define FORMAT(name)                                                                             \
+    static void name##_rows(                                                                     \
+        const struct weight *w, int64_t first, int64_t last, const float *x, int n, float *y)    \
+    {                                                                                            \
+        multiply(name, w, first, last, x, n, y);                                                 \
+    }                                                                                            \
+    static void name##_values(                                                                   \
+        const struct weight *w, int64_t first, int64_t last, int rounded, void *to, int is_bf16) \
+    {                                                                                            \
+        write(name, w, first, last, rounded, to, is_bf16);                                       \
     }
 
-#define EACH(do_it)                                                                                        \
-    do_it(f32) do_it(bf16) do_it(f16) do_it(int8) do_it(e4m3) do_it(e5m2) do_it(four_bits) do_it(four_bits_nested)    \
-    do_it(mxfp4) do_it(q8_0) do_it(q4_0) do_it(q4_1) do_it(q5_0) do_it(q5_1) do_it(q4_k) do_it(q5_k) do_it(q6_k)
+#define EACH(do_it)                                                       \
+    do_it(f32) do_it(bf16) do_it(f16) do_it(int8) do_it(e4m3) do_it(e5m2) \
+    do_it(four_bits) do_it(four_bits_nested) do_it(mxfp4)                 \
+    do_it(q8_0) do_it(q4_0) do_it(q4_1) do_it(q5_0) do_it(q5_1) do_it(q4_k) do_it(q5_k) do_it(q6_k)
 
 EACH(FORMAT)
 
@@ -535,6 +547,7 @@ int format_number(const char *name)
     return -1;
 }
 
+/* Whether the compiler knew OpenMP. */
 int has_threads(void)
 {
 #ifdef _OPENMP
@@ -542,14 +555,6 @@ int has_threads(void)
 #else
     return 0;
 #endif
-}
-
-void products(int number, const struct weight *w, const float *x, int n, float *y, int threads)
-{
-    int64_t pieces = threads > 1 ? threads * PIECES : 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t piece = 0; piece < pieces; piece++)
-        rows_of[number](w, w->rows * piece / pieces, w->rows * (piece + 1) / pieces, x, n, y);
 }
 
 void values(int number, const struct weight *w, int rounded, void *to, int is_bf16, int threads)
@@ -609,8 +614,9 @@ static inline __attribute__((always_inline)) void update_rows(
     }
 }
 
-/* Layers of one input x (n, columns): each writes its y (n, rows). Their rows are shared out together. */
-static void project_parts(const struct part *parts, int count, const float *x, int n, int threads)
+/* Layers of one input x (n, columns): the outputs (n, rows) of each lie in y behind those of the one before.
+   The threads share the rows of all. */
+void project(const struct part *parts, int count, const float *x, int n, float *y, int threads)
 {
     int64_t total = 0, pieces = threads > 1 ? threads * PIECES : 1;
     for (int i = 0; i < count; i++)
@@ -623,25 +629,20 @@ static void project_parts(const struct part *parts, int count, const float *x, i
             int64_t rows = p->weight->rows, from = first - start, to = last - start;
             from = from < 0 ? 0 : from, to = to > rows ? rows : to;
             if (from < to)
-                rows_of[p->number](p->weight, from, to, x, n, p->y);
+                rows_of[p->number](p->weight, from, to, x, n, y + n * start);
             start += rows;
         }
     }
-    for (int i = 0; i < count; i++) {
-        const struct part *p = parts + i;
+    for (const struct part *p = parts; p < parts + count; p++) {
         int64_t rows = p->weight->rows;
         for (int64_t k = 0; p->bias && k < n * rows; k++)
-            p->y[k] += p->bias[k % rows];
+            y[k] += p->bias[k % rows];
         if (p->update && p->update->is_bf16)
-            update_rows(p->update, x, p->y, n, p->scale, 1);
+            update_rows(p->update, x, y, n, p->scale, 1);
         else if (p->update)
-            update_rows(p->update, x, p->y, n, p->scale, 0);
+            update_rows(p->update, x, y, n, p->scale, 0);
+        y += n * rows;
     }
-}
-
-void project(const struct part *parts, int count, const float *x, int n, int threads)
-{
-    project_parts(parts, count, x, n, threads);
 }
 
 /* ---- what lies between the products of a token */
@@ -660,7 +661,7 @@ void rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t siz
     }
 }
 
-/* e^x for x of at most 0, within 2e-7 of it: 2^n · 2^f with |f| at most a half, the latter by a polynomial. */
+/* e^x for x of at most 0, 2^n · e^f with a small f, the latter by a polynomial. */
 static inline f32x8 exponential(f32x8 x)
 {
     const f32x8 zero = {0};
@@ -765,14 +766,14 @@ static inline f32x8 silu(f32x8 x)
     return x * (f32x8)(((i32x8)(share * e) & is_negative) | ((i32x8)share & ~is_negative));
 }
 
-/* down(silu(gate(x)) · up(x)): parts are gate, up and down; the outputs of gate become the input of down. */
-void gated_mlp(const struct part *parts, const float *x, int n, int threads)
+/* down(silu(gate(x)) · up(x)): parts are gate, up and down; `inner` has room for gate's and up's outputs. */
+void gated_mlp(const struct part *parts, const float *x, int n, float *inner, float *y, int threads)
 {
-    project_parts(parts, 2, x, n, threads);
-    float *inner = parts[0].y;
-    for (int64_t i = 0; i < n * parts[0].weight->rows; i += 8) {
-        f32x8 v = silu(load(inner + i)) * load(parts[1].y + i);
+    int64_t size = n * parts[0].weight->rows;
+    project(parts, 2, x, n, inner, threads);
+    for (int64_t i = 0; i < size; i += 8) {
+        f32x8 v = silu(load(inner + i)) * load(inner + size + i);
         memcpy(inner + i, &v, sizeof v);
     }
-    project_parts(parts + 2, 1, inner, n, threads);
+    project(parts + 2, 1, inner, n, y, threads);
 }

@@ -80,15 +80,23 @@ class Layout:
     """Added to scales that have scales."""
 
 
-class Compiled:
-    """A stored matrix and the code that reads it."""
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "update", "bias")),
+        ("scale", ctypes.c_float),
+        ("number", ctypes.c_int),
+    ]
 
-    def __init__(self, library: ctypes.CDLL, layout: Layout, stored_rows: range | Tensor) -> None:
+
+class Compiled:
+    """A stored matrix, for compiled code."""
+
+    def __init__(self, layout: Layout, stored_rows: range | Tensor) -> None:
         """W is made up of `stored_rows`, by their numbers, in order."""
         order = stored_rows.to(torch.int64).contiguous() if isinstance(stored_rows, Tensor) else None
         self._kept = layout, order  # the memory that is pointed to
         self.rows, self.columns = len(stored_rows), layout.columns
-        self._library, self.number = library, library.format_number(layout.format.encode())
+        self.number = library().format_number(layout.format.encode())
         assert self.number >= 0, layout.format
         tensors = {
             name: None if (tensor := getattr(layout, name)) is None else tensor.data_ptr()
@@ -103,21 +111,15 @@ class Compiled:
             **tensors,
             **{name: getattr(layout, name) for name in numbers},
         )
-        self._pointer = ctypes.byref(self.struct)
-        self._is_small = self.rows * self.columns < SMALL
+        self._alone = _Part(weight=ctypes.addressof(self.struct), number=self.number)
+        self._pointers = ctypes.byref(self._alone), ctypes.byref(self.struct)
 
     def times(self, x: Tensor) -> Tensor:
         """x Wᵀ (..., out) in fp32 for x (..., in), at most MOST_ROWS rows; W's values are not rounded."""
         x = x.float().contiguous()
         y = torch.empty((*x.shape[:-1], self.rows))
-        self._library.products(
-            self.number,
-            self._pointer,
-            x.data_ptr(),
-            x.numel() // x.size(-1),
-            y.data_ptr(),
-            self._threads(),
-        )
+        places = x.data_ptr(), x.numel() // x.size(-1), y.data_ptr()
+        library().project(self._pointers[0], 1, *places, _threads(self))
         return y
 
     def write_to(self, W: Tensor, dtype: torch.dtype) -> bool:
@@ -126,11 +128,8 @@ class Compiled:
         if W.dtype not in known or dtype not in known or not W.is_contiguous():
             return False
         rounded, is_bf16 = dtype == torch.bfloat16, W.dtype == torch.bfloat16
-        self._library.values(self.number, self._pointer, rounded, W.data_ptr(), is_bf16, self._threads())
+        library().values(self.number, self._pointers[1], rounded, W.data_ptr(), is_bf16, _threads(self))
         return True
-
-    def _threads(self) -> int:
-        return 1 if self._is_small else torch.get_num_threads()
 
 
 class _Update(ctypes.Structure):
@@ -158,14 +157,6 @@ def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
     return None if library() is None else CompiledUpdate(A, Bt)
 
 
-class _Part(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "update", "bias", "y")),
-        ("scale", ctypes.c_float),
-        ("number", ctypes.c_int),
-    ]
-
-
 class Part:
     """A linear layer for few rows: y = W x + b + s · B A x, with sums in fp32 that are rounded once."""
 
@@ -181,31 +172,21 @@ class Part:
         self.weight, self.dtypes, self.rows, self.columns = weight, dtypes, weight.rows, weight.columns
         self.around: tuple[Callable[[], None], Callable[[], None]] | None = None
         """What is to be called before and after each use."""
-        self.bias, self._own = bias, None if bias is None else bias.detach().float().contiguous()
-        self.facts = {
-            "weight": ctypes.addressof(weight.struct),
-            "update": None if update is None else ctypes.addressof(update.struct),
-            "bias": None if bias is None else self._own.data_ptr(),
-            "scale": scale,
-            "number": weight.number,
-        }
+        self.bias = None if bias is None else bias.detach().float().contiguous()
         self._update = update
-        self._updated: dict[tuple[CompiledUpdate, float], Part] = {}
-        self._arrays: dict[tuple[Part, ...], Any] = {}
+        self.struct = _Part(
+            weight=ctypes.addressof(weight.struct),
+            update=None if update is None else ctypes.addressof(update.struct),
+            bias=None if bias is None else self.bias.data_ptr(),
+            scale=scale,
+            number=weight.number,
+        )
 
     def with_update(self, update: CompiledUpdate, scale: float) -> "Part":
         """The layer with s · B A."""
-        if (update, scale) not in self._updated:
-            part = Part(self.weight, self.dtypes, self.bias, update, scale)
-            self._updated[update, scale], part.around = part, self.around
-        return self._updated[update, scale]
-
-    def array(self, parts: "tuple[Part, ...]") -> Any:
-        """What cpu.c gets of layers of which this is the first."""
-        if parts not in self._arrays:
-            structs = (_Part(**part.facts) for part in parts)
-            self._arrays[parts] = (_Part * len(parts))(*structs)
-        return self._arrays[parts]
+        part = Part(self.weight, self.dtypes, self.bias, update, scale)
+        part.around = self.around
+        return part
 
 
 def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
@@ -213,16 +194,11 @@ def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
     this does not suit."""
     if not _all_fit(x, parts):
         return None
-    n = x.numel() // x.size(-1)
-    y, array = torch.empty(n * sum(part.rows for part in parts)), parts[0].array(parts)
-    place = y.data_ptr()
-    for part, one in zip(parts, array, strict=True):
-        one.y, place = place, place + 4 * n * part.rows
-    whole = x.float().contiguous()
+    n, whole = x.numel() // x.size(-1), x.float().contiguous()
+    y = torch.empty(n * sum(part.rows for part in parts))
     with _in_use(parts):
-        library().project(array, len(parts), whole.data_ptr(), n, _threads(parts))
-    if len(parts) == 1:
-        return (y.to(x.dtype).view(*x.shape[:-1], -1),)
+        places = whole.data_ptr(), n, y.data_ptr()
+        library().project(_array(parts), len(parts), *places, _threads(*parts))
     outputs = y.to(x.dtype).split([n * part.rows for part in parts])
     return tuple(one.view(*x.shape[:-1], -1) for one in outputs)
 
@@ -232,14 +208,16 @@ def gated_mlp(x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
     this does not suit."""
     if not _all_fit(x, parts[:2]) or parts[0].rows % 8:
         return None
-    n, inner = x.numel() // x.size(-1), parts[0].rows
-    between, y = torch.empty(2 * n * inner), torch.empty((*x.shape[:-1], parts[2].rows))
-    array, place = parts[0].array(parts), between.data_ptr()
-    array[0].y, array[1].y, array[2].y = place, place + 4 * n * inner, y.data_ptr()
-    whole = x.float().contiguous()
+    n, whole = x.numel() // x.size(-1), x.float().contiguous()
+    inner, y = torch.empty(2 * n * parts[0].rows), torch.empty((*x.shape[:-1], parts[2].rows))
     with _in_use(parts):
-        library().gated_mlp(array, whole.data_ptr(), n, _threads(parts))
+        places = whole.data_ptr(), n, inner.data_ptr(), y.data_ptr()
+        library().gated_mlp(_array(parts), *places, _threads(*parts))
     return y.to(x.dtype)
+
+
+def _array(parts: tuple[Part, ...]) -> Any:
+    return (_Part * len(parts))(*(part.struct for part in parts))
 
 
 def _all_fit(x: Tensor, parts: tuple[Part, ...]) -> bool:
@@ -257,8 +235,8 @@ def _in_use(parts: tuple[Part, ...]) -> Iterator[None]:
         end()
 
 
-def _threads(parts: tuple[Part, ...]) -> int:
-    is_small = sum(part.rows * part.columns for part in parts) < SMALL
+def _threads(*weights: Compiled | Part) -> int:
+    is_small = sum(one.rows * one.columns for one in weights) < SMALL
     return 1 if is_small else torch.get_num_threads()
 
 
@@ -314,13 +292,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: flo
         return None
     y = torch.empty((1, H, 1, E), dtype=q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()
-    places = (
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        y.data_ptr(),
-    )
+    places = [None if one is None else one.data_ptr() for one in (q, k, v, sinks, y)]
     strides = q.stride(1), *k.stride()[1:3], *v.stride()[1:3]
     one = _Attention(*places, H, G, S, D, E, *strides, scale, q.dtype == torch.bfloat16)
     found.attend(ctypes.byref(one), 1 if k.numel() < SMALL else torch.get_num_threads())
@@ -336,7 +308,7 @@ def compiled(layout: Layout | None, stored_rows: range | Tensor) -> Compiled | N
     tensors = [value for value in vars(layout).values() if isinstance(value, Tensor)]
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
         return None
-    return None if (found := library()) is None else Compiled(found, layout, stored_rows)
+    return None if library() is None else Compiled(layout, stored_rows)
 
 
 def has_threads() -> bool:

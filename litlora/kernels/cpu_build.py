@@ -33,13 +33,12 @@ def library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     built.has_threads.argtypes = []
     built.format_number.argtypes, built.format_number.restype = [ctypes.c_char_p], number
-    built.products.argtypes = [number, pointer, pointer, number, pointer, number]
     built.values.argtypes = [number, pointer, number, pointer, number, number]
-    built.project.argtypes = [pointer, number, pointer, number, number]
-    built.gated_mlp.argtypes = [pointer, pointer, number, number]
+    built.project.argtypes = [pointer, number, pointer, number, pointer, number]
+    built.gated_mlp.argtypes = [pointer, pointer, number, pointer, pointer, number]
     built.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] + [number] * 2
     built.attend.argtypes = [pointer, number]
-    for name in ("products", "values", "project", "gated_mlp", "rms_norm", "attend"):
+    for name in ("values", "project", "gated_mlp", "rms_norm", "attend"):
         getattr(built, name).restype = None
     return built
 

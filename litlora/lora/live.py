@@ -125,6 +125,13 @@ class SwitchedLinear(nn.Module):
         super().__init__()
         self.linear, self.board = linear, board
         self.updates: dict[str, LiveUpdate] = {}
+        self._last: tuple[Part, LiveUpdate, float, Part] | None = None
+        """The layer, an update and its strength, and the layer with it: what the last token needed."""
+
+    def forget(self, adapter: str) -> None:
+        """Have no updates of this adapter."""
+        self._last = None
+        self.updates.pop(adapter, None)
 
     @property
     def weight(self) -> Tensor:
@@ -147,7 +154,13 @@ class SwitchedLinear(nn.Module):
         first, update = groups[0], self.updates[groups[0].adapter]
         if len(groups) > 1 or first.rows is not None or update.compiled is None:
             return None
-        return part.with_update(update.compiled, first.strength * update.scale)
+        if self._last is not None:
+            own, known, strength, updated = self._last
+            if own is part and known is update and strength == first.strength:
+                return updated
+        updated = part.with_update(update.compiled, first.strength * update.scale)
+        self._last = part, update, first.strength, updated
+        return updated
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""
@@ -238,5 +251,7 @@ def switch_on(model: nn.Module, board: Switchboard, name: str, updates: dict[str
 def switch_off(model: nn.Module, name: str) -> None:
     """Forget an adapter; layers that no other one updates are plain again."""
     for layer, module in list(model.named_modules()):
-        if isinstance(module, SwitchedLinear) and module.updates.pop(name, None) and not module.updates:
-            model.set_submodule(layer, module.linear)
+        if isinstance(module, SwitchedLinear) and name in module.updates:
+            module.forget(name)
+            if not module.updates:
+                model.set_submodule(layer, module.linear)

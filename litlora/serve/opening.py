@@ -154,7 +154,7 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
     if loaded.quantized is not None:
         notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
     if opening.device.type == "cpu" and (why := why_none()):
-        notices.append(f"{why}, so a token takes two or three times as long: a compiler mends that")
+        notices.append(f"{why}, so a token takes 1.4 to 4 times as long")
     if (streamed := loaded.stream) is not None:
         size = streamed.nbytes + streamed.head_bytes
         notices.append(

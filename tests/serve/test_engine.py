@@ -1,7 +1,9 @@
 """Generation: batches, caches and adapters change no answer, sampling does what its settings say."""
 
+import gc
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,6 +22,7 @@ from litlora.checkpoint import resolve
 from litlora.config import ModelConfig
 from litlora.errors import UserError
 from litlora.formats.families.example import example_config
+from litlora.kernels import cpu
 from litlora.load import load
 from litlora.lora import LoRAConfig, adapter_of, add_lora, merge_lora
 from litlora.lora.live import BASE, Way
@@ -144,6 +147,33 @@ def test_adapters_in_one_batch_give_what_each_gives_alone(make_checkpoint, tmp_p
         engine.submit(replace(answer.request))
     engine.remove_adapter("b")
     assert type(loaded.model.lm_head) is torch.nn.Linear
+
+
+def test_an_engine_that_owns_its_model_answers_the_same_and_keeps_no_adapter(make_checkpoint, tmp_path):
+    """Few rows then go by compiled code, with the adapter in one call where all go one way."""
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj", "lm_head"]
+    base = make_checkpoint("base", hidden_size=64, intermediate_size=96)
+    settings = LoRAConfig(rank=4, targets=targets)
+    directories = [random_adapter(tmp_path / name, base, settings, seed=n) for n, name in enumerate("ab")]
+    loaded, merged = load(base), {None: load(base).model}
+    engine = Engine(loaded.model, owns_model=True)
+    for name, directory in zip("ab", directories, strict=True):
+        engine.add_adapter(name, resolve(directory).top)
+        merged[name] = load(directory).model
+    mlp = loaded.model.model.layers[0].mlp
+    assert cpu.library() is None or None not in (mlp.gate_proj.part, mlp.up_proj.part, mlp.down_proj.part)
+    for ways in ([None] * 3, ["a"] * 3, ["b"], ["a"], ["a", None, "b"]):
+        asked = [(prompt, Way(way)) for prompt, way in zip(prompts(len(ways)), ways, strict=True)]
+        expected = [alone(merged[way], prompt, 20 + n) for n, (prompt, (way, _)) in enumerate(asked)]
+        assert together(engine, asked) == expected, ways
+    weaker = [together(engine, [(prompts(1)[0], Way("a", strength))])[0] for strength in (0.0, 0.5, 1.0)]
+    assert weaker[0] == alone(merged[None], prompts(1)[0], 20) and weaker[0] != weaker[2]
+    kept = [weakref.ref(update.A) for update in mlp.gate_proj.updates.values()]
+    for name in "ab":
+        engine.remove_adapter(name)
+    engine.step()
+    gc.collect()
+    assert len(kept) == 2 and [reference() for reference in kept] == [None, None]
 
 
 OTHERS = {
