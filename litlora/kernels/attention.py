@@ -62,8 +62,8 @@ def attend(
     too, of a value that is zero
     (gpt-oss).
     """
-    one = mask is None and softcap is None and q.size(2) == 1
-    if one and (y := cpu.attend_one(q, k, v, sinks, scale)) is not None:
+    one = mask is None and q.size(2) == 1
+    if one and (y := cpu.attend_one(q, k, v, sinks, scale, softcap)) is not None:
         return y
     if q.size(2) == 1 and softcap is None and not (mask is None and sinks is None):
         return _of_one(q, k, v, mask, sinks, scale)
@@ -135,10 +135,15 @@ def attend_apart(
 def last_seen(k: Tensor, v: Tensor, window: int | None, chunk: int | None) -> tuple[Tensor, Tensor]:
     """The keys and values (B, G, S, D) that the last of S tokens sees: all, those in the window, or
     those of its chunk."""
-    if window is None and chunk is None:
-        return k, v
-    last = slice(-window, None) if chunk is None else slice((k.size(2) - 1) // chunk * chunk, None)
-    return k[:, :, last], v[:, :, last]
+    first = first_seen(k.size(2), window, chunk)
+    return (k[:, :, first:], v[:, :, first:]) if first else (k, v)
+
+
+def first_seen(S: int, window: int | None, chunk: int | None) -> int:
+    """The number of the first token that the last of S tokens sees."""
+    if chunk is not None:
+        return (S - 1) // chunk * chunk
+    return 0 if window is None else max(0, S - window)
 
 
 def causal_mask(

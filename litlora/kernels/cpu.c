@@ -8,42 +8,18 @@
    Nothing here checks sizes, allocates memory or fails: cpu.py sees to what is passed. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define X86
-#include <immintrin.h>
-#endif
+#include "cpu_formats.h"
 
-#define STEP 32  /* values that are made at a time; rows are whole multiples */
 #define TILE 512 /* values that wait in the first cache for several rows of x */
 #define MOST_ROWS 8
 #define MOST_RANK 128
 #define MOST_HEADS 64     /* that share keys */
 #define MOST_QUERIES 16384 /* their numbers together */
+#define MOST_HEAD 512 /* numbers of one that turn */
 #define TOKENS 64
 #define PIECES 8 /* for each thread, of which those that are done sooner take more */
-
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef int16_t i16x8 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x8 __attribute__((vector_size(8)));
-typedef int8_t i8x8 __attribute__((vector_size(8)));
-
-/* The fields are those of `Weight` in cpu.py, which says what they are. */
-struct weight {
-    int64_t rows, columns, row_bytes, first;
-    const int64_t *order;
-    const uint8_t *entries;
-    const float *scales, *table, *outer_table;
-    const uint8_t *scale_bytes;
-    int64_t shift, outer_shift, rows_per_scale, scales_per_row;
-    float offset;
-};
+#define SMALL (1 << 16) /* of fewer numbers than so many, one thread computes */
 
 /* A (rank, in) and Bt (rank, out) of an adapter; `in` and `out` are multiples of 8. */
 struct update {
@@ -61,15 +37,23 @@ struct part {
     int number;
 };
 
-/* A token's queries (heads, key_size), keys and values (groups, tokens, size) and result (heads, value_size),
-   all in fp32 or bf16; `sinks` (heads) in fp32, or none. Strides of a group and of a token, in numbers. */
+/* A token's queries (heads, key_size) and result (heads, value_size), and the keys and values (groups, tokens,
+   size), both in fp32 or bf16; `sinks` (heads) in fp32, or none; `softcap` 0 for none. Strides of a head, of a
+   group and of a token, in numbers. */
 struct attention {
     const void *q, *k, *v;
     const float *sinks;
     void *y;
     int64_t heads, groups, tokens, key_size, value_size, q_stride;
     int64_t key_group, key_stride, value_group, value_stride;
-    float scale;
+    float scale, softcap;
+    int query_is_bf16, is_bf16;
+};
+
+/* RMSNorm by the weight + `more`, if it has a weight. */
+struct norm {
+    const void *weight;
+    float eps, more;
     int is_bf16;
 };
 
@@ -77,358 +61,6 @@ typedef void (*some_rows)(
     const struct weight *, int64_t first, int64_t last, const float *x, int n, float *y);
 typedef void (*some_values)(
     const struct weight *, int64_t first, int64_t last, int rounded, void *to, int is_bf16);
-
-/* ---- numbers */
-
-static inline f32x8 load(const float *from)
-{
-    f32x8 v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-static inline float bits_to_float(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 sum)
-{
-#ifdef X86
-    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-    return sum + a * b;
-#endif
-}
-
-static inline f32x8 from_f16(u16x8 bits)
-{
-#ifdef X86
-    return (f32x8)_mm256_cvtph_ps((__m128i)bits);
-#else
-    u32x8 wide = __builtin_convertvector(bits, u32x8);
-    f32x8 magnitude = (f32x8)((wide & 0x7fff) << 13) * 0x1p112f;
-    u32x8 special = (u32x8)((wide & 0x7c00) == 0x7c00) & 0x7f800000; /* infinity and NaN */
-    return (f32x8)((u32x8)magnitude | special | (wide & 0x8000) << 16);
-#endif
-}
-
-static inline f32x8 from_bf16(u16x8 bits)
-{
-#ifdef X86
-    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
-#else
-    return (f32x8)(__builtin_convertvector(bits, u32x8) << 16);
-#endif
-}
-
-static inline float half(const uint8_t *from)
-{
-    u16x8 bits = {0};
-    memcpy(&bits, from, 2);
-    return from_f16(bits)[0];
-}
-
-static inline u16x8 load_u16(const uint8_t *from)
-{
-    u16x8 v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-static inline u8x8 load_u8(const uint8_t *from)
-{
-    u8x8 v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-static inline f32x8 from_u8(const uint8_t *from)
-{
-#ifdef X86
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-#else
-    return __builtin_convertvector(load_u8(from), f32x8);
-#endif
-}
-
-static inline f32x8 from_i8(const uint8_t *from)
-{
-#ifdef X86
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-#else
-    return __builtin_convertvector((i8x8)load_u8(from), f32x8);
-#endif
-}
-
-/* Rounded to the nearest, ties to even. */
-static inline u32x8 bf16_bits(f32x8 v)
-{
-    u32x8 bits = (u32x8)v, is_nan = (u32x8)(v != v); /* whose bits would run over */
-    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
-}
-
-/* ---- formats: each makes the 32 values of a row that begin at a column */
-
-static inline void f32(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const float *entries = (const float *)(w->entries + row * w->row_bytes) + column;
-    for (int k = 0; k < 4; k++)
-        v[k] = load(entries + 8 * k);
-}
-
-static inline void bf16(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *entries = w->entries + row * w->row_bytes + column * 2;
-    for (int k = 0; k < 4; k++)
-        v[k] = from_bf16(load_u16(entries + 16 * k));
-}
-
-static inline void f16(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *entries = w->entries + row * w->row_bytes + column * 2;
-    for (int k = 0; k < 4; k++)
-        v[k] = from_f16(load_u16(entries + 16 * k));
-}
-
-static inline float scale_of(const struct weight *w, int64_t row, int64_t column)
-{
-    return w->scales[row / w->rows_per_scale * w->scales_per_row + (column >> w->shift)];
-}
-
-static inline void int8(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *entries = w->entries + row * w->row_bytes + column;
-    float largest = w->scales[row];
-    for (int k = 0; k < 4; k++)
-        v[k] = from_i8(entries + 8 * k) * largest * (float)(1.0 / 127);
-}
-
-static inline void e4m3(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *entries = w->entries + row * w->row_bytes + column;
-    float scale = scale_of(w, row, column) * 256;
-    for (int k = 0; k < 4; k++) {
-        /* In the places of a half's exponent and fraction the bits mean 2^-8 of their value. */
-        i16x8 wide = __builtin_convertvector((i8x8)load_u8(entries + 8 * k), i16x8);
-        v[k] = from_f16((u16x8)(wide << 7) & 0xbfff) * scale;
-    }
-}
-
-static inline void e5m2(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *entries = w->entries + row * w->row_bytes + column;
-    float scale = scale_of(w, row, column);
-    for (int k = 0; k < 4; k++)
-        v[k] = from_f16(__builtin_convertvector(load_u8(entries + 8 * k), u16x8) << 8) * scale;
-}
-
-/* The table's values of 32 entries of 4 bits, the first of a byte in its upper half or its lower. */
-static inline void look_up(const uint8_t *entries, const float *table, int upper_first, f32x8 v[4])
-{
-#ifdef X86
-    /* Byte by byte of an fp32 number: a shuffle looks up one byte for all 32 entries. */
-    __m256i a = _mm256_loadu_si256((const __m256i *)table);
-    __m256i b = _mm256_loadu_si256((const __m256i *)table + 1);
-    const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-                                            0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m256i together = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    a = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(a, gather), together);
-    b = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(b, gather), together);
-    __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
-    __m256i byte0 = _mm256_permute2x128_si256(low, low, 0x00);
-    __m256i byte1 = _mm256_permute2x128_si256(high, high, 0x00);
-    __m256i byte2 = _mm256_permute2x128_si256(low, low, 0x11);
-    __m256i byte3 = _mm256_permute2x128_si256(high, high, 0x11);
-
-    const __m128i fifteen = _mm_set1_epi8(15);
-    __m128i bytes = _mm_loadu_si128((const __m128i *)entries);
-    __m128i upper = _mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen), lower = _mm_and_si128(bytes, fifteen);
-    __m128i one = upper_first ? upper : lower, other = upper_first ? lower : upper;
-    __m256i n = _mm256_set_m128i(_mm_unpackhi_epi8(one, other), _mm_unpacklo_epi8(one, other));
-
-    byte0 = _mm256_shuffle_epi8(byte0, n), byte1 = _mm256_shuffle_epi8(byte1, n);
-    byte2 = _mm256_shuffle_epi8(byte2, n), byte3 = _mm256_shuffle_epi8(byte3, n);
-    __m256i low01 = _mm256_unpacklo_epi8(byte0, byte1), high01 = _mm256_unpackhi_epi8(byte0, byte1);
-    __m256i low23 = _mm256_unpacklo_epi8(byte2, byte3), high23 = _mm256_unpackhi_epi8(byte2, byte3);
-    /* Entries 0 to 3 and 16 to 19, 4 to 7 and 20 to 23, and so on. */
-    __m256i q0 = _mm256_unpacklo_epi16(low01, low23), q1 = _mm256_unpackhi_epi16(low01, low23);
-    __m256i q2 = _mm256_unpacklo_epi16(high01, high23), q3 = _mm256_unpackhi_epi16(high01, high23);
-    v[0] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x20);
-    v[1] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x20);
-    v[2] = (f32x8)_mm256_permute2x128_si256(q0, q1, 0x31);
-    v[3] = (f32x8)_mm256_permute2x128_si256(q2, q3, 0x31);
-#else
-    float values[STEP];
-    for (int i = 0; i < STEP / 2; i++) {
-        values[2 * i] = table[upper_first ? entries[i] >> 4 : entries[i] & 15];
-        values[2 * i + 1] = table[upper_first ? entries[i] & 15 : entries[i] >> 4];
-    }
-    memcpy(v, values, sizeof values);
-#endif
-}
-
-static inline void scale_all(f32x8 v[4], float scale)
-{
-    for (int k = 0; k < 4; k++)
-        v[k] *= scale;
-}
-
-static inline void four_bits(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    int64_t place = row * w->columns + column;
-    look_up(w->entries + place / 2, w->table, 1, v);
-    scale_all(v, w->scales[place >> w->shift]);
-}
-
-static inline void four_bits_nested(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    int64_t place = row * w->columns + column, block = place >> w->shift;
-    look_up(w->entries + place / 2, w->table, 1, v);
-    float inner = w->outer_table[w->scale_bytes[block]] * w->scales[block >> w->outer_shift];
-    scale_all(v, inner + w->offset);
-}
-
-static inline void mxfp4(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    int64_t place = row * w->columns + column;
-    uint32_t exponent = w->scale_bytes[place / 32];
-    look_up(w->entries + place / 2, w->table, 0, v);
-    scale_all(v, bits_to_float(exponent ? exponent << 23 : 1 << 22)); /* 2^-127 is subnormal */
-}
-
-/* ---- ggml's blocks of 32 */
-
-static inline const uint8_t *block_of(
-    const struct weight *w, int64_t row, int64_t column, int values, int bytes)
-{
-    return w->entries + row * w->row_bytes + column / values * bytes;
-}
-
-static inline void q8_0(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 32, 34);
-    float d = half(block);
-    for (int k = 0; k < 4; k++)
-        v[k] = from_i8(block + 2 + 8 * k) * d;
-}
-
-/* 16 bytes: the lower halves of all, then the upper halves. */
-static inline void halves(const uint8_t *bytes, f32x8 v[4])
-{
-    uint8_t q[STEP];
-    u8x16 both;
-    memcpy(&both, bytes, sizeof both);
-    u8x16 lower = both & 15, upper = both >> 4;
-    memcpy(q, &lower, sizeof lower), memcpy(q + STEP / 2, &upper, sizeof upper);
-    for (int k = 0; k < 4; k++)
-        v[k] = from_u8(q + 8 * k);
-}
-
-/* To each entry its fifth bit, which is worth 16. */
-static inline void add_fifth(const uint8_t *from, f32x8 v[4])
-{
-    uint32_t bits;
-    memcpy(&bits, from, sizeof bits);
-    for (int k = 0; k < 4; k++) {
-        const u32x8 places = {0, 1, 2, 3, 4, 5, 6, 7};
-        i32x8 fifth = (i32x8)((bits >> 8 * k >> places & 1) << 4);
-        v[k] += __builtin_convertvector(fifth, f32x8);
-    }
-}
-
-static inline void q4_0(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 32, 18);
-    float d = half(block);
-    halves(block + 2, v);
-    for (int k = 0; k < 4; k++)
-        v[k] = (v[k] - 8) * d;
-}
-
-static inline void q4_1(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 32, 20);
-    float d = half(block), m = half(block + 2);
-    halves(block + 4, v);
-    for (int k = 0; k < 4; k++)
-        v[k] = v[k] * d + m;
-}
-
-static inline void q5_0(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 32, 22);
-    float d = half(block);
-    halves(block + 6, v);
-    add_fifth(block + 2, v);
-    for (int k = 0; k < 4; k++)
-        v[k] = (v[k] - 16) * d;
-}
-
-static inline void q5_1(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 32, 24);
-    float d = half(block), m = half(block + 2);
-    halves(block + 8, v);
-    add_fifth(block + 4, v);
-    for (int k = 0; k < 4; k++)
-        v[k] = v[k] * d + m;
-}
-
-/* ---- ggml's blocks of 256, in parts of 32 */
-
-/* Of one part its scale and its minimum, of 6 bits each: q · scale - minimum. */
-static inline void part_scales(const uint8_t *block, int part, float *scale, float *minimum)
-{
-    const uint8_t *s = block + 4;
-    int a = part < 4 ? s[part] & 63 : (s[part + 4] & 15) | s[part - 4] >> 6 << 4;
-    int b = part < 4 ? s[part + 4] & 63 : s[part + 4] >> 4 | s[part] >> 6 << 4;
-    *scale = half(block) * (float)a, *minimum = half(block + 2) * (float)b;
-}
-
-static inline void q4_k(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 256, 144);
-    int part = (int)(column % 256 / 32);
-    const uint8_t *bytes = block + 16 + part / 2 * 32;
-    uint8_t q[STEP];
-    float scale, minimum;
-    part_scales(block, part, &scale, &minimum);
-    for (int i = 0; i < STEP; i++)
-        q[i] = bytes[i] >> part % 2 * 4 & 15;
-    for (int k = 0; k < 4; k++)
-        v[k] = from_u8(q + 8 * k) * scale - minimum;
-}
-
-static inline void q5_k(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 256, 176), *fifth = block + 16;
-    int part = (int)(column % 256 / 32);
-    const uint8_t *bytes = block + 48 + part / 2 * 32;
-    uint8_t q[STEP];
-    float scale, minimum;
-    part_scales(block, part, &scale, &minimum);
-    for (int i = 0; i < STEP; i++)
-        q[i] = (bytes[i] >> part % 2 * 4 & 15) | (fifth[i] >> part & 1) << 4;
-    for (int k = 0; k < 4; k++)
-        v[k] = from_u8(q + 8 * k) * scale - minimum;
-}
-
-static inline void q6_k(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
-{
-    const uint8_t *block = block_of(w, row, column, 256, 210);
-    int part = (int)(column % 256 / 32), quarter = part % 4;
-    const uint8_t *low = block + part / 4 * 64 + quarter % 2 * 32, *high = block + 128 + part / 4 * 32;
-    const int8_t *scales = (const int8_t *)block + 192 + part * 2;
-    uint8_t q[STEP];
-    float d = half(block + 208);
-    for (int i = 0; i < STEP; i++)
-        q[i] = (low[i] >> quarter / 2 * 4 & 15) | (high[i] >> 2 * quarter & 3) << 4;
-    for (int k = 0; k < 4; k++)
-        v[k] = (from_u8(q + 8 * k) - 32) * (d * (float)scales[k / 2]);
-}
 
 /* ---- what is done with the values of any format */
 
@@ -557,8 +189,14 @@ int has_threads(void)
 #endif
 }
 
+static inline int enough(int64_t numbers, int threads)
+{
+    return numbers < SMALL ? 1 : threads;
+}
+
 void values(int number, const struct weight *w, int rounded, void *to, int is_bf16, int threads)
 {
+    threads = enough(w->rows * w->columns, threads);
     int64_t pieces = threads > 1 ? threads * PIECES : 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++)
@@ -618,9 +256,11 @@ static inline __attribute__((always_inline)) void update_rows(
    The threads share the rows of all. */
 void project(const struct part *parts, int count, const float *x, int n, float *y, int threads)
 {
-    int64_t total = 0, pieces = threads > 1 ? threads * PIECES : 1;
+    int64_t total = 0;
     for (int i = 0; i < count; i++)
         total += parts[i].weight->rows;
+    threads = enough(total * parts->weight->columns, threads);
+    int64_t pieces = threads > 1 ? threads * PIECES : 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
         int64_t first = total * piece / pieces, last = total * (piece + 1) / pieces, start = 0;
@@ -647,18 +287,26 @@ void project(const struct part *parts, int count, const float *x, int n, float *
 
 /* ---- what lies between the products of a token */
 
-/* y = x / sqrt(mean(x²) + eps) · weight, for x (n, size), in fp32 or bf16; the weight has either, too. */
-void rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t size, float eps, int is_bf16,
-              int weight_is_bf16)
+/* y = x / sqrt(mean(x²) + eps) · weight, for x (n, size), in fp32 or bf16. */
+static inline __attribute__((always_inline)) void normalise(
+    const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int is_bf16)
 {
     for (int64_t row = 0; row < n; row++) {
         float squares = dot(x, row * size, is_bf16, x, row * size, is_bf16, size);
-        float inverse = 1 / sqrtf(squares / (float)size + eps);
+        float inverse = 1 / sqrtf(squares / (float)size + norm->eps);
         for (int64_t i = 0; i < size; i += 8) {
-            f32x8 v = eight(x, row * size + i, is_bf16) * inverse * eight(weight, i, weight_is_bf16);
-            put(y, row * size + i, v, is_bf16);
+            f32x8 weight = eight(norm->weight, i, norm->is_bf16) + norm->more;
+            put(y, row * size + i, eight(x, row * size + i, is_bf16) * inverse * weight, is_bf16);
         }
     }
+}
+
+void rms_norm(const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int is_bf16)
+{
+    if (is_bf16)
+        normalise(norm, x, y, n, size, 1);
+    else
+        normalise(norm, x, y, n, size, 0);
 }
 
 /* e^x for x of at most 0, 2^n · e^f with a small f, the latter by a polynomial. */
@@ -678,6 +326,21 @@ static inline f32x8 exponential(f32x8 x)
     return p * (f32x8)((n + 127) << 23);
 }
 
+/* 1 / (1 + e^-x) */
+static inline f32x8 sigmoid(f32x8 x)
+{
+    const f32x8 zero = {0};
+    f32x8 magnitude = (f32x8)((u32x8)x & 0x7fffffff);
+    f32x8 e = exponential(-magnitude), share = 1 / (1 + e);
+    i32x8 is_negative = x < zero;
+    return (f32x8)(((i32x8)(share * e) & is_negative) | ((i32x8)share & ~is_negative));
+}
+
+static inline f32x8 hyperbolic_tangent(f32x8 x)
+{
+    return 2 * sigmoid(2 * x) - 1;
+}
+
 static inline float largest_of(f32x8 v)
 {
     float most = v[0];
@@ -693,7 +356,7 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
     float q[MOST_QUERIES], sums[MOST_QUERIES], scores[TOKENS], most[MOST_HEADS], total[MOST_HEADS];
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t i = 0; i < D; i += 8) {
-            f32x8 v = eight(a->q, (g * heads + h) * a->q_stride + i, is_bf16) * a->scale;
+            f32x8 v = eight(a->q, (g * heads + h) * a->q_stride + i, a->query_is_bf16) * a->scale;
             memcpy(q + h * D + i, &v, sizeof v);
         }
         most[h] = a->sinks ? a->sinks[g * heads + h] : -INFINITY;
@@ -706,6 +369,10 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
             for (int t = 0; t < count; t++) {
                 int64_t place = g * a->key_group + (start + t) * a->key_stride;
                 scores[t] = dot(q, h * D, 0, a->k, place, is_bf16, D);
+            }
+            for (int t = 0; a->softcap && t < TOKENS; t += 8) {
+                f32x8 v = a->softcap * hyperbolic_tangent(load(scores + t) / a->softcap);
+                memcpy(scores + t, &v, sizeof v);
             }
             for (int t = count; t < TOKENS; t++)
                 scores[t] = -INFINITY;
@@ -744,11 +411,12 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
     }
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < E; i += 8)
-            put(a->y, (g * heads + h) * E + i, load(sums + h * E + i) / total[h], is_bf16);
+            put(a->y, (g * heads + h) * E + i, load(sums + h * E + i) / total[h], a->query_is_bf16);
 }
 
 void attend(const struct attention *a, int threads)
 {
+    threads = enough(a->groups * a->tokens * a->key_size, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t g = 0; g < a->groups; g++)
         if (a->is_bf16)
@@ -757,23 +425,29 @@ void attend(const struct attention *a, int threads)
             one_group(a, g, 0);
 }
 
-static inline f32x8 silu(f32x8 x)
+#define SILU 0
+#define GELU_TANH 1
+
+/* GELU with a tanh is x · sigmoid(2 √(2/π) (x + 0.044715 x³)). */
+static inline f32x8 activated(f32x8 x, int activation)
 {
-    const f32x8 zero = {0};
-    f32x8 magnitude = (f32x8)((u32x8)x & 0x7fffffff);
-    f32x8 e = exponential(-magnitude), share = 1 / (1 + e);
-    i32x8 is_negative = x < zero;
-    return x * (f32x8)(((i32x8)(share * e) & is_negative) | ((i32x8)share & ~is_negative));
+    if (activation == GELU_TANH)
+        return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    return x * sigmoid(x);
 }
 
-/* down(silu(gate(x)) · up(x)): parts are gate, up and down; `inner` has room for gate's and up's outputs. */
-void gated_mlp(const struct part *parts, const float *x, int n, float *inner, float *y, int threads)
+/* down(activated(gate(x)) · up(x)): parts are gate, up and down; `inner` has room for gate's and up's
+   outputs. */
+void gated_mlp(
+    const struct part *parts, int activation, const float *x, int n, float *inner, float *y, int threads)
 {
     int64_t size = n * parts[0].weight->rows;
     project(parts, 2, x, n, inner, threads);
     for (int64_t i = 0; i < size; i += 8) {
-        f32x8 v = silu(load(inner + i)) * load(inner + size + i);
+        f32x8 v = activated(load(inner + i), activation) * load(inner + size + i);
         memcpy(inner + i, &v, sizeof v);
     }
     project(parts + 2, 1, inner, n, y, threads);
 }
+
+#include "cpu_block.h"

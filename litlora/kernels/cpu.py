@@ -26,7 +26,9 @@ MOST_HEADS = 64
 MOST_QUERIES = 16384
 """Numbers of the queries that share keys."""
 SMALL = 1 << 16
-"""A weight of fewer values is computed by one thread."""
+"""Numbers up to which RMSNorm by one thread is no slower than torch's."""
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+"""Their numbers in cpu.c."""
 BY_ROW = 63
 """The shift of a scale that all columns of a row share."""
 
@@ -80,7 +82,9 @@ class Layout:
     """Added to scales that have scales."""
 
 
-class _Part(ctypes.Structure):
+class PartStruct(ctypes.Structure):
+    """A linear layer, as cpu.c reads it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "update", "bias")),
         ("scale", ctypes.c_float),
@@ -111,7 +115,7 @@ class Compiled:
             **tensors,
             **{name: getattr(layout, name) for name in numbers},
         )
-        self._alone = _Part(weight=ctypes.addressof(self.struct), number=self.number)
+        self._alone = PartStruct(weight=ctypes.addressof(self.struct), number=self.number)
         self._pointers = ctypes.byref(self._alone), ctypes.byref(self.struct)
 
     def times(self, x: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ class Compiled:
         x = x.float().contiguous()
         y = torch.empty((*x.shape[:-1], self.rows))
         places = x.data_ptr(), x.numel() // x.size(-1), y.data_ptr()
-        library().project(self._pointers[0], 1, *places, _threads(self))
+        library().project(self._pointers[0], 1, *places, torch.get_num_threads())
         return y
 
     def write_to(self, W: Tensor, dtype: torch.dtype) -> bool:
@@ -128,7 +132,8 @@ class Compiled:
         if W.dtype not in known or dtype not in known or not W.is_contiguous():
             return False
         rounded, is_bf16 = dtype == torch.bfloat16, W.dtype == torch.bfloat16
-        library().values(self.number, self._pointers[1], rounded, W.data_ptr(), is_bf16, _threads(self))
+        threads = torch.get_num_threads()
+        library().values(self.number, self._pointers[1], rounded, W.data_ptr(), is_bf16, threads)
         return True
 
 
@@ -174,7 +179,7 @@ class Part:
         """What is to be called before and after each use."""
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self._update = update
-        self.struct = _Part(
+        self.struct = PartStruct(
             weight=ctypes.addressof(weight.struct),
             update=None if update is None else ctypes.addressof(update.struct),
             bias=None if bias is None else self.bias.data_ptr(),
@@ -198,26 +203,26 @@ def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
     y = torch.empty(n * sum(part.rows for part in parts))
     with _in_use(parts):
         places = whole.data_ptr(), n, y.data_ptr()
-        library().project(_array(parts), len(parts), *places, _threads(*parts))
+        library().project(_array(parts), len(parts), *places, torch.get_num_threads())
     outputs = y.to(x.dtype).split([n * part.rows for part in parts])
     return tuple(one.view(*x.shape[:-1], -1) for one in outputs)
 
 
-def gated_mlp(x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
-    """down(silu(gate(x)) · up(x)) for x (..., in), few rows, of gate, up and down; None where
+def gated_mlp(x: Tensor, parts: tuple[Part, ...], activation: str) -> Tensor | None:
+    """down(activation(gate(x)) · up(x)) for x (..., in), few rows, of gate, up and down; None where
     this does not suit."""
-    if not _all_fit(x, parts[:2]) or parts[0].rows % 8:
+    if activation not in ACTIVATIONS or not _all_fit(x, parts[:2]) or parts[0].rows % 8:
         return None
     n, whole = x.numel() // x.size(-1), x.float().contiguous()
     inner, y = torch.empty(2 * n * parts[0].rows), torch.empty((*x.shape[:-1], parts[2].rows))
     with _in_use(parts):
         places = whole.data_ptr(), n, inner.data_ptr(), y.data_ptr()
-        library().gated_mlp(_array(parts), *places, _threads(*parts))
+        library().gated_mlp(_array(parts), ACTIVATIONS[activation], *places, torch.get_num_threads())
     return y.to(x.dtype)
 
 
 def _array(parts: tuple[Part, ...]) -> Any:
-    return (_Part * len(parts))(*(part.struct for part in parts))
+    return (PartStruct * len(parts))(*(part.struct for part in parts))
 
 
 def _all_fit(x: Tensor, parts: tuple[Part, ...]) -> bool:
@@ -235,11 +240,6 @@ def _in_use(parts: tuple[Part, ...]) -> Iterator[None]:
         end()
 
 
-def _threads(*weights: Compiled | Part) -> int:
-    is_small = sum(one.rows * one.columns for one in weights) < SMALL
-    return 1 if is_small else torch.get_num_threads()
-
-
 def is_few(x: Tensor) -> bool:
     """Whether x (..., in) is few rows."""
     return 0 < x.numel() <= MOST_ROWS * x.size(-1)
@@ -253,6 +253,21 @@ def is_plain(x: Tensor) -> bool:
     return torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
+class NormStruct(ctypes.Structure):
+    """RMSNorm, as cpu.c reads it."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("eps", "more")),
+        ("is_bf16", ctypes.c_int),
+    ]
+
+
+def norm_struct(weight: Tensor, eps: float, more: float = 0.0) -> NormStruct:
+    """RMSNorm by weight + more."""
+    return NormStruct(weight.data_ptr(), eps, more, weight.dtype == torch.bfloat16)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """x / √(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once; None where this does
     not suit, or is no faster."""
@@ -261,9 +276,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
         return None
     if not (is_plain(x) and x.is_contiguous() and weight.is_contiguous()) or (found := library()) is None:
         return None
-    y, are_bf16 = torch.empty_like(x), (x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16)
-    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    found.rms_norm(*pointers, x.numel() // size, size, eps, *are_bf16)
+    y, norm = torch.empty_like(x), ctypes.byref(norm_struct(weight, eps))
+    places = x.data_ptr(), y.data_ptr()
+    found.rms_norm(norm, *places, x.numel() // size, size, x.dtype == torch.bfloat16)
     return y
 
 
@@ -273,15 +288,17 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("heads", "groups", "tokens", "key_size", "value_size")),
         *((name, ctypes.c_int64) for name in ("q_stride", "key_group", "key_stride")),
         *((name, ctypes.c_int64) for name in ("value_group", "value_stride")),
-        ("scale", ctypes.c_float),
-        ("is_bf16", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int) for name in ("query_is_bf16", "is_bf16")),
     ]
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float) -> Tensor | None:
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor | None:
     """softmax(scale · q kᵀ) v of one token, (1, H, 1, E): q (1, H, 1, D), k (1, G, S, D), v (1, G, S, E), and
-    of each head a score of a value that is zero, (H,), if there are `sinks`; in fp32, rounded once.
-    None where this does not suit."""
+    of each head a score of a value that is zero, (H,), if there are `sinks`; in fp32, rounded once. With a
+    softcap the scores are cap · tanh(scores / cap). None where this does not suit."""
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape
     if B != 1 or T != 1 or not S or D % 8 or E % 8 or not is_plain(q):
         return None
@@ -294,8 +311,9 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: flo
     sinks = None if sinks is None else sinks.float().contiguous()
     places = [None if one is None else one.data_ptr() for one in (q, k, v, sinks, y)]
     strides = q.stride(1), *k.stride()[1:3], *v.stride()[1:3]
-    one = _Attention(*places, H, G, S, D, E, *strides, scale, q.dtype == torch.bfloat16)
-    found.attend(ctypes.byref(one), 1 if k.numel() < SMALL else torch.get_num_threads())
+    are_bf16 = [q.dtype == torch.bfloat16] * 2
+    one = _Attention(*places, H, G, S, D, E, *strides, scale, softcap or 0.0, *are_bf16)
+    found.attend(ctypes.byref(one), torch.get_num_threads())
     return y
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
+INCLUDED = [SOURCE.with_name(name) for name in ("cpu_formats.h", "cpu_block.h")]
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-w", "-shared", "-fPIC")
 TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """Further flags: the first that the compiler takes. torch's own OpenMP runtime is in memory already, and
@@ -35,10 +36,12 @@ def library() -> ctypes.CDLL | None:
     built.format_number.argtypes, built.format_number.restype = [ctypes.c_char_p], number
     built.values.argtypes = [number, pointer, number, pointer, number, number]
     built.project.argtypes = [pointer, number, pointer, number, pointer, number]
-    built.gated_mlp.argtypes = [pointer, pointer, number, pointer, pointer, number]
-    built.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float] + [number] * 2
+    built.gated_mlp.argtypes = [pointer, number, pointer, number, pointer, pointer, number]
+    built.rms_norm.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [number]
     built.attend.argtypes = [pointer, number]
-    for name in ("values", "project", "gated_mlp", "rms_norm", "attend"):
+    built.blocks.argtypes = [pointer, number, pointer, number, pointer, pointer, pointer, number]
+    built.block_memory.argtypes, built.block_memory.restype = [pointer, number], ctypes.c_int64
+    for name in ("values", "project", "gated_mlp", "rms_norm", "attend", "blocks"):
         getattr(built, name).restype = None
     return built
 
@@ -64,7 +67,8 @@ def _load() -> ctypes.CDLL:
     SubprocessError."""
     if (compiler := _compiler()) is None:
         raise OSError("no compiler")
-    facts = (SOURCE.read_bytes(), compiler, FLAGS, TRIED, platform.machine(), _processor())
+    sources = [file.read_bytes() for file in (SOURCE, *INCLUDED)]
+    facts = (sources, compiler, FLAGS, TRIED, platform.machine(), _processor())
     name = f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.so"
     try:
         place = _place()

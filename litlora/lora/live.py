@@ -125,13 +125,18 @@ class SwitchedLinear(nn.Module):
         super().__init__()
         self.linear, self.board = linear, board
         self.updates: dict[str, LiveUpdate] = {}
-        self._last: tuple[Part, LiveUpdate, float, Part] | None = None
-        """The layer, an update and its strength, and the layer with it: what the last token needed."""
+        self._last: tuple[Part | None, list[Group], Part | None] = (None, [], None)
+        """The layer and the board's groups, and the layer with their update: what the last token needed."""
+
+    def learn(self, adapter: str, update: LiveUpdate) -> None:
+        """Have an update of this adapter."""
+        self.updates[adapter] = update
+        self._last = (None, [], None)
 
     def forget(self, adapter: str) -> None:
         """Have no updates of this adapter."""
-        self._last = None
         self.updates.pop(adapter, None)
+        self._last = (None, [], None)
 
     @property
     def weight(self) -> Tensor:
@@ -147,20 +152,21 @@ class SwitchedLinear(nn.Module):
     @property
     def part(self) -> Part | None:
         """The layer for compiled code, if all sequences of the forward go one way; else None."""
-        part = getattr(self.linear, "part", None)
-        groups = [group for group in self.board.groups if group.adapter in self.updates]
+        part, groups = getattr(self.linear, "part", None), self.board.groups
+        last, last_groups, found = self._last
+        if part is not last or groups is not last_groups:
+            found = self._part(part, groups)
+            self._last = part, groups, found
+        return found
+
+    def _part(self, part: Part | None, groups: list[Group]) -> Part | None:
+        groups = [group for group in groups if group.adapter in self.updates]
         if part is None or not groups:
             return part
         first, update = groups[0], self.updates[groups[0].adapter]
         if len(groups) > 1 or first.rows is not None or update.compiled is None:
             return None
-        if self._last is not None:
-            own, known, strength, updated = self._last
-            if own is part and known is update and strength == first.strength:
-                return updated
-        updated = part.with_update(update.compiled, first.strength * update.scale)
-        self._last = part, update, first.strength, updated
-        return updated
+        return part.with_update(update.compiled, first.strength * update.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""
@@ -245,7 +251,7 @@ def switch_on(model: nn.Module, board: Switchboard, name: str, updates: dict[str
         if not isinstance(module, SwitchedLinear):
             module = SwitchedLinear(module, board)
             model.set_submodule(layer, module)
-        module.updates[name] = update
+        module.learn(name, update)
 
 
 def switch_off(model: nn.Module, name: str) -> None:

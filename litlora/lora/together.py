@@ -27,8 +27,8 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activa
     """down(activation(gate(x)) · up(x)) for three linear layers, in one fused function if they are
     frozen."""
     layers = _fusable(x, (gate, up, down), sharing=(gate, up))
-    if layers is None and activation == "silu" and (parts := _parts(x, (gate, up, down))):
-        if (y := cpu.gated_mlp(x, parts)) is not None:
+    if layers is None and (parts := _parts(x, (gate, up, down))):
+        if (y := cpu.gated_mlp(x, parts, activation)) is not None:
             return y
     if layers is None or any(trained_bias(linear) is not None for linear in (gate, up, down)):
         g, u = project(x, gate, up)

@@ -24,6 +24,7 @@ class Attention(nn.Module):
         self.softcap, self.clip = config.attn_logit_softcapping, config.clip_qkv
         H, C, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         G, self.head_dim = config.heads(layer)
+        self.heads, self.groups = H, G
         self.scale = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
         self.gated = bool(config.attention_gate)
         self.q_proj = nn.Linear(C, H * self.head_dim * (1 + self.gated), bias=bias)

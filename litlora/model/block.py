@@ -51,6 +51,22 @@ class Block(WithGate, WithExperts):
         self.add_gate(config)
         self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scalar else None)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds attention to its input, then the MLP, and does nothing else."""
+        others = (self.altup, self.laurel, self.router, self.gate_activation, self.layer_scalar)
+        scales_all = self.multiplier is None or self.norm_position == "before"
+        is_softmax = not self.is_linear and not self.parallel
+        return is_softmax and scales_all and all(other is None for other in others)
+
+    @property
+    def norms(self) -> list[nn.Module | None]:
+        """Of a plain block: of the input, of what attention gives, of the MLP's input, of what it gives."""
+        if self.norm_position == "before":
+            return [self.input_layernorm, None, self.post_attention_layernorm, None]
+        more = (self.pre_feedforward_layernorm, self.post_feedforward_layernorm)
+        return [self.input_layernorm, self.post_attention_layernorm, *more]
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (1, M, C) at the context's positions. With several streams
         (B, T, S, C) the layer computes with the first."""

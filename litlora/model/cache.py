@@ -46,12 +46,16 @@ class KVCache:
         """Store k, v (B, G, T, D) of new tokens after those held; returns all, (B, G, length + T,
         D)."""
         end = self.length + k.size(2)
-        if end > self._layers[layer][0].size(2):
-            self._grow(layer, end)
-        keys, values = self._layers[layer]
+        keys, values = self.memory(layer, end)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+    def memory(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Where the keys and values of a layer lie, (B, G, S, D), with room for `end` tokens."""
+        if end > self._layers[layer][0].size(2):
+            self._grow(layer, end)
+        return self._layers[layer]
 
     def _grow(self, layer: int, end: int) -> None:
         room = min(self.max_length, max(end, 2 * self._layers[layer][0].size(2), LEAST_ROOM))
@@ -88,31 +92,31 @@ class CacheBatch:
     """The caches of several sequences, each of which gets one more token: B sequences, T = 1."""
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
-        self._caches = caches
+        self.caches = caches
 
     @property
     def lengths(self) -> list[int]:
         """Tokens held of each sequence; its next one gets this position."""
-        return [cache.length for cache in self._caches]
+        return [cache.length for cache in self.caches]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Store k, v (B, G, 1, D), one token a sequence; returns all of each, (1, G, length + 1, D)."""
-        rows = zip(self._caches, k.split(1), v.split(1), strict=True)
+        rows = zip(self.caches, k.split(1), v.split(1), strict=True)
         return [cache.append(layer, *row) for cache, *row in rows]
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
         """As `KVCache.past`."""
-        inputs, states = zip(*(cache.past(layer) for cache in self._caches), strict=True)
+        inputs, states = zip(*(cache.past(layer) for cache in self.caches), strict=True)
         return torch.cat(inputs), torch.cat(states)
 
     def keep(self, layer: int, inputs: Tensor, state: Tensor) -> None:
         """As `KVCache.keep`."""
-        for cache, *row in zip(self._caches, inputs.split(1), state.split(1), strict=True):
+        for cache, *row in zip(self.caches, inputs.split(1), state.split(1), strict=True):
             cache.keep(layer, *row)
 
     def advance(self, count: int) -> None:
         """As `KVCache.advance`."""
-        for cache in self._caches:
+        for cache in self.caches:
             cache.advance(count)
 
 

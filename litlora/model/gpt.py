@@ -25,6 +25,7 @@ from litlora.lora import LoRAEmbedding
 from litlora.model.altup import WithStreams
 from litlora.model.block import Block
 from litlora.model.cache import Cache, CacheBatch, KVCache, StaticCache
+from litlora.model.compiled import CompiledBlocks
 from litlora.model.context import Context
 from litlora.model.norms import make_norm
 from litlora.model.per_layer import WithLayerInputs
@@ -48,6 +49,7 @@ class Decoder(WithLayerInputs, WithStreams):
         layers = range(config.num_hidden_layers)
         self._reaches = [(config.window(layer), config.chunk(layer)) for layer in layers]
         self._ropes = [config.rope(layer) for layer in layers]
+        self._compiled = CompiledBlocks(self.layers)
         # Filled on first use, and not part of a checkpoint, since they are computed.
         self._tables = {
             rope: RotaryTable(*rope, config.max_position_embeddings) for rope in self._ropes if rope
@@ -95,20 +97,27 @@ class Decoder(WithLayerInputs, WithStreams):
         if self.config.num_kv_shared_layers:
             context = context._replace(keys={})
         inputs, x = self.layer_inputs(input_ids, x), self.spread(x)
-        for layer, (block, reach, rope) in enumerate(
-            zip(self.layers, self._reaches, self._ropes, strict=True)
-        ):
-            own = context._replace(rope=ropes.get(rope), mask=masks.get(reach))
-            if inputs is not None:
-                own = own._replace(per_layer=inputs[layer])
-            if block is self.layers[-1]:
-                own = own._replace(positions=positions)
-            x = block(x, own)
+        own = [
+            context._replace(rope=ropes.get(rope), mask=masks.get(reach))
+            for rope, reach in zip(self._ropes, self._reaches, strict=True)
+        ]
+        if inputs is not None:
+            own = [one._replace(per_layer=given) for one, given in zip(own, inputs, strict=True)]
+        own[-1] = own[-1]._replace(positions=positions)
+        x = self._through_blocks(x, own)
         if cache is not None:
             cache.advance(T)
         # Here, so that whatever multiplies by the head's weight has scaled logits.
         x, factor = self.norm(self.gathered(x)), self.config.logit_scale
         return x if factor is None else x * factor
+
+    def _through_blocks(self, x: Tensor, contexts: list[Context]) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (1, M, C) at the last context's positions; one for each block."""
+        if x.ndim == 3 and x.size(1) == 1 and (y := self._compiled(x, contexts)) is not None:
+            return y
+        for block, context in zip(self.layers, contexts, strict=True):
+            x = block(x, context)
+        return x
 
     def _query_scale(self, places: "Places", like: Tensor) -> Tensor | None:
         """(T, 1), or (B, 1, 1, 1) of sequences apart: the factors of the queries at each position;

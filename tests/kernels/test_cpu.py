@@ -11,6 +11,7 @@ from conftest import REPO
 from litlora.frozen.few_rows import few_rows
 from litlora.kernels import cpu, cpu_build
 from litlora.kernels.attention import attend
+from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.norm import rms_norm
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu_build.why_none()))
@@ -68,15 +69,18 @@ def test_layers_of_one_input_are_as_exact_as_their_dtype(dtype, rows):
                 for y, own in zip(found, exact if chosen is parts else exact[1:2], strict=True):
                     assert y.dtype == dtype and off(y, own(x)) < most
             x = x.flip(-1)
-        y = cpu.gated_mlp(x, (gate[0], up[0], down[0]))
-        assert off(y, down[1](F.silu(gate[1](x)) * up[1](x))) < most
-        alone = x.reshape(-1, 96)[:1]  # a sequence of a batch gets what it gets alone
-        assert torch.equal(cpu.gated_mlp(alone, (gate[0], up[0], down[0])), y.reshape(-1, 96)[:1])
+        alone, mlp = x.reshape(-1, 96)[:1], (gate[0], up[0], down[0])
+        for activation in cpu.ACTIVATIONS:
+            y = cpu.gated_mlp(x, mlp, activation)
+            assert off(y, down[1](ACTIVATIONS[activation](gate[1](x)) * up[1](x))) < most
+            # A sequence of a batch gets what it gets alone.
+            assert torch.equal(cpu.gated_mlp(alone, mlp, activation), y.reshape(-1, 96)[:1])
+        assert cpu.gated_mlp(x, mlp, "relu") is None
         found, one = cpu.project(x, parts), cpu.project(alone, parts)
         assert all(torch.equal(a.flatten(0, -2)[:1], b) for a, b in zip(found, one, strict=True))
         assert cpu.project(x.double(), parts) is None and cpu.project(x.expand(9, *x.shape), parts) is None
         x[..., 0] = torch.nan
-        assert cpu.gated_mlp(x, (gate[0], up[0], down[0])).isnan().all()
+        assert all(cpu.gated_mlp(x, mlp, activation).isnan().all() for activation in cpu.ACTIVATIONS)
     assert cpu.project(x, parts) is None
 
 
@@ -89,17 +93,18 @@ def test_attention_of_one_token_is_as_exact_as_its_dtype(dtype, sizes):
     q = torch.randn(1, H, 1, D).to(dtype) * 3
     k, v = (torch.randn(1, G, S + 50, size).to(dtype)[:, :, 3 : S + 3] for size in (D, E))
     with torch.inference_mode():
-        for sinks in (None, torch.randn(H).to(dtype)):
+        for sinks, cap in ((None, None), (torch.randn(H).to(dtype), None), (None, 2.0)):
             scores = (q.double().view(G, -1, D) @ k[0].double().transpose(1, 2) * D**-0.5).view(H, S)
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
             if sinks is not None:
                 scores = torch.cat([scores, sinks.double()[:, None]], dim=1)
             shares = scores.softmax(dim=-1)[:, :S].view(G, -1, S)
             exact = (shares @ v[0].double()).view(1, H, 1, E)
-            found = attend(q, k, v, None, scale=D**-0.5, sinks=sinks)
-            assert cpu.attend_one(q, k, v, sinks, D**-0.5) is not None and found.dtype == dtype
+            found = attend(q, k, v, None, scale=D**-0.5, sinks=sinks, softcap=cap)
+            assert cpu.attend_one(q, k, v, sinks, D**-0.5, cap) is not None and found.dtype == dtype
             assert off(found, exact) < (1e-6 if dtype == torch.float32 else 4e-3)
             q[0, 1, 0, 0] = torch.nan  # stays visible
-            bad = attend(q, k, v, None, scale=D**-0.5, sinks=sinks).isnan().all(-1)[0, :, 0]
+            bad = attend(q, k, v, None, scale=D**-0.5, sinks=sinks, softcap=cap).isnan().all(-1)[0, :, 0]
             assert bad.tolist() == [head == 1 for head in range(H)]
             q[0, 1, 0, 0] = 1
 
@@ -167,7 +172,8 @@ cpu_build.TRIED = ({flags!r},)
 assert cpu.library() is not None
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "tests/frozen/test_few_rows.py",
-                      "tests/kernels/test_cpu.py", "-k", "not built and not other_processors"]))
+                      "tests/kernels/test_cpu.py", "tests/model/test_compiled.py",
+                      "-k", "not built and not other_processors"]))
 """
     environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
     environment["OMP_NUM_THREADS"] = "1"  # without threads of its own, plain weights would stay with torch
