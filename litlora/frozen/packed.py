@@ -3,16 +3,32 @@ compiled code.
 
 A single row x reads all of W once, so the product takes as long as reading W. In bf16, oneDNN
 converts a plain W to its own layout in every product, and reads it at half the speed of the memory
-or less. Converted once, it reads at full speed, for one row or many.
+or less. Converted once, it reads at full speed, for one row or many. Compiled code reads W as it is, and
+computes all that lies between the products of a token, too.
 """
+
+import statistics
+import time
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from litlora.frozen.few_rows import few_rows, gains
+from litlora.frozen.few_rows import FewRows, few_rows, gains
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.streamed import Mapped
 from litlora.frozen.weight import FrozenWeight
+from litlora.kernels import cpu, cpu_build
+
+LEAST = 1.25
+"""oneDNN's layout is taken where its products are so many times as fast as compiled code's, which saves as
+much between them."""
+MEASURED = (4096, 2048)
+"""The weights (out, in) that are multiplied to find out,"""
+WEIGHTS = 4
+"""so many different ones, which no cache of a core holds,"""
+TURNS = 7
+"""and how often each."""
 
 
 class Packed(FrozenWeight):
@@ -50,9 +66,39 @@ def pack_linears(model: nn.Module, *, leave: str) -> None:
     weight gets one of its own where it is packed."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, FrozenLinear) and isinstance(module.storage, Mapped):
-            module.storage.packed = not gains(module.storage.rows(slice(0, 1)))
+            module.storage.packed = not packs(module.storage.rows(slice(0, 1)))
         if type(module) is not nn.Linear or name.endswith(leave):
             continue
-        storage = Packed(module.weight) if gains(module.weight) else few_rows(module.weight)
+        storage = Packed(module.weight) if packs(module.weight) else few_rows(module.weight)
         if storage is not None:
             model.set_submodule(name, FrozenLinear(storage, module.bias))
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether products of few rows with such a weight are best in oneDNN's layout, on this machine."""
+    if not gains(weight) or not cpu.has_threads():
+        return gains(weight)
+    return advantage(weight.dtype, torch.get_num_threads()) >= LEAST
+
+
+@cache
+def advantage(dtype: torch.dtype, threads: int) -> float:
+    """How many times as fast as compiled code oneDNN multiplies one row, in its layout, by these threads."""
+    name = f"onednn-{str(dtype).removeprefix('torch.')}-{threads}"
+    return cpu_build.kept(name, lambda: _measured(dtype))
+
+
+@torch.inference_mode()
+def _measured(dtype: torch.dtype) -> float:
+    plain = [few_rows(torch.full(MEASURED, 0.5, dtype=dtype)) for _ in range(WEIGHTS)]
+    packed = [Packed(one.weight) for one in plain]
+    x = torch.ones(1, MEASURED[1], dtype=dtype)
+
+    def seconds(weights: list[FewRows] | list[Packed]) -> float:
+        started = time.perf_counter()
+        for weight in weights:
+            weight.times(x)
+        return time.perf_counter() - started
+
+    seconds(plain), seconds(packed)  # the first time, threads start and kernels are made
+    return statistics.median(seconds(plain) / seconds(packed) for _ in range(TURNS))

@@ -12,7 +12,7 @@
 #include "cpu_formats.h"
 
 #define TILE 512 /* values that wait in the first cache for several rows of x */
-#define MOST_ROWS 8
+#define MOST_ROWS 16
 #define MOST_RANK 128
 #define MOST_HEADS 64     /* that share keys */
 #define MOST_QUERIES 16384 /* their numbers together */

@@ -17,7 +17,7 @@ from litlora.kernels.cpu_build import library
 
 STEP = 32
 """Columns of a weight must be a multiple of it."""
-MOST_ROWS = 8
+MOST_ROWS = 16
 """Of x in one product."""
 MOST_RANK = 128
 """Of an update."""

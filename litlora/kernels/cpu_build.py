@@ -9,7 +9,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def library() -> ctypes.CDLL | None:
     return built
 
 
+def kept(name: str, measure: Callable[[], float]) -> float:
+    """A number that belongs to this machine and code: measured once, and kept beside what was built."""
+    try:
+        place = _place()
+    except RuntimeError:  # no home
+        return measure()
+    file = place / f"{_key(_compiler() or [])}.{name}"
+    with suppress(OSError, ValueError):
+        return float(file.read_text())
+    number = measure()
+    with suppress(OSError):  # where nothing can be written, it is measured each time
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = file.with_name(f".{file.name}.{os.getpid()}")
+        new.write_text(repr(number))
+        new.replace(file)
+    return number
+
+
 def why_none() -> str | None:
     """Why there is no compiled code, in a line; None if there is."""
     if library() is not None:
@@ -67,9 +86,7 @@ def _load() -> ctypes.CDLL:
     SubprocessError."""
     if (compiler := _compiler()) is None:
         raise OSError("no compiler")
-    sources = [file.read_bytes() for file in (SOURCE, *INCLUDED)]
-    facts = (sources, compiler, FLAGS, TRIED, platform.machine(), _processor())
-    name = f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.so"
+    name = f"{_key(compiler)}.so"
     try:
         place = _place()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -85,6 +102,12 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(new if place is None else new.replace(file)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(compiler: Sequence[str]) -> str:
+    sources = [file.read_bytes() for file in (SOURCE, *INCLUDED)]
+    facts = (sources, [*compiler], FLAGS, TRIED, platform.machine(), _processor())
+    return f"cpu-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}"
 
 
 def _place() -> Path:

@@ -78,7 +78,7 @@ def test_where_fp8_does_not_serve_it_is_computed_by_its_values(units, monkeypatc
         with torch.no_grad():
             return torch.equal(weight.times(x), x @ weight.rows().to(x.dtype).t())
 
-    weight, x = QuantizedWeight(stored(torch.randn(32, 48).bfloat16())), torch.randn(9, 48)
+    weight, x = QuantizedWeight(stored(torch.randn(32, 48).bfloat16())), torch.randn(17, 48)
     assert not same_as_its_values(weight, x.bfloat16()) and same_as_its_values(weight, x)
     with torch.inference_mode():
         assert same_as_its_values(weight, x.bfloat16())

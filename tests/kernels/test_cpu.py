@@ -78,7 +78,7 @@ def test_layers_of_one_input_are_as_exact_as_their_dtype(dtype, rows):
         assert cpu.gated_mlp(x, mlp, "relu") is None
         found, one = cpu.project(x, parts), cpu.project(alone, parts)
         assert all(torch.equal(a.flatten(0, -2)[:1], b) for a, b in zip(found, one, strict=True))
-        assert cpu.project(x.double(), parts) is None and cpu.project(x.expand(9, *x.shape), parts) is None
+        assert cpu.project(x.double(), parts) is None and cpu.project(x.expand(17, *x.shape), parts) is None
         x[..., 0] = torch.nan
         assert all(cpu.gated_mlp(x, mlp, activation).isnan().all() for activation in cpu.ACTIVATIONS)
     assert cpu.project(x, parts) is None
@@ -127,7 +127,7 @@ def test_what_learns_and_what_does_not_suit_stays_with_torch():
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
     assert cpu.rms_norm(x, weight, 1e-6) is None and cpu.attend_one(q, k, k, None, 0.25) is None
     with torch.inference_mode():
-        assert cpu.is_plain(x) and cpu.is_few(x) and not cpu.is_few(torch.randn(9, 64))
+        assert cpu.is_plain(x) and cpu.is_few(x) and not cpu.is_few(torch.randn(17, 64))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not cpu.is_plain(x) and cpu.rms_norm(x, weight, 1e-6) is None
         assert cpu.attend_one(q, k, k.half(), None, 0.25) is None

@@ -45,6 +45,12 @@ UNKNOWN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def plain_weights(monkeypatch):
+    """No weight in the layout of matrix units, whatever the processor."""
+    monkeypatch.setattr("litlora.frozen.packed.packs", lambda _: False)
+
+
 def model_of(changes, dtype):
     torch.manual_seed(0)
     model = GPT(tiny_config(**changes)).to(dtype).eval().requires_grad_(False)
