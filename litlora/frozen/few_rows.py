@@ -64,7 +64,7 @@ class FewRows(Dense):
         if cpu.is_few(x) and x.dtype != torch.float64:
             y = self.compiled.times(x)
             return (y if bias is None else y.add_(bias)).to(x.dtype)
-        if torch.float32 in (x.dtype, self.dtype) or not x.numel() or gains(self.weight):
+        if not is_emulated(self.weight) or not is_emulated(x) or not x.numel():
             return None
         W = scratch(self.shape, torch.float32, self.device)
         if x.dtype != self.dtype or not self.compiled.write_to(W, torch.float32):
@@ -87,6 +87,11 @@ def few_rows(weight: Tensor) -> FewRows | None:
     )
     found = cpu.compiled(layout, range(rows))
     return None if found is None else FewRows(weight.detach(), found)
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Whether this processor has no products in the dtype of x: torch's are slow, and fp32's are not."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not gains(x)
 
 
 def gains(weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import CheckpointError
+from litlora.frozen.few_rows import is_emulated
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
 from litlora.kernels.cpu import CompiledUpdate, Part, compiled_update, is_few, project
 from litlora.lora.adapter import Adapter
@@ -98,8 +99,11 @@ class LiveUpdate:
     def add_to(self, y: Tensor, x: Tensor, own_bias: Tensor | None, strength: float) -> None:
         """Add it to y (n, out), the layer's outputs of x (n, in), times the strength."""
         if self.A is not None:
-            z = F.linear(x, self.A)  # (n, r)
-            if self.gain is None:
+            own = torch.float32 if self.gain is None and is_emulated(x) else x.dtype
+            z = F.linear(x.to(own), self.A.to(own))  # (n, r)
+            if own != y.dtype:
+                y.copy_(torch.addmm(y.to(own), z, self.Bt.to(own), alpha=strength * self.scale))
+            elif self.gain is None:
                 y.addmm_(z, self.Bt, alpha=strength * self.scale)
             else:
                 product = y if own_bias is None else y - own_bias
