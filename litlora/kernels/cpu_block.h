@@ -14,13 +14,14 @@ enum { INPUT, QUERIES, KEYS, ATTENDED, MLP_INPUT, MLP_OUTPUT, NORMS };
 enum { Q, K, V, O, GATE, UP, DOWN, PARTS };
 
 /* A block in fp32 or bf16, to which results are rounded where torch rounds them. Numbers turn in pairs:
-   neighbours if `interleaved`, else one of the first half and one of the second. */
+   neighbours if `interleaved`, else one of the first half and one of the second. Queries and keys are normalised
+   head by head, or all heads `together`. */
 struct block {
     struct part parts[PARTS];
     struct norm norms[NORMS];
     int64_t hidden, heads, groups, head_size;
     float scale, softcap, multiplier;
-    int interleaved, activation, is_bf16;
+    int interleaved, together, activation, is_bf16;
 };
 
 static void round_all(float *x, int64_t size, int to_bf16)
@@ -123,8 +124,9 @@ static void block(
     rounded_norm(&b->norms[INPUT], stream, normed, n, b->hidden, b->is_bf16);
     project(b->parts + Q, 3, normed, n, q, threads);
     round_all(q, n * (b->heads + 2 * b->groups) * D, b->is_bf16);
-    rounded_norm(&b->norms[QUERIES], q, q, n * b->heads, D, b->is_bf16);
-    rounded_norm(&b->norms[KEYS], k, k, n * b->groups, D, b->is_bf16);
+    int64_t queries_apart = b->together ? 1 : b->heads, keys_apart = b->together ? 1 : b->groups;
+    rounded_norm(&b->norms[QUERIES], q, q, n * queries_apart, b->heads / queries_apart * D, b->is_bf16);
+    rounded_norm(&b->norms[KEYS], k, k, n * keys_apart, b->groups / keys_apart * D, b->is_bf16);
     for (int row = 0; row < n; row++) {
         const struct sequence *s = sequences + row;
         int64_t queries = row * b->heads * D, keys = row * b->groups * D;

@@ -41,6 +41,8 @@ class Shape:
     """Of what attention and the MLP give."""
     interleaved: bool
     """Whether the pairs that turn are neighbours."""
+    together: bool
+    """Whether all heads are normalised as one."""
     activation: str
 
     @property
@@ -70,7 +72,7 @@ class _Block(ctypes.Structure):
         ("norms", cpu.NormStruct * 6),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "head_size")),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "multiplier")),
-        *((name, ctypes.c_int) for name in ("interleaved", "activation", "is_bf16")),
+        *((name, ctypes.c_int) for name in ("interleaved", "together", "activation", "is_bf16")),
     ]
 
 
@@ -91,7 +93,7 @@ class Block:
         """For x of this dtype; None: there is no such norm. To be used only while `is_of` says so of layers
         that live: what they have, such as adapters, is not kept."""
         self._made_of = [weakref.ref(part) for part in parts], self._places(norms), dtype
-        numbers = ("heads", "groups", "head_size", "scale", "interleaved")
+        numbers = ("heads", "groups", "head_size", "scale", "interleaved", "together")
         self._struct = _Block(
             parts=tuple(part.struct for part in parts),
             norms=tuple(cpu.NormStruct() if norm is None else cpu.norm_struct(*norm) for norm in norms),

@@ -91,6 +91,7 @@ def _shape(block: Block) -> cpu_block.Shape | None:
         softcap=attention.softcap,
         multiplier=block.multiplier,
         interleaved=attention.interleaved_dim is not None,
+        together=attention.norm_all_heads,
         activation=mlp.activation,
     )
     return shape if shape.is_known else None
@@ -105,7 +106,7 @@ def _are_known(attention: Attention, mlp: MLP) -> bool:
         attention.values_are_keys,
         attention.sinks is not None,
         attention.v_norm is not None,
-        attention.q_norm is not None and (attention.norm_all_heads or attention.norm_rotated),
+        attention.q_norm is not None and attention.norm_rotated,
         mlp.gate_proj is None,
         mlp.cutoff is not None,
         mlp.clamp[1] is not None,

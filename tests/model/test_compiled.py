@@ -30,7 +30,7 @@ CONFIGS = {
         "rope_local_base_freq": 100.0,
     },
     "granite": {"residual_multiplier": 0.22},
-    "olmo2-after": {"norm_position": "after"},
+    "olmo2": {"norm_position": "after", "qk_norm": "all_heads"},
     "interleaved": {"rope_interleaved": True, "partial_rotary_factor": 0.5, "mlp_bias": True},
     "chunks": {"attention_chunk_size": 3, "layers_without_rope": (1,)},
     "dynamic": {"rope_scaling": RopeScaling(rope_type="dynamic", factor=2.0), "max_position_embeddings": 8},
@@ -42,6 +42,7 @@ UNKNOWN = {
     "clipped": {"clip_qkv": 1.0},
     "odd": {"hidden_size": 40},
     "parallel": {"parallel_residual": True},
+    "rotated": {"qk_norm": "head_rotated"},
 }
 
 
