@@ -28,18 +28,19 @@ struct update {
     int is_bf16;
 };
 
-/* A linear layer: its weight, and perhaps a bias (rows) and an update. */
+/* A linear layer: its weight, and perhaps a bias (rows), and of each row of x an update, if any, and its
+   scale. */
 struct part {
     const struct weight *weight;
-    const struct update *update;
     const float *bias;
-    float scale;
+    const struct update *const *updates;
+    const float *scales;
     int number;
 };
 
-/* A token's queries (heads, key_size) and result (heads, value_size), and the keys and values (groups, tokens,
-   size), both in fp32 or bf16; `sinks` (heads) in fp32, or none; `softcap` 0 for none. Strides of a head, of a
-   group and of a token, in numbers. */
+/* A token's queries (heads, key_size) and result (heads, value_size), and the keys and values (groups,
+   tokens, size), both in fp32 or bf16; `sinks` (heads) in fp32, or none; `softcap` 0 for none. Strides of a
+   head, of a group and of a token, in numbers. */
 struct attention {
     const void *q, *k, *v;
     const float *sinks;
@@ -235,20 +236,18 @@ static inline __attribute__((always_inline)) void put(void *array, int64_t place
         memcpy((float *)array + place, &v, sizeof v);
 }
 
-/* y (n, out) += scale · (x Aᵀ) Bt, for x (n, in). */
-static inline __attribute__((always_inline)) void update_rows(
-    const struct update *u, const float *x, float *y, int n, float scale, int is_bf16)
+/* y (out) += scale · (x Aᵀ) Bt, for x (in). */
+static inline __attribute__((always_inline)) void add_update(
+    const struct update *u, const float *x, float *y, float scale, int is_bf16)
 {
-    for (int row = 0; row < n; row++) {
-        float z[MOST_RANK];
+    float z[MOST_RANK];
+    for (int64_t k = 0; k < u->rank; k++)
+        z[k] = scale * dot(x, 0, 0, u->A, k * u->in, is_bf16, u->in);
+    for (int64_t i = 0; i < u->out; i += 8) {
+        f32x8 sum = load(y + i);
         for (int64_t k = 0; k < u->rank; k++)
-            z[k] = scale * dot(x, row * u->in, 0, u->A, k * u->in, is_bf16, u->in);
-        for (int64_t i = 0; i < u->out; i += 8) {
-            f32x8 sum = load(y + row * u->out + i);
-            for (int64_t k = 0; k < u->rank; k++)
-                sum = multiply_add((f32x8){0} + z[k], eight(u->Bt, k * u->out + i, is_bf16), sum);
-            memcpy(y + row * u->out + i, &sum, sizeof sum);
-        }
+            sum = multiply_add((f32x8){0} + z[k], eight(u->Bt, k * u->out + i, is_bf16), sum);
+        memcpy(y + i, &sum, sizeof sum);
     }
 }
 
@@ -277,10 +276,13 @@ void project(const struct part *parts, int count, const float *x, int n, float *
         int64_t rows = p->weight->rows;
         for (int64_t k = 0; p->bias && k < n * rows; k++)
             y[k] += p->bias[k % rows];
-        if (p->update && p->update->is_bf16)
-            update_rows(p->update, x, y, n, p->scale, 1);
-        else if (p->update)
-            update_rows(p->update, x, y, n, p->scale, 0);
+        for (int row = 0; p->updates && row < n; row++) {
+            const struct update *u = p->updates[row];
+            if (u && u->is_bf16)
+                add_update(u, x + row * u->in, y + row * rows, p->scales[row], 1);
+            else if (u)
+                add_update(u, x + row * u->in, y + row * rows, p->scales[row], 0);
+        }
         y += n * rows;
     }
 }

@@ -5,7 +5,7 @@ Where there is no compiler, torch computes the same in several steps, and slower
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +86,7 @@ class PartStruct(ctypes.Structure):
     """A linear layer, as cpu.c reads it."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "update", "bias")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "updates", "scales")),
         ("number", ctypes.c_int),
     ]
 
@@ -162,6 +161,10 @@ def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
     return None if library() is None else CompiledUpdate(A, Bt)
 
 
+Scaled = tuple[CompiledUpdate, float]
+"""An update and its scale."""
+
+
 class Part:
     """A linear layer for few rows: y = W x + b + s · B A x, with sums in fp32 that are rounded once."""
 
@@ -170,28 +173,42 @@ class Part:
         weight: Compiled,
         dtypes: tuple[torch.dtype, ...],
         bias: Tensor | None = None,
-        update: CompiledUpdate | None = None,
-        scale: float = 1.0,
+        updates: Sequence[Scaled | None] = (),
     ) -> None:
-        """For x in one of `dtypes`; `scale` is that of the update."""
+        """For x in one of `dtypes`. `updates`: of each row of x its own or none; or none of any."""
         self.weight, self.dtypes, self.rows, self.columns = weight, dtypes, weight.rows, weight.columns
         self.around: tuple[Callable[[], None], Callable[[], None]] | None = None
         """What is to be called before and after each use."""
+        self.count: int | None = len(updates) or None
+        """For so many rows; None: for any number."""
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self._update = update
+        places = [None if one is None else ctypes.addressof(one[0].struct) for one in updates]
+        scales = [0.0 if one is None else one[1] for one in updates]
+        pointers, factors = (ctypes.c_void_p * len(places))(*places), (ctypes.c_float * len(scales))(*scales)
+        self._kept = updates, pointers, factors  # the memory that is pointed to
         self.struct = PartStruct(
             weight=ctypes.addressof(weight.struct),
-            update=None if update is None else ctypes.addressof(update.struct),
             bias=None if bias is None else self.bias.data_ptr(),
-            scale=scale,
+            updates=ctypes.addressof(pointers) if updates else None,
+            scales=ctypes.addressof(factors) if updates else None,
             number=weight.number,
         )
 
     def with_update(self, update: CompiledUpdate, scale: float) -> "Part":
-        """The layer with s · B A."""
-        part = Part(self.weight, self.dtypes, self.bias, update, scale)
+        """The layer with s · B A, for all rows."""
+        part = self.with_updates([(update, scale)] * MOST_ROWS)
+        part.count = None
+        return part
+
+    def with_updates(self, updates: Sequence[Scaled | None]) -> "Part":
+        """The layer with an update for each of so many rows, or none."""
+        part = Part(self.weight, self.dtypes, self.bias, updates)
         part.around = self.around
         return part
+
+    def serves(self, n: int) -> bool:
+        """Whether it is for x of n rows."""
+        return self.count in (None, n)
 
 
 def project(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...] | None:
@@ -214,6 +231,8 @@ def gated_mlp(x: Tensor, parts: tuple[Part, ...], activation: str) -> Tensor | N
     if activation not in ACTIVATIONS or not _all_fit(x, parts[:2]) or parts[0].rows % 8:
         return None
     n, whole = x.numel() // x.size(-1), x.float().contiguous()
+    if not parts[2].serves(n):
+        return None
     inner, y = torch.empty(2 * n * parts[0].rows), torch.empty((*x.shape[:-1], parts[2].rows))
     with _in_use(parts):
         places = whole.data_ptr(), n, inner.data_ptr(), y.data_ptr()
@@ -226,8 +245,10 @@ def _array(parts: tuple[Part, ...]) -> Any:
 
 
 def _all_fit(x: Tensor, parts: tuple[Part, ...]) -> bool:
-    fits = is_few(x) and is_plain(x)
-    return fits and all(x.dtype in part.dtypes and part.columns == x.size(-1) for part in parts)
+    if not is_few(x) or not is_plain(x):
+        return False
+    n, size = x.numel() // x.size(-1), x.size(-1)
+    return all(x.dtype in part.dtypes and part.columns == size and part.serves(n) for part in parts)
 
 
 @contextmanager

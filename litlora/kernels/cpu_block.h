@@ -1,9 +1,9 @@
-/* Blocks of a model, for one token of each of a few sequences, in one call: what lies between their products is
-   little, and takes longer to call than to compute. */
+/* Blocks of a model, for one token of each of a few sequences, in one call: what lies between their products
+   is little, and takes longer to call than to compute. */
 
-/* Where a sequence keeps a block's keys and values (groups, room, head_size), and the rotation of its new token's
-   first numbers of a head, if any, all in the dtype of the block; how many tokens it holds, and the first that
-   the new one sees. */
+/* Where a sequence keeps a block's keys and values (groups, room, head_size), and how the first numbers of a
+   head turn for its new token, if any do, all in the dtype of the block; how many tokens it holds, and the
+   first that the new one sees. */
 struct sequence {
     void *keys, *values;
     const void *cos, *sin;
@@ -14,8 +14,8 @@ enum { INPUT, QUERIES, KEYS, ATTENDED, MLP_INPUT, MLP_OUTPUT, NORMS };
 enum { Q, K, V, O, GATE, UP, DOWN, PARTS };
 
 /* A block in fp32 or bf16, to which results are rounded where torch rounds them. Numbers turn in pairs:
-   neighbours if `interleaved`, else one of the first half and one of the second. Queries and keys are normalised
-   head by head, or all heads `together`. */
+   neighbours if `interleaved`, else one of the first half and one of the second. Queries and keys are
+   normalised head by head, or all heads `together`. */
 struct block {
     struct part parts[PARTS];
     struct norm norms[NORMS];
@@ -37,7 +37,8 @@ static inline float rounded(float value, int to_bf16)
     return to_bf16 ? bits_to_float(bf16_bits((f32x8){value})[0] << 16) : value;
 }
 
-static void rounded_norm(const struct norm *norm, const float *x, float *y, int64_t n, int64_t size, int to_bf16)
+static void rounded_norm(
+    const struct norm *norm, const float *x, float *y, int64_t n, int64_t size, int to_bf16)
 {
     if (norm->weight)
         normalise(norm, x, y, n, size, 0);
@@ -148,10 +149,11 @@ static void block(
     add(b, &b->norms[MLP_OUTPUT], given, stream, n);
 }
 
-/* x (n, hidden) -> y through blocks of one dtype, for each of which there are n sequences; memory for the largest. */
+/* x (n, hidden) -> y through blocks of one dtype, for each of which there are n sequences; memory for a row of
+   the stream and what the largest block needs. */
 void blocks(
-    const struct block *const *all, int count, const struct sequence *sequences, int n, const void *x, void *y,
-    float *memory, int threads)
+    const struct block *const *all, int count, const struct sequence *sequences, int n, const void *x,
+    void *y, float *memory, int threads)
 {
     int64_t size = n * all[0]->hidden;
     int is_bf16 = all[0]->is_bf16;

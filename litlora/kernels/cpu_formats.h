@@ -1,4 +1,4 @@
-/* Values of a stored matrix in registers, 32 at a time, from each of the formats that weights are stored in. */
+/* Values of a stored matrix, 32 at a time in registers, from each of the formats that weights are in. */
 
 #include <stdint.h>
 #include <string.h>

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litlora.errors import CheckpointError
 from litlora.frozen.few_rows import is_emulated
 from litlora.frozen.linear import LINEAR, FrozenLinear, frozen_weight
-from litlora.kernels.cpu import CompiledUpdate, Part, compiled_update, is_few, project
+from litlora.kernels.cpu import CompiledUpdate, Part, Scaled, compiled_update, is_few, project
 from litlora.lora.adapter import Adapter
 from litlora.lora.update import Update
 from litlora.lora.variants import variant_named
@@ -50,6 +50,8 @@ class Switchboard:
 
     def __init__(self) -> None:
         self.groups: list[Group] = []
+        self.size = 0
+        """Sequences of the batch."""
         self._last: tuple[list[Way], torch.device] | None = None
         self._last_groups: list[Group] = []
 
@@ -59,7 +61,7 @@ class Switchboard:
         if self._last != (asked := ([*ways], device)):
             # Not for each token: the host would wait until the device has the numbers of the rows.
             self._last, self._last_groups = asked, _groups(ways, device)
-        self.groups = self._last_groups
+        self.groups, self.size = self._last_groups, len(ways)
         try:
             yield
         finally:
@@ -155,7 +157,7 @@ class SwitchedLinear(nn.Module):
 
     @property
     def part(self) -> Part | None:
-        """The layer for compiled code, if all sequences of the forward go one way; else None."""
+        """The layer for compiled code; None where an update is more than its factors, or there is none."""
         part, groups = getattr(self.linear, "part", None), self.board.groups
         last, last_groups, found = self._last
         if part is not last or groups is not last_groups:
@@ -164,13 +166,20 @@ class SwitchedLinear(nn.Module):
         return found
 
     def _part(self, part: Part | None, groups: list[Group]) -> Part | None:
-        groups = [group for group in groups if group.adapter in self.updates]
-        if part is None or not groups:
+        known = [group for group in groups if group.adapter in self.updates]
+        if part is None or not known:
             return part
-        first, update = groups[0], self.updates[groups[0].adapter]
-        if len(groups) > 1 or first.rows is not None or update.compiled is None:
-            return None
-        return part.with_update(update.compiled, first.strength * update.scale)
+        updates: list[Scaled | None] = [None] * self.board.size
+        for adapter, strength, rows in known:
+            update = self.updates[adapter]
+            if update.compiled is None:
+                return None
+            scaled = update.compiled, strength * update.scale
+            if rows is None:
+                return part.with_update(*scaled)
+            for row in rows.tolist():
+                updates[row] = scaled
+        return part.with_updates(updates)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., in) -> (B, ..., out); B sequences, or any rows of which all go one way."""

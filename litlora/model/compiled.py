@@ -47,19 +47,21 @@ class CompiledBlocks:
             shapes = [_shape(block) for block in blocks]
             self._known, self._shapes = blocks, [] if None in shapes else shapes
             self._last = [None for _ in self._shapes]
-        found = [self._block(number, x.dtype) for number in range(len(self._shapes))]
+        found = [self._block(number, x.dtype, len(caches)) for number in range(len(self._shapes))]
         if not found or None in found:
             return None
         held = [_held(block.self_attn, one) for block in blocks for one in caches]
         return cpu_block.through(x, found, held, [context.rope for context in contexts])
 
-    def _block(self, number: int, dtype: torch.dtype) -> cpu_block.Block | None:
-        """A block for x of this dtype, made anew only if a layer or a norm is another."""
+    def _block(self, number: int, dtype: torch.dtype, B: int) -> cpu_block.Block | None:
+        """A block for x of this dtype and B sequences, made anew only if a layer or a norm is another."""
         block, last = self._known[number], self._last[number]
         attention, mlp = block.self_attn, block.mlp
         own = ((attention, _LAYERS[0]), (mlp, _LAYERS[1]))
         parts = [getattr(module._modules[name], "part", None) for module, names in own for name in names]
-        if not all(isinstance(part, Part) and not part.around and dtype in part.dtypes for part in parts):
+        if not all(isinstance(part, Part) and not part.around for part in parts):
+            return None
+        if not all(dtype in part.dtypes and part.serves(B) for part in parts):
             return None
         entry, *others = block.norms
         norms = [_norm(norm) for norm in (entry, attention.q_norm, attention.k_norm, *others)]
