@@ -106,7 +106,7 @@ static void add(const struct block *b, const struct norm *norm, float *given, fl
     round_all(x, n * b->hidden, b->is_bf16);
 }
 
-/* Numbers of the memory that `block` needs for n sequences. */
+/* Numbers of the memory that `blocks` needs for n sequences. */
 int64_t block_memory(const struct block *b, int n)
 {
     int64_t inner = b->parts[GATE].weight->rows, heads = 2 * b->heads + 2 * b->groups;

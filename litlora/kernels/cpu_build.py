@@ -27,9 +27,10 @@ TIMEOUT = 300
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where no compiler makes it: `why_none` says why."""
+    """The compiled code, `is_new` if this process had to build it; None where no compiler makes it:
+    `why_none` says why."""
     try:
-        built = _load()
+        built, built.is_new = _load()
     except (OSError, subprocess.SubprocessError):
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
@@ -81,9 +82,9 @@ def _compiler() -> list[str] | None:
     return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
-def _load() -> ctypes.CDLL:
-    """Built now if the cache has nothing for this code, compiler and processor. Raises OSError or
-    SubprocessError."""
+def _load() -> tuple[ctypes.CDLL, bool]:
+    """The code, and whether it was built now, since the cache had nothing for this code, compiler and
+    processor. Raises OSError or SubprocessError."""
     if (compiler := _compiler()) is None:
         raise OSError("no compiler")
     name = f"{_key(compiler)}.so"
@@ -91,7 +92,7 @@ def _load() -> ctypes.CDLL:
         place = _place()
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if (file := place / name).is_file():
-            return ctypes.CDLL(str(file))
+            return ctypes.CDLL(str(file)), False
         folder = tempfile.mkdtemp(prefix=f".{name}.", dir=place)
     except (OSError, RuntimeError):  # no home, or none that can be written
         place, folder = None, tempfile.mkdtemp(prefix="litlora-")
@@ -99,7 +100,7 @@ def _load() -> ctypes.CDLL:
     try:
         _compile(compiler, new)
         # Once in memory, a library needs its file no more.
-        return ctypes.CDLL(str(new if place is None else new.replace(file)))
+        return ctypes.CDLL(str(new if place is None else new.replace(file))), True
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

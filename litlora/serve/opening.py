@@ -8,7 +8,7 @@ import torch
 
 from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
-from litlora.kernels.cpu_build import why_none
+from litlora.kernels.cpu_build import library, why_none
 from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
 from litlora.prompts import PromptStyle, lacking_tokens
@@ -155,6 +155,8 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
         notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
     if opening.device.type == "cpu" and (why := why_none()):
         notices.append(f"{why}, so a token takes 1.4 to 4 times as long")
+    elif opening.device.type == "cpu" and library().is_new:
+        notices.append("code for this processor was compiled, which takes a few seconds, once")
     if (streamed := loaded.stream) is not None:
         size = streamed.nbytes + streamed.head_bytes
         notices.append(

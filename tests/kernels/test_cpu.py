@@ -139,10 +139,10 @@ def test_it_is_built_once_for_a_processor_and_its_compiler(tmp_path, monkeypatch
     build, made = cpu_build.library.__wrapped__, tmp_path / "litlora/kernels"  # anew, each time
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O0"))
-    assert build() is not None
+    assert build().is_new
     [file] = made.iterdir()
     before = file.stat().st_mtime_ns
-    assert build() is not None and [file] == [*made.iterdir()] and file.stat().st_mtime_ns == before
+    assert not build().is_new and [file] == [*made.iterdir()] and file.stat().st_mtime_ns == before
     monkeypatch.setenv("XDG_CACHE_HOME", str(file / "below"))  # where nothing can be written
     assert build() is not None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
