@@ -90,8 +90,8 @@ class Block:
     def __init__(
         self, shape: Shape, parts: Sequence[cpu.Part], norms: Sequence[Norm | None], dtype: torch.dtype
     ) -> None:
-        """For x of this dtype; None: there is no such norm. To be used only while `is_of` says so of layers
-        that live: what they have, such as adapters, is not kept."""
+        """For x of this dtype; None: there is no such norm. It serves as long as `is_of` says so, and does
+        not keep what it was made of: a layer may have factors of an adapter that is taken off."""
         self._made_of = [weakref.ref(part) for part in parts], self._places(norms), dtype
         numbers = ("heads", "groups", "head_size", "scale", "interleaved", "together")
         self._struct = _Block(
@@ -126,6 +126,7 @@ def through(
     the new token's keys and values are put there. `ropes`: each block's rotations (B, ..., R), in the dtype
     of x."""
     B = x.size(0)
+    assert all(own.keys.dtype == own.values.dtype == x.dtype for own in held[:B])
     sequences = (_Sequence * len(held))(
         *(
             _Sequence(
