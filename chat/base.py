@@ -124,7 +124,8 @@ def answer(session: "ChatSession", pieces: "Iterator[str]", ctrl_c: "CtrlC") -> 
     except KeyboardInterrupt:
         print(f"{shown.finish()} (stopped)", end="")
     except UserError as error:
-        print(f"({one_line(str(error))})", end="", file=sys.stderr)
+        end = "" if sys.stdout.isatty() else "\n"
+        print(f"({one_line(str(error))})", end=end, file=sys.stderr)
     print()
 
 

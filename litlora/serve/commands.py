@@ -1,6 +1,7 @@
 """What can be typed in a chat instead of a question: /help, /adapter, /retry and so on."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
-from litlora.console import one_line, say
+from litlora.console import one_line, printable, say
 from litlora.errors import UserError
 from litlora.settings.sampling import SamplingSettings
 from litlora.storage.untrusted import read_json
@@ -113,7 +114,8 @@ class Commands:
             self.session.way = self._way(name)
         there = [*self._live().engine.adapters] if self._may_be_live else []
         used = self._used or "base"
-        say(" ".join(f"[{one}]" if one == used else one for one in ("base", *there)))
+        shown = f"[{_label(self.session.way)}]"
+        say(" ".join(shown if one == used else one for one in ("base", *there)))
 
     def _strength(self, rest: str) -> None:
         try:
@@ -126,17 +128,19 @@ class Commands:
         if self._used is None:
             raise UserError("/strength: no adapter is in use; /adapter NAME chooses one")
         self.session.way = self.session.way._replace(strength=strength)
+        say(_label(self.session.way))
 
     def _compare(self, name: str) -> Iterator[str]:
         if not name:
             raise UserError("/compare NAME: name an adapter, or base")
         if self.session.last is None:
             raise UserError("there is no question yet")
-        way, used = self._way(name), self._used or "base"
+        way = self._way(name)
+        pieces = self.session.compare(way)
         question, answer = self.session.last
-        say(f"{used}: {question}")
-        yield f"{answer.strip()}\n\n{name}:\n"
-        yield from self.session.compare(way)
+        by = self.session.last_way
+        say(f"{'as loaded' if by is None else _label(by)}: {question}")
+        return itertools.chain([f"{printable(answer.strip())}\n\n{name}:\n"], pieces)
 
     def _way(self, name: str) -> "Way":
         from litlora.lora.live import Way
@@ -167,7 +171,7 @@ class Commands:
 
             self.opened = self._reopen()
             self._reopen = None
-            self.session.engine, self.session.way = self.opened.engine, Way(self.opened.default)
+            self.session.move(self.opened.engine, Way(self.opened.default))
         return self.opened
 
     def _save(self, name: str) -> None:
@@ -199,6 +203,12 @@ class Commands:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         say(f"loaded: {len(self.session.messages)} messages")
+
+
+def _label(way: "Way") -> str:
+    """What answers go through, for people."""
+    name = way.adapter or "base"
+    return name if way.adapter is None or way.strength == 1 else f"{name} × {way.strength:g}"
 
 
 def _parsed(name: str, value: str, kind: object) -> int | float | None:

@@ -28,7 +28,6 @@ class ChatSession:
     ) -> None:
         """Raises UserError if the style has no place for a system message."""
         self.engine, self.style = engine, style
-        """`engine` may be replaced by another of the same model."""
         self.way = BASE
         """What answers go through."""
         self.system: str | None = None
@@ -117,6 +116,17 @@ class ChatSession:
         """The last question and its answer."""
         return (self._turns[-1].question, self._turns[-1].answer) if self._turns else None
 
+    @property
+    def last_way(self) -> Way | None:
+        """What the last answer came through; None if it was loaded."""
+        return self._turns[-1].way if self._turns else None
+
+    def move(self, engine: Engine, way: Way) -> None:
+        """Go on with another engine of the same model, whose `way` gave the answers so far."""
+        for turn in self._turns:
+            turn.way = turn.way and way
+        self.engine, self.way = engine, way
+
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer as it comes, in whole characters, and remember it, even if it is stopped
         half-way.
@@ -125,31 +135,42 @@ class ChatSession:
         and remembers nothing, if the question alone fills the context or is not text.
         """
         _check_text(question, "the question")
-        alone = self._prompt([], question)
-        self._asked = self._fitting_prompt(question, len(alone))
+        self._asked = self._fitting_prompt(question)
+        yield from self._remembered(question)
+
+    def _remembered(self, question: str, again: bool = False) -> Iterator[str]:
+        """The answer; `again`: in place of the last turn."""
+        if again:
+            self._turns.pop()
         answer: list[int] = []
+        way = self.way
         try:
-            yield from self._answered(answer, self.engine, self.way)
+            yield from self._answered(answer, self.engine, way)
         finally:
-            self._turns.append(_Turn(question, self._tokenizer.decode(answer)))
+            self._turns.append(_Turn(question, self._tokenizer.decode(answer), way))
 
     def retry(self) -> Iterator[str]:
-        """Ask the last question again, in place of what was answered. Raises UserError if there is
-        none."""
+        """Ask the last question again, in place of what was answered. Raises UserError, and forgets
+        nothing, if there is none or if it fills the context."""
         question, _ = self._last()
-        self._turns.pop()
-        return self.ask(question)
+        self._ask_last()
+        return self._remembered(question, again=True)
 
     def compare(self, way: Way) -> Iterator[str]:
         """What the last question's answer would be another way; it is not remembered."""
         self._last()
+        self.notice = None
         if not self._asked:  # a conversation that was loaded
-            turn = self._turns.pop()
-            try:
-                self._asked = self._fitting_prompt(turn.question, len(self._prompt([], turn.question)))
-            finally:
-                self._turns.append(turn)
+            self._ask_last()
         return self._answered([], self.engine, way)
+
+    def _ask_last(self) -> None:
+        """The prompt of the last question, once more."""
+        turn = self._turns.pop()
+        try:
+            self._asked = self._fitting_prompt(turn.question)
+        finally:
+            self._turns.append(turn)
 
     def _last(self) -> tuple[str, str]:
         if self.last is None:
@@ -174,11 +195,11 @@ class ChatSession:
             if first is not None and len(answer) > 1:
                 self.speed = Speed(len(answer), (len(answer) - 1) / (time.perf_counter() - first))
 
-    def _fitting_prompt(self, question: str, num_alone: int) -> list[int]:
+    def _fitting_prompt(self, question: str) -> list[int]:
         """The prompt of the question after as many turns as leave room for an answer; the older
         ones are dropped."""
         self.notice = None
-        context = self.engine.context
+        context, num_alone = self.engine.context, len(self._prompt([], question))
         if num_alone >= context:
             raise UserError(
                 f"the question{' with the system message' if self.system else ''} has {num_alone} tokens; "
@@ -235,6 +256,8 @@ class Speed(NamedTuple):
 class _Turn:
     question: str
     answer: str
+    way: Way | None = None
+    """What the answer came through, if that is known."""
     ids: list[int] | None = None
     """Its token ids, once they are needed."""
 

@@ -56,6 +56,43 @@ def test_a_merged_adapter_becomes_live_when_it_is_to_be_switched(base, adapter, 
     assert capsys.readouterr().out.splitlines()[-1] == "base [poet]"
 
 
+def test_what_is_compared_bears_the_name_of_what_gave_it(adapter, capsys):
+    commands = chat(adapter)
+    "".join(commands.session.ask(QUESTION))
+    typed(commands, "/adapter base")
+    assert "\n\npoet:\n" in typed(commands, "/compare poet")
+    typed(commands, "/adapter poet")
+    typed(commands, "/strength 0.5")
+    typed(commands, "/compare base")
+    typed(commands, "/retry")
+    typed(commands, "/compare poet")
+    typed(commands, "/adapter")
+    shown = f"base [poet]|poet: {QUESTION}|base [poet]|poet × 0.5|poet: {QUESTION}|poet × 0.5: {QUESTION}"
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["[base] poet", *shown.split("|")[1:], "base [poet × 0.5]"]
+
+
+def test_a_question_that_no_longer_fits_is_kept_with_its_answer(base, tmp_path):
+    commands, file = chat(base), tmp_path / "long.json"
+    messages = [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "A"}]
+    file.write_text(json.dumps(messages))
+    typed(commands, f"/load {file}")
+    for command in ("/retry", "/compare base"):
+        with pytest.raises(UserError, match="context holds|no adapter here"):
+            typed(commands, command)
+    assert commands.session.messages == messages
+
+
+def test_an_answer_from_a_file_cannot_steer_the_terminal(adapter, tmp_path):
+    commands, file = chat(adapter), tmp_path / "hostile.json"
+    answer = "\x1b[2J\x1b]0;title\x07yes\u202e\r"
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
+    file.write_text(json.dumps(messages))
+    typed(commands, f"/load {file}")
+    assert typed(commands, "/compare base").startswith("[2J]0;titleyes\n\nbase:\n")
+    assert commands.session.messages == messages, "what is kept is what was said"
+
+
 def test_a_conversation_is_saved_and_goes_on(base, tmp_path):
     commands, file = chat(base), tmp_path / "talk.json"
     assert "".join(commands.session.ask(QUESTION))
