@@ -249,7 +249,8 @@ class Speed(NamedTuple):
     @property
     def text(self) -> str:
         """For people."""
-        return f"({self.num_tokens} tokens, {self.per_second:.3g} tokens/s)"
+        rate = f"{self.per_second:.3g}" if self.per_second < 1000 else f"{self.per_second:,.0f}"
+        return f"({self.num_tokens} tokens, {rate} tokens/s)"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 from litlora.errors import UserError
 from litlora.load import load
 from litlora.prompts import STYLES, load_style
-from litlora.serve.conversation import ChatSession
+from litlora.serve.conversation import ChatSession, Speed
 from litlora.serve.engine import Engine
 from litlora.serve.sampling import Sampling
 
@@ -123,3 +123,8 @@ def test_a_question_that_is_not_text_is_refused_and_not_remembered(talk):
         next(session.ask(b"caf\xe9".decode(errors="surrogateescape")))
     "".join(session.ask("first?"))
     assert prompts == ["first?"]
+
+
+def test_a_high_speed_is_written_out():
+    assert Speed(7, 12345.6).text == "(7 tokens, 12,346 tokens/s)"
+    assert Speed(7, 69.04).text == "(7 tokens, 69 tokens/s)"

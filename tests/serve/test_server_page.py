@@ -1,5 +1,6 @@
 """The page at the server's root, in a real browser."""
 
+import json
 import re
 import shutil
 
@@ -86,4 +87,52 @@ def test_a_chat_in_a_browser(browser, opened, tmp_path, scheme, width, height):
         print(tmp_path / f"{scheme}-{width}.png")
         assert [one for one in complaints if "400 (Bad Request)" not in one] == []
 
+        page.close()
+
+
+@pytest.mark.slow
+def test_a_conversation_on_the_page_keeps_what_it_should(browser, opened, adapter):
+    """After a failure, after New and beside a long name."""
+    from playwright.sync_api import expect
+
+    opened.add_adapter("a-very-long-name-" * 6, adapter)
+    with serving(opened) as url:
+        page = browser.new_page(viewport={"width": 380, "height": 740})
+        asked = []
+
+        def answered(route):
+            asked.append(route.request.post_data_json["messages"])
+            said = asked[-1][-1]["content"]
+            if said == "wait":
+                return
+            pieces = [{"choices": [{"delta": {"content": piece}}]} for piece in ("<b>so", " far")]
+            last = {"error": {"message": "the end"}} if said == "fail" else {"choices": []}
+            body = "".join(f"data: {json.dumps(event)}\n\n" for event in (*pieces, last))
+            route.fulfill(content_type="text/event-stream", body=body)
+
+        page.route("**/v1/chat/completions", answered)
+        page.goto(url)
+        page.check("#both")
+        expect(page.locator("#model1 option")).to_have_count(3)
+        fits = "() => document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        assert page.evaluate(fits), "nothing lies beside the screen"
+        page.uncheck("#both")
+
+        def ask(question):
+            page.fill("#question", question)
+            page.press("#question", "Enter")
+
+        ask("fail")
+        expect(page.locator("article.bad p")).to_have_text("<b>so far\n\nthe end")
+        expect(page.locator("#question")).to_have_value("fail")
+        ask("wait")
+        expect(page.locator("#stop")).to_be_enabled()
+        page.click("#clear")
+        expect(page.locator("#send")).to_be_enabled()
+        for question in ("first", "second"):
+            ask(question)
+            expect(page.locator("#send")).to_be_enabled()
+            expect(page.locator("article").last).to_contain_text("<b>so far")
+        contents = [[one["content"] for one in messages] for messages in asked]
+        assert contents == [["fail"], ["wait"], ["first"], ["first", "<b>so far", "second"]]
         page.close()
