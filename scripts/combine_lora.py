@@ -63,7 +63,7 @@ def main(settings: CombineLoRA) -> None:
     _say_how(settings, changes, inputs.adapter_dirs)
     result = inputs.out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: {cli.call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {cli.call('chat/base.py', '--checkpoint_dir', inputs.out_dir)}")
 
 
 def _prompt_style(chain: "Chain") -> bytes:

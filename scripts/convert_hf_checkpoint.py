@@ -39,7 +39,7 @@ def main(settings: ConvertHF) -> None:
     result = Path(out_dir) / WEIGHTS_FILE
     size = result.stat().st_size
     say(f"result: {result} ({size:,} bytes: the full model, fingerprint {source.fingerprint})")
-    say(f"next: {cli.call('finetune/lora.py')} --checkpoint_dir {out_dir}")
+    say(f"next: {cli.call('finetune/lora.py', '--checkpoint_dir', out_dir)}")
 
 
 if __name__ == "__main__":

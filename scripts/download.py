@@ -17,7 +17,7 @@ def main(settings: Download) -> None:
     check_directory(directory)
     download(settings.repo_id, directory, revision=settings.revision, token=settings.access_token, say=print)
     say(f"result: {directory}")
-    say(f"next: {call('finetune/lora.py')} --checkpoint_dir {directory}")
+    say(f"next: {call('finetune/lora.py', '--checkpoint_dir', directory)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ with llama.cpp that it is the model that was tested.
 An adapter or a chain is merged first; with adapter_only, the outermost adapter is written alone.
 """
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def _export_model(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None:
     result = out_dir / MODEL_GGUF
     say(f"result: {result} ({result.stat().st_size:,} bytes: {model.graph.name}, {kinds})")
     say(*modelfile)
-    say(f"next: llama-cli -m {result} --jinja")
+    say(f"next: llama-cli -m {shlex.quote(str(result))} --jinja")
 
 
 def _verified(file: Path, model: "GGUFModel", plan: "Plan", text: "Text", kind: str) -> list[str]:
@@ -173,7 +174,8 @@ def _export_adapter(settings: ExportGGUF, chain: "Chain", out_dir: Path) -> None
     )
     say(*modelfile)
     if settings.base_model is None:
-        say(f"next: write {below} as GGUF, too, and run: llama-cli -m BASE.gguf --lora {result}")
+        lora = shlex.quote(str(result))
+        say(f"next: write {below} as GGUF, too, and run: llama-cli -m BASE.gguf --lora {lora}")
 
 
 def _verified_adapter(staging: Path, model: "GGUFModel", chain: "Chain", text: "Text") -> list[str]:

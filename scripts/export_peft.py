@@ -6,6 +6,7 @@ python scripts/export_peft.py --lora_path $dir/final/lit_model.pth --format mlx 
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,8 @@ def _say_next(settings: ExportPEFT, chain: "Chain", base_name: str, added: list[
             "scripts/convert_lit_checkpoint.py, or name one with --base_model"
         )
         folder = f"{base.directory}-hf"
-        convert = call("scripts/convert_lit_checkpoint.py")
-        say(f"next: {convert} --checkpoint_dir {base.directory} --out_dir {folder}")
+        options = "--checkpoint_dir", base.directory, "--out_dir", folder
+        say(f"next: {call('scripts/convert_lit_checkpoint.py', *options)}")
         base_name = folder
     if added:
         say(
@@ -209,7 +210,8 @@ def _write_mlx(
     result, parameters = out_dir / MLX_WEIGHTS_FILE, config["lora_parameters"]
     said = f"rank {parameters['rank']}, scale {parameters['scale']:g}, {', '.join(parameters['keys'])}"
     say(f"result: {result} ({result.stat().st_size:,} bytes: {said})")
-    say(f"next: mlx_lm.generate --model {config['model']} --adapter-path {out_dir}")
+    options = shlex.join(("--model", str(config["model"]), "--adapter-path", str(out_dir)))
+    say(f"next: mlx_lm.generate {options}")
 
 
 def _check_base(chain: "Chain") -> None:

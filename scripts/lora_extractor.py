@@ -88,11 +88,9 @@ def extract_file(settings: LoRAExtractor) -> None:
             for key, tensor in keys.items():
                 add(key, tensor)
     kinds = (("--source-type", settings.source_type), ("--lora-type", settings.output_format))
-    words = "".join(f" {option} {kind}" for option, kind in kinds if kind != "safetensors")
-    report.sum_up(
-        output,
-        f"python scripts/lora_merger.py --source-model {source} --lora-model {output}{words} --output MERGED",
-    )
+    words = [word for option, kind in kinds if kind != "safetensors" for word in (option, kind)]
+    options = "--source-model", source, "--lora-model", output, *words, "--output", "MERGED"
+    report.sum_up(output, cli.call("scripts/lora_merger.py", *options))
 
 
 def extract_adapter(settings: LoRAExtractor) -> None:
@@ -122,7 +120,7 @@ def extract_adapter(settings: LoRAExtractor) -> None:
     if settings.format == "litlora":
         adapter = adapter.trained_on(reference_to(base.top, output))
         write_adapter(output, adapter, base.config, sidecars_from=[*tuned.sources, *base.sources])
-        report.sum_up(output, f"python chat/base.py --checkpoint_dir {output}")
+        report.sum_up(output, cli.call("chat/base.py", "--checkpoint_dir", output))
         return
     full, name = base.base, str(source.resolve())
     folder = to_peft(adapter, full.family(), base.config, full.tensors, name, full.parts)

@@ -80,7 +80,7 @@ def main(settings: MergeLoRA) -> None:
     say(f"merged: {' + '.join(_names(chains, weights))}{f', onto {onto}' if onto else ''}")
     say(*(report if settings.verify else ["not verified: --verify false"]))
     say(f"result: {result} ({result.stat().st_size:,} bytes: the full model)")
-    say(f"next: {call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {call('chat/base.py', '--checkpoint_dir', inputs.out_dir)}")
 
 
 def _plans(

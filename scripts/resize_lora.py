@@ -52,7 +52,7 @@ def main(settings: ResizeLoRA) -> None:
     say(*table(changes))
     result = inputs.out_dir / WEIGHTS_FILE
     say(f"result: {result} ({result.stat().st_size:,} bytes: the adapter only)")
-    say(f"next: {cli.call('chat/base.py')} --checkpoint_dir {inputs.out_dir}")
+    say(f"next: {cli.call('chat/base.py', '--checkpoint_dir', inputs.out_dir)}")
 
 
 def _resize_file(file: Path, settings: ResizeLoRA) -> None:

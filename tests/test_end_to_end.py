@@ -34,7 +34,7 @@ def contents(directory):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """One short LoRA run with the sample; what it printed, and its directory."""
-    out = tmp_path_factory.mktemp("runs") / "lora"
+    out = tmp_path_factory.mktemp("runs") / "my lora"
     done = succeeds(
         *("finetune/lora.py", "--data", "Alpaca", "--data.source", "sample"),
         *("--data.max_examples", 300, "--out_dir", out, *SHORT),
@@ -62,7 +62,9 @@ def test_a_run_leaves_what_it_promises(adapter):
     assert closing[1] == "trained on: the built-in sample"
     assert closing[2] == f"result: {out / 'final/lit_model.pth'} ({size:,} bytes: the adapter only)"
     assert closing[3] == f"report: {out / 'report.html'}"
-    assert closing[4] == f"next: python chat/base.py --checkpoint_dir {out / 'final'}"
+    assert closing[4] == f"next: python chat/base.py --checkpoint_dir '{out / 'final'}'", (
+        "as a shell needs it"
+    )
     assert printed.count("the built-in sample") >= 2
     settings = yaml.safe_load((out / "hyperparameters.yaml").read_text())
     assert settings["data"]["init_args"]["source"] == "sample"

@@ -229,7 +229,7 @@ def test_the_printed_command_merges_what_was_extracted(tmp_path, pair):
         EXTRACT,
         *given,
         "--output",
-        tmp_path / "lora.pt",
+        tmp_path / "my lora.pt",
         "--output-format",
         "pytorch",
         "--rank",

@@ -108,17 +108,18 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def call(script: str) -> str:
+def call(script: str, *arguments: object) -> str:
     """`python chat/base.py` as it is called from the current directory, where the running command
     was called by a path of its own; `litlora chat` where it was called by `litlora`."""
+    after = tuple(map(str, arguments))
     if by_program():
         from litlora.cli.program import commands
 
         words = {each.file.relative_to(REPOSITORY).as_posix(): each.words for each in commands()}
-        return shlex.join(("litlora", *words[script]))
+        return shlex.join(("litlora", *words[script], *after))
     beside = os.path.normpath(os.path.join(os.path.dirname(sys.argv[0]), "..", script))
     here = os.path.isfile(script) or not os.path.isfile(beside)
-    return f"python {script if here else shlex.quote(beside)}"
+    return shlex.join(("python", script if here else beside, *after))
 
 
 def by_program() -> bool:

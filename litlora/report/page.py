@@ -116,6 +116,8 @@ class Page(Sink):
     _notes: list[str] = field(default_factory=list)
     _samples: list[Sampled] = field(default_factory=list)
     _next: float = float("-inf")
+    _running: bool = False
+    """Whether the page says that the run goes on."""
 
     def handle(self, event: Event) -> None:
         match event:
@@ -132,6 +134,10 @@ class Page(Sink):
                 self._notes.append(event.text)
             case Done():
                 self._write(*_outcome(event), running=False)
+
+    def close(self) -> None:
+        if self._running:  # an error ended the run
+            self._write(f"ended by an error after step {self._step:,} of {self._total:,}", (), running=False)
 
     def _write(self, state: str, figures: Sequence[tuple[str, str]], *, running: bool) -> None:
         began = time.monotonic()
@@ -153,6 +159,7 @@ class Page(Sink):
         )
         with replacing_file(self.directory / PAGE_FILE) as staging:
             staging.write_text(html(content), encoding="utf-8")
+        self._running = running
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, 100 * (ended - began))
 

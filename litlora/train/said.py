@@ -1,5 +1,6 @@
 """What a run says of itself, in lines: before it trains, and at its end."""
 
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -145,7 +146,7 @@ def outcome(run: "Run", done: Done) -> list[str]:
         *lines,
         f"result: {run.result} ({size:,} bytes: {run.method.stores})",
         f"report: {run.path / PAGE_FILE}",
-        f"next: {run.method.next.format(result=run.result.parent)}",
+        f"next: {run.method.next.format(result=shlex.quote(str(run.result.parent)))}",
     ]
 
 

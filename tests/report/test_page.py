@@ -64,6 +64,18 @@ def test_a_page_shows_the_run_while_it_goes_on_and_after_it(tmp_path):
     assert text.count("</script>") == 2 and "http" not in text.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_page_of_a_run_that_an_error_ended_says_so(tmp_path):
+    sinks, _ = run(tmp_path)
+    sinks.close()
+    found = data_of((tmp_path / "report.html").read_text())
+    assert not found["running"] and found["state"] == "ended by an error after step 3 of 3"
+    assert len(found["runs"][0]["rows"]) == 4, "what came after the page was last written is there, too"
+    sinks, _ = run(tmp_path)
+    sinks.handle(Done(3, 2.0, 60, 0.5, 0.75, 2**30, 0, None, None))
+    sinks.close()
+    assert data_of((tmp_path / "report.html").read_text())["state"] == "complete"
+
+
 def test_a_resumed_run_shows_its_whole_past(tmp_path):
     _, metrics = run(tmp_path)
     sinks, _ = run(tmp_path, earlier=metrics.text, steps=range(4, 6))
