@@ -1,4 +1,4 @@
-"""Make one adapter out of several that were trained on the same base.
+r"""Make one adapter out of several that were trained on the same base.
 
     python scripts/combine_lora.py --lora_path $one/final $other/final --weights 0.7 0.3 \
         --out_dir $dir

@@ -1,4 +1,4 @@
-"""Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source,
+r"""Extract a LoRA from the difference of two models, a tensor at a time: what, added to the source,
 gives the target.
 
     python scripts/lora_extractor.py --source-model base.safetensors \

@@ -1,4 +1,4 @@
-"""Merge LoRA files into a model's files, a tensor at a time, whatever model it is.
+r"""Merge LoRA files into a model's files, a tensor at a time, whatever model it is.
 
     python scripts/lora_merger.py --source-model base.safetensors --lora-model lora.safetensors \
         --output merged.safetensors

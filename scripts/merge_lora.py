@@ -1,4 +1,4 @@
-"""Merge adapters into their base and verify the result before it gets its name: writes a full
+r"""Merge adapters into their base and verify the result before it gets its name: writes a full
 checkpoint that can be trained further.
 
     python scripts/merge_lora.py --checkpoint_dir checkpoints/$repo_id \

@@ -56,6 +56,14 @@ def without_torch(tmp_path):
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
+def assert_nothing_is_cut(shown):
+    head, _, rest = shown.partition("\noptions:\n")
+    matters = head.partition("what matters most:")[2].partition("\n\n")[0].splitlines()
+    assert not [line for line in matters if line.endswith(" al") or line.count("(") != line.count(")")]
+    examples = rest.partition("\nexamples:\n")[2].splitlines()
+    assert examples and not [line for line in examples if "  " in line.strip()], "a line was continued"
+
+
 def test_there_are_commands():
     assert {"finetune/lora.py", "finetune/full.py", "chat/base.py", "scripts/merge_lora.py"} <= set(COMMANDS)
     assert not {path.rpartition("/")[2].removesuffix(".py") for path in COMMANDS} & sys.stdlib_module_names
@@ -69,6 +77,7 @@ def test_help_a_typo_and_a_wrong_path_answer_without_torch(without_torch, tmp_pa
         for script in COMMANDS:
             done = light.run(script, "--help", cwd=tmp_path)
             assert done["status"] == 0 and "usage:" in done["stdout"] and done["stderr"] == "", (script, done)
+            assert_nothing_is_cut(done["stdout"])
             assert "no such option" in light.refuses(script, "--no_such_option", "3", cwd=tmp_path), script
         for script in ("finetune/lora.py", "finetune/full.py", "chat/base.py"):
             said = light.refuses(script, "--checkpoint_dir", tmp_path / "nowhere", cwd=tmp_path)

@@ -16,15 +16,15 @@ class PreferenceConfig:
     """What is learned from pairs of a better and a worse answer, or from good and bad answers."""
 
     loss: Literal["dpo", "ipo", "simpo", "orpo", "kto", "apo_zero_unpaired"] = "dpo"
-    """dpo (Rafailov et al. 2023) and ipo (Azar et al. 2023) compare with the model as it was before
-    training; simpo (Meng et al. 2024) compares mean log-probabilities, without a reference; orpo
-    (Hong et al. 2024) learns the better answer at the same time, without a reference; kto
-    (Ethayarajh et al. 2024) and apo_zero_unpaired (D'Oosterlinck et al. 2024) learn from single
-    answers that are good or bad, and compare with the model before training."""
+    """How answers are compared. dpo (Rafailov et al. 2023) and ipo (Azar et al. 2023) do so with the
+    model as it was before training; simpo (Meng et al. 2024) compares mean log-probabilities, without
+    a reference; orpo (Hong et al. 2024) learns the better answer at the same time, without a
+    reference; kto (Ethayarajh et al. 2024) and apo_zero_unpaired (D'Oosterlinck et al. 2024) learn
+    from single answers that are good or bad, and compare with the model before training."""
     beta: float | None = None
-    """dpo, ipo, kto, apo_zero_unpaired: how closely the model is held to the reference; simpo: the
-    scale of its reward; orpo: the weight of the odds ratio beside the loss of the better answer (λ in
-    the paper). Default: 0.1; simpo 2.0."""
+    """How closely the model is held to the reference. With simpo: the scale of its reward; with orpo:
+    the weight of the odds ratio beside the loss of the better answer (λ in the paper). Default: 0.1;
+    simpo 2.0."""
     gamma: float = 1.0
     """simpo: by how much the reward of the better answer is to exceed the other's."""
     label_smoothing: float = 0.0
