@@ -135,4 +135,9 @@ def test_a_conversation_on_the_page_keeps_what_it_should(browser, opened, adapte
             expect(page.locator("article").last).to_contain_text("<b>so far")
         contents = [[one["content"] for one in messages] for messages in asked]
         assert contents == [["fail"], ["wait"], ["first"], ["first", "<b>so far", "second"]]
+
+        page.set_viewport_size({"width": 380, "height": 400})
+        ask("fail")
+        expect(page.locator("article.bad")).to_be_visible()
+        assert page.evaluate("() => isAtEnd()"), "a failure is seen"
         page.close()
