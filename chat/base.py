@@ -124,6 +124,7 @@ def answer(session: "ChatSession", pieces: "Iterator[str]", ctrl_c: "CtrlC") -> 
     except KeyboardInterrupt:
         print(f"{shown.finish()} (stopped)", end="")
     except UserError as error:
+        print(shown.finish(), end="", flush=True)
         end = "" if sys.stdout.isatty() else "\n"
         print(f"({one_line(str(error))})", end=end, file=sys.stderr)
     print()

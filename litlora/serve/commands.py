@@ -56,7 +56,7 @@ class Commands:
 
     def run(self, typed: str) -> Iterator[str] | None:
         """Do what was typed. Raises UserError for what cannot be done, and Ended."""
-        word, _, rest = typed.strip().partition(" ")
+        word, *after = typed.split(maxsplit=1)
         known = {
             "/help": self._help,
             "/clear": self._clear,
@@ -76,7 +76,7 @@ class Commands:
             raise UserError(
                 f"{one_line(word)}: no such command; /help lists them, a space before it makes it a question"
             )
-        rest = rest.strip()
+        rest = after[0].strip() if after else ""
         if rest and word in ("/help", "/clear", "/reset", "/exit", "/quit", "/retry"):
             raise UserError(f"{word} stands alone; a space before it makes it a question")
         return known[word](rest)
@@ -218,4 +218,4 @@ def _parsed(name: str, value: str, kind: object) -> int | float | None:
         return None
     with suppress(ValueError):
         return int(value) if int in kinds else float(value)
-    raise UserError(f"/params {name} {value}: must be a number")
+    raise UserError(f"/params {name} {value}: must be a {'whole ' if int in kinds else ''}number")

@@ -5,8 +5,8 @@ from typing import Any
 
 from litlora.settings.checks import check_positive, check_seed, check_value
 
-LEAST = 1e-9
-"""The smallest temperature, top-p and repetition penalty; the largest is its inverse. With less, logits and
+LEAST, MOST = 1e-9, 1e9
+"""The smallest temperature, top-p and repetition penalty, and the largest. Beyond them, logits and
 probabilities leave the range of fp32."""
 
 
@@ -39,11 +39,11 @@ def check_sampling(settings: Any) -> None:
     check_seed(settings.seed or 0)
     check_positive(settings, "max_new_tokens", "top_k")
     temperature, penalty = settings.temperature, settings.repetition_penalty
-    usable = temperature == 0 or LEAST <= temperature <= 1 / LEAST
-    check_value(settings, "temperature", usable, f"must be 0, or from {LEAST:g} to {1 / LEAST:g}")
+    usable = temperature == 0 or LEAST <= temperature <= MOST
+    check_value(settings, "temperature", usable, f"must be 0, or from {LEAST:g} to {MOST:g}")
     check_value(settings, "top_p", LEAST <= settings.top_p <= 1, f"must be from {LEAST:g} to 1")
     check_value(settings, "min_p", 0 <= settings.min_p <= 1, "must be from 0 to 1")
-    usable = LEAST <= penalty <= 1 / LEAST
-    check_value(settings, "repetition_penalty", usable, f"must be from {LEAST:g} to {1 / LEAST:g}")
+    usable = LEAST <= penalty <= MOST
+    check_value(settings, "repetition_penalty", usable, f"must be from {LEAST:g} to {MOST:g}")
     for name in ("presence_penalty", "frequency_penalty"):
         check_value(settings, name, -2 <= getattr(settings, name) <= 2, "must be from -2 to 2")

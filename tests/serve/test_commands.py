@@ -122,6 +122,8 @@ def test_a_conversation_is_saved_and_goes_on(base, tmp_path):
 
 def test_sampling_is_shown_and_set(base, capsys):
     commands = chat(base, temperature=1.0)
+    typed(commands, "/params temperature 1e9")
+    typed(commands, "/params temperature 1")
     typed(commands, "/params seed 3")
     first = "".join(commands.session.ask(QUESTION))
     typed(commands, "/params seed 3")
@@ -138,7 +140,10 @@ def test_sampling_is_shown_and_set(base, capsys):
     ("text", "message"),
     [
         ("/params colour red", "NAME is one of max_new_tokens, temperature"),
-        ("/params top_k many", "/params top_k many: must be a number"),
+        ("/params top_k 1.5", "/params top_k 1.5: must be a whole number"),
+        ("/params temperature hot", "/params temperature hot: must be a number"),
+        ("/params temperature 1e10", "must be 0, or from 1e-09 to 1e+09"),
+        ("/adapter\tpoet", "there is no adapter here"),
         ("/params top_p 2", "top_p 2.0: must be from 1e-09 to 1"),
         ("/strength 0.5", "there is no adapter here, the model alone"),
         ("/strength much", "X is a number, such as 0.5"),

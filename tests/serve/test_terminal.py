@@ -23,6 +23,7 @@ from litlora.serve.sampling import Sampling
 ECHO = """
 import runpy, sys, time
 from pathlib import Path
+from litlora.errors import UserError
 from litlora.serve.commands import Commands
 talk = runpy.run_path("chat/base.py")["talk"]
 
@@ -34,6 +35,8 @@ class Echo:
             sys.stdin.flush()
             while not Path(sys.argv[1]).exists():
                 time.sleep(0.01)
+        if question == "broken":
+            raise UserError("no answer")
         yield f"[asked {ascii(question)}]"
     def clear(self):
         print("[cleared]")
@@ -250,7 +253,7 @@ def test_the_model_gets_a_paste_as_one_question(start):
 def test_piped_lines_are_questions_as_they_were(encoding):
     piped = subprocess.run(
         [sys.executable, "-c", ECHO],
-        input=b"one\n\n \xe6\x97\xa5 \n\x1b[D/clear\n/clear\nc\xe9 va\n/foo\nlast",
+        input=b"one\n\n \xe6\x97\xa5 \n\x1b[D/clear\n/clear\nc\xe9 va\nbroken\n/foo\nlast",
         capture_output=True, cwd=REPO, env={**os.environ, "PYTHONIOENCODING": encoding},
     )  # fmt: skip
     assert piped.returncode == 0, piped.stderr
@@ -258,7 +261,8 @@ def test_piped_lines_are_questions_as_they_were(encoding):
         b">>> ".join(
             [b"", b"[asked 'one']\n", b"", b"[asked '\\u65e5']\n",
              b"[asked '\\x1b[D/clear']\n", b"[cleared]\n",
-             b"[asked 'c\\udce9 va']\n", b"", b"[asked 'last']\n", b"\n"]
+             b"[asked 'c\\udce9 va']\n", b"\n", b"", b"[asked 'last']\n", b"\n"]
         )
     )  # fmt: skip
-    assert piped.stderr.startswith(b"error: /foo: no such command") and piped.stderr.count(b"\n") == 1
+    broken, refused = piped.stderr.splitlines()
+    assert broken == b"(no answer)" and refused.startswith(b"error: /foo: no such command")
