@@ -39,6 +39,16 @@ def test_the_best_comes_first_and_what_differs_is_shown(runs, forked, tmp_path):
     assert (tmp_path / "pages/compared.html").read_text().count(f'"name": "{two}"') == 1
 
 
+def test_a_run_whose_loss_is_not_finite_comes_last(runs, forked, tmp_path):
+    for directory, last in zip(runs, ("nan", "3.5"), strict=True):
+        head = (directory / "metrics.csv").read_text().splitlines()[0]
+        rows = "1,0,1.5,,0.001,1,100,50,2,0", f"2,0,{last},,0.001,1,200,60,65,1"
+        (directory / "metrics.csv").write_text("\n".join([head, *rows]) + "\n")
+    said = forked.succeeds("scripts/compare_runs.py", *runs, cwd=tmp_path).splitlines()
+    assert said[1].split()[:2] == [str(runs[1]), "3.5000"]
+    assert said[2].split()[:3] == [str(runs[0]), "not", "finite"]
+
+
 def test_runs_may_be_named_by_the_option_and_need_no_settings(runs, forked, tmp_path):
     (runs[0] / "hyperparameters.yaml").unlink()
     said = forked.succeeds("scripts/compare_runs.py", "--runs", *runs, cwd=tmp_path)

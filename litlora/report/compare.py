@@ -16,9 +16,8 @@ def best_first(runs: Sequence[History]) -> list[History]:
     """In the order of their lowest validation loss; those without one follow by their last loss."""
 
     def rank(run: History) -> tuple[float, float]:
-        losses = run.column("loss")
         val = math.inf if run.best_val is None else run.best_val
-        return val, losses[-1] if losses else math.inf
+        return val, math.inf if run.last_loss is None else run.last_loss
 
     return sorted(runs, key=rank)
 
@@ -27,7 +26,7 @@ def figures(runs: Sequence[History]) -> Table:
     """What each run came to."""
     rows = []
     for run in runs:
-        vals, losses, seconds = run.column("val_loss"), run.column("loss"), run.column("seconds")
+        vals, seconds = run.column("val_loss"), run.column("seconds")
         rates = [rate for rate in run.column("tokens_per_second") if rate > 0]
         at = "" if run.best_val is None else f"{_step_of(run, run.best_val):,}"
         rows.append(
@@ -36,7 +35,7 @@ def figures(runs: Sequence[History]) -> Table:
                 _loss(run.best_val),
                 at,
                 _loss(vals[-1] if vals else None),
-                _loss(losses[-1] if losses else None),
+                _loss(run.last_loss),
                 f"{run.steps:,}",
                 f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "",
                 duration(max(seconds)) if seconds else "",
@@ -63,7 +62,7 @@ def _step_of(run: History, val_loss: float) -> int:
 
 
 def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def _shown(value: Any) -> str:

@@ -40,6 +40,16 @@ class History:
         return int(max(self.column("step"), default=0))
 
     @property
+    def last_loss(self) -> float | None:
+        """The last loss of training, in nats; infinite if it was not finite."""
+        for row in map(dict, (zip(self.columns, row, strict=True) for row in reversed(self.rows))):
+            if row["loss"] is not None:
+                return row["loss"]
+            if row.get("learning_rate") is not None:  # steps were logged, and no validation
+                return math.inf
+        return None
+
+    @property
     def best_val(self) -> float | None:
         """The lowest validation loss, in nats."""
         return min(self.column("val_loss"), default=None)
