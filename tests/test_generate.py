@@ -48,7 +48,7 @@ def lines(file):
 
 def test_each_record_gets_its_answer_in_its_place(asked, forked, tmp_path):
     file, words = asked
-    out = tmp_path / "out.jsonl"
+    out = tmp_path / "is/made/out.jsonl"
     said = forked.succeeds(*words, "--temperature", 0, "--out_path", out, cwd=tmp_path)
     assert said.startswith(f"3 answers to 3 prompts: {out} (")
     loaded = load(QUICKSTART)

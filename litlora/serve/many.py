@@ -111,6 +111,7 @@ class Partial:
 
     def add(self, answers: Iterator[tuple[Key, dict[str, Any]]]) -> None:
         """Store answers as they come."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write(json.dumps(self._head) + "\n")
