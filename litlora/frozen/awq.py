@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import DTYPES
-from litlora.frozen.grouped import Grouped, checked_scales, group_numbers
+from litlora.frozen.grouped import Grouped, PackedRows, checked_scales, group_numbers
 from litlora.frozen.methods import Storage
 from litlora.frozen.stored_tensors import StoredTensors, integers
+from litlora.storage.blocks import rows_at_a_time
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where row n of eight lies in a word, in nibbles from the lowest: even rows in the lower half."""
@@ -24,14 +25,28 @@ ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class AWQ(Grouped):
-    """Packed along the rows of W."""
+    """Eight rows of W in a word."""
 
     tool = "awq"
+
+    def in_rows(self) -> Grouped:
+        words = self.packed.new_empty(self.packed.size(1) * 8, self.columns // 8)
+        step = rows_at_a_time(self.shape, torch.int32.itemsize)
+        for first in range(0, len(words), step):
+            entries = self._entries(first, min(first + step, len(words)))
+            words[first : first + step] = (entries[:, ::2] | entries[:, 1::2] << 4).view(torch.int32)
+        facts = self.name, self.file, self.dtype, self.columns, self.stored_rows
+        return AWQRows(*facts, words, self.scales, self.zeros, self.groups, self.width).in_rows()
 
     def _entries(self, first: int, last: int) -> Tensor:
         start = first // 8
         entries = _unpacked(self.packed[:, start : -(-last // 8)])
         return entries[first - start * 8 : last - start * 8].contiguous()
+
+
+@dataclass(frozen=True)
+class AWQRows(PackedRows):
+    tool = "awq"
 
 
 def _unpacked(words: Tensor) -> Tensor:

@@ -22,22 +22,17 @@ from torch import Tensor
 
 from litlora.frozen.bitsandbytes import DTYPES
 from litlora.frozen.float8 import OF_ACTIVATIONS, find_float8, is_float8
-from litlora.frozen.grouped import Grouped, checked_groups, group_numbers
+from litlora.frozen.grouped import Grouped, PackedRows, checked_groups, group_numbers
 from litlora.frozen.methods import Storage
 from litlora.frozen.stored_tensors import StoredTensors, floating, integers, unpacked
+from litlora.kernels.cpu import Layout
 
 ACTIVATION_ZEROS = ("input_zero_point", "output_zero_point", "k_zero_point", "v_zero_point")
 
 
 @dataclass(frozen=True)
-class Packed(Grouped):
-    """Unsigned numbers, packed along the rows of W."""
-
+class Packed(PackedRows):
     tool = "compressed-tensors"
-
-    def _entries(self, first: int, last: int) -> Tensor:
-        entries = unpacked(self.packed[first:last].t(), self.width, self.columns)
-        return entries.t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,9 @@ class Int8(Grouped):
     """Signed numbers, a byte each."""
 
     tool = "compressed-tensors"
+
+    def layout(self) -> Layout:
+        return self._layout("signed8")
 
     def _entries(self, first: int, last: int) -> Tensor:
         return self.packed[first:last]

@@ -55,6 +55,11 @@ class Quantized(LazyTensor):
         """The matrix as it is to be kept: one that is still to be quantised is quantised now."""
         return self
 
+    def in_rows(self) -> "Quantized":
+        """The matrix, stored row by row as compiled code reads it, for columns that `cpu.reads`; itself if
+        there is no need."""
+        return self
+
     def layout(self) -> Layout | None:
         """How the stored rows lie in memory, for compiled code; None if there is none for them."""
         return None
@@ -77,7 +82,7 @@ class Quantized(LazyTensor):
     @property
     def nbytes(self) -> int:
         """The memory that the stored tensors take."""
-        return sum(tensor.nbytes for tensor in _tensors(self))
+        return sum(tensor.nbytes for tensor in tensors_of(self))
 
     def take(self, stored_rows: Tensor) -> "Quantized":
         """The matrix of these stored rows, given by their numbers."""
@@ -146,10 +151,10 @@ def _runs(rows: range | Tensor) -> list[tuple[int, int]]:
     return [(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors in a stored matrix, or in a part of one."""
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_of(getattr(value, field.name))

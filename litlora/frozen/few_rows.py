@@ -24,12 +24,15 @@ def product(x: Tensor, matrix: Quantized, compiled: cpu.Compiled | None) -> Tens
     """x Wᵀ (..., out) for x (..., in), of the dtype of x, where nothing learns; None where computing
     with W's values is as quick, or where these were rounded to fewer bits than x has.
 
-    W itself is never rounded. `compiled` is what reads the matrix, if anything does.
+    W itself is not rounded, but where its compiled code does so. `compiled` is what reads the matrix for x
+    of this dtype, if anything does.
     """
-    if x.dtype != matrix.dtype or not (cpu.is_few(x) and cpu.is_plain(x)):
+    if not (cpu.is_few(x) and cpu.is_plain(x)):
         return None
     if compiled is not None:
         return compiled.times(x).to(x.dtype)
+    if x.dtype != matrix.dtype:
+        return None
     sums = _in_pieces(x.reshape(-1, x.size(-1)).float(), matrix)
     return sums.to(x.dtype).view(*x.shape[:-1], -1)
 

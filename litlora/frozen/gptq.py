@@ -1,6 +1,6 @@
 """Weights that GPTQ stored in 2, 3, 4 or 8 bits (Frantar et al. 2022, arXiv:2210.17323).
 
-    X.qweight  int32 (in · bits / 32, out): the entries of a column of W one after the other, the
+    X.qweight  int32 (in · bits / 32, out): the entries of a row of W one below the other, the
                first in the lowest bits
     X.qzeros   int32 (groups, out · bits / 32): zero points, along the rows of W; the files of the
                first version store them less 1 ("gptq", not "gptq_v2")
@@ -16,19 +16,16 @@ from functools import partial
 from torch import Tensor
 
 from litlora.frozen.bitsandbytes import DTYPES
-from litlora.frozen.grouped import Grouped, checked_groups, checked_scales, group_numbers
+from litlora.frozen.grouped import PackedRows, checked_groups, checked_scales, group_numbers
 from litlora.frozen.methods import Storage
 from litlora.frozen.stored_tensors import StoredTensors, integers, unpacked
 
 
 @dataclass(frozen=True)
-class GPTQ(Grouped):
-    """Packed along the columns of W."""
+class GPTQ(PackedRows):
+    """A file has the transpose of `packed`."""
 
     tool = "gptq"
-
-    def _entries(self, first: int, last: int) -> Tensor:
-        return unpacked(self.packed[:, first:last], self.width, self.columns).t().contiguous()
 
 
 def find_gptq(parts: StoredTensors, storage: Storage) -> None:
@@ -53,7 +50,7 @@ def _gptq(parts: StoredTensors, module: str, storage: Storage) -> GPTQ:
         groups = checked_groups(index, columns, count, size, "g_idx")
     dtype = scales.dtype if scales.dtype in DTYPES.values() else parts.dtype
     facts = (f"{module}.weight", parts.file(name), dtype, columns, range(rows))
-    return GPTQ(*facts, packed, scales.t(), zeros, groups, bits)
+    return GPTQ(*facts, packed.t(), scales.t(), zeros, groups, bits)
 
 
 def _zeros(words: Tensor, storage: Storage, rows: int) -> Tensor:

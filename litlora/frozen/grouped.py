@@ -2,13 +2,14 @@
 columns of a row: W = (q - zero) · scale."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from litlora.frozen.few_bits import Quantized
-from litlora.frozen.stored_tensors import floating
+from litlora.frozen.stored_tensors import floating, unpacked
+from litlora.kernels.cpu import BY_ROW, STEP, Layout, power_of_two
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,38 @@ class Grouped(Quantized):
     def _entries(self, first: int, last: int) -> Tensor:
         """q of these stored rows, (n, in), contiguous, in whole numbers of 8 bits."""
 
+    def in_rows(self) -> "Grouped":
+        rows, zeros = self.stored_rows, self.zeros
+        count = len(rows)
+        rows = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+        return replace(
+            self,
+            stored_rows=range(count),
+            packed=self.packed[rows].contiguous(),
+            scales=self.scales[rows].float().contiguous(),
+            zeros=zeros if isinstance(zeros, int) else zeros[rows].contiguous(),
+        )
+
+    def _layout(self, format: str) -> Layout:
+        """Of entries that lie row by row, in a format of cpu.c."""
+        groups, of_all, shift = self.groups, isinstance(self.zeros, int), BY_ROW
+        if isinstance(groups, int) and groups != self.columns:
+            shift = power_of_two(groups) if groups % STEP == 0 else None
+            groups = groups if shift else (torch.arange(self.columns) // groups).to(torch.int32)
+        return Layout(
+            format=format,
+            columns=self.columns,
+            entries=self.packed,
+            row_bytes=self.packed.size(1) * self.packed.itemsize,
+            scales=self.scales.float(),
+            zeros=None if of_all else self.zeros,
+            offset=float(self.zeros) if of_all else 0.0,
+            groups=groups if isinstance(groups, Tensor) else None,
+            shift=shift or BY_ROW,
+            scales_per_row=self.scales.size(1),
+            rounded_to=self.dtype,
+        )
+
     def _largest(self) -> Tensor:
         return (self.scales.float().abs() * 2**self.width).flatten()
 
@@ -57,6 +90,18 @@ class Grouped(Quantized):
         grouped = values.view(last - first, -1, self.groups)
         grouped.sub_(zeros if isinstance(zeros, int) else zeros[..., None]).mul_(scales[..., None])
         return values
+
+
+@dataclass(frozen=True)
+class PackedRows(Grouped):
+    """Unsigned numbers, packed along the rows of W: `packed` is (out, ⌈in · bits / 32⌉) in int32, in any
+    order in memory, the first number in the lowest bits."""
+
+    def layout(self) -> Layout:
+        return self._layout(f"packed{self.width}")
+
+    def _entries(self, first: int, last: int) -> Tensor:
+        return unpacked(self.packed[first:last].t(), self.width, self.columns).t().contiguous()
 
 
 def group_numbers(columns: int, size: int | None) -> Tensor | int:

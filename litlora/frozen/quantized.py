@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.frozen import fp8_units
-from litlora.frozen.few_bits import Quantized
+from litlora.frozen.few_bits import Quantized, tensors_of
 from litlora.frozen.few_rows import product
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import cpu
+from litlora.storage.pages import mapped, release
 
 ALIGNMENT = 16
 """Of the tensors among the bytes of a weight."""
@@ -75,8 +76,9 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         return self.times_shared(x, bias, {})
 
     def times_shared(self, x: Tensor, bias: Tensor | None, made: dict[str, Any]) -> Tensor:
+        compiled = self.compiled if x.dtype in self.compiled_for else None
         matrix = self.matrix
-        y = product(x, matrix, self.compiled)
+        y = product(x, matrix, compiled)
         y = fp8_units.times(x, matrix, made) if y is None else y
         if y is not None:
             return y if bias is None else y + bias
@@ -105,7 +107,17 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         """The code that reads it as it is stored, on a CPU; None where there is none."""
         if self.stored_bytes is not None:  # which FSDP gathers in other memory for each use
             return None
+        if self.device.type == "cpu" and cpu.reads(self._matrix.columns):
+            before, self._matrix = self._matrix, self._matrix.in_rows()
+            if before is not self._matrix:
+                _let_go(before, self._matrix)
         return cpu.compiled(self._matrix.layout(), self._matrix.stored_rows)
+
+    @property
+    def compiled_for(self) -> tuple[torch.dtype, ...]:
+        # Values that are rounded are the same in every product.
+        rounded = self.compiled is not None and self.compiled.rounded
+        return tuple(cpu.DTYPES) if rounded else (self.dtype,)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         # A change of dtype would round the scales: only the device follows.
@@ -117,6 +129,13 @@ class QuantizedWeight(nn.Module, FrozenWeight):
 
     def extra_repr(self) -> str:
         return f"{self._matrix.kind}, {tuple(self.shape)}"
+
+
+def _let_go(matrix: Quantized, instead: Quantized) -> None:
+    """Give back the memory of a matrix in a mapped file that another one is used instead of."""
+    kept = {tensor.data_ptr() for tensor in tensors_of(instead)}
+    for tensor in mapped(tensor for tensor in tensors_of(matrix) if tensor.data_ptr() not in kept):
+        release(tensor)
 
 
 @dataclass(frozen=True)

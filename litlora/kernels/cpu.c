@@ -61,7 +61,7 @@ struct norm {
 typedef void (*some_rows)(
     const struct weight *, int64_t first, int64_t last, const float *x, int n, float *y);
 typedef void (*some_values)(
-    const struct weight *, int64_t first, int64_t last, int rounded, void *to, int is_bf16);
+    const struct weight *, int64_t first, int64_t last, int rounding, void *to, int dtype);
 
 /* ---- what is done with the values of any format */
 
@@ -118,10 +118,11 @@ static inline __attribute__((always_inline)) void multiply(
     }
 }
 
-/* Some rows of W into `to` (rows, columns), in fp32 or bf16; `rounded`: to bf16 first. */
+/* Some rows of W into `to` (rows, columns), of a dtype, rounded to that of `rounding` first. */
 static inline __attribute__((always_inline)) void write(
-    format values_at, const struct weight *w, int64_t first, int64_t last, int rounded, void *to, int is_bf16)
+    format values_at, const struct weight *w, int64_t first, int64_t last, int rounding, void *to, int dtype)
 {
+    rounding = rounding == dtype ? F32 : rounding; /* once is enough */
     for (int64_t row = first; row < last; row++) {
         int64_t stored = stored_row(w, row);
         for (int64_t column = 0; column < w->columns; column += STEP) {
@@ -129,13 +130,13 @@ static inline __attribute__((always_inline)) void write(
             f32x8 v[4];
             values_at(w, stored, column, v);
             for (int k = 0; k < 4; k++) {
-                u32x8 bits = is_bf16 || rounded ? bf16_bits(v[k]) : (u32x8)v[k];
-                if (is_bf16) {
-                    u16x8 narrow = __builtin_convertvector(bits, u16x8);
-                    memcpy((uint16_t *)to + place + 8 * k, &narrow, sizeof narrow);
-                } else {
-                    bits = rounded ? bits << 16 : bits;
-                    memcpy((float *)to + place + 8 * k, &bits, sizeof bits);
+                f32x8 value = rounded_to(v[k], rounding);
+                if (dtype == F32)
+                    memcpy((float *)to + place + 8 * k, &value, sizeof value);
+                else {
+                    u16x8 bits = __builtin_convertvector(bf16_bits(value), u16x8);
+                    bits = dtype == F16 ? f16_bits(value) : bits;
+                    memcpy((uint16_t *)to + place + 8 * k, &bits, sizeof bits);
                 }
             }
         }
@@ -149,14 +150,15 @@ static inline __attribute__((always_inline)) void write(
         multiply(name, w, first, last, x, n, y);                                                 \
     }                                                                                            \
     static void name##_values(                                                                   \
-        const struct weight *w, int64_t first, int64_t last, int rounded, void *to, int is_bf16) \
+        const struct weight *w, int64_t first, int64_t last, int rounding, void *to, int dtype)  \
     {                                                                                            \
-        write(name, w, first, last, rounded, to, is_bf16);                                       \
+        write(name, w, first, last, rounding, to, dtype);                                        \
     }
 
-#define EACH(do_it)                                                       \
-    do_it(f32) do_it(bf16) do_it(f16) do_it(int8) do_it(e4m3) do_it(e5m2) \
-    do_it(four_bits) do_it(four_bits_nested) do_it(mxfp4)                 \
+#define EACH(do_it)                                                            \
+    do_it(f32) do_it(bf16) do_it(f16) do_it(int8) do_it(e4m3) do_it(e5m2)      \
+    do_it(four_bits) do_it(four_bits_nested) do_it(mxfp4)                      \
+    do_it(packed2) do_it(packed3) do_it(packed4) do_it(packed8) do_it(signed8) \
     do_it(q8_0) do_it(q4_0) do_it(q4_1) do_it(q5_0) do_it(q5_1) do_it(q4_k) do_it(q5_k) do_it(q6_k)
 
 EACH(FORMAT)
@@ -195,13 +197,13 @@ static inline int enough(int64_t numbers, int threads)
     return numbers < SMALL ? 1 : threads;
 }
 
-void values(int number, const struct weight *w, int rounded, void *to, int is_bf16, int threads)
+void values(int number, const struct weight *w, int rounding, void *to, int dtype, int threads)
 {
     threads = enough(w->rows * w->columns, threads);
     int64_t pieces = threads > 1 ? threads * PIECES : 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++)
-        values_of[number](w, w->rows * piece / pieces, w->rows * (piece + 1) / pieces, rounded, to, is_bf16);
+        values_of[number](w, w->rows * piece / pieces, w->rows * (piece + 1) / pieces, rounding, to, dtype);
 }
 
 /* Eight numbers of an array in fp32 or bf16, from a place on. */

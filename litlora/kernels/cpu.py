@@ -31,6 +31,8 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 """Their numbers in cpu.c."""
 BY_ROW = 63
 """The shift of a scale that all columns of a row share."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What values are rounded to and written in, by their numbers in cpu.c."""
 
 
 class Weight(ctypes.Structure):
@@ -47,11 +49,14 @@ class Weight(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("outer_table", ctypes.c_void_p),
         ("scale_bytes", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
         ("shift", ctypes.c_int64),
         ("outer_shift", ctypes.c_int64),
         ("rows_per_scale", ctypes.c_int64),
         ("scales_per_row", ctypes.c_int64),
         ("offset", ctypes.c_float),
+        ("rounding", ctypes.c_int),
     ]
 
 
@@ -72,6 +77,10 @@ class Layout:
     scale_bytes: Tensor | None = None
     """Scales of 8 bits: exponents, or entries of `outer_table`, (256,) in fp32."""
     outer_table: Tensor | None = None
+    zeros: Tensor | None = None
+    """Zero points of 8 bits, one for each scale."""
+    groups: Tensor | None = None
+    """(columns,) in int32: which of a row's scales is that of each column, if they are not in order."""
     shift: int = BY_ROW
     """2^shift values share a scale."""
     outer_shift: int = 0
@@ -79,7 +88,9 @@ class Layout:
     rows_per_scale: int = 1
     scales_per_row: int = 1
     offset: float = 0.0
-    """Added to scales that have scales."""
+    """Added to scales that have scales; the zero point of all, where there are no `zeros`."""
+    rounded_to: torch.dtype | None = None
+    """What the values of whole numbers are rounded to; those of other formats are not."""
 
 
 class PartStruct(ctypes.Structure):
@@ -99,11 +110,13 @@ class Compiled:
         order = stored_rows.to(torch.int64).contiguous() if isinstance(stored_rows, Tensor) else None
         self._kept = layout, order  # the memory that is pointed to
         self.rows, self.columns = len(stored_rows), layout.columns
+        self.rounded = layout.rounded_to is not None
+        """Whether the values are those of the matrix in its own dtype."""
         self.number = library().format_number(layout.format.encode())
         assert self.number >= 0, layout.format
         tensors = {
             name: None if (tensor := getattr(layout, name)) is None else tensor.data_ptr()
-            for name in ("entries", "scales", "table", "outer_table", "scale_bytes")
+            for name in ("entries", "scales", "table", "outer_table", "scale_bytes", "zeros", "groups")
         }
         numbers = ("columns", "row_bytes", "shift", "outer_shift", "rows_per_scale", "scales_per_row")
         self.struct = Weight(
@@ -111,6 +124,7 @@ class Compiled:
             first=0 if order is not None else stored_rows.start,
             order=None if order is None else order.data_ptr(),
             offset=layout.offset,
+            rounding=DTYPES.get(layout.rounded_to, 0),
             **tensors,
             **{name: getattr(layout, name) for name in numbers},
         )
@@ -118,7 +132,8 @@ class Compiled:
         self._pointers = ctypes.byref(self._alone), ctypes.byref(self.struct)
 
     def times(self, x: Tensor) -> Tensor:
-        """x Wᵀ (..., out) in fp32 for x (..., in), at most MOST_ROWS rows; W's values are not rounded."""
+        """x Wᵀ (..., out) in fp32 for x (..., in), at most MOST_ROWS rows; W's values are not rounded, but
+        where the layout says so."""
         x = x.float().contiguous()
         y = torch.empty((*x.shape[:-1], self.rows))
         places = x.data_ptr(), x.numel() // x.size(-1), y.data_ptr()
@@ -127,12 +142,10 @@ class Compiled:
 
     def write_to(self, W: Tensor, dtype: torch.dtype) -> bool:
         """Write the values to W (out, in), rounded to `dtype` and then to W's own; False where it cannot."""
-        known = (torch.float32, torch.bfloat16)
-        if W.dtype not in known or dtype not in known or not W.is_contiguous():
+        if not {W.dtype, dtype} <= DTYPES.keys() or not W.is_contiguous():
             return False
-        rounded, is_bf16 = dtype == torch.bfloat16, W.dtype == torch.bfloat16
-        threads = torch.get_num_threads()
-        library().values(self.number, self._pointers[1], rounded, W.data_ptr(), is_bf16, threads)
+        places = W.data_ptr(), DTYPES[W.dtype], torch.get_num_threads()
+        library().values(self.number, self._pointers[1], DTYPES[dtype], *places)
         return True
 
 
@@ -340,14 +353,19 @@ def attend_one(
 
 def compiled(layout: Layout | None, stored_rows: range | Tensor) -> Compiled | None:
     """None where there is no compiler, or no code for it."""
-    if layout is None or layout.columns % STEP or not layout.columns or not len(stored_rows):
+    if layout is None or not reads(layout.columns) or not len(stored_rows):
         return None
     if isinstance(stored_rows, range) and stored_rows.step != 1:
         return None
     tensors = [value for value in vars(layout).values() if isinstance(value, Tensor)]
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
         return None
-    return None if library() is None else Compiled(layout, stored_rows)
+    return Compiled(layout, stored_rows)
+
+
+def reads(columns: int) -> bool:
+    """Whether there is compiled code for a matrix of so many columns."""
+    return columns > 0 and columns % STEP == 0 and library() is not None
 
 
 def has_threads() -> bool:

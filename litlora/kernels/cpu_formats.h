@@ -25,9 +25,11 @@ struct weight {
     const int64_t *order;
     const uint8_t *entries;
     const float *scales, *table, *outer_table;
-    const uint8_t *scale_bytes;
+    const uint8_t *scale_bytes, *zeros;
+    const int32_t *groups;
     int64_t shift, outer_shift, rows_per_scale, scales_per_row;
     float offset;
+    int rounding;
 };
 
 /* ---- numbers */
@@ -120,6 +122,34 @@ static inline u32x8 bf16_bits(f32x8 v)
 {
     u32x8 bits = (u32x8)v, is_nan = (u32x8)(v != v); /* whose bits would run over */
     return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_nan) | (is_nan & 0x7fc0);
+}
+
+/* Bits of a half: rounded to the nearest, ties to even. */
+static inline u16x8 f16_bits(f32x8 v)
+{
+#ifdef X86
+    return (u16x8)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    u32x8 bits = (u32x8)v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    u32x8 result = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    /* Those below 2^-14 are whole numbers of 2^-24, of which 1/2 has room for the lowest bits. */
+    u32x8 subnormal = (u32x8)((f32x8)magnitude + 0.5f) - 0x3f000000;
+    u32x8 is_subnormal = (u32x8)(magnitude < 0x38800000), is_nan = (u32x8)(v != v);
+    u32x8 is_infinite = (u32x8)(magnitude >= 0x477ff000);
+    result = (subnormal & is_subnormal) | (result & ~is_subnormal);
+    result = (0x7c00 & is_infinite) | (result & ~is_infinite);
+    return __builtin_convertvector(result | (is_nan & 0x200) | sign, u16x8);
+#endif
+}
+
+/* A dtype, as `DTYPES` in cpu.py numbers them. */
+#define F32 0
+#define BF16 1
+#define F16 2
+
+static inline f32x8 rounded_to(f32x8 v, int dtype)
+{
+    return dtype == F32 ? v : dtype == BF16 ? (f32x8)(bf16_bits(v) << 16) : from_f16(f16_bits(v));
 }
 
 /* ---- formats: each makes the 32 values of a row that begin at a column */
@@ -249,6 +279,79 @@ static inline void mxfp4(const struct weight *w, int64_t row, int64_t column, f3
     uint32_t exponent = w->scale_bytes[place / 32];
     look_up(w->entries + place / 2, w->table, 0, v);
     scale_all(v, bits_to_float(exponent ? exponent << 23 : 1 << 22)); /* 2^-127 is subnormal */
+}
+
+/* ---- whole numbers of some bits, with a scale and a zero point for each group of columns */
+
+static inline float zero_of(const struct weight *w, int64_t place, int is_signed)
+{
+    if (!w->zeros)
+        return w->offset;
+    return is_signed ? (float)(int8_t)w->zeros[place] : (float)w->zeros[place];
+}
+
+/* Of 32 numbers q: (q - zero) · scale, rounded to the dtype of W. */
+static inline void in_groups(const struct weight *w, int64_t row, int64_t column, int is_signed, f32x8 v[4])
+{
+    int64_t first = row * w->scales_per_row, place = first + (column >> w->shift);
+    if (!w->groups) {
+        float scale = w->scales[place], zero = zero_of(w, place, is_signed);
+        for (int k = 0; k < 4; k++)
+            v[k] = rounded_to((v[k] - zero) * scale, w->rounding);
+        return;
+    }
+    float scales[STEP], zeros[STEP];
+    for (int i = 0; i < STEP; i++) {
+        place = first + w->groups[column + i];
+        scales[i] = w->scales[place], zeros[i] = zero_of(w, place, is_signed);
+    }
+    for (int k = 0; k < 4; k++)
+        v[k] = rounded_to((v[k] - load(zeros + 8 * k)) * load(scales + 8 * k), w->rounding);
+}
+
+/* The first number is in the lowest bits. */
+static inline __attribute__((always_inline)) void of_bits(
+    const struct weight *w, int64_t row, int64_t column, int bits, f32x8 v[4])
+{
+    const uint8_t *eight = w->entries + row * w->row_bytes + column * bits / 8;
+    const u32x8 numbers = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (int k = 0; k < 4; k++, eight += bits) {
+        uint32_t word = 0;
+        for (int i = 0; i < bits; i++)
+            word |= (uint32_t)eight[i] << 8 * i;
+        i32x8 q = (i32x8)(word >> numbers * (uint32_t)bits & (1u << bits) - 1);
+        v[k] = __builtin_convertvector(q, f32x8);
+    }
+    in_groups(w, row, column, 0, v);
+}
+
+static inline void packed2(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
+{
+    of_bits(w, row, column, 2, v);
+}
+
+static inline void packed3(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
+{
+    of_bits(w, row, column, 3, v);
+}
+
+static inline void packed4(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
+{
+    of_bits(w, row, column, 4, v);
+}
+
+static inline void packed8(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
+{
+    for (int k = 0; k < 4; k++)
+        v[k] = from_u8(w->entries + row * w->row_bytes + column + 8 * k);
+    in_groups(w, row, column, 0, v);
+}
+
+static inline void signed8(const struct weight *w, int64_t row, int64_t column, f32x8 v[4])
+{
+    for (int k = 0; k < 4; k++)
+        v[k] = from_i8(w->entries + row * w->row_bytes + column + 8 * k);
+    in_groups(w, row, column, 1, v);
 }
 
 /* ---- ggml's blocks of 32 */

@@ -122,6 +122,22 @@ def test_what_is_not_finite_stays_so():
     assert y[0, 0] == torch.inf and y[0, 1].isnan() and y[0, 2] == 32
 
 
+def test_halves_are_rounded_to_the_nearest():
+    halves = torch.arange(2**16).to(torch.uint16).view(torch.float16)
+    halves = halves[halves.isfinite()].float().unique()
+    between = (halves[1:] + halves[:-1]) / 2  # ties, to even
+    more = torch.tensor([65519.996, 65520.0, 1e38, torch.inf, torch.nan, 2.0**-25, 1e-40])
+    values = torch.cat(
+        [halves, between, between.nextafter(halves[1:]), between.nextafter(halves[:-1]), more, -more]
+    )
+    values = F.pad(values, (0, -len(values) % 32)).view(-1, 32)
+    written = torch.empty(values.shape, dtype=torch.float16)
+    assert few_rows(values).compiled.write_to(written, torch.float32)
+    assert written.isnan().sum() == 2
+    same = written.view(torch.int16) == values.half().view(torch.int16)
+    assert (same | written.isnan()).all()
+
+
 def test_what_learns_and_what_does_not_suit_stays_with_torch():
     x, weight = torch.randn(3, 64), torch.randn(64)
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
