@@ -17,10 +17,12 @@ from litlora.frozen.bitsandbytes import DTYPES
 from litlora.frozen.grouped import Grouped, PackedRows, checked_scales, group_numbers
 from litlora.frozen.methods import Storage
 from litlora.frozen.stored_tensors import StoredTensors, integers
-from litlora.storage.blocks import rows_at_a_time
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where row n of eight lies in a word, in nibbles from the lowest: even rows in the lower half."""
+
+WORDS = 64
+"""Columns of words that are packed anew at a time: what fits into the caches."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,19 @@ class AWQ(Grouped):
     tool = "awq"
 
     def in_rows(self) -> Grouped:
-        words = self.packed.new_empty(self.packed.size(1) * 8, self.columns // 8)
-        step = rows_at_a_time(self.shape, torch.int32.itemsize)
-        for first in range(0, len(words), step):
-            entries = self._entries(first, min(first + step, len(words)))
-            words[first : first + step] = (entries[:, ::2] | entries[:, 1::2] << 4).view(torch.int32)
+        pairs = self.columns // 2
+        rows = torch.empty(self.packed.size(1), 8, pairs, dtype=torch.uint8)
+        for first in range(0, len(rows), WORDS):
+            words = self.packed[:, first : first + WORDS]
+            even, odd = words[::2], words[1::2]
+            # Of each byte of both columns the lower halves, and the upper halves.
+            lower = (even & 0x0F0F0F0F) | (odd & 0x0F0F0F0F) << 4
+            upper = (even >> 4 & 0x0F0F0F0F) | (odd & ~0x0F0F0F0F)
+            halves = torch.stack([lower, upper]).permute(2, 0, 1).contiguous()
+            halves = halves.view(torch.uint8).view(-1, 2, pairs, 4)
+            for row, place in enumerate(ORDER):
+                rows[first : first + WORDS, row] = halves[:, place % 2, :, place // 2]
+        words = rows.view(-1, pairs).view(torch.int32)
         facts = self.name, self.file, self.dtype, self.columns, self.stored_rows
         return AWQRows(*facts, words, self.scales, self.zeros, self.groups, self.width).in_rows()
 

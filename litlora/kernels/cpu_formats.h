@@ -147,9 +147,13 @@ static inline u16x8 f16_bits(f32x8 v)
 #define BF16 1
 #define F16 2
 
+/* Of finite numbers. */
 static inline f32x8 rounded_to(f32x8 v, int dtype)
 {
-    return dtype == F32 ? v : dtype == BF16 ? (f32x8)(bf16_bits(v) << 16) : from_f16(f16_bits(v));
+    u32x8 bits = (u32x8)v;
+    if (dtype == BF16)
+        return (f32x8)(bits + 0x7fff + (bits >> 16 & 1) & 0xffff0000);
+    return dtype == F16 ? from_f16(f16_bits(v)) : v;
 }
 
 /* ---- formats: each makes the 32 values of a row that begin at a column */
