@@ -21,6 +21,7 @@ from litlora.lora import LoRAConfig, add_lora
 from litlora.serve.answer import Request
 from litlora.serve.engine import Engine
 from litlora.serve.sampling import Sampling
+from litlora.train.compile import compile_blocks
 
 
 def gptq(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -181,6 +182,33 @@ def test_an_engine_answers_to_the_bit_as_on_the_values(family, how, tmp_path, to
             answers = [engine.submit(request) for request in requests]
             found[name] = [[(token.id, token.logprob) for token in answer] for answer in answers]
         assert found["stored"] == found["plain"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+@pytest.mark.parametrize("how", ["gptq", "fp8"])
+def test_compiled_blocks_on_a_stored_base_learn_the_same(how, tmp_path, tokenizer_dir):
+    save_folder("llama", tmp_path / "stored", vocab_size=400, intermediate_size=64)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "stored")
+    store(tmp_path / "stored", how)
+    grads = []
+    for is_compiled in (False, True):
+        torch.manual_seed(1)
+        model = load(tmp_path / "stored", dense=[]).model
+        add_lora(model, LoRAConfig(rank=4, targets="all-linear"))
+        model = model.float()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if is_compiled:
+            torch._dynamo.reset()
+            compile_blocks(model, backend="eager")
+        for count in (20, 7):  # and few tokens
+            model(torch.arange(count)[None] * 7 % 300).logsumexp(-1).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

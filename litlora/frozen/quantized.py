@@ -76,7 +76,8 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         return self.times_shared(x, bias, {})
 
     def times_shared(self, x: Tensor, bias: Tensor | None, made: dict[str, Any]) -> Tensor:
-        compiled = self.compiled if x.dtype in self.compiled_for else None
+        # Asked last, as a compiler cannot follow how that code is found.
+        compiled = self.compiled if cpu.is_plain(x) and x.dtype in self.compiled_for else None
         matrix = self.matrix
         y = product(x, matrix, compiled)
         y = fp8_units.times(x, matrix, made) if y is None else y

@@ -40,7 +40,7 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activa
 
 def _parts(x: Tensor, linears: Sequence[nn.Module]) -> tuple[cpu.Part, ...] | None:
     """The layers for compiled code, if x (..., in) is few rows and there is code for all of them."""
-    if not cpu.is_few(x):
+    if not (cpu.is_few(x) and cpu.is_plain(x)):
         return None
     parts = tuple(getattr(linear, "part", None) for linear in linears)
     return None if None in parts else parts
