@@ -10,6 +10,7 @@
 #include <math.h>
 
 #include "cpu_formats.h"
+#include "cpu_groups.h"
 
 #define TILE 512 /* values that wait in the first cache for several rows of x */
 #define MOST_ROWS 16

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu.c")
-INCLUDED = [SOURCE.with_name(name) for name in ("cpu_formats.h", "cpu_block.h")]
+INCLUDED = [SOURCE.with_name(name) for name in ("cpu_formats.h", "cpu_groups.h", "cpu_block.h")]
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-w", "-shared", "-fPIC")
 TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """Further flags: the first that the compiler takes. torch's own OpenMP runtime is in memory already, and
