@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import yaml
 
 from litlora.console import shown
 from litlora.formats.families import HF_CONFIG_FILE
-from litlora.hub import STATE_DIR
+from litlora.hub import STATE_DIR, origin
 from litlora.paths import CARD_FILE, FINAL, HYPERPARAMETERS_FILE, LICENCE_FILES
 from litlora.prompts.styles import TEMPLATE_FILE
 from litlora.report.history import History, flat_settings, read_history
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 LARGEST_TEXT = 2**20
 """Characters of a README.md or a licence that are read."""
-OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 SETTINGS = (
     *("train.epochs", "train.max_steps", "train.global_batch_size", "train.packing", "train.max_seq_length"),
     *("train.learning_rate", "train.warmup_steps", "train.optimizer", "train.weight_decay"),
@@ -55,6 +56,12 @@ class Use:
     """Code in Python."""
     asked: str | None = None
     """How it is asked and where its answers end; None: the code shows it."""
+    base_model: str | None = None
+    """The base's name on the hub, if whoever exports says so."""
+    is_adapter: bool = False
+    """Whether it needs its base beside it."""
+    task: str = "text-generation"
+    """pipeline_tag of the hub: what a page there offers to try."""
 
 
 def write_card(directory: Path, chain: "Chain", use: Use) -> None:
@@ -68,9 +75,13 @@ def card(chain: "Chain", use: Use) -> str:
     base = _base_of(chain, run)
     licence = licence_of(base)
     facts: dict[str, Any] = {"library_name": use.library}
-    if (base_id := hub_name(base)) is not None:
+    facts["pipeline_tag"] = use.task
+    if (base_id := use.base_model or hub_name(base)) is not None:
         facts["base_model"] = base_id
-    facts |= licence.facts
+        if use.is_adapter or chain.adapters or run is not None:
+            # Said, as the hub would take a GGUF file of a tuned model for its base in fewer bits.
+            facts["base_model_relation"] = "adapter" if use.is_adapter else "finetune"
+    facts |= licence.linked(base_id)
     facts["tags"] = ["litlora", *(["lora"] if chain.adapters else [])]
     if (data_id := _hub_data(run)) is not None:
         facts["datasets"] = [data_id]
@@ -96,6 +107,9 @@ inputs = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
 
 
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+
+
 def of_folder(directory: Path) -> Use:
     """A Hugging Face folder that is complete but for its card."""
     named = str(read_json_object(directory / HF_CONFIG_FILE).get("architectures", [""])[0])
@@ -111,16 +125,15 @@ folder = "."  # this folder, or its name on the hub
 model = {loader}.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
     asked = None if _has_template(directory) else "It has no chat template: it continues a text."
-    return Use("transformers", "as a Hugging Face folder", load + ("" if asked else _ASK), asked)
+    what = "as a Hugging Face folder"
+    return Use("transformers", what, load + ("" if asked else _ASK), asked, task=TASKS[loader])
 
 
 def of_peft(chain: "Chain", base_model: str | None, directory: Path, quantised_by: str) -> Use:
     """A PEFT folder that is complete but for its card; `quantised_by` is what makes transformers
     quantise the base as in training."""
     loader = "AutoModelForImageTextToText" if chain.base.parts else "AutoModelForCausalLM"
-    base = (
-        base_model or hub_name(chain.base.directory) or "/".join(chain.base.directory.absolute().parts[-2:])
-    )
+    base = base_model or hub_name(chain.base.directory) or _last_parts(chain.base.directory)
     config = ", BitsAndBytesConfig" if quantised_by else ""
     load = f"""\
 from peft import PeftModel
@@ -134,24 +147,25 @@ model = {loader}.from_pretrained(base{quantised_by})
     if rows is not None and rows.num_rows > chain.config.vocab_size:
         load += f"model.resize_token_embeddings({rows.num_rows})\n"
     load += "model = PeftModel.from_pretrained(model, folder)"
-    if not _has_template(directory):
-        return Use("peft", "as a PEFT folder", load.replace(", AutoTokenizer", ""))
-    load += "\ntokenizer = AutoTokenizer.from_pretrained(folder)"
-    return Use("peft", "as a PEFT folder", load + _ASK)
+    if _has_template(directory):
+        load += "\ntokenizer = AutoTokenizer.from_pretrained(folder)" + _ASK
+    else:
+        load = load.replace(", AutoTokenizer", "")
+    said = _said_name(base_model)
+    return Use("peft", "as a PEFT folder", load, base_model=said, is_adapter=True, task=TASKS[loader])
 
 
 def of_mlx(base_model: str) -> Use:
     """An adapter folder of mlx-lm."""
-    name = (
-        base_model if OWNER_NAME.fullmatch(base_model) else "/".join(Path(base_model).absolute().parts[-2:])
-    )
+    said = _said_name(base_model)
+    name = said or _last_parts(Path(base_model))
     load = f"""\
 from mlx_lm import generate, load
 
 model, tokenizer = load({json.dumps(name)}, adapter_path=".")
 messages = [{{"role": "user", "content": "What is a llama?"}}]
 print(generate(model, tokenizer, tokenizer.apply_chat_template(messages, add_generation_prompt=True)))"""
-    return Use("mlx", "as an adapter of mlx-lm", load)
+    return Use("mlx", "as an adapter of mlx-lm", load, base_model=said, is_adapter=True)
 
 
 def of_gguf(file: str, asked: str, *, is_adapter: bool) -> Use:
@@ -163,7 +177,8 @@ from llama_cpp import Llama
 model = Llama({what})  # or llama-server of llama.cpp, or Ollama with the Modelfile
 messages = [{{"role": "user", "content": "What is a llama?"}}]
 print(model.create_chat_completion(messages, max_tokens=100)["choices"][0]["message"]["content"])"""
-    return Use("gguf", "as a GGUF adapter" if is_adapter else "as a GGUF file", load, asked)
+    what = "as a GGUF adapter" if is_adapter else "as a GGUF file"
+    return Use("gguf", what, load, asked, is_adapter=is_adapter)
 
 
 def _has_template(directory: Path) -> bool:
@@ -284,7 +299,7 @@ def _hub_data(run: Run | None) -> str | None:
     """The name of a data set of the hub."""
     settings = {} if run is None else run.history.settings
     place = str(settings.get("data.init_args.path") or settings.get("data.path") or "")
-    name = re.match(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)", place)
+    name = re.match(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?=[@/]|$)", place, re.ASCII)
     return name[1] if name else None
 
 
@@ -304,6 +319,17 @@ class Licence:
     facts: dict[str, str]
     """The entries of a model card that name it."""
     said: str
+
+    def linked(self, base_id: str | None) -> dict[str, str]:
+        """The facts, with a link to a file of the base's folder as one to the base on the hub; without
+        it, if the base has no name there: the file is not copied."""
+        link = self.facts.get("license_link", "")
+        if "://" in link:
+            return self.facts
+        facts = {key: value for key, value in self.facts.items() if key != "license_link"}
+        if link and base_id is not None:
+            facts["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{quote(link)}"
+        return facts
 
 
 def licence_of(directory: Path) -> Licence:
@@ -337,7 +363,10 @@ def front_matter(file: Path) -> Mapping[str, Any]:
 
 
 def hub_name(directory: Path) -> str | None:
-    """The name on the hub of a model that was downloaded from there into a directory of that name."""
+    """The name on the hub of a model that was downloaded from there: as the download noted it, or else
+    that of its directory."""
+    if (noted := origin(directory)) is not None:
+        return noted
     if not (directory / STATE_DIR / "huggingface").is_dir():
         return None
     name = "/".join(directory.absolute().parts[-2:])
@@ -350,8 +379,22 @@ def name_of(directory: Path) -> str:
     return place.parent.name if place.name == FINAL else place.name
 
 
+def _said_name(base_model: str | None) -> str | None:
+    """A base's name on the hub, if that is what was said, and not a directory here."""
+    is_name = base_model is not None and OWNER_NAME.fullmatch(base_model) and not Path(base_model).is_dir()
+    return base_model if is_name else None
+
+
 def _place(path: Path) -> str:
-    return f"`{re.sub('[`|]', '?', shown('/'.join(path.absolute().parts[-2:])))}`"
+    return f"`{re.sub('[`|]', '?', shown(_last_parts(path)))}`"
+
+
+def _last_parts(path: Path) -> str:
+    """The last two parts of a path; the last alone if the other is somebody's home directory, which
+    bears their name."""
+    parent, name = path.absolute().parent, path.absolute().name
+    is_home = parent == Path.home() or str(parent.parent) in ("/home", "/Users")
+    return name if is_home else "/".join(filter(None, (parent.name, name)))
 
 
 def _text(value: Any) -> str:

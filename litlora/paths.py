@@ -43,9 +43,8 @@ PEFT_NAMES = (
 """What a PEFT folder that we write holds."""
 MLX_NAMES = (PEFT_CONFIG_FILE, MLX_WEIGHTS_FILE, CARD_FILE)
 """What a folder for mlx-lm that we write holds."""
-HF_NAMES = ("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, CARD_FILE, *SIDECAR_FILES)
 HF_NAMES = (
-    *("model*.safetensors", "model.safetensors.index.json", STYLE_FILE, EVALUATION_FILE),
+    *("model*.safetensors", "model.safetensors.index.json", CARD_FILE, STYLE_FILE, EVALUATION_FILE),
     *SIDECAR_FILES,
 )
 """What a Hugging Face folder that we write holds."""

@@ -1,6 +1,8 @@
 """Uploads to the Hugging Face hub: what of an exported folder is uploaded, and the upload. Torch-free;
 needs the extra `hub`."""
 
+import glob
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +11,15 @@ from typing import Literal
 
 from litlora.errors import CheckpointError, MissingExtraError, UserError, setting
 from litlora.formats import PEFT_CONFIG_FILE
+from litlora.formats.ollama import MODELFILE
 from litlora.paths import CARD_FILE, GGUF_NAMES, HF_NAMES, LICENCE_FILES, MLX_NAMES, PEFT_NAMES, content
-from litlora.storage.untrusted import has_file, own_file, read_json_object
+from litlora.storage.untrusted import has_file, own_file, read_json_object, read_text
 
 WEIGHTS = ("*.safetensors", "*.gguf")
+TEXTS = (".json", ".yaml", ".jinja", ".txt", ".md", "")
+"""Suffixes of the files that are looked through for paths of this machine; a Modelfile has none."""
+REFERENCES = ("FROM ", "ADAPTER ")
+"""What a line of a Modelfile that names a file begins with."""
 Gated = Literal["false", "auto", "manual"]
 
 
@@ -28,7 +35,7 @@ def uploaded_files(directory: Path) -> list[Path]:
         raise UserError(
             f"{named}: holds {others[0]}, which no export wrote; move it elsewhere, or export anew"
         )
-    files = [own_file(directory / name) for name in ours]
+    files = [own_file(directory / name) for name in ours if has_file(directory / name)]
     if not any(file.match(pattern) for file in files for pattern in WEIGHTS):
         raise UserError(
             f"{named}: holds no weights of an exported folder (*.safetensors, *.gguf); export it with "
@@ -38,6 +45,9 @@ def uploaded_files(directory: Path) -> list[Path]:
         raise UserError(f"{named}: holds no {CARD_FILE}, the model card; export it anew")
     if has_file(directory / PEFT_CONFIG_FILE):
         _check_base(directory)
+    for file in files:
+        if file.suffix in TEXTS and file.name != "tokenizer.json":
+            _check_private(file)
     return files
 
 
@@ -51,13 +61,29 @@ def _check_base(directory: Path) -> None:
         )
 
 
+def _check_private(file: Path) -> None:
+    """Raise CheckpointError for a text that names a place of this machine: below the home directory of
+    whoever uploads, or in a Modelfile anywhere outside of the folder."""
+    text, home = read_text(file), f"{Path.home()}{os.sep}"
+    found = next((place for place in (home, json.dumps(home)[1:-1]) if len(home) > 2 and place in text), None)
+    if file.name == MODELFILE:
+        named = [line.partition(" ")[2].strip() for line in text.splitlines() if line.startswith(REFERENCES)]
+        found = next((place for place in named if place.startswith(("/", "~", ".."))), found)
+    if found is not None:
+        raise CheckpointError(
+            f"{file}: names {found}, a place of this machine; replace it by a name that others have, or "
+            "export anew"
+        )
+
+
 def upload(
     directory: Path, files: list[Path], repo_id: str, *, private: bool, gated: Gated, token: str | None
 ) -> str:
     """Create the repository, unless it exists, and upload the files in one commit; returns its address.
 
-    A repository that exists keeps its visibility. Raises UserError, with the way out, for a login that
-    is missing or may not write, and for a broken connection.
+    A name without an owner is one of whoever is logged in. A repository that exists keeps its
+    visibility. Raises UserError, with the way out, for a login that is missing or may not write, for a
+    card that the hub refuses, and for a broken connection.
     """
     try:
         from huggingface_hub import HfApi
@@ -68,12 +94,13 @@ def upload(
     api = HfApi(token=token)
     with _explained(repo_id):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = address.repo_id
         if gated != "false":
             api.update_repo_settings(repo_id, gated=gated)
         api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=[file.name for file in files],
+            allow_patterns=[glob.escape(file.name) for file in files],
             commit_message="Upload with litlora",
         )
     return str(address)
@@ -95,11 +122,15 @@ def _explained(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise UserError(f"{repo_id}: the hub does not let you write there ({status}): {login}") from None
-        raise UserError(
-            f"{repo_id}: the hub answers {status}: {_said(error)}; run the command again"
-        ) from None
+            why = f" (the hub says: {error.server_message})" if error.server_message else ""
+            raise UserError(
+                f"{repo_id}: the hub does not let you write there ({status}){why}: {login}"
+            ) from None
+        again = "; run the command again" if status >= 500 or status in (408, 409, 429) else ""
+        raise UserError(f"{repo_id}: the hub answers {status}: {_said(error)}{again}") from None
     except Exception as error:  # what a broken connection raises depends on the library's version
+        if isinstance(error, ValueError) and f"metadata in {CARD_FILE}" in str(error):
+            raise UserError(f"{repo_id}: the hub refuses the card: {_said(error)}") from None
         raise UserError(
             f"{repo_id}: the upload stopped: {_said(error)}; run the same command again, what is there stays"
         ) from None

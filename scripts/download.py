@@ -1,5 +1,5 @@
-"""Download a model from the Hugging Face hub. It needs no conversion, and an interrupted download
-is resumed by the same command.
+"""Download a model from the Hugging Face hub. It needs no conversion. After an interruption the same
+command goes on: files that are whole stay, and the one that broke off begins anew.
 
 python scripts/download.py --repo_id EleutherAI/pythia-70m
 """

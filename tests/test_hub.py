@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Forked, fails, succeeds
 
-from litlora.hub import needed_files
+from litlora.hub import needed_files, origin
 
 COMMIT = "0123456789" * 4
 LLAMA = {
@@ -55,6 +55,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, json.dumps({"id": repo_id, "sha": COMMIT, "siblings": siblings}).encode())
         repo_id, _, rest = path.partition("/resolve/")
         revision, _, name = rest.partition("/")
+        if self.headers.get("Authorization") == "Bearer wrong":
+            return self.answer(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
         if "gated" in repo_id and not self.headers.get("Authorization"):
             return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
         data = self.repositories.get(repo_id, {}).get(name)
@@ -97,7 +99,7 @@ def hub(tmp_path):
         "pytorch_model.bin": b"not needed",
         "README.md": b"---\nlicense: mit\n---\n",
     }
-    Hub.repositories = {"someone/llama": files, "someone/gated": files}
+    Hub.repositories = {name: files for name in ("someone/llama", "someone/gated", "someone/other")}
     Hub.repositories["someone/t5"] = {
         **files,
         "config.json": b'{"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}',
@@ -120,8 +122,11 @@ def hub(tmp_path):
     server.server_close()
 
 
-def get(directory: Path, repo_id: str, *words: object) -> list[object]:
-    return ["scripts/download.py", "--repo_id", repo_id, "--out_dir", directory, *words]
+def get(directory: Path, repo_id: str, *words: object) -> list[str]:
+    return ["scripts/download.py", f"--repo_id={repo_id}", "--out_dir", str(directory), *map(str, words)]
+
+
+NOT_NAMES = ("", "a/b/c", "../x", "a/..", "a\\b/c", "a b/c", "-a/b", "a--b", "x.git", "ä/b")
 
 
 def test_only_what_a_checkpoint_needs_is_downloaded(hub, tmp_path):
@@ -156,12 +161,28 @@ def test_what_cannot_be_downloaded_is_named(hub, tmp_path):
         for repo_id, words, message in (
             ("someone/nothing", [], "no such model"),
             ("someone/llama", ["--revision", "v9"], "--revision v9"),
+            (
+                "someone/llama",
+                ["--access_token", "wrong"],
+                "the hub does not accept the token.*--access_token",
+            ),
+            ("someone/llama", ["--access_token", "hf x"], "--access_token: holds a space or another [^x]*"),
             ("someone/data", [], "choose another repository"),
+            *((name, [], "--repo_id .*must be OWNER/NAME") for name in NOT_NAMES),
             ("someone/t5", [], "no causal decoder of this type.*weights were not downloaded"),
         ):
             done = light.run(*get(tmp_path / "model", repo_id, *words), cwd=tmp_path)
             assert done["status"] == 2 and re.fullmatch(f"error: .*{message}.*\n", done["stderr"]), done
             assert not (tmp_path / "model/model.safetensors").exists()
+        # One directory, one model: files of the same names would be replaced.
+        words = get(tmp_path / "llama", "someone/llama")
+        left = tmp_path / "llama/.cache/huggingface/download/x.incomplete"
+        left.parent.mkdir(parents=True)
+        left.touch()
+        assert (done := light.run(*words, cwd=tmp_path))["status"] == 0, done
+        assert origin(tmp_path / "llama") == "someone/llama" and not left.exists()
+        done = light.run(*get(tmp_path / "llama", "someone/other"), cwd=tmp_path)
+        assert "llama: already holds someone/llama, whose files would be replaced" in done["stderr"]
     finally:
         light.close()
 
@@ -169,13 +190,6 @@ def test_what_cannot_be_downloaded_is_named(hub, tmp_path):
 def test_an_unreachable_hub_is_one_line(hub, tmp_path):
     message = fails(*get(tmp_path / "model", "someone/llama"), **{**hub, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert "run the same command again to resume it" in message
-
-
-@pytest.mark.parametrize("repo_id", ["", "a/b/c", "../x", "a/..", "a\\b/c"])
-def test_an_invalid_name_is_refused(repo_id, tmp_path):
-    assert "--repo_id" in fails(
-        "scripts/download.py", f"--repo_id={repo_id}", "--out_dir", tmp_path / "model"
-    )
 
 
 def test_a_directory_with_other_things_is_left_alone(tmp_path):

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import fails, succeeds
+from conftest import Forked, fails, succeeds
 
 from litlora.errors import UserError
 from litlora.upload import uploaded_files
@@ -52,7 +52,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Invalid username or password."})
         if path == "/api/repos/create":
             asked = json.loads(body)
-            repo_id = f"{asked['organization']}/{asked['name']}" if "organization" in asked else asked["name"]
+            owner = asked.get("organization") or "me"
+            if owner != "me":
+                return self.answer(403, {"error": f"You may not create a model for {owner}."})
+            repo_id = f"{owner}/{asked['name']}"
             if repo_id in self.repositories:
                 return self.answer(409, {"error": "exists", "url": f"{self.address}/{repo_id}"})
             self.repositories[repo_id] = {
@@ -61,7 +64,8 @@ class Hub(BaseHTTPRequestHandler):
             }
             return self.answer(200, {"url": f"{self.address}/{repo_id}", "id": repo_id})
         if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
+            errors = [{"message": '"license" is not known'}] if b"license: odd" in body else []
+            return self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         if path.endswith("/info/lfs/objects/batch"):
             return self.answer(200, self.batch(json.loads(body)))
         repo_id, _, action = path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
@@ -159,14 +163,29 @@ def test_what_is_listed_is_what_is_uploaded(folder, hub):
     assert list(Hub.stored) == [oid]
 
 
-def test_a_login_that_may_not_write_is_named(folder, hub):
-    words = ("scripts/upload.py", "--folder", folder, "--repo_id", "me/poet", "--yes", "true")
-    said = fails(*words, **{**hub, "HF_TOKEN": "bad"})
-    assert "me/poet: the hub does not let you write there (401): log in with" in said
-    assert Hub.repositories == {}
+def test_what_the_hub_says_is_passed_on(folder, hub, tmp_path):
+    bad, good = (Forked("cli", "upload", **{**hub, "HF_TOKEN": token}) for token in ("bad", "good"))
+    words = ("scripts/upload.py", "--folder", str(folder), "--yes", "true", "--repo_id")
+    try:
+        said = bad.run(*words, "me/poet", cwd=tmp_path)["stderr"]
+        assert "me/poet: the hub does not let you write there (401)" in said and ": log in with" in said
+        said = good.run(*words, "they/poet", cwd=tmp_path)["stderr"]
+        assert "(403) (the hub says: You may not create a model for they.): log in with" in said
+        assert Hub.repositories == {}
+        card = (folder / "README.md").read_text()
+        (folder / "README.md").write_text(card.replace("---\n# x", "license: odd\n---\n# x"))
+        said = good.run(*words, "me/poet", cwd=tmp_path)["stderr"]
+        assert 'the hub refuses the card: Invalid metadata in README.md. - "license" is not known\n' in said
+        (folder / "README.md").write_text(card)
+        # A name alone is one of whoever is logged in.
+        said = good.run(*words, "poet", cwd=tmp_path)
+        assert said["status"] == 0 and "README.md" in Hub.repositories["me/poet"]["files"], said
+    finally:
+        bad.close()
+        good.close()
 
 
-def test_a_folder_that_no_export_wrote_is_refused(folder):
+def test_a_folder_that_no_export_wrote_is_refused(folder, monkeypatch):
     def refused(match: str) -> None:
         with pytest.raises(UserError, match=match):
             uploaded_files(folder)
@@ -178,6 +197,19 @@ def test_a_folder_that_no_export_wrote_is_refused(folder):
     refused("names its base as /home/jane/base, a directory of this machine; .*base_model OWNER/NAME")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
     assert len(uploaded_files(folder)) == 4
+    monkeypatch.setenv("HOME", "/data/jöhn")
+    for file, text, place in (
+        ("config.json", '{"_name_or_path": "/data/j\\u00f6hn/llama"}', r"/data/j.u00f6hn/"),
+        ("evaluation.json", '[{"data": "/data/jöhn/secret.jsonl"}]', "/data/jöhn/"),
+        ("Modelfile", "FROM /srv/base.gguf\nADAPTER ./adapter.gguf\n", "/srv/base.gguf"),
+    ):
+        (folder / file).write_text(text)
+        refused(f"{file}: names {place}, a place of this machine")
+        (folder / file).write_text("FROM llama3.2\n" if file == "Modelfile" else "{}")
+    assert len(uploaded_files(folder)) == 6
+    (folder / "vocab.json").mkdir()
+    refused("vocab.json: cannot be read: it is a directory")
+    (folder / "vocab.json").rmdir()
     (folder / "README.md").unlink()
     refused("holds no README.md")
     (folder / "model.safetensors").unlink()

@@ -1,9 +1,11 @@
 """The commands for whole checkpoints: convert, download."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from litlora.settings.checks import check_size, check_value, num_bytes
+from litlora.errors import setting
+from litlora.settings.checks import check, check_size, check_value, num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class ConvertLit:
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """Fetch a model from the Hugging Face hub; an interrupted download continues where it
-    stopped."""
+    """Fetch a model from the Hugging Face hub; after an interruption the same command goes on with
+    the file that broke off."""
 
     positional: ClassVar[str] = "repo_id"
     """The setting whose option name may be left out."""
@@ -66,6 +68,7 @@ class Download:
 
     def __post_init__(self) -> None:
         _check_repo_id(self)
+        _check_token(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,23 @@ class Upload:
 
     def __post_init__(self) -> None:
         _check_repo_id(self)
+        _check_token(self)
 
 
 def _check_repo_id(settings: Download | Upload) -> None:
-    parts = settings.repo_id.split("/")
-    sound = all(part and part not in (".", "..") and part.isprintable() for part in parts)
-    ok = len(parts) in (1, 2) and sound and "\\" not in settings.repo_id
-    check_value(settings, "repo_id", ok, "must be OWNER/NAME, as in EleutherAI/pythia-70m")
+    name, part = settings.repo_id, r"\w([\w.-]{0,94}\w)?"  # what huggingface_hub takes for a name
+    ok = re.fullmatch(f"({part}/)?{part}", name, re.ASCII) and not name.endswith(".git")
+    ok = ok and not any(pair in name for pair in ("--", ".."))
+    check_value(
+        settings,
+        "repo_id",
+        bool(ok),
+        "must be OWNER/NAME, as in EleutherAI/pythia-70m: letters, digits, -, _ and .",
+    )
+
+
+def _check_token(settings: Download | Upload) -> None:
+    """Without its value in the message: it is a secret."""
+    token = settings.access_token or ""
+    sound = token.isascii() and token.isprintable() and " " not in token
+    check(sound, f"{setting('access_token')}: holds a space or another character that no token has")
