@@ -19,6 +19,9 @@ from litlora.errors import CheckpointError, MissingExtraError, UserError, settin
 from litlora.paths import checkpoint_dir
 from litlora.settings import Serve, num_bytes
 
+READ_SECONDS = 60
+"""A client that reads nothing for so long is cut off: its answers count among max_requests."""
+
 if TYPE_CHECKING:
     from litlora.checkpoint import Chain
     from litlora.serve.api import Rules
@@ -69,6 +72,7 @@ def serve(opened: "Opened", rules: "Rules", listening: socket.socket, shutdown_s
         log_config=None,
         access_log=False,
         lifespan="off",
+        http="h11",  # the other that uvicorn may find, httptools, takes headers without end
         timeout_graceful_shutdown=shutdown_seconds,
     )
     # The command's threshold is for its start: a server would let a hundred MB of garbage pile up.
@@ -115,16 +119,19 @@ def rules(settings: Serve, directory: Path) -> "Rules":
         settings.api_key or os.environ.get("LITLORA_API_KEY") or None,
         Path(settings.load_from) if settings.load_from else None,
         next(filter(Path.is_file, reports), None),
-        LOOPBACK if settings.host in LOOPBACK else ("*",),
+        hosts=LOOPBACK if settings.host in LOOPBACK else ("*",),
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens before anything is loaded. Raises UserError if it cannot be."""
+def listen(host: str, port: int, read_seconds: float = READ_SECONDS) -> socket.socket:
+    """A socket that listens before anything is loaded, and cuts off clients that read nothing for
+    `read_seconds`, where the system can. Raises UserError if it cannot be."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; all connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(read_seconds * 1000))
         bound.bind((host, port))
         bound.listen(1024)  # who comes while the model is loaded waits
     except OSError as error:

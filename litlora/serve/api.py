@@ -17,7 +17,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -29,6 +28,7 @@ from litlora.serve.answer import Answer
 from litlora.serve.answer import Request as EngineRequest
 from litlora.serve.asked import Asked, Fields, Limits, Wrong, read_chat, read_completion
 from litlora.serve.calls import Form, form_of
+from litlora.serve.edge import KnownHosts, error_body, error_response, http_error, read_body
 from litlora.serve.engine import Engine
 from litlora.serve.metrics import Metrics
 from litlora.serve.opening import Opened
@@ -60,6 +60,8 @@ class Rules:
     """The report of the run that made the model."""
     hosts: tuple[str, ...] = LOOPBACK
     """The names that a client may have for this machine; other pages of a browser have others."""
+    body_seconds: float = 60
+    """Within which a body must have come: one that never ends would hold its connection for ever."""
 
 
 class Computing(threading.Thread):
@@ -116,8 +118,8 @@ class Server:
             Route("/v1/load_lora_adapter", self._guarded(self._load), methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._guarded(self._unload), methods=["POST"]),
         ]
-        hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*self.rules.hosts])]
-        handlers = {HTTPException: _http_error}
+        hosts = [Middleware(KnownHosts, names=self.rules.hosts)]
+        handlers = {HTTPException: http_error}
         return Starlette(routes=routes, middleware=hosts, exception_handlers=handlers)
 
     # ---- the edge
@@ -130,14 +132,14 @@ class Server:
                 self._check_key(request)
                 return await handle(request)
             except Wrong as error:
-                return _error(error.status, str(error), error.param, error.code)
+                return error_response(error.status, str(error), error.param, error.code)
             except UserError as error:
-                return _error(400, str(error))
+                return error_response(400, str(error))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
                 say(f"error: {one_line(''.join(traceback.format_exception_only(error)))}")
-                return _error(500, "the server failed to answer; its output says why")
+                return error_response(500, "the server failed to answer; its output says why")
 
         return guarded
 
@@ -148,22 +150,7 @@ class Server:
             raise Wrong("the API key is missing or wrong", status=401, code="invalid_api_key")
 
     async def _body(self, request: Request) -> Any:
-        # Another content type could be sent by any page that a browser shows, without asking.
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise Wrong("the content type must be application/json", status=415)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.rules.max_body:
-                raise Wrong(f"the body has more than {self.rules.max_body:,} bytes", status=413)
-        try:
-            found = json.loads(bytes(body))
-            json.dumps(found, ensure_ascii=False).encode()
-            return found
-        except UnicodeEncodeError:
-            raise Wrong("the body holds half a character (a lone surrogate, \\ud800 to \\udfff)") from None
-        except (ValueError, RecursionError) as error:
-            raise Wrong(f"the body is not JSON: {one_line(str(error))[:200]}") from None
+        return await read_body(request, self.rules.max_body, self.rules.body_seconds)
 
     # ---- endpoints
 
@@ -181,7 +168,7 @@ class Server:
 
     async def _report(self, request: Request) -> Response:
         if not self._shows_report:
-            return _error(404, "there is no report here")
+            return error_response(404, "there is no report here")
         page = await run_in_threadpool(self.rules.report.read_text, encoding="utf-8")
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
@@ -282,9 +269,7 @@ class Server:
         count = asked.n * max(1, len(asked.prompts))
         if self._pending + count > self.rules.max_requests:
             self.metrics.add("requests_total", status=429)
-            response = _error(429, "too many requests; try again in a moment", code="rate_limit_exceeded")
-            response.headers["Retry-After"] = "1"
-            return response
+            raise Wrong("too many requests; try again in a moment", status=429, code="rate_limit_exceeded")
         self._pending += count
         begun = time.perf_counter()
         serving = Serving(self, written, begun, count)
@@ -303,13 +288,20 @@ class Server:
                 for number in range(asked.n)
             ]
             written.tokenizer = self.engine.tokenizer
-            serving.begin(requests)
+            self._begin(serving, requests, asked.model)
         except BaseException as error:
-            serving.end(400 if isinstance(error, UserError) else 500)
+            serving.end(getattr(error, "status", 400 if isinstance(error, UserError) else 500))
             raise
         if asked.stream:
             return StreamingResponse(serving.events(), media_type="text/event-stream")
         return await serving.whole(request)
+
+    def _begin(self, serving: "Serving", requests: list[EngineRequest], model: str) -> None:
+        try:
+            serving.begin(requests)
+        except UserError:
+            self._known(model)  # raises if the adapter was unloaded while the prompt was encoded
+            raise
 
     def _shape(self, asked: Asked) -> Shape | None:
         if asked.schema is None:
@@ -422,27 +414,8 @@ class Serving:
             yield "data: [DONE]\n\n"
         except Exception as error:
             say(f"error: {one_line(str(error))}")
-            yield _event(
-                _error_body(500, str(error) if isinstance(error, UserError) else "the server failed")
-            )
+            yield _event(error_body(500, str(error) if isinstance(error, UserError) else "the server failed"))
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _error_body(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    kind = "rate_limit_error" if status == 429 else kind
-    return {"error": {"message": one_line(message), "type": kind, "param": param, "code": code}}
-
-
-def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse(_error_body(status, message, param, code), status_code=status)
-
-
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")

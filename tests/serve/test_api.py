@@ -4,6 +4,7 @@ load no request is lost."""
 import gc
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -39,12 +40,12 @@ ASKED = [{"role": "user", "content": "What is one and two?"}]
 
 
 @contextmanager
-def serving(opened, **changes):
+def serving(opened, listening=None, **changes):
     """The address of a server of this model, in this process."""
     limits = Limits(Sampling(max_new_tokens=16, temperature=1.0), 64)
     rules = replace(Rules(limits, max_requests=64, max_body=20_000), **changes)
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(Server(opened, rules).app, log_config=None, lifespan="off")
+    listening = listening or socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(Server(opened, rules).app, log_config=None, lifespan="off", http="h11")
     server, computing = uvicorn.Server(config), Computing(opened.engine)
     computing.start()
     thread = threading.Thread(target=server.run, args=([listening],))
@@ -214,12 +215,28 @@ def test_mistakes_have_the_form_of_openai(client, url):
     headers = {"content-type": "application/json"}
     assert httpx.post(post, content=b"{", headers=headers).status_code == 400
     assert httpx.post(post, content=b"[" * 9000, headers=headers).status_code == 400
+    for text in (b'"\xff"', b'"\xed\xa0\x80"'):
+        assert "can't decode byte" in httpx.post(post, content=text, headers=headers).text
     assert httpx.post(post, content=b"x" * 30_000, headers=headers).status_code == 413
     assert httpx.post(post, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
-    assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 400
+    assert httpx.post(post, content=b"{}", headers={"content-type": "Application/JSON"}).status_code == 400
+    elsewhere = httpx.get(f"{url}/health", headers={"host": "evil.example"})
+    assert elsewhere.status_code == 400 and "the host 'evil.example'" in elsewhere.json()["error"]["message"]
+    assert httpx.get(f"{url}/health", headers={"host": "[::1]:80"}).status_code == 200
+    assert httpx.get(post).headers["allow"] == "POST"
     assert httpx.get(f"{url}/nowhere").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert 'litlora_requests_total{status="400"}' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_body_that_never_ends_is_given_up(opened):
+    with serving(opened, body_seconds=0.5) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            client.sendall(b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+            answer = b"".join(iter(lambda: client.recv(9999), b""))  # until the server closes
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"the body did not come within 0.5 seconds" in answer
 
 
 def test_a_key_is_asked_for(opened):
@@ -250,6 +267,17 @@ def test_adapters_come_and_go(client, url, opened, base, tmp_path):
         assert refused.status_code == 400 and message in refused.json()["error"]["message"]
     gone = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "clerk"})
     assert gone.status_code == 200 and "clerk" not in [model.id for model in client.models.list()]
+    # One that is unloaded after its name was looked up, while the prompt is encoded.
+    submit = opened.engine.submit
+
+    def submit_late(request, listener):
+        opened.engine.remove_adapter(request.way.adapter)
+        return submit(request, listener)
+
+    opened.engine.submit = submit_late
+    late = httpx.post(f"{url}/v1/completions", json={"model": "poet", "prompt": [1, 2]})
+    assert late.status_code == 404 and late.json()["error"]["code"] == "model_not_found"
+    opened.engine.submit = submit
     with serving(opened) as url:
         assert load("clerk", "clerk/final").status_code == 403
 
@@ -376,6 +404,27 @@ def test_more_than_it_can_take_is_told_to_come_back(opened):
             go.set()
             assert list(running.iter_lines())[-2] == "data: [DONE]"
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
+def test_who_asks_and_reads_nothing_is_cut_off(opened):
+    listening = runpy.run_path(str(REPO / "chat/serve.py"))["listen"]("127.0.0.1", 0, read_seconds=1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = json.dumps(
+        {"model": "poet", "prompt": [1, 2], "n": 16, "max_tokens": 64, "logprobs": 20, "stream": True}
+    )
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving(opened, listening, max_requests=16) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listening.getsockname())
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}{body}".encode())
+        client.recv(1)
+        asked, statuses = {"model": "poet", "prompt": [1, 2], "max_tokens": 1}, []
+        deadline = time.monotonic() + 30
+        while statuses[-1:] != [200] and time.monotonic() < deadline:
+            statuses.append(httpx.post(f"{url}/v1/completions", json=asked).status_code)
+            time.sleep(0.1)
+        assert statuses[0] == 429 and statuses[-1] == 200
 
 
 def test_who_waits_for_the_whole_answer_and_goes_away_is_not_computed_any_further(opened):
