@@ -22,7 +22,7 @@ from litlora.paths import CARD_FILE, FINAL, HYPERPARAMETERS_FILE, LICENCE_FILES
 from litlora.prompts.styles import TEMPLATE_FILE
 from litlora.report.history import History, flat_settings, read_history
 from litlora.report.metrics import METRICS_FILE
-from litlora.storage.untrusted import has_file, read_json_object, read_text
+from litlora.storage.untrusted import YAML_ERRORS, has_file, read_json_object, read_text
 from litlora.tokenizer import read_settings
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def front_matter(file: Path) -> Mapping[str, Any]:
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         values = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         return {}
     return values if isinstance(values, dict) else {}
 

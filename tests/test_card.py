@@ -103,10 +103,11 @@ def test_what_nothing_says_is_not_said(base):
     # Each export can replace a folder that it wrote, the card in it too.
     assert all(CARD_FILE in names for names in (HF_NAMES, PEFT_NAMES, MLX_NAMES, GGUF_NAMES))
     (base / "LICENSE").write_text("Be kind.")
-    (base / "README.md").write_text("---\nlicense: [odd\n---\n")
-    text = card(resolve(base), Use("transformers", "as a Hugging Face folder", ""))
+    for facts in ("license: [odd", "date: 2024-13-45", f"a: {'[' * 2000}"):
+        (base / "README.md").write_text(f"---\n{facts}\n---\n")
+        text = card(resolve(base), Use("transformers", "as a Hugging Face folder", ""))
+        assert "| licence of the base | its folder holds LICENSE |" in text
     assert "Nothing beside the weights says how they were trained." in text
-    assert "| licence of the base | its folder holds LICENSE |" in text
     assert yaml.safe_load(FRONT.match(text)[1]) == {
         **{"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["litlora"]}
     }

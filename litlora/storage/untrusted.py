@@ -106,12 +106,12 @@ def read_yaml(path: Path) -> Any:
     text = read_text(path, MAX_YAML_BYTES)
     try:
         return copy.deepcopy(_known_yaml(text)) if len(text) <= KNOWN_YAML else _parse_yaml(text)
-    except _YAML_ERRORS as error:
+    except YAML_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: cannot be read as YAML: {reason}") from None
 
 
-_YAML_ERRORS = (
+YAML_ERRORS = (
     *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError),
 )
