@@ -23,6 +23,9 @@ READ_SECONDS = 60
 """A client that reads nothing for so long is cut off: its answers count among max_requests."""
 
 if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+
     from litlora.checkpoint import Chain
     from litlora.serve.api import Rules
     from litlora.serve.opening import Opened, Opening
@@ -63,18 +66,8 @@ def main(settings: Serve) -> None:
 
 def serve(opened: "Opened", rules: "Rules", listening: socket.socket, shutdown_seconds: int) -> None:
     """Answer until Ctrl-C or SIGTERM, and then what has begun."""
-    import uvicorn
-
     from litlora.serve.api import Computing, Server
 
-    config = uvicorn.Config(
-        Server(opened, rules).app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        http="h11",  # the other that uvicorn may find, httptools, takes headers without end
-        timeout_graceful_shutdown=shutdown_seconds,
-    )
     # The command's threshold is for its start: a server would let a hundred MB of garbage pile up.
     gc.freeze()
     gc.set_threshold(2000, 10, 10)
@@ -83,11 +76,26 @@ def serve(opened: "Opened", rules: "Rules", listening: socket.socket, shutdown_s
     # uvicorn ends with the signal that it got: that is no failure.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        http_server(Server(opened, rules).app, shutdown_seconds).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:
         computing.stop()
+
+
+def http_server(app: "Starlette", shutdown_seconds: int) -> "uvicorn.Server":
+    """What speaks HTTP for an application."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http="h11",  # the other that uvicorn may find, httptools, takes headers without end
+        timeout_graceful_shutdown=shutdown_seconds,
+    )
+    return uvicorn.Server(config)
 
 
 def opened_live(chain: "Chain", opening: "Opening") -> "Opened":

@@ -177,9 +177,11 @@ def test_what_the_hub_says_is_passed_on(folder, hub, tmp_path):
         said = good.run(*words, "me/poet", cwd=tmp_path)["stderr"]
         assert 'the hub refuses the card: Invalid metadata in README.md. - "license" is not known\n' in said
         (folder / "README.md").write_text(card)
+        (folder / "model[1].safetensors").touch()  # not a pattern
         # A name alone is one of whoever is logged in.
         said = good.run(*words, "poet", cwd=tmp_path)
-        assert said["status"] == 0 and "README.md" in Hub.repositories["me/poet"]["files"], said
+        assert said["status"] == 0, said
+        assert Hub.repositories["me/poet"]["files"].keys() == {file.name for file in folder.iterdir()}
     finally:
         bad.close()
         good.close()

@@ -20,7 +20,6 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from conftest import QUICKSTART, REPO, random_adapter
 from pydantic import BaseModel, Field
 
@@ -36,6 +35,7 @@ from litlora.serve.engine import Engine
 from litlora.serve.opening import Opening, open_model
 from litlora.serve.sampling import Sampling
 
+COMMAND = runpy.run_path(str(REPO / "chat/serve.py"))
 ASKED = [{"role": "user", "content": "What is one and two?"}]
 
 
@@ -45,8 +45,7 @@ def serving(opened, listening=None, **changes):
     limits = Limits(Sampling(max_new_tokens=16, temperature=1.0), 64)
     rules = replace(Rules(limits, max_requests=64, max_body=20_000), **changes)
     listening = listening or socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(Server(opened, rules).app, log_config=None, lifespan="off", http="h11")
-    server, computing = uvicorn.Server(config), Computing(opened.engine)
+    server, computing = COMMAND["http_server"](Server(opened, rules).app, 60), Computing(opened.engine)
     computing.start()
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -237,6 +236,12 @@ def test_a_body_that_never_ends_is_given_up(opened):
             answer = b"".join(iter(lambda: client.recv(9999), b""))  # until the server closes
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"the body did not come within 0.5 seconds" in answer
+        # Headers are bounded by their size.
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client:
+            with pytest.raises(ConnectionError):
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+                for number in range(1000):
+                    client.sendall(b"X-%d: %s\r\n" % (number, b"a" * 20_000))
 
 
 def test_a_key_is_asked_for(opened):
@@ -408,7 +413,7 @@ def test_more_than_it_can_take_is_told_to_come_back(opened):
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs Linux")
 def test_who_asks_and_reads_nothing_is_cut_off(opened):
-    listening = runpy.run_path(str(REPO / "chat/serve.py"))["listen"]("127.0.0.1", 0, read_seconds=1)
+    listening = COMMAND["listen"]("127.0.0.1", 0, read_seconds=1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = json.dumps(
         {"model": "poet", "prompt": [1, 2], "n": 16, "max_tokens": 64, "logprobs": 20, "stream": True}
