@@ -14,7 +14,9 @@ from litlora.checkpoint import Chain, resolve
 from litlora.errors import CheckpointError, UserError, setting
 from litlora.formats.full import FullModel
 from litlora.frozen.few_bits import Quantized
+from litlora.frozen.linear import stored_weights
 from litlora.frozen.quantize import QUANTIZERS, QuantizedBase, fingerprint_of
+from litlora.frozen.quantized import QuantizedWeight
 from litlora.frozen.streamed import Stream
 from litlora.lora import Adapter, attach_lora
 from litlora.model import GPT, LanguageModel, Router, TransformersModel, kind_of
@@ -104,6 +106,10 @@ def load_chain(
         live_adapter = top
     tensors, config, quantized = _weights(chain, live_adapter, dense, quantize, late=late)
     model = build(config, tensors, chain.base)
+    if quantized is None:
+        for weight in stored_weights(model).values():
+            if isinstance(weight, QuantizedWeight):
+                weight.rounds = True  # as everything else sees what the file stores
     if isinstance(model, TransformersModel):
         model.check_causal(str(chain.base.directory))
     if live_adapter:

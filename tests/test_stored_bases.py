@@ -11,7 +11,7 @@ from families import save_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litlora.checkpoint import open_checkpoint
+from litlora.checkpoint import open_checkpoint, resolve
 from litlora.frozen.few_bits import Quantized
 from litlora.frozen.linear import FrozenLinear
 from litlora.frozen.quantized import QuantizedWeight
@@ -20,6 +20,7 @@ from litlora.load import load
 from litlora.lora import LoRAConfig, add_lora
 from litlora.serve.answer import Request
 from litlora.serve.engine import Engine
+from litlora.serve.opening import Opening, open_model
 from litlora.serve.sampling import Sampling
 from litlora.train.compile import compile_blocks
 
@@ -182,6 +183,35 @@ def test_an_engine_answers_to_the_bit_as_on_the_values(family, how, tmp_path, to
             answers = [engine.submit(request) for request in requests]
             found[name] = [[(token.id, token.logprob) for token in answer] for answer in answers]
         assert found["stored"] == found["plain"]
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="there is no compiled code")
+@pytest.mark.parametrize("how", ["gptq", "fbgemm_fp8"])
+def test_chat_holds_a_stored_base_in_its_bits(how, tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr("litlora.frozen.packed.packs", lambda _: False)  # whatever the processor
+    save_folder("llama", tmp_path / "stored", vocab_size=400)  # its MLPs' inner size is 48
+    for file in tokenizer_dir.iterdir():
+        shutil.copy(file, tmp_path / "stored")
+    store(tmp_path / "stored", how)
+
+    def answered(name):
+        """(an answer, the layers in few bits)."""
+        opened = open_model(resolve(tmp_path / name), Opening(torch.device("cpu")), live=False)
+        layers = opened.engine.model.model.layers.named_modules()
+        kept = [name for name, one in layers if isinstance(getattr(one, "storage", None), QuantizedWeight)]
+        notices = [line for line in opened.notices if "stay in these bits" in line]
+        assert len(notices) == bool(kept)
+        sampling = Sampling(max_new_tokens=12, logprobs=0)
+        request = Request(prompt=[*range(3, 30)], sampling=sampling, text=False)
+        return [(token.id, token.logprob) for token in opened.engine.submit(request)], kept
+
+    (answer, kept), (expected, none) = answered("stored"), answered("plain")
+    # What no compiled code reads is dequantised.
+    assert not none and not any("down_proj" in name for name in kept)
+    assert len(kept) == (6 if how == "gptq" else 5) * 3
+    assert answer == expected
+    monkeypatch.setattr("litlora.serve.opening.has_threads", lambda: False)
+    assert answered("stored") == (expected, [])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from litlora.errors import CheckpointError
-from litlora.kernels.cpu import Layout
+from litlora.kernels.cpu import Layout, reads
 from litlora.storage.blocks import LazyTensor, Memory, rows_at_a_time
 
 
@@ -63,6 +63,11 @@ class Quantized(LazyTensor):
     def layout(self) -> Layout | None:
         """How the stored rows lie in memory, for compiled code; None if there is none for them."""
         return None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether compiled code reads it."""
+        return reads(self.columns) and self.layout() is not None
 
     @abstractmethod
     def _largest(self) -> Tensor:

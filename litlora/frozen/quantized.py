@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from litlora.frozen import fp8_units
 from litlora.frozen.few_bits import Quantized, tensors_of
-from litlora.frozen.few_rows import product
+from litlora.frozen.few_rows import is_emulated, product
 from litlora.frozen.scratch import scratch
 from litlora.frozen.weight import FrozenWeight
 from litlora.kernels import cpu
@@ -30,6 +30,9 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         super().__init__()
         matrix.check_finite()
         self._matrix, self._shape = matrix, matrix.shape
+        self.rounds = False
+        """Whether all products see the values in W's dtype, as a file that is dequantised has them; else
+        those of few rows see what was not rounded. To be set before the first use."""
         self.register_parameter("stored_bytes", None)
 
     @property
@@ -84,6 +87,9 @@ class QuantizedWeight(nn.Module, FrozenWeight):
         if y is not None:
             return y if bias is None else y + bias
         with torch.no_grad():  # the values are gone before a backward could read them
+            if cpu.is_plain(x) and is_emulated(x):
+                bias = None if bias is None else bias.float()
+                return F.linear(x.float(), self.values(torch.float32), bias).to(x.dtype)
             return F.linear(x, self.values(x.dtype), bias)
 
     def back(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
@@ -112,7 +118,10 @@ class QuantizedWeight(nn.Module, FrozenWeight):
             before, self._matrix = self._matrix, self._matrix.in_rows()
             if before is not self._matrix:
                 _let_go(before, self._matrix)
-        return cpu.compiled(self._matrix.layout(), self._matrix.stored_rows)
+        layout = self._matrix.layout()
+        if layout is not None and self.rounds:
+            layout = replace(layout, rounded_to=self.dtype)
+        return cpu.compiled(layout, self._matrix.stored_rows)
 
     @property
     def compiled_for(self) -> tuple[torch.dtype, ...]:

@@ -79,6 +79,12 @@ static inline float sum_of(const f32x8 sums[4])
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
+static inline __attribute__((always_inline)) void round_all_to(int dtype, f32x8 v[4])
+{
+    for (int k = 0; dtype != F32 && k < 4; k++)
+        v[k] = rounded_to(v[k], dtype);
+}
+
 /* y (n, rows) = x Wᵀ for some rows of W; x (n, columns). */
 static inline __attribute__((always_inline)) void multiply(
     format values_at, const struct weight *w, int64_t first, int64_t last, const float *x, int n, float *y)
@@ -91,6 +97,7 @@ static inline __attribute__((always_inline)) void multiply(
             f32x8 a = {0}, b = {0}, c = {0}, d = {0}, v[4];
             for (int64_t column = 0; column < w->columns; column += STEP) {
                 values_at(w, stored, column, v);
+                round_all_to(w->rounding, v);
                 a = multiply_add(v[0], load(x + column), a);
                 b = multiply_add(v[1], load(x + column + 8), b);
                 c = multiply_add(v[2], load(x + column + 16), c);
@@ -101,8 +108,10 @@ static inline __attribute__((always_inline)) void multiply(
         for (int64_t start = 0; n > 1 && start < w->columns; start += TILE) {
             f32x8 tile[TILE / 8];
             int steps = (int)((w->columns - start < TILE ? w->columns - start : TILE) / STEP);
-            for (int i = 0; i < steps; i++)
+            for (int i = 0; i < steps; i++) {
                 values_at(w, stored, start + i * STEP, tile + 4 * i);
+                round_all_to(w->rounding, tile + 4 * i);
+            }
             for (int r = 0; r < n; r++) {
                 const float *own = x + r * w->columns + start;
                 f32x8 a = sums[r][0], b = sums[r][1], c = sums[r][2], d = sums[r][3];

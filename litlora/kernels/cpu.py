@@ -90,7 +90,7 @@ class Layout:
     offset: float = 0.0
     """Added to scales that have scales; the zero point of all, where there are no `zeros`."""
     rounded_to: torch.dtype | None = None
-    """What the values of whole numbers are rounded to; those of other formats are not."""
+    """What the values are rounded to in products, too; None: they are not."""
 
 
 class PartStruct(ctypes.Structure):

@@ -7,14 +7,14 @@ static inline float zero_of(const struct weight *w, int64_t place, int is_signed
     return is_signed ? (float)(int8_t)w->zeros[place] : (float)w->zeros[place];
 }
 
-/* Of 32 numbers q: (q - zero) · scale, rounded to the dtype of W. */
+/* Of 32 numbers q: (q - zero) · scale. */
 static inline void in_groups(const struct weight *w, int64_t row, int64_t column, int is_signed, f32x8 v[4])
 {
     int64_t first = row * w->scales_per_row, place = first + (column >> w->shift);
     if (!w->groups) {
         float scale = w->scales[place], zero = zero_of(w, place, is_signed);
         for (int k = 0; k < 4; k++)
-            v[k] = rounded_to((v[k] - zero) * scale, w->rounding);
+            v[k] = (v[k] - zero) * scale;
         return;
     }
     float scales[STEP], zeros[STEP];
@@ -23,7 +23,7 @@ static inline void in_groups(const struct weight *w, int64_t row, int64_t column
         scales[i] = w->scales[place], zeros[i] = zero_of(w, place, is_signed);
     }
     for (int k = 0; k < 4; k++)
-        v[k] = rounded_to((v[k] - load(zeros + 8 * k)) * load(scales + 8 * k), w->rounding);
+        v[k] = (v[k] - load(zeros + 8 * k)) * load(scales + 8 * k);
 }
 
 /* The first number is in the lowest bits. */

@@ -8,9 +8,14 @@ import torch
 
 from litlora.checkpoint import Chain, open_checkpoint, resolve
 from litlora.errors import BaseMismatchError, CheckpointError, UserError, setting
+from litlora.frozen.few_bits import Quantized
+from litlora.frozen.linear import stored_weights
+from litlora.frozen.quantized import QuantizedWeight
+from litlora.kernels.cpu import has_threads
 from litlora.kernels.cpu_build import library, why_none
 from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
+from litlora.model import GPT, kind_of
 from litlora.prompts import PromptStyle, lacking_tokens
 from litlora.serve.engine import Engine
 from litlora.serve.steps import why_no_rows
@@ -106,7 +111,12 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
     if live:
         _check_switchable(chain.top)
     loaded = load_chain(
-        chain, device=opening.device, quantize=opening.quantize, live=live or None, stream=stream
+        chain,
+        device=opening.device,
+        quantize=opening.quantize,
+        live=live or None,
+        stream=stream,
+        dense=None if stream else _dense(chain, opening),
     )
     style, reason = loaded.style(opening.prompt_style, default="plain")
     below = chain.inner if live else chain
@@ -128,6 +138,18 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
         engine.add_adapter(opened.default, chain.top)
     opened.notices = _notices(opened, opening)
     return opened
+
+
+def _dense(chain: Chain, opening: Opening) -> list[str] | None:
+    """The layers that are dequantised of a base that is stored in few bits: those that no compiled code
+    reads. None: all of them."""
+    if opening.device.type != "cpu" or opening.quantize is not None or kind_of(chain.config) is not GPT:
+        return None
+    if chain.config.num_experts is not None or not has_threads():
+        return None
+    stored = {name: one for name, one in chain.base.tensors.items() if isinstance(one, Quantized)}
+    others = [name.removesuffix(".weight") for name, one in stored.items() if not one.is_readable]
+    return others if stored else None
 
 
 def _check_switchable(adapter: Adapter) -> None:
@@ -153,6 +175,9 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
         notices.append(f"the tokenizer cuts {', '.join(lacking)} into pieces")
     if loaded.quantized is not None:
         notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
+    if any(isinstance(one, QuantizedWeight) for one in stored_weights(loaded.model).values()):
+        if loaded.quantized is None:
+            notices.append("the linear layers of the blocks stay in these bits while it answers")
     if opening.device.type == "cpu" and (why := why_none()):
         notices.append(f"{why}, so a token takes 1.4 to 4 times as long")
     elif opening.device.type == "cpu" and library().is_new:
