@@ -26,7 +26,7 @@
 struct update {
     const void *A, *Bt;
     int64_t in, rank, out;
-    int is_bf16;
+    int dtype;
 };
 
 /* A linear layer: its weight, and perhaps a bias (rows), and of each row of x an update, if any, and its
@@ -40,7 +40,7 @@ struct part {
 };
 
 /* A token's queries (heads, key_size) and result (heads, value_size), and the keys and values (groups,
-   tokens, size), both in fp32 or bf16; `sinks` (heads) in fp32, or none; `softcap` 0 for none. Strides of a
+   tokens, size), each in a dtype; `sinks` (heads) in fp32, or none; `softcap` 0 for none. Strides of a
    head, of a group and of a token, in numbers. */
 struct attention {
     const void *q, *k, *v;
@@ -49,14 +49,14 @@ struct attention {
     int64_t heads, groups, tokens, key_size, value_size, q_stride;
     int64_t key_group, key_stride, value_group, value_stride;
     float scale, softcap;
-    int query_is_bf16, is_bf16;
+    int query_dtype, dtype;
 };
 
 /* RMSNorm by the weight + `more`, if it has a weight. */
 struct norm {
     const void *weight;
     float eps, more;
-    int is_bf16;
+    int dtype;
 };
 
 typedef void (*some_rows)(
@@ -216,12 +216,19 @@ void values(int number, const struct weight *w, int rounding, void *to, int dtyp
         values_of[number](w, w->rows * piece / pieces, w->rows * (piece + 1) / pieces, rounding, to, dtype);
 }
 
-/* Eight numbers of an array in fp32 or bf16, from a place on. */
-static inline __attribute__((always_inline)) f32x8 eight(const void *array, int64_t place, int is_bf16)
+/* A call whose last argument is a dtype, compiled for each of them. */
+#define BY_DTYPE(dtype, function, ...)              \
+    ((dtype) == BF16  ? function(__VA_ARGS__, BF16) \
+     : (dtype) == F16 ? function(__VA_ARGS__, F16)  \
+                      : function(__VA_ARGS__, F32))
+
+/* Eight numbers of an array, from a place on. */
+static inline __attribute__((always_inline)) f32x8 eight(const void *array, int64_t place, int dtype)
 {
-    if (is_bf16)
-        return from_bf16(load_u16((const uint8_t *)((const uint16_t *)array + place)));
-    return load((const float *)array + place);
+    if (dtype == F32)
+        return load((const float *)array + place);
+    u16x8 bits = load_u16((const uint8_t *)((const uint16_t *)array + place));
+    return dtype == BF16 ? from_bf16(bits) : from_f16(bits);
 }
 
 /* Of `size` numbers of two arrays, a multiple of 8, from a place on. */
@@ -239,26 +246,27 @@ static inline __attribute__((always_inline)) float dot(
     return sum_of(sums);
 }
 
-static inline __attribute__((always_inline)) void put(void *array, int64_t place, f32x8 v, int is_bf16)
+static inline __attribute__((always_inline)) void put(void *array, int64_t place, f32x8 v, int dtype)
 {
-    if (is_bf16) {
-        u16x8 narrow = __builtin_convertvector(bf16_bits(v), u16x8);
-        memcpy((uint16_t *)array + place, &narrow, sizeof narrow);
-    } else
+    if (dtype == F32) {
         memcpy((float *)array + place, &v, sizeof v);
+        return;
+    }
+    u16x8 bits = dtype == BF16 ? __builtin_convertvector(bf16_bits(v), u16x8) : f16_bits(v);
+    memcpy((uint16_t *)array + place, &bits, sizeof bits);
 }
 
 /* y (out) += scale · (x Aᵀ) Bt, for x (in). */
 static inline __attribute__((always_inline)) void add_update(
-    const struct update *u, const float *x, float *y, float scale, int is_bf16)
+    const struct update *u, const float *x, float *y, float scale, int dtype)
 {
     float z[MOST_RANK];
     for (int64_t k = 0; k < u->rank; k++)
-        z[k] = scale * dot(x, 0, 0, u->A, k * u->in, is_bf16, u->in);
+        z[k] = scale * dot(x, 0, 0, u->A, k * u->in, dtype, u->in);
     for (int64_t i = 0; i < u->out; i += 8) {
         f32x8 sum = load(y + i);
         for (int64_t k = 0; k < u->rank; k++)
-            sum = multiply_add((f32x8){0} + z[k], eight(u->Bt, k * u->out + i, is_bf16), sum);
+            sum = multiply_add((f32x8){0} + z[k], eight(u->Bt, k * u->out + i, dtype), sum);
         memcpy(y + i, &sum, sizeof sum);
     }
 }
@@ -290,10 +298,8 @@ void project(const struct part *parts, int count, const float *x, int n, float *
             y[k] += p->bias[k % rows];
         for (int row = 0; p->updates && row < n; row++) {
             const struct update *u = p->updates[row];
-            if (u && u->is_bf16)
-                add_update(u, x + row * u->in, y + row * rows, p->scales[row], 1);
-            else if (u)
-                add_update(u, x + row * u->in, y + row * rows, p->scales[row], 0);
+            if (u)
+                BY_DTYPE(u->dtype, add_update, u, x + row * u->in, y + row * rows, p->scales[row]);
         }
         y += n * rows;
     }
@@ -301,26 +307,23 @@ void project(const struct part *parts, int count, const float *x, int n, float *
 
 /* ---- what lies between the products of a token */
 
-/* y = x / sqrt(mean(x²) + eps) · weight, for x (n, size), in fp32 or bf16. */
+/* y = x / sqrt(mean(x²) + eps) · weight, for x (n, size). */
 static inline __attribute__((always_inline)) void normalise(
-    const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int is_bf16)
+    const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int dtype)
 {
     for (int64_t row = 0; row < n; row++) {
-        float squares = dot(x, row * size, is_bf16, x, row * size, is_bf16, size);
+        float squares = dot(x, row * size, dtype, x, row * size, dtype, size);
         float inverse = 1 / sqrtf(squares / (float)size + norm->eps);
         for (int64_t i = 0; i < size; i += 8) {
-            f32x8 weight = eight(norm->weight, i, norm->is_bf16) + norm->more;
-            put(y, row * size + i, eight(x, row * size + i, is_bf16) * inverse * weight, is_bf16);
+            f32x8 weight = eight(norm->weight, i, norm->dtype) + norm->more;
+            put(y, row * size + i, eight(x, row * size + i, dtype) * inverse * weight, dtype);
         }
     }
 }
 
-void rms_norm(const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int is_bf16)
+void rms_norm(const struct norm *norm, const void *x, void *y, int64_t n, int64_t size, int dtype)
 {
-    if (is_bf16)
-        normalise(norm, x, y, n, size, 1);
-    else
-        normalise(norm, x, y, n, size, 0);
+    BY_DTYPE(dtype, normalise, norm, x, y, n, size);
 }
 
 /* e^x for x of at most 0, 2^n · e^f with a small f, the latter by a polynomial. */
@@ -364,13 +367,13 @@ static inline float largest_of(f32x8 v)
 }
 
 /* Attention of one token: what the heads of one group of keys see. */
-static inline __attribute__((always_inline)) void one_group(const struct attention *a, int64_t g, int is_bf16)
+static inline __attribute__((always_inline)) void one_group(const struct attention *a, int64_t g, int dtype)
 {
     int64_t heads = a->heads / a->groups, D = a->key_size, E = a->value_size;
     float q[MOST_QUERIES], sums[MOST_QUERIES], scores[TOKENS], most[MOST_HEADS], total[MOST_HEADS];
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t i = 0; i < D; i += 8) {
-            f32x8 v = eight(a->q, (g * heads + h) * a->q_stride + i, a->query_is_bf16) * a->scale;
+            f32x8 v = eight(a->q, (g * heads + h) * a->q_stride + i, a->query_dtype) * a->scale;
             memcpy(q + h * D + i, &v, sizeof v);
         }
         most[h] = a->sinks ? a->sinks[g * heads + h] : -INFINITY;
@@ -382,7 +385,7 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
         for (int64_t h = 0; h < heads; h++) {
             for (int t = 0; t < count; t++) {
                 int64_t place = g * a->key_group + (start + t) * a->key_stride;
-                scores[t] = dot(q, h * D, 0, a->k, place, is_bf16, D);
+                scores[t] = dot(q, h * D, 0, a->k, place, dtype, D);
             }
             for (int t = 0; a->softcap && t < TOKENS; t += 8) {
                 f32x8 v = a->softcap * hyperbolic_tangent(load(scores + t) / a->softcap);
@@ -413,11 +416,11 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
                 int64_t place = g * a->value_group + start * a->value_stride + i, step = a->value_stride;
                 int t = 0;
                 for (; t + 1 < count; t += 2, place += 2 * step) {
-                    even = multiply_add((f32x8){0} + scores[t], eight(a->v, place, is_bf16), even);
-                    odd = multiply_add((f32x8){0} + scores[t + 1], eight(a->v, place + step, is_bf16), odd);
+                    even = multiply_add((f32x8){0} + scores[t], eight(a->v, place, dtype), even);
+                    odd = multiply_add((f32x8){0} + scores[t + 1], eight(a->v, place + step, dtype), odd);
                 }
                 if (t < count)
-                    even = multiply_add((f32x8){0} + scores[t], eight(a->v, place, is_bf16), even);
+                    even = multiply_add((f32x8){0} + scores[t], eight(a->v, place, dtype), even);
                 f32x8 sum = multiply_add(load(sums + h * E + i), shrink, even + odd);
                 memcpy(sums + h * E + i, &sum, sizeof sum);
             }
@@ -425,7 +428,7 @@ static inline __attribute__((always_inline)) void one_group(const struct attenti
     }
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < E; i += 8)
-            put(a->y, (g * heads + h) * E + i, load(sums + h * E + i) / total[h], a->query_is_bf16);
+            put(a->y, (g * heads + h) * E + i, load(sums + h * E + i) / total[h], a->query_dtype);
 }
 
 void attend(const struct attention *a, int threads)
@@ -433,10 +436,7 @@ void attend(const struct attention *a, int threads)
     threads = enough(a->groups * a->tokens * a->key_size, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t g = 0; g < a->groups; g++)
-        if (a->is_bf16)
-            one_group(a, g, 1);
-        else
-            one_group(a, g, 0);
+        BY_DTYPE(a->dtype, one_group, a, g);
 }
 
 #define SILU 0

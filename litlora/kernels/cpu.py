@@ -153,7 +153,7 @@ class _Update(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("A", "Bt")),
         *((name, ctypes.c_int64) for name in ("in", "rank", "out")),
-        ("is_bf16", ctypes.c_int),
+        ("dtype", ctypes.c_int),
     ]
 
 
@@ -163,13 +163,13 @@ class CompiledUpdate:
     def __init__(self, A: Tensor, Bt: Tensor) -> None:
         self._kept = A, Bt
         sizes = A.size(1), A.size(0), Bt.size(1)
-        self.struct = _Update(A.data_ptr(), Bt.data_ptr(), *sizes, A.dtype == torch.bfloat16)
+        self.struct = _Update(A.data_ptr(), Bt.data_ptr(), *sizes, DTYPES[A.dtype])
 
 
 def compiled_update(A: Tensor, Bt: Tensor) -> CompiledUpdate | None:
     """Of A (r, in) and Bt (r, out), contiguous; None where there is no code for them."""
     fits = A.size(1) % 8 == 0 and Bt.size(1) % 8 == 0 and 0 < len(A) <= MOST_RANK
-    if not fits or A.device.type != "cpu" or A.dtype not in (torch.float32, torch.bfloat16):
+    if not fits or A.device.type != "cpu" or A.dtype not in DTYPES:
         return None
     return None if library() is None else CompiledUpdate(A, Bt)
 
@@ -293,26 +293,26 @@ class NormStruct(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p),
         *((name, ctypes.c_float) for name in ("eps", "more")),
-        ("is_bf16", ctypes.c_int),
+        ("dtype", ctypes.c_int),
     ]
 
 
 def norm_struct(weight: Tensor, eps: float, more: float = 0.0) -> NormStruct:
     """RMSNorm by weight + more."""
-    return NormStruct(weight.data_ptr(), eps, more, weight.dtype == torch.bfloat16)
+    return NormStruct(weight.data_ptr(), eps, more, DTYPES[weight.dtype])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """x / √(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once; None where this does
     not suit, or is no faster."""
-    size, known = x.size(-1), (torch.float32, torch.bfloat16)
-    if not 0 < x.numel() <= SMALL or size % 8 or x.dtype not in known or weight.dtype not in known:
+    size = x.size(-1)
+    if not 0 < x.numel() <= SMALL or size % 8 or not {x.dtype, weight.dtype} <= DTYPES.keys():
         return None
     if not (is_plain(x) and x.is_contiguous() and weight.is_contiguous()) or (found := library()) is None:
         return None
     y, norm = torch.empty_like(x), ctypes.byref(norm_struct(weight, eps))
     places = x.data_ptr(), y.data_ptr()
-    found.rms_norm(norm, *places, x.numel() // size, size, x.dtype == torch.bfloat16)
+    found.rms_norm(norm, *places, x.numel() // size, size, DTYPES[x.dtype])
     return y
 
 
@@ -323,7 +323,7 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_stride", "key_group", "key_stride")),
         *((name, ctypes.c_int64) for name in ("value_group", "value_stride")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int) for name in ("query_is_bf16", "is_bf16")),
+        *((name, ctypes.c_int) for name in ("query_dtype", "dtype")),
     ]
 
 
@@ -336,7 +336,7 @@ def attend_one(
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape
     if B != 1 or T != 1 or not S or D % 8 or E % 8 or not is_plain(q):
         return None
-    if q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return None
     most = max(D, E) * (H // G) <= MOST_QUERIES and H // G <= MOST_HEADS
     if not most or not q.stride(3) == k.stride(3) == v.stride(3) == 1 or (found := library()) is None:
@@ -345,8 +345,8 @@ def attend_one(
     sinks = None if sinks is None else sinks.float().contiguous()
     places = [None if one is None else one.data_ptr() for one in (q, k, v, sinks, y)]
     strides = q.stride(1), *k.stride()[1:3], *v.stride()[1:3]
-    are_bf16 = [q.dtype == torch.bfloat16] * 2
-    one = _Attention(*places, H, G, S, D, E, *strides, scale, softcap or 0.0, *are_bf16)
+    dtypes = [DTYPES[q.dtype]] * 2
+    one = _Attention(*places, H, G, S, D, E, *strides, scale, softcap or 0.0, *dtypes)
     found.attend(ctypes.byref(one), torch.get_num_threads())
     return y
 

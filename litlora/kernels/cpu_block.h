@@ -13,7 +13,7 @@ struct sequence {
 enum { INPUT, QUERIES, KEYS, ATTENDED, MLP_INPUT, MLP_OUTPUT, NORMS };
 enum { Q, K, V, O, GATE, UP, DOWN, PARTS };
 
-/* A block in fp32 or bf16, to which results are rounded where torch rounds them. Numbers turn in pairs:
+/* A block in a dtype, to which results are rounded where torch rounds them. Numbers turn in pairs:
    neighbours if `interleaved`, else one of the first half and one of the second. Queries and keys are
    normalised head by head, or all heads `together`. */
 struct block {
@@ -21,36 +21,45 @@ struct block {
     struct norm norms[NORMS];
     int64_t hidden, heads, groups, head_size;
     float scale, softcap, multiplier;
-    int interleaved, together, activation, is_bf16;
+    int interleaved, together, activation, dtype;
 };
 
-static void round_all(float *x, int64_t size, int to_bf16)
+static inline f32x8 eight_rounded(f32x8 v, int dtype)
 {
-    for (int64_t i = 0; to_bf16 && i < size; i += 8) {
-        u32x8 bits = bf16_bits(load(x + i)) << 16;
-        memcpy(x + i, &bits, sizeof bits);
+    if (dtype == BF16)
+        return (f32x8)(bf16_bits(v) << 16);
+    return dtype == F16 ? from_f16(f16_bits(v)) : v;
+}
+
+static void round_all(float *x, int64_t size, int dtype)
+{
+    for (int64_t i = 0; dtype != F32 && i < size; i += 8) {
+        f32x8 v = eight_rounded(load(x + i), dtype);
+        memcpy(x + i, &v, sizeof v);
     }
 }
 
-static inline float rounded(float value, int to_bf16)
+static inline float rounded(float value, int dtype)
 {
-    return to_bf16 ? bits_to_float(bf16_bits((f32x8){value})[0] << 16) : value;
+    return dtype == F32 ? value : eight_rounded((f32x8){value}, dtype)[0];
 }
 
 static void rounded_norm(
-    const struct norm *norm, const float *x, float *y, int64_t n, int64_t size, int to_bf16)
+    const struct norm *norm, const float *x, float *y, int64_t n, int64_t size, int dtype)
 {
     if (norm->weight)
         normalise(norm, x, y, n, size, 0);
     else if (x != y)
         memcpy(y, x, sizeof *y * (size_t)(n * size));
-    round_all(y, n * size, to_bf16);
+    round_all(y, n * size, dtype);
 }
 
-static float number_at(const void *array, int64_t place, int is_bf16)
+static float number_at(const void *array, int64_t place, int dtype)
 {
-    return is_bf16 ? bits_to_float((uint32_t)((const uint16_t *)array)[place] << 16)
-                   : ((const float *)array)[place];
+    if (dtype == F32)
+        return ((const float *)array)[place];
+    u16x8 bits = {((const uint16_t *)array)[place]};
+    return dtype == BF16 ? from_bf16(bits)[0] : from_f16(bits)[0];
 }
 
 /* One head, in place. */
@@ -62,9 +71,9 @@ static void rotate(const struct block *b, const struct sequence *s, float *x)
         float first = x[b->interleaved ? 2 * i : i], second = x[b->interleaved ? 2 * i + 1 : i + half];
         for (int64_t k = i; k < s->rotated; k += half) {
             float own = k < half ? first : second, other = k < half ? -second : first;
-            float along = rounded(own * number_at(s->cos, k, b->is_bf16), b->is_bf16);
-            float across = rounded(other * number_at(s->sin, k, b->is_bf16), b->is_bf16);
-            turned[k] = rounded(along + across, b->is_bf16);
+            float along = rounded(own * number_at(s->cos, k, b->dtype), b->dtype);
+            float across = rounded(other * number_at(s->sin, k, b->dtype), b->dtype);
+            turned[k] = rounded(along + across, b->dtype);
         }
     }
     memcpy(x, turned, sizeof *x * (size_t)s->rotated);
@@ -76,21 +85,21 @@ static void keep(const struct block *b, const struct sequence *s, const float *k
     int64_t D = b->head_size;
     for (int64_t g = 0; g < b->groups; g++)
         for (int64_t i = 0; i < D; i += 8) {
-            put(s->keys, (g * s->room + s->length) * D + i, load(k + g * D + i), b->is_bf16);
-            put(s->values, (g * s->room + s->length) * D + i, load(v + g * D + i), b->is_bf16);
+            put(s->keys, (g * s->room + s->length) * D + i, load(k + g * D + i), b->dtype);
+            put(s->values, (g * s->room + s->length) * D + i, load(v + g * D + i), b->dtype);
         }
 }
 
 /* What a sequence's queries q (heads, head_size) see, into y. */
 static void attend_in(const struct block *b, const struct sequence *s, const float *q, float *y, int threads)
 {
-    int64_t D = b->head_size, start = s->first * D * (b->is_bf16 ? 2 : 4);
+    int64_t D = b->head_size, start = s->first * D * (b->dtype == F32 ? 4 : 2);
     struct attention a = {
         .q = q, .k = (const char *)s->keys + start, .v = (const char *)s->values + start, .y = y,
         .heads = b->heads, .groups = b->groups, .tokens = s->length + 1 - s->first,
         .key_size = D, .value_size = D, .q_stride = D,
         .key_group = s->room * D, .key_stride = D, .value_group = s->room * D, .value_stride = D,
-        .scale = b->scale, .softcap = b->softcap, .is_bf16 = b->is_bf16,
+        .scale = b->scale, .softcap = b->softcap, .dtype = b->dtype,
     };
     attend(&a, threads);
 }
@@ -99,11 +108,11 @@ static void attend_in(const struct block *b, const struct sequence *s, const flo
 static void add(const struct block *b, const struct norm *norm, float *given, float *x, int64_t n)
 {
     for (int64_t i = 0; b->multiplier != 1 && i < n * b->hidden; i++)
-        given[i] = rounded(given[i] * b->multiplier, b->is_bf16);
-    rounded_norm(norm, given, given, n, b->hidden, b->is_bf16);
+        given[i] = rounded(given[i] * b->multiplier, b->dtype);
+    rounded_norm(norm, given, given, n, b->hidden, b->dtype);
     for (int64_t i = 0; i < n * b->hidden; i++)
         x[i] += given[i];
-    round_all(x, n * b->hidden, b->is_bf16);
+    round_all(x, n * b->hidden, b->dtype);
 }
 
 /* Numbers of the memory that `blocks` needs for n sequences. */
@@ -122,12 +131,12 @@ static void block(
     float *k = q + n * b->heads * D, *v = k + n * b->groups * D, *attended = v + n * b->groups * D;
     float *inner = attended + n * b->heads * D;
 
-    rounded_norm(&b->norms[INPUT], stream, normed, n, b->hidden, b->is_bf16);
+    rounded_norm(&b->norms[INPUT], stream, normed, n, b->hidden, b->dtype);
     project(b->parts + Q, 3, normed, n, q, threads);
-    round_all(q, n * (b->heads + 2 * b->groups) * D, b->is_bf16);
+    round_all(q, n * (b->heads + 2 * b->groups) * D, b->dtype);
     int64_t queries_apart = b->together ? 1 : b->heads, keys_apart = b->together ? 1 : b->groups;
-    rounded_norm(&b->norms[QUERIES], q, q, n * queries_apart, b->heads / queries_apart * D, b->is_bf16);
-    rounded_norm(&b->norms[KEYS], k, k, n * keys_apart, b->groups / keys_apart * D, b->is_bf16);
+    rounded_norm(&b->norms[QUERIES], q, q, n * queries_apart, b->heads / queries_apart * D, b->dtype);
+    rounded_norm(&b->norms[KEYS], k, k, n * keys_apart, b->groups / keys_apart * D, b->dtype);
     for (int row = 0; row < n; row++) {
         const struct sequence *s = sequences + row;
         int64_t queries = row * b->heads * D, keys = row * b->groups * D;
@@ -138,14 +147,14 @@ static void block(
         keep(b, s, k + keys, v + keys);
         attend_in(b, s, q + queries, attended + queries, threads);
     }
-    round_all(attended, n * b->heads * D, b->is_bf16);
+    round_all(attended, n * b->heads * D, b->dtype);
     project(b->parts + O, 1, attended, n, given, threads);
-    round_all(given, size, b->is_bf16);
+    round_all(given, size, b->dtype);
     add(b, &b->norms[ATTENDED], given, stream, n);
 
-    rounded_norm(&b->norms[MLP_INPUT], stream, normed, n, b->hidden, b->is_bf16);
+    rounded_norm(&b->norms[MLP_INPUT], stream, normed, n, b->hidden, b->dtype);
     gated_mlp(b->parts + GATE, b->activation, normed, n, inner, given, threads);
-    round_all(given, size, b->is_bf16);
+    round_all(given, size, b->dtype);
     add(b, &b->norms[MLP_OUTPUT], given, stream, n);
 }
 
@@ -156,11 +165,11 @@ void blocks(
     void *y, float *memory, int threads)
 {
     int64_t size = n * all[0]->hidden;
-    int is_bf16 = all[0]->is_bf16;
+    int dtype = all[0]->dtype;
     for (int64_t i = 0; i < size; i += 8)
-        put(memory, i, eight(x, i, is_bf16), 0);
+        put(memory, i, eight(x, i, dtype), 0);
     for (int i = 0; i < count; i++)
         block(all[i], sequences + i * n, n, memory, memory + size, threads);
     for (int64_t i = 0; i < size; i += 8)
-        put(y, i, load(memory + i), is_bf16);
+        put(y, i, load(memory + i), dtype);
 }

@@ -13,7 +13,6 @@ from torch import Tensor
 from litlora.kernels import cpu
 from litlora.kernels.cpu_build import library
 
-DTYPES = (torch.float32, torch.bfloat16)
 MOST_HEAD = 512
 """Numbers of a head."""
 
@@ -72,7 +71,7 @@ class _Block(ctypes.Structure):
         ("norms", cpu.NormStruct * 6),
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "head_size")),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "multiplier")),
-        *((name, ctypes.c_int) for name in ("interleaved", "together", "activation", "is_bf16")),
+        *((name, ctypes.c_int) for name in ("interleaved", "together", "activation", "dtype")),
     ]
 
 
@@ -101,7 +100,7 @@ class Block:
             softcap=shape.softcap or 0.0,
             multiplier=1.0 if shape.multiplier is None else shape.multiplier,
             activation=cpu.ACTIVATIONS[shape.activation],
-            is_bf16=dtype == torch.bfloat16,
+            dtype=cpu.DTYPES[dtype],
             **{name: getattr(shape, name) for name in numbers},
         )
         self.address = ctypes.addressof(self._struct)
@@ -159,5 +158,5 @@ def _rotation(rope: tuple[Tensor, Tensor] | None, row: int) -> tuple[int | None,
 
 def suits(x: Tensor) -> bool:
     """Whether x (B, T, C) is one token of each of few sequences, and nothing learns from it."""
-    one = x.ndim == 3 and x.size(1) == 1 and x.dtype in DTYPES
+    one = x.ndim == 3 and x.size(1) == 1 and x.dtype in cpu.DTYPES
     return one and cpu.is_few(x) and cpu.is_plain(x) and x.is_contiguous()

@@ -152,7 +152,7 @@ static inline f32x8 rounded_to(f32x8 v, int dtype)
 {
     u32x8 bits = (u32x8)v;
     if (dtype == BF16)
-        return (f32x8)(bits + 0x7fff + (bits >> 16 & 1) & 0xffff0000);
+        return (f32x8)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
     return dtype == F16 ? from_f16(f16_bits(v)) : v;
 }
 

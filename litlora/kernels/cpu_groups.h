@@ -36,7 +36,7 @@ static inline __attribute__((always_inline)) void of_bits(
         uint32_t word = 0;
         for (int i = 0; i < bits; i++)
             word |= (uint32_t)eight[i] << 8 * i;
-        i32x8 q = (i32x8)(word >> numbers * (uint32_t)bits & (1u << bits) - 1);
+        i32x8 q = (i32x8)((word >> numbers * (uint32_t)bits) & ((1u << bits) - 1));
         v[k] = __builtin_convertvector(q, f32x8);
     }
     in_groups(w, row, column, 0, v);

@@ -7,7 +7,7 @@ compute: the more so as the weights that are read leave nothing of the caller in
 import torch
 from torch import Tensor, nn
 
-from litlora.kernels import cpu_block
+from litlora.kernels import cpu, cpu_block
 from litlora.kernels.attention import first_seen
 from litlora.kernels.cpu import Part
 from litlora.model.attention import Attention
@@ -123,5 +123,5 @@ def _norm(module: nn.Module | None) -> cpu_block.Norm | None:
     if module is None or type(module) is nn.Identity:
         return None
     more, weight = _NORMS.get(type(module)), module._parameters.get("weight")
-    known = more is not None and weight.dtype in cpu_block.DTYPES and weight.is_contiguous()
+    known = more is not None and weight.dtype in cpu.DTYPES and weight.is_contiguous()
     return cpu_block.Norm(weight, module.eps, more) if known else _UNKNOWN

@@ -15,7 +15,7 @@ from litlora.kernels.lora import ACTIVATIONS
 from litlora.kernels.norm import rms_norm
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu_build.why_none()))
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def off(found, exact):

@@ -13,7 +13,7 @@ from litlora.model import GPT
 from litlora.model.cache import CacheBatch
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=str(cpu_build.why_none()))
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GEMMA = {
     "norm": "rmsnorm_plus_one",
     "hidden_act": "gelu_tanh",
