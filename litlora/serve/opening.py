@@ -17,6 +17,7 @@ from litlora.load import Loaded, load_chain, pick_device
 from litlora.lora import Adapter, unwrap_lora
 from litlora.model import GPT, kind_of
 from litlora.prompts import PromptStyle, lacking_tokens
+from litlora.ram import free_ram
 from litlora.serve.engine import Engine
 from litlora.serve.steps import why_no_rows
 from litlora.settings.inference import Inference
@@ -141,15 +142,18 @@ def open_model(chain: Chain, opening: Opening, *, live: bool) -> Opened:
 
 
 def _dense(chain: Chain, opening: Opening) -> list[str] | None:
-    """The layers that are dequantised of a base that is stored in few bits: those that no compiled code
-    reads. None: all of them."""
+    """The layers that are dequantised of a base that is stored in few bits: all of them, for which this is
+    None, if their values fit into the free memory, since 16 bits are read sooner than most others on few
+    cores; else those that no compiled code reads."""
     if opening.device.type != "cpu" or opening.quantize is not None or kind_of(chain.config) is not GPT:
         return None
     if chain.config.num_experts is not None or not has_threads():
         return None
     stored = {name: one for name, one in chain.base.tensors.items() if isinstance(one, Quantized)}
-    others = [name.removesuffix(".weight") for name, one in stored.items() if not one.is_readable]
-    return others if stored else None
+    size, room = sum(one.shape.numel() * one.dtype.itemsize for one in stored.values()), free_ram()
+    if room is None or size <= room:
+        return None
+    return [name.removesuffix(".weight") for name, one in stored.items() if not one.is_readable]
 
 
 def _check_switchable(adapter: Adapter) -> None:
@@ -177,7 +181,7 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
         notices.append(f"the linear layers of the blocks are in {loaded.quantized.quantizer.describe()}")
     if any(isinstance(one, QuantizedWeight) for one in stored_weights(loaded.model).values()):
         if loaded.quantized is None:
-            notices.append("the linear layers of the blocks stay in these bits while it answers")
+            notices.append("their values would not fit into memory: they stay in these bits")
     if opening.device.type == "cpu" and (why := why_none()):
         notices.append(f"{why}, so a token takes 1.4 to 4 times as long")
     elif opening.device.type == "cpu" and library().is_new:
