@@ -69,7 +69,10 @@ def pack_linears(model: nn.Module, *, leave: str) -> None:
             module.storage.packed = not packs(module.storage.rows(slice(0, 1)))
         if type(module) is not nn.Linear or name.endswith(leave):
             continue
-        storage = Packed(module.weight) if packs(module.weight) else few_rows(module.weight)
+        weight = module.weight
+        storage = None if packs(weight) else few_rows(weight)
+        if storage is None and gains(weight):
+            storage = Packed(weight)
         if storage is not None:
             model.set_submodule(name, FrozenLinear(storage, module.bias))
 

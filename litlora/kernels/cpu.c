@@ -139,16 +139,8 @@ static inline __attribute__((always_inline)) void write(
             int64_t place = row * w->columns + column;
             f32x8 v[4];
             values_at(w, stored, column, v);
-            for (int k = 0; k < 4; k++) {
-                f32x8 value = rounded_to(v[k], rounding);
-                if (dtype == F32)
-                    memcpy((float *)to + place + 8 * k, &value, sizeof value);
-                else {
-                    u16x8 bits = __builtin_convertvector(bf16_bits(value), u16x8);
-                    bits = dtype == F16 ? f16_bits(value) : bits;
-                    memcpy((uint16_t *)to + place + 8 * k, &bits, sizeof bits);
-                }
-            }
+            for (int k = 0; k < 4; k++)
+                put(to, place + 8 * k, rounded_to(v[k], rounding), dtype);
         }
     }
 }
@@ -222,15 +214,6 @@ void values(int number, const struct weight *w, int rounding, void *to, int dtyp
      : (dtype) == F16 ? function(__VA_ARGS__, F16)  \
                       : function(__VA_ARGS__, F32))
 
-/* Eight numbers of an array, from a place on. */
-static inline __attribute__((always_inline)) f32x8 eight(const void *array, int64_t place, int dtype)
-{
-    if (dtype == F32)
-        return load((const float *)array + place);
-    u16x8 bits = load_u16((const uint8_t *)((const uint16_t *)array + place));
-    return dtype == BF16 ? from_bf16(bits) : from_f16(bits);
-}
-
 /* Of `size` numbers of two arrays, a multiple of 8, from a place on. */
 static inline __attribute__((always_inline)) float dot(
     const void *x, int64_t x_place, int x_bf16, const void *y, int64_t y_place, int y_bf16, int64_t size)
@@ -244,16 +227,6 @@ static inline __attribute__((always_inline)) float dot(
     for (; i < size; i += 8)
         sums[0] = multiply_add(eight(x, x_place + i, x_bf16), eight(y, y_place + i, y_bf16), sums[0]);
     return sum_of(sums);
-}
-
-static inline __attribute__((always_inline)) void put(void *array, int64_t place, f32x8 v, int dtype)
-{
-    if (dtype == F32) {
-        memcpy((float *)array + place, &v, sizeof v);
-        return;
-    }
-    u16x8 bits = dtype == BF16 ? __builtin_convertvector(bf16_bits(v), u16x8) : f16_bits(v);
-    memcpy((uint16_t *)array + place, &bits, sizeof bits);
 }
 
 /* y (out) += scale · (x Aᵀ) Bt, for x (in). */

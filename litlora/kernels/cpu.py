@@ -327,6 +327,13 @@ class _Attention(ctypes.Structure):
     ]
 
 
+def heads_fit(heads: int, groups: int, *sizes: int) -> bool:
+    """Whether there is code for attention with heads of these sizes, which share groups of keys."""
+    sharing = heads // groups
+    fits = sharing <= MOST_HEADS and max(sizes) * sharing <= MOST_QUERIES
+    return fits and not any(size % 8 for size in sizes)
+
+
 def attend_one(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor | None:
@@ -334,12 +341,11 @@ def attend_one(
     of each head a score of a value that is zero, (H,), if there are `sinks`; in fp32, rounded once. With a
     softcap the scores are cap · tanh(scores / cap). None where this does not suit."""
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape
-    if B != 1 or T != 1 or not S or D % 8 or E % 8 or not is_plain(q):
+    if B != 1 or T != 1 or not S or not heads_fit(H, G, D, E) or not is_plain(q):
         return None
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return None
-    most = max(D, E) * (H // G) <= MOST_QUERIES and H // G <= MOST_HEADS
-    if not most or not q.stride(3) == k.stride(3) == v.stride(3) == 1 or (found := library()) is None:
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or (found := library()) is None:
         return None
     y = torch.empty((1, H, 1, E), dtype=q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()

@@ -24,24 +24,17 @@ struct block {
     int interleaved, together, activation, dtype;
 };
 
-static inline f32x8 eight_rounded(f32x8 v, int dtype)
-{
-    if (dtype == BF16)
-        return (f32x8)(bf16_bits(v) << 16);
-    return dtype == F16 ? from_f16(f16_bits(v)) : v;
-}
-
 static void round_all(float *x, int64_t size, int dtype)
 {
     for (int64_t i = 0; dtype != F32 && i < size; i += 8) {
-        f32x8 v = eight_rounded(load(x + i), dtype);
+        f32x8 v = rounded_to(load(x + i), dtype);
         memcpy(x + i, &v, sizeof v);
     }
 }
 
 static inline float rounded(float value, int dtype)
 {
-    return dtype == F32 ? value : eight_rounded((f32x8){value}, dtype)[0];
+    return dtype == F32 ? value : rounded_to((f32x8){value}, dtype)[0];
 }
 
 static void rounded_norm(
@@ -158,8 +151,8 @@ static void block(
     add(b, &b->norms[MLP_OUTPUT], given, stream, n);
 }
 
-/* x (n, hidden) -> y through blocks of one dtype, for each of which there are n sequences; memory for a row of
-   the stream and what the largest block needs. */
+/* x (n, hidden) -> y through blocks of one dtype, for each of which there are n sequences; memory as the
+   largest of them needs. */
 void blocks(
     const struct block *const *all, int count, const struct sequence *sequences, int n, const void *x,
     void *y, float *memory, int threads)

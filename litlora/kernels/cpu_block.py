@@ -47,9 +47,8 @@ class Shape:
     @property
     def is_known(self) -> bool:
         """Whether there is code for it."""
-        queries = self.head_size * (shared := self.heads // self.groups)
-        fits = self.head_size % 8 == 0 and self.head_size <= MOST_HEAD and shared <= cpu.MOST_HEADS
-        return fits and queries <= cpu.MOST_QUERIES and self.activation in cpu.ACTIVATIONS
+        fits = self.head_size <= MOST_HEAD and cpu.heads_fit(self.heads, self.groups, self.head_size)
+        return fits and self.activation in cpu.ACTIVATIONS
 
 
 class Held(NamedTuple):

@@ -147,13 +147,31 @@ static inline u16x8 f16_bits(f32x8 v)
 #define BF16 1
 #define F16 2
 
-/* Of finite numbers. */
 static inline f32x8 rounded_to(f32x8 v, int dtype)
 {
-    u32x8 bits = (u32x8)v;
     if (dtype == BF16)
-        return (f32x8)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+        return (f32x8)(bf16_bits(v) << 16);
     return dtype == F16 ? from_f16(f16_bits(v)) : v;
+}
+
+/* Eight numbers of an array, from a place on. */
+static inline __attribute__((always_inline)) f32x8 eight(const void *array, int64_t place, int dtype)
+{
+    if (dtype == F32)
+        return load((const float *)array + place);
+    u16x8 bits = load_u16((const uint8_t *)((const uint16_t *)array + place));
+    return dtype == BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+/* Eight numbers to an array, rounded to its dtype. */
+static inline __attribute__((always_inline)) void put(void *array, int64_t place, f32x8 v, int dtype)
+{
+    if (dtype == F32) {
+        memcpy((float *)array + place, &v, sizeof v);
+        return;
+    }
+    u16x8 bits = dtype == BF16 ? __builtin_convertvector(bf16_bits(v), u16x8) : f16_bits(v);
+    memcpy((uint16_t *)array + place, &bits, sizeof bits);
 }
 
 /* ---- formats: each makes the 32 values of a row that begin at a column */

@@ -106,6 +106,21 @@ def test_compiled_code_gives_the_stored_values_and_products_as_exact(kind):
             assert torch.equal(found.times(x[:n]), y[:n])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", MADE)
+@torch.inference_mode()
+def test_what_a_file_stores_is_multiplied_in_the_dtype_of_its_values(kind, dtype):
+    weight = QuantizedWeight(MADE[kind](torch.randn(ROWS, COLUMNS).to(dtype), "w", Path("random")))
+    weight.rounds = True
+    if weight.compiled is None:
+        pytest.skip(why_none())
+    assert torch.float32 in weight.compiled_for
+    x = torch.eye(COLUMNS)[:: COLUMNS // cpu.MOST_ROWS]  # rows that pick one value each
+    W = weight.rows().float()[:, :: COLUMNS // cpu.MOST_ROWS]
+    assert torch.equal(weight.times(x), W.t())
+    assert torch.equal(weight.times(x[:1]), W.t()[:1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", GROUPED)
 def test_whole_numbers_in_groups_are_rounded_as_a_file_says(kind, dtype):

@@ -33,7 +33,7 @@ def test_what_does_not_gain_stays_plain():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
     pack_linears(model, leave="none")
     assert type(model[0]) is nn.Linear
-    assert isinstance(model[1], FrozenLinear) == packs(torch.zeros(1, dtype=torch.bfloat16))
+    assert isinstance(model[1], FrozenLinear) == gains(torch.zeros(1, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not cpu.has_threads(), reason="there is no compiled code")
