@@ -183,7 +183,7 @@ def _notices(opened: Opened, opening: Opening) -> list[str]:
         if loaded.quantized is None:
             notices.append("their values would not fit into memory: they stay in these bits")
     if opening.device.type == "cpu" and (why := why_none()):
-        notices.append(f"{why}, so a token takes two to four times as long")
+        notices.append(f"{why}, so a token takes at least twice as long")
     elif opening.device.type == "cpu" and library().is_new:
         notices.append("code for this processor was compiled, which takes a few seconds, once")
     if (streamed := loaded.stream) is not None:
